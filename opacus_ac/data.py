@@ -1,0 +1,159 @@
+"""The private data loader: Poisson batches, physical batches, and a stand-in for the empty batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from opacus_ac.randomness import RandomStream
+from opacus_ac.sampling import (
+    BatchSizes,
+    PoissonBatchSampler,
+    PrivateBatchSampler,
+    RateSchedule,
+    SamplingPlan,
+    ShuffledBatchSampler,
+)
+
+
+def constant_like(batch: Any) -> Any:
+    """Return ``batch`` with every tensor zeroed and every string emptied: its structure without its content.
+
+    Raises:
+        ValueError: the batch holds something other than tensors, numbers, strings and containers of them.
+    """
+    if isinstance(batch, torch.Tensor):
+        return torch.zeros_like(batch)
+    if isinstance(batch, str | bytes | bool | int | float) or batch is None:
+        return None if batch is None else type(batch)()
+    if isinstance(batch, Mapping):
+        return type(batch)({key: constant_like(value) for key, value in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(constant_like(value) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(constant_like(value) for value in batch)
+    raise ValueError(
+        f"cannot make a stand-in for an empty batch from {type(batch).__name__}: let collate_fn return tensors in "
+        "dicts, lists or tuples"
+    )
+
+
+class EmptySafeCollate:
+    """Collates a batch; an empty batch becomes a constant batch of one record, which the optimizer gives weight zero.
+
+    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that
+    the batch was empty.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], example: Any) -> None:
+        self.collate_fn = collate_fn
+        self.stand_in = constant_like(collate_fn([example]))
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of ``records``, or the stand-in when there are none."""
+        return self.collate_fn(records) if records else self.stand_in
+
+
+class PrivateDataLoader(DataLoader[Any]):
+    """A ``DataLoader`` over private draws; built by ``make_private``, used as any other loader.
+
+    ``len(loader)`` is the number of logical batches of a pass. With ``max_physical_batch_size`` a logical batch
+    comes as several batches in a row; the optimizer knows and steps once.
+    """
+
+    def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
+        super().__init__(
+            dataset=template.dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=EmptySafeCollate(template.collate_fn, template.dataset[0]),
+            num_workers=template.num_workers,
+            pin_memory=template.pin_memory,
+            timeout=template.timeout,
+            worker_init_fn=template.worker_init_fn,
+            multiprocessing_context=template.multiprocessing_context,
+            prefetch_factor=template.prefetch_factor,
+            persistent_workers=template.persistent_workers,
+        )
+        self.plan = batch_sampler.plan
+
+    @property
+    def sample_rate(self) -> float:
+        """Sampling rate of the next step, expected batch size / N."""
+        return self.plan.sizes.rate(self.plan.step)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.plan.open()
+        try:
+            for batch in super().__iter__():
+                self.plan.deliver()
+                yield batch
+        finally:
+            self.plan.close()
+
+
+def private_loader(
+    loader: DataLoader[Any],
+    *,
+    poisson: bool,
+    stream: RandomStream,
+    max_physical_batch_size: int | None = None,
+    schedule: RateSchedule | None = None,
+) -> PrivateDataLoader:
+    """Return a private loader over the records of ``loader``.
+
+    Args:
+        loader: loader over a map-style dataset, sequential, shuffled, or already Poisson.
+        poisson: draw Poisson batches of rate batch_size / N; otherwise keep the loader's own batches.
+        stream: random stream of the draws.
+        max_physical_batch_size: largest batch that reaches the model.
+        schedule: expected batch size per step (Poisson only).
+
+    Raises:
+        ValueError: a dataset or sampler for which no sampling bound is known.
+    """
+    batch_size, steps = _check(loader, poisson)
+    records = len(loader.dataset)  # type: ignore[arg-type]
+    if schedule is not None and not poisson:
+        raise ValueError("batch_size_schedule needs poisson_sampling=True")
+    plan = SamplingPlan(BatchSizes(records, batch_size, schedule), "poisson" if poisson else "shuffled", steps)
+    sampler: PrivateBatchSampler
+    if poisson:
+        sampler = PoissonBatchSampler(plan, stream, max_physical_batch_size)
+    else:
+        assert isinstance(loader.batch_sampler, BatchSampler)
+        sampler = ShuffledBatchSampler(plan, loader.batch_sampler, max_physical_batch_size)
+    return PrivateDataLoader(loader, sampler)
+
+
+def _check(loader: DataLoader[Any], poisson: bool) -> tuple[float, int]:
+    """Return (expected batch size, batches per pass) of a loader whose sampling can be accounted."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError("an IterableDataset cannot be Poisson sampled: use a map-style dataset (with __len__)")
+    records = len(loader.dataset)  # type: ignore[arg-type]
+    if records < 1:
+        raise ValueError("the dataset has no records")
+    sampler = loader.batch_sampler
+    if poisson and isinstance(sampler, PoissonBatchSampler | UniformWithReplacementSampler):
+        return sampler.sample_rate * records, len(sampler)
+    if type(sampler) is not BatchSampler:
+        raise ValueError(
+            f"no sampling bound is known for the batch sampler {type(sampler).__name__}: pass a DataLoader with "
+            "batch_size=... (and shuffle=True or False)"
+        )
+    order = sampler.sampler
+    known = type(order) is SequentialSampler or (type(order) is RandomSampler and not order.replacement)
+    whole_pass = type(order) is not RandomSampler or order.num_samples <= records
+    if not (known and whole_pass):
+        raise ValueError(
+            f"no sampling bound is known for the sampler {type(order).__name__}: records drawn with weights or with "
+            "replacement are not Poisson sampled. Pass a DataLoader with shuffle=True or False"
+        )
+    if poisson and sampler.batch_size > records:
+        raise ValueError(
+            f"batch_size {sampler.batch_size} exceeds the number of records {records}: the sample rate would exceed 1"
+        )
+    return min(float(sampler.batch_size), float(records)), len(loader)

@@ -1,0 +1,448 @@
+"""PrivacyEngine: builds the parts of the private step and hands them to each other."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import opacus
+import torch
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from opacus_ac import accounting, checkpoint
+from opacus_ac.accounting import Event
+from opacus_ac.budget import BudgetGuard, noise_for_target, spent
+from opacus_ac.clipping import ClipPolicy
+from opacus_ac.data import PrivateDataLoader, private_loader
+from opacus_ac.errors import NotPrivateWarning, SamplingWarning
+from opacus_ac.grad_sample.sources import PerSampleSource
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.preparation import (
+    attach,
+    check_choice,
+    check_model_and_optimizer,
+    choose_policy,
+    choose_statistics,
+    expect_finite,
+    inner_optimizer,
+    named_parameters,
+    random_streams,
+)
+from opacus_ac.randomness import RandomStream, SecretStream
+from opacus_ac.report import PrivacyReport, make_report
+from opacus_ac.sampling import RateSchedule
+
+MODES = ("hooks", "functorch")
+CLIPPING = ("adaptive", "flat", "automatic")
+
+
+class PrivacyEngine(opacus.PrivacyEngine):
+    """Drop-in for ``opacus.PrivacyEngine`` whose ``make_private`` yields DP-Adam-AC.
+
+    Args:
+        accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp").
+        secure_mode: not available in this version; the default noise already comes from the system's entropy.
+        ledger: not available in this version.
+
+    References:
+        arXiv 2510.05288.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from opacus_ac import PrivacyEngine
+    >>> model = torch.nn.Linear(4, 2)
+    >>> data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+    >>> engine = PrivacyEngine()
+    >>> model, optimizer, loader = engine.make_private(
+    ...     module=model, optimizer=torch.optim.AdamW(model.parameters()), data_loader=DataLoader(data, batch_size=16),
+    ...     noise_multiplier=1.0, max_grad_norm=1.0)
+    >>> for x, y in loader:
+    ...     optimizer.zero_grad()
+    ...     torch.nn.functional.cross_entropy(model(x), y).backward()
+    ...     _ = optimizer.step()
+    >>> engine.get_epsilon(delta=1e-3) > 0
+    True
+    """
+
+    def __init__(self, *, accountant: str = "vrdp", secure_mode: bool = False, ledger: str | None = None) -> None:
+        if secure_mode:
+            raise ValueError("secure_mode=True is not available in this version; the default noise is already secret")
+        if ledger is not None:
+            raise ValueError("ledger= is not available in this version: pass ledger=None")
+        accounting.register()
+        with warnings.catch_warnings():
+            # Opacus warns about torch's generator, which is not used here.
+            warnings.filterwarnings("ignore", message="Secure RNG turned off")
+            super().__init__(accountant=accountant, secure_mode=False)
+        self._budget: BudgetGuard | None = None
+        self._optimizer: AdaptiveClipDPOptimizer | None = None
+        self._loader: PrivateDataLoader | None = None
+        self._undo: list[tuple[nn.Module, Callable[[], None]]] = []
+        self._unknown_batches = 0
+
+    # ---------------------------------------------------------------- make_private
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float | None = None,
+        criterion: Any = None,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "adaptive",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
+        max_physical_batch_size: int | None = None,
+        batch_size_schedule: RateSchedule | None = None,
+        clip_policy: str | ClipPolicy | None = None,
+        target_clip_rate: float = 0.9,
+        normalize: bool = True,
+        lr_control: bool = True,
+        ema_decay: float | None = 0.999,
+        histogram_weight: float | None = None,
+        loss_bound: float | None = None,
+        loss_weight: float | None = None,
+        preset: str | None = None,
+    ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
+        """Return (model, optimizer, loader) that train with DP-Adam-AC.
+
+        Args:
+            module: model in training mode.
+            optimizer: inner optimizer over its parameters, AdamW in the paper.
+            data_loader: loader with ``batch_size``, sequential or shuffled; batches become Poisson samples of rate
+                batch_size / N, and a pass keeps its number of batches.
+            noise_multiplier: std of the noise over the joint sensitivity of a step's release.
+            max_grad_norm: C0, default 1 (3 with ``preset="paper"``); the default policy finds C from any C0.
+            criterion: ignored, as by Opacus outside its ghost modes.
+            batch_first: whether the batch is the first dimension of the model's inputs.
+            loss_reduction: "mean" or "sum" of the records' losses, as the loop computes it.
+            poisson_sampling: False keeps the loader's batches and reports the bound that holds for them, without
+                amplification by sampling.
+            clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S).
+            noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
+            grad_sample_mode: "hooks" or "functorch", as in Opacus.
+            wrap_model: as in Opacus: False attaches hooks to the model and returns the hooks object.
+            rand_on_empty: ignored; an empty batch is a constant batch with weight zero.
+            max_physical_batch_size: largest batch that reaches the model; a memory choice that changes no result.
+            batch_size_schedule: expected batch size per step, a function or sequence of public numbers.
+            clip_policy: policy name or object for ``clipping="adaptive"``; "percentile" by default.
+            target_clip_rate: fraction of records to be clipped.
+            normalize: scale the gradient by C0 / C_t for the inner optimizer.
+            lr_control: learning rate follows the clip rate.
+            ema_decay: decay of the weight average, None for none.
+            histogram_weight: ``a`` of the norm histogram; default sqrt(0.0412), which costs 2 % of noise.
+            loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
+            loss_weight: ``b`` of the loss; default sqrt(0.0412).
+            preset: "paper" for the published constants.
+
+        Returns:
+            model as Opacus returns it, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
+
+        Raises:
+            ValueError: anything that would make the guarantee wrong, with the remedy; the inputs are unchanged.
+            opacus.validators.errors.UnsupportedModuleError: as in Opacus (BatchNorm, eval mode).
+        """
+        check_choice("grad_sample_mode", grad_sample_mode, MODES)
+        check_choice("clipping", clipping, CLIPPING)
+        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        inner = inner_optimizer(optimizer)
+        check_model_and_optimizer(module, inner)
+        self.validate(module=module, optimizer=inner, data_loader=data_loader)
+        expect_finite("noise_multiplier", noise_multiplier)
+        noise_stream, sampling_stream = random_streams(noise_generator)
+        loader = private_loader(
+            data_loader,
+            poisson=poisson_sampling,
+            stream=sampling_stream,
+            max_physical_batch_size=max_physical_batch_size,
+            schedule=batch_size_schedule,
+        )
+        expected = loader.plan.sizes.expected(0)
+        policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
+        private = AdaptiveClipDPOptimizer(
+            inner,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=policy.initial_bound,
+            expected_batch_size=expected,
+            loss_reduction=loss_reduction,
+            clip_policy=policy,
+            target_clip_rate=target_clip_rate,
+            statistics=choose_statistics(clipping, policy, histogram_weight, loss_bound, loss_weight),
+            normalize=normalize and preset != "paper",
+            lr_control=lr_control,
+            ema_decay=ema_decay,
+            source=PerSampleSource(*named_parameters(module, inner)),
+            plan=loader.plan,
+            stream=noise_stream,
+        )
+        wrapped, undo = attach(
+            module,
+            private,
+            mode=grad_sample_mode,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            wrap_model=wrap_model,
+        )
+        if poisson_sampling:
+            wrapped.forbid_grad_accumulation()
+        self._undo.append((module, undo))
+        self._adopt(private, loader)
+        return wrapped, private, loader
+
+    def _adopt(self, optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader) -> None:
+        """Make this engine account for the steps of ``optimizer``."""
+        if self.dataset is not None and self.dataset is not loader.dataset:
+            warnings.warn(
+                "this engine has accounted for another dataset object; its epsilon is the sum over both. Use a new "
+                "PrivacyEngine for different people's data",
+                stacklevel=3,
+            )
+        self.dataset: Any = loader.dataset
+        self._optimizer, self._loader = optimizer, loader
+        optimizer.charge = self._charge
+        optimizer.on_unknown_batch = self._warn_unknown_batch
+        if not optimizer.policy.is_private:
+            warnings.warn(
+                "clip_policy='raw_percentile' reads un-noised gradient norms: no finite epsilon holds, and infinity "
+                "is reported. Use clip_policy='percentile' for the private version of the same rule",
+                NotPrivateWarning,
+                stacklevel=3,
+            )
+        if not optimizer.mechanism.stream.secret:
+            warnings.warn(
+                "noise_generator is seeded: whoever knows the seed can remove the noise. For tests only",
+                NotPrivateWarning,
+                stacklevel=3,
+            )
+
+    def _warn_unknown_batch(self) -> None:
+        self._unknown_batches += 1
+        if self._unknown_batches == 1:
+            warnings.warn(
+                "optimizer.step() on a batch that the private loader did not just draw: it is charged at sample "
+                "rate 1, without amplification. Take one step per batch of the loader that make_private returned",
+                SamplingWarning,
+                stacklevel=6,
+            )
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: float | None = None,
+        steps: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
+        """Return what :meth:`make_private` returns, with the noise that spends (epsilon, delta) in ``epochs``.
+
+        Args:
+            module: as in :meth:`make_private`.
+            optimizer: as in :meth:`make_private`.
+            data_loader: as in :meth:`make_private`.
+            target_epsilon: largest epsilon; the step that would exceed it raises before anything is released.
+            target_delta: delta, well below 1 / N.
+            epochs: passes of the loader; or give ``steps``.
+            steps: number of steps.
+            **kwargs: all other arguments of :meth:`make_private`.
+
+        Raises:
+            ValueError: as :meth:`make_private`; both or neither of ``epochs`` and ``steps``; impossible budget.
+        """
+        if (epochs is None) == (steps is None):
+            raise ValueError("give either epochs or steps")
+        if len(self.accountant) > 0:
+            warnings.warn(
+                "budget has been spent already: the noise is chosen as if none had, so training stops early",
+                stacklevel=2,
+            )
+        poisson = kwargs.get("poisson_sampling", True)
+        template = private_loader(
+            data_loader, poisson=poisson, stream=SecretStream(), schedule=kwargs.get("batch_size_schedule")
+        )
+        if steps is None:
+            assert epochs is not None
+            steps = math.ceil(epochs * len(template))
+        noise_multiplier = noise_for_target(
+            self.accountant,
+            template.plan,
+            steps=steps,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+        )
+        made = self.make_private(
+            module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier, **kwargs
+        )
+        if made[1].policy.is_private:
+            self._budget = BudgetGuard(self.accountant, target_epsilon, target_delta)
+        return made
+
+    # ---------------------------------------------------------------- budget
+
+    def _charge(self, event: Event | None) -> None:
+        """Account for a step that is about to be released; refuse it when it exceeds the target."""
+        if event is None:
+            return
+        if self._budget is not None:
+            self._budget.check(event)
+        self.accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return the epsilon spent so far at ``delta``; infinity when no bound holds."""
+        return spent(self.accountant, delta)
+
+    def remaining_steps(self) -> int:
+        """Return how many more steps the target budget allows at the next step's rate and noise.
+
+        With ``poisson_sampling=False`` whole passes of the loader are counted.
+
+        Raises:
+            ValueError: there is no target; use :meth:`make_private_with_epsilon`.
+        """
+        if self._budget is None or self._optimizer is None or self._loader is None:
+            raise ValueError("there is no target budget: use make_private_with_epsilon")
+        plan, noise = self._loader.plan, self._optimizer.noise_multiplier
+        if plan.sampling == "poisson":
+            return self._budget.remaining(Event(noise, plan.sizes.rate(plan.step), "poisson"))
+        return self._budget.remaining(Event(noise, 1.0, plan.sampling)) * plan.steps_per_pass
+
+    # ---------------------------------------------------------------- report
+
+    def privacy_report(self, delta: float | None = None) -> PrivacyReport:
+        """Return the privacy statement of the run so far.
+
+        Args:
+            delta: delta to report at; by default the target's.
+
+        Raises:
+            ValueError: nothing was made private yet, or ``delta`` is missing.
+        """
+        if self._optimizer is None or self._loader is None:
+            raise ValueError("nothing to report: call make_private first")
+        if delta is None:
+            if self._budget is None:
+                raise ValueError("privacy_report needs delta=... when no target was set")
+            delta = self._budget.delta
+        return make_report(
+            self._optimizer,
+            self._loader.plan,
+            epsilon=self.get_epsilon(delta),
+            delta=delta,
+            accountant=self.accountant.mechanism(),
+            history=[(float(s), float(q), int(n)) for s, q, n in self.accountant.history],
+            unknown_batches=self._unknown_batches,
+        )
+
+    # ---------------------------------------------------------------- taking hooks off
+
+    def detach(self, model: nn.Module) -> nn.Module:
+        """Remove every hook from ``model`` and return the bare model; its weights stay.
+
+        Raises:
+            ValueError: this engine did not make the model private.
+        """
+        bare = getattr(model, "_module", model) if isinstance(model, AbstractGradSampleModule) else model
+        for i, (module, undo) in enumerate(self._undo):
+            if module is bare:
+                undo()
+                del self._undo[i]
+                return module
+        raise ValueError("this engine has no hooks on that model")
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: nn.Module,
+        optimizer: DPOptimizer | None = None,
+        checkpoint_dict: dict[str, Any] | None = None,
+        module_state_dict_kwargs: dict[str, Any] | None = None,
+        torch_save_kwargs: dict[str, Any] | None = None,
+        **schedulers: Any,
+    ) -> None:
+        """Save model, optimizer (with C, window, EMA, learning-rate multiplier, step) and accountant.
+
+        A file is replaced atomically. Secret noise and sampling streams are never saved.
+
+        Args:
+            path: file path, or a binary file object.
+            module: model, wrapped or bare.
+            optimizer: the private optimizer.
+            checkpoint_dict: further entries to save.
+            module_state_dict_kwargs: for ``module.state_dict``.
+            torch_save_kwargs: for ``torch.save``.
+            **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus.
+        """
+        state = dict(checkpoint_dict or {})
+        state["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
+        state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
+        if optimizer is not None:
+            state["optimizer_state_dict"] = optimizer.state_dict()
+        for name, scheduler in schedulers.items():
+            if scheduler is not None:
+                state[f"{name}_state_dict"] = scheduler.state_dict()
+        stream = self._sampling_stream()
+        state["sampling_stream"] = {} if stream is None else stream.state_dict()
+        checkpoint.write(state, path, **(torch_save_kwargs or {}))
+
+    def load_checkpoint(
+        self,
+        *,
+        path: Any,
+        module: nn.Module,
+        optimizer: DPOptimizer | None = None,
+        module_load_dict_kwargs: dict[str, Any] | None = None,
+        torch_load_kwargs: dict[str, Any] | None = None,
+        **schedulers: Any,
+    ) -> dict[str, Any]:
+        """Continue from :meth:`save_checkpoint`; the file may hold tensors and plain values only.
+
+        Args:
+            path: file path or binary file object.
+            module: model to load into, wrapped or bare.
+            optimizer: the private optimizer to load into.
+            module_load_dict_kwargs: for ``module.load_state_dict``.
+            torch_load_kwargs: for ``torch.load``.
+            **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus.
+
+        Returns:
+            The further entries of the checkpoint.
+
+        Raises:
+            ValueError: the checkpoint does not fit; nothing was loaded.
+        """
+        state: dict[str, Any] = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
+        checkpoint.check(state, module, optimizer, self.accountant.mechanism())
+        if optimizer is not None:
+            optimizer.load_state_dict(state.pop("optimizer_state_dict"))
+        module.load_state_dict(state.pop("module_state_dict"), **(module_load_dict_kwargs or {}))
+        self.accountant.load_state_dict(state.pop("privacy_accountant_state_dict"))
+        for name, scheduler in schedulers.items():
+            if scheduler is not None:
+                scheduler.load_state_dict(state.pop(f"{name}_state_dict"))
+        stream, saved = self._sampling_stream(), state.pop("sampling_stream", {})
+        if stream is not None:
+            stream.load_state_dict(saved)
+        return state
+
+    def _sampling_stream(self) -> RandomStream | None:
+        sampler = None if self._loader is None else self._loader.batch_sampler
+        return getattr(sampler, "stream", None)

@@ -1,0 +1,15 @@
+"""Errors of this package that are not plain ``ValueError``."""
+
+from __future__ import annotations
+
+
+class PrivacyBudgetExceeded(RuntimeError):
+    """The next step would spend more than the target budget; it was not taken and nothing was released."""
+
+
+class NotPrivateWarning(UserWarning):
+    """Something was asked for that voids the guarantee; epsilon is reported as infinity."""
+
+
+class SamplingWarning(UserWarning):
+    """A step was taken on a batch that the private loader did not draw, and is charged without amplification."""

@@ -1,0 +1,19 @@
+"""Per-sample gradients: rules per layer family, their registry, and the check that they are exact.
+
+Importing registers nothing; ``register_rules(model)`` does.
+"""
+
+from opacus_ac.grad_sample.broadcast import expand_broadcast_embeddings
+from opacus_ac.grad_sample.check import check_model, constant_buffers_ok
+from opacus_ac.grad_sample.explain import explain
+from opacus_ac.grad_sample.registry import register_rule, register_rules, register_ste_linear
+
+__all__ = [
+    "check_model",
+    "constant_buffers_ok",
+    "expand_broadcast_embeddings",
+    "explain",
+    "register_rule",
+    "register_rules",
+    "register_ste_linear",
+]

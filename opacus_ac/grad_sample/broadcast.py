@@ -1,0 +1,124 @@
+"""Position ids that stand for the whole batch.
+
+GPT-2 and BERT look positions up once, with ids ``[1, T]``, and let the sum with the word embeddings broadcast. The
+gradient at that lookup is already summed over the batch, so a per-sample rule would take a batch for one record.
+Expanding the ids to ``[B, T]`` changes no value and keeps the records apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Tensors with at least one dimension, in the order of the arguments."""
+    if isinstance(value, Tensor):
+        return [value] if value.dim() else []
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        return [t for item in value for t in _tensors(item)]
+    return []
+
+
+class BroadcastHandle:
+    """Holds the hooks of :func:`expand_broadcast_embeddings`; ``remove()`` takes them off. A context manager too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._running: list[torch.Size] = []
+        self._last: torch.Size | None = None
+        self._positional: dict[int, bool] = {}
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        self._known = {id(m) for m in embeddings}
+        self._hooks: list[RemovableHandle] = [
+            # First in, last out: whatever else a hook of the model raises, the batch is noted and forgotten.
+            model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+            *(m.register_forward_pre_hook(self._expand) for m in embeddings),
+        ]
+
+    def remove(self) -> None:
+        """Take all hooks off; doing so twice is harmless."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._running.clear()
+        self._last = None
+
+    def __enter__(self) -> BroadcastHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = _tensors((args, kwargs))
+        self._running.append(tensors[0].shape if tensors else torch.Size([]))
+
+    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._running:
+            self._last = self._running.pop()
+
+    def _batch(self) -> torch.Size | None:
+        if self._running:
+            return self._running[-1]
+        # No forward is running, but a backward is: this call is a recomputation of a checkpointed block.
+        return self._last if torch._C._current_graph_task_id() != -1 else None
+
+    def _expand(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        shape = self._batch()
+        # Opacus's functorch path runs copies of a module, which carry its hooks, on single records.
+        if not shape or id(module) not in self._known or not module.training or not torch.is_grad_enabled():
+            return None
+        if not args or not isinstance(args[0], Tensor) or not any(p.requires_grad for p in module.parameters()):
+            return None
+        ids, batch = args[0], shape[0]
+        if ids.dim() == 1 and self._is_positions(module, ids, shape):
+            ids = ids.unsqueeze(0)
+        if ids.dim() < 2 or ids.shape[0] != 1 or batch == 1:
+            return None if ids is args[0] else (ids, *args[1:])
+        return (ids.expand(batch, *ids.shape[1:]).contiguous(), *args[1:])
+
+    def _is_positions(self, module: nn.Module, ids: Tensor, shape: torch.Size) -> bool:
+        """Whether one-dimensional ids count positions (all records share them) or records (one id each)."""
+        if ids.shape[0] != shape[0]:
+            self._positional[id(module)] = True
+        elif ids.shape[0] not in shape[1:]:
+            self._positional[id(module)] = False
+        elif id(module) not in self._positional:
+            if ids.shape[0] == 1 or not bool((ids.diff() == 1).all()):
+                return False
+            raise ValueError(
+                f"{type(module).__name__}: the batch size equals the sequence length ({ids.shape[0]}), so that ids of "
+                "one dimension may be positions or records; pass ids of shape [B, T]"
+            )
+        return self._positional[id(module)]
+
+
+def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
+    """Make embeddings that are looked up once for the whole batch look up once per record.
+
+    A hook on ``model`` notes the batch size B, the first dimension of its first tensor argument. Hooks on trainable
+    embeddings expand ids ``[1, ...]`` to ``[B, ...]`` and positions ``[T]`` to ``[B, T]``, in training mode with
+    gradients enabled only. Ids whose first dimension is neither 1 nor B are left alone.
+
+    Args:
+        model: the model that is called; for a wrapped model, the inner one.
+
+    Returns:
+        A handle with ``remove()``.
+
+    Guarantees:
+        Ids ``[1, ...]``: values are unchanged and the leading 1 of the output becomes B. Positions ``[T]``: the
+        output ``[T, D]`` becomes ``[B, T, D]``, which broadcasts alike where it is added to ``[B, T, D]``. The batch size is forgotten when the forward ends, also by an exception, and nested
+        calls keep their own.
+
+    Raises:
+        ValueError: (in the forward) one-dimensional consecutive ids as long as both the batch and the sequence, which
+            could be either, before another batch has settled it.
+    """
+    return BroadcastHandle(model)

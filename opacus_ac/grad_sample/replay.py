@@ -1,0 +1,77 @@
+"""Calling a module again without its hooks, on its own or on substitute parameters.
+
+A rule runs inside a backward hook. Calling the module there would fire the very hooks that called the rule, and the
+hooks of every child; a bare twin shares the tensors and has no hooks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def bare_twin(module: ModuleT, _seen: dict[int, nn.Module] | None = None) -> ModuleT:
+    """A shallow copy of ``module`` and its children: same parameters and buffers, no hooks.
+
+    Guarantees:
+        Replacing an entry of the twin's parameters, buffers or attributes leaves ``module`` as it was.
+    """
+    seen: dict[int, nn.Module] = {} if _seen is None else _seen
+    known = seen.get(id(module))
+    if known is not None:
+        return known  # type: ignore[return-value]
+    cls = type(module)
+    twin = cls.__new__(cls)
+    seen[id(module)] = twin
+    state = dict(module.__dict__)
+    for key in state:
+        if key.startswith("_") and "_hooks" in key and isinstance(state[key], dict):
+            state[key] = OrderedDict()
+    state["_parameters"] = dict(module._parameters)
+    state["_buffers"] = dict(module._buffers)
+    state["_modules"] = {k: None if m is None else bare_twin(m, seen) for k, m in module._modules.items()}
+    twin.__dict__.update(state)
+    return twin
+
+
+def map_tensors(twin: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Replace every parameter and buffer of a bare twin by ``change`` of it; tied tensors stay tied."""
+    new: dict[int, Tensor] = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if id(tensor) not in new:
+            value = change(tensor.detach())
+            is_parameter = isinstance(tensor, nn.Parameter)
+            new[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+        return new[id(tensor)]
+
+    for module in twin.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in list(store.items()):
+                if tensor is not None:
+                    store[key] = changed(tensor)  # type: ignore[assignment]
+
+
+def call_forward(module: nn.Module, *inputs: Any) -> Any:
+    """``forward`` as the class defines it, on a twin without hooks; tensors are shared with ``module``."""
+    return type(module).forward(bare_twin(module), *inputs)
+
+
+def call_with(module: nn.Module, parameters: dict[str, Tensor], *inputs: Any) -> Any:
+    """As :func:`call_forward`, with some of the module's own parameters replaced for this call."""
+    twin = bare_twin(module)
+    # Not nn.Parameter: a plain tensor is enough for forward, and may require grad or not.
+    twin._parameters.update(parameters)  # type: ignore[arg-type]
+    return type(module).forward(twin, *inputs)
+
+
+def to_double(tensor: Tensor) -> Tensor:
+    """A copy in float64 (integers keep their type), on the CPU where the device has no float64."""
+    device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+    return tensor.to(device, torch.float64, copy=True) if tensor.is_floating_point() else tensor.to(device, copy=True)

@@ -1,0 +1,84 @@
+"""Embeddings: a lookup, optionally multiplied by a constant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.replay import bare_twin, call_forward, map_tensors, to_double
+
+
+def unsupported(module: nn.Embedding) -> str | None:
+    """Why no per-sample gradient of this embedding can be private, or None."""
+    if module.max_norm is not None:
+        return "max_norm rewrites rows of the weight in the forward pass, outside the noised release"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq divides by counts over the whole batch, so records are coupled"
+    return None
+
+
+def scale_of(module: nn.Module) -> Tensor | float:
+    """The constant that the looked-up rows are multiplied by (``embed_scale``; 1 where there is none)."""
+    scale = getattr(module, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        weight = module._parameters["weight"]
+        return scale.detach() if weight is None else scale.detach().to(weight.dtype)
+    return float(scale)
+
+
+def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Per-sample gradients of ``nn.Embedding`` and of scaled word embeddings.
+
+    As autograd does and Opacus's own sampler does not, the row ``padding_idx`` gets no gradient, also where that id
+    occurs as an ordinary token.
+
+    Args:
+        module: the layer; ``embed_scale``, where present, multiplies its output.
+        activations: one integer tensor of ids ``[B, ...]``.
+        backprops: ``[B, ..., D]``.
+
+    Returns:
+        ``[B, V, D]`` for the weight.
+
+    Raises:
+        ValueError: for ``max_norm`` or ``scale_grad_by_freq``.
+    """
+    reason = unsupported(module)
+    if reason is not None:
+        raise ValueError(f"{type(module).__name__}: {reason}")
+    weight = module._parameters["weight"]
+    if weight is None or not weight.requires_grad:
+        return {}
+    ids = activations[0]
+    scale = scale_of(module)
+    values = backprops if isinstance(scale, float) and scale == 1.0 else backprops * scale
+    if module.padding_idx is not None:
+        values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+    batch, (rows, width) = ids.shape[0], weight.shape
+    # One flat index_add over B*V rows: no [B, T, D] index tensor, and a batch of none needs no special case.
+    first = torch.arange(batch, device=ids.device) * rows
+    flat = ids.reshape(batch, -1 if ids.numel() else 0) + first.unsqueeze(1)
+    grad = torch.zeros(batch * rows, width, device=values.device, dtype=values.dtype)
+    grad.index_add_(0, flat.reshape(-1), values.reshape(-1, width))
+    return {weight: grad.view(batch, rows, width)}
+
+
+def is_scaled_lookup(module: nn.Module) -> bool:
+    """Whether ``module`` behaves as ``embed_scale * weight[ids]``, by a float64 probe on eight of its rows."""
+    if not isinstance(module, nn.Embedding) or module.weight.is_meta or unsupported(module) is not None:
+        return False
+    rows = min(8, module.weight.shape[0])
+    twin = bare_twin(module)
+    map_tensors(twin, lambda t: to_double(t[:rows] if t.shape == module.weight.shape else t))
+    twin.num_embeddings = rows
+    if twin.padding_idx is not None:
+        twin.padding_idx = min(twin.padding_idx, rows - 1)
+    ids = torch.arange(2 * rows, device=twin.weight.device).remainder(rows).view(2, rows)
+    try:
+        with torch.no_grad():
+            output = call_forward(twin, ids)
+            expected = twin.weight[ids] * scale_of(twin)
+    except Exception:  # a forward that wants something else is simply not this family
+        return False
+    same_shape = isinstance(output, Tensor) and output.shape == expected.shape
+    return same_shape and torch.allclose(output.double(), expected, rtol=1e-6, atol=1e-9)

@@ -1,0 +1,120 @@
+"""Normalisation layers: RMSNorm in both of its spellings, and LayerNorm with or without a bias."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.replay import bare_twin, call_with, map_tensors, to_double
+from opacus_ac.grad_sample.rules.linear import sum_positions
+
+
+@torch.no_grad()
+def normalized(module: nn.Module, x: Tensor, offset: float) -> Tensor:
+    """x_hat of a layer that computes ``(offset + weight) * x_hat``: its own forward at weight = 1 - offset.
+
+    Asking the module, rather than repeating its formula, keeps its epsilon and its internal casts.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None
+    x_hat: Tensor = call_with(module, {"weight": torch.full_like(weight, 1.0 - offset)}, x)
+    return x_hat
+
+
+def _scale_gradient(module: nn.Module, x: Tensor, backprops: Tensor, offset: float) -> dict[nn.Parameter, Tensor]:
+    weight = module._parameters["weight"]
+    if weight is None or not weight.requires_grad:
+        return {}
+    return {weight: sum_positions(backprops * normalized(module, x, offset), weight.dim())}
+
+
+def rms_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Per-sample gradient of an RMSNorm that computes ``weight * x_hat`` (Llama, Qwen, Mistral, BitNet, T5).
+
+    Args:
+        module: the layer.
+        activations: one tensor ``[B, ..., d]``.
+        backprops: ``[B, ..., d]``.
+
+    Returns:
+        ``[B, d]`` for the weight.
+    """
+    return _scale_gradient(module, activations[0], backprops, offset=0.0)
+
+
+def offset_rms_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """As :func:`rms_norm`, for a layer that computes ``(1 + weight) * x_hat`` (Gemma)."""
+    return _scale_gradient(module, activations[0], backprops, offset=1.0)
+
+
+def layer_norm(module: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Per-sample gradients of ``nn.LayerNorm``; unlike Opacus's own sampler it allows ``bias=False``.
+
+    Args:
+        module: the layer.
+        activations: one tensor ``[B, ..., *normalized_shape]``.
+        backprops: the same shape.
+
+    Returns:
+        ``[B, *normalized_shape]`` for weight and bias, trainable ones only.
+    """
+    grads: dict[nn.Parameter, Tensor] = {}
+    last = len(module.normalized_shape)
+    if module.weight is not None and module.weight.requires_grad:
+        x_hat = F.layer_norm(activations[0], module.normalized_shape, eps=module.eps)
+        grads[module.weight] = sum_positions(backprops * x_hat, last)
+    if module.bias is not None and module.bias.requires_grad:
+        grads[module.bias] = sum_positions(backprops, last)
+    return grads
+
+
+def _shape_fits(module: nn.Module) -> bool:
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    leaf = not module._modules and not any(b is not None for b in module._buffers.values())
+    return leaf and set(own) == {"weight"} and own["weight"].dim() == 1 and not own["weight"].is_meta
+
+
+@torch.no_grad()
+def rms_norm_offset(module: nn.Module) -> float | None:
+    """0.0 where ``module`` computes ``weight * x_hat``, 1.0 for ``(1 + weight) * x_hat``, None where it is no RMSNorm.
+
+    The question is put to the module, not to its name: on a float64 copy the output must be affine in the weight,
+    position by position; its x_hat must be a positive multiple of the input with mean square one; and each record
+    must be treated alone.
+    """
+    if not _shape_fits(module):
+        return None
+    twin = bare_twin(module)
+    map_tensors(twin, to_double)
+    weight = twin._parameters["weight"]
+    assert weight is not None
+    width = weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, width, generator=generator, dtype=torch.float64)
+    x = (x * torch.tensor([1.0, 30.0, 1000.0], dtype=torch.float64).view(3, 1, 1)).to(weight.device)
+    trial = torch.randn(width, generator=generator, dtype=torch.float64).to(weight.device)
+    try:
+        at_zero, at_one, at_trial, alone = (
+            call_with(twin, {"weight": w}, v)
+            for w, v in ((0 * trial, x), (0 * trial + 1, x), (trial, x), (trial, x[1:2]))
+        )
+        x_hat = at_one - at_zero
+        expected = x * x.pow(2).mean(-1, keepdim=True).rsqrt()
+        checks = (
+            (at_trial, at_zero + trial * x_hat, 1e-5),
+            (at_trial[1:2], alone, 1e-5),
+            # The loosest one: it must allow for any usual epsilon, which only matters at the first record's scale.
+            (x_hat, expected, 1e-3),
+        )
+        if not all(torch.allclose(a.double(), b.double(), rtol=tol, atol=tol) for a, b, tol in checks):
+            return None
+    except Exception:  # a forward that wants something else is simply not this family
+        return None
+    for offset in (0.0, 1.0):
+        if torch.allclose(at_zero, offset * x_hat, rtol=1e-5, atol=1e-5):
+            return offset
+    return None
+
+
+__all__ = ["layer_norm", "normalized", "offset_rms_norm", "rms_norm", "rms_norm_offset"]

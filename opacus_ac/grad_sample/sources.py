@@ -1,0 +1,132 @@
+"""Sources of per-sample gradients: what the optimizer asks for norms and clipped sums.
+
+A source answers two questions about the physical batch just run backward: the norm of each record's gradient, and,
+given one factor per record, the weighted sum. It knows nothing of clipping rules, noise or accounting. The source
+here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class GradientSource(Protocol):
+    """What a way of computing per-sample gradients offers to the optimizer."""
+
+    def finish_batch(self) -> Tensor:
+        """Return the gradient norm of each record of the physical batch, ``[B]`` float64. Private."""
+
+    def accumulate(self, factors: Tensor) -> None:
+        """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""
+
+    def sums(self) -> list[Tensor | None]:
+        """Return the summed gradients of the logical batch, one per parameter; None is zero."""
+
+    def clear(self, *, sums: bool) -> None:
+        """Forget the physical batch, and with ``sums`` the logical batch too."""
+
+
+def _rows(parameter: nn.Parameter) -> Tensor | None:
+    """Return the per-sample gradients ``[B, *shape]`` of ``parameter``, or None when it took no part."""
+    sample = getattr(parameter, "grad_sample", None)
+    return torch.cat(sample) if isinstance(sample, list) else sample
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Return the squared L2 norm of each row of ``[B, ...]`` in float64.
+
+    The norm of the last dimension in the native type, then float64: a flat float32 norm over millions of elements
+    is biased by 1e-4 on CPU, which would let clipped records exceed C.
+    """
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        rows = rows.float()
+    inner = torch.linalg.vector_norm(rows.reshape(rows.shape[0], -1, rows.shape[-1] if rows.dim() > 1 else 1), dim=-1)
+    return inner.double().square_().sum(1)
+
+
+class PerSampleSource:
+    """Reads the ``grad_sample`` tensors that Opacus's hooks leave on the parameters.
+
+    Args:
+        parameters: trainable parameters of the optimizer.
+        names: their names, for messages.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None) -> None:
+        self._parameters = list(parameters)
+        self._names = list(names) if names is not None else [f"parameter {i}" for i in range(len(self._parameters))]
+
+    def finish_batch(self) -> Tensor:
+        """Return the gradient norm of each record, ``[B]`` float64.
+
+        Raises:
+            ValueError: no parameter has per-sample gradients, a parameter received an ordinary gradient without
+                one, batch sizes differ between parameters, or the gradients were not cleared.
+        """
+        total: Tensor | None = None
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            self._check(name, parameter)
+            rows = _rows(parameter)
+            if rows is None:
+                continue
+            squares = squared_norms(rows).cpu()
+            if total is not None and squares.shape != total.shape:
+                raise ValueError(
+                    f"{name} has per-sample gradients of {squares.shape[0]} records, other parameters of "
+                    f"{total.shape[0]}: the batch must be the first dimension of every layer's input"
+                )
+            total = squares if total is None else total + squares
+        if total is None:
+            raise ValueError(
+                "Per sample gradient is not initialized: no parameter has grad_sample. Run forward and backward "
+                "through the model that make_private returned, in training mode, before optimizer.step()"
+            )
+        return total.sqrt()
+
+    @staticmethod
+    def _check(name: str, parameter: nn.Parameter) -> None:
+        sample = getattr(parameter, "grad_sample", None)
+        if sample is None and parameter.grad is not None:
+            raise ValueError(
+                f"{name} has a gradient but no per-sample gradient, so it cannot be clipped: it is used outside the "
+                "modules that Opacus's hooks see. Freeze it, or use it through its own module"
+            )
+        if any(hasattr(rows, "_processed") for rows in (sample if isinstance(sample, list) else [sample])):
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy "
+                "guarantees you must call optimizer.zero_grad() on each step"
+            )
+
+    def accumulate(self, factors: Tensor) -> None:
+        """Add the weighted sum of the records to each parameter's ``summed_grad``."""
+        kept = factors.nonzero().reshape(-1)
+        everything = kept.numel() == factors.numel()
+        for parameter in self._parameters:
+            rows = _rows(parameter)
+            if rows is None:
+                continue
+            chosen = rows if everything else rows[kept.to(rows.device)]
+            weights = factors[kept].to(device=rows.device, dtype=parameter.dtype)
+            # Dropped, not multiplied by zero: a record with a non-finite gradient must leave no trace.
+            added = torch.einsum("i,i...->...", weights, chosen.to(parameter.dtype))
+            summed = getattr(parameter, "summed_grad", None)
+            parameter.summed_grad = added if summed is None else summed.add_(added)  # type: ignore[attr-defined]
+            sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            for part in sample if isinstance(sample, list) else [sample]:
+                part._processed = True  # Opacus's mark against using gradients twice
+
+    def sums(self) -> list[Tensor | None]:
+        """Return the summed clipped gradients of the logical batch."""
+        return [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
+
+    def clear(self, *, sums: bool) -> None:
+        """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
+        for parameter in self._parameters:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.grad = None
+            if sums:
+                parameter.summed_grad = None  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Optional integrations; each is imported only where it is used."""

@@ -1,0 +1,112 @@
+"""The Gaussian mechanism: the only place where noise is drawn and where private sums become a release."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from opacus_ac.randomness import RandomStream
+from opacus_ac.statistics import NoisyHistogram, StepStatistics
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StepRelease:
+    """What one logical step releases beside its noised gradient: noisy values and public constants only.
+
+    Attributes:
+        step: number of the step, from 1.
+        max_grad_norm: C_t, the clipping norm of this step.
+        noise_multiplier: std of the noise over the joint sensitivity of everything released; what is accounted.
+        gradient_noise_multiplier: z_g, std of the noise on the gradient sum, in units of C_t.
+        sample_rate: public sampling rate of the step.
+        expected_batch_size: public denominator of every mean.
+        clip_rate: noisy fraction of records whose gradient was clipped, in [0, 1]; None without a histogram.
+        loss: noisy mean of the records' clipped losses; None when not released.
+        lr_multiplier: factor on the learning rate that this step used.
+        histogram: noisy histogram of gradient norms, or None.
+    """
+
+    step: int
+    max_grad_norm: float
+    noise_multiplier: float
+    gradient_noise_multiplier: float
+    sample_rate: float
+    expected_batch_size: float
+    clip_rate: float | None
+    loss: float | None
+    lr_multiplier: float
+    histogram: NoisyHistogram | None
+
+
+class GaussianMechanism:
+    """Adds Gaussian noise to (gradient sum / C, statistics), one draw per logical step.
+
+    Args:
+        noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2)``.
+        stream: random stream of the noise.
+
+    Guarantees:
+        One step on a Poisson sample of rate q is one Poisson-subsampled Gaussian mechanism with this noise
+        multiplier under adding or removing one record, however many parameters, bins or losses it releases.
+
+    References:
+        Andrew et al. 2021 (arXiv 1905.03871), theorem 1, generalised to a joint vector.
+    """
+
+    def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
+        self.noise_multiplier = noise_multiplier
+        self.stream = stream
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Std of the noise over the joint sensitivity; what the accountant sees."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"noise_multiplier must be a finite number >= 0, got {value!r}")
+        self._noise_multiplier = float(value)
+
+    def gradient_multiplier(self, statistics: StepStatistics) -> float:
+        """Return z_g: the std of the noise on every coordinate of the release, in units of C."""
+        return self._noise_multiplier * statistics.sensitivity
+
+    def release_gradients(
+        self, parameters: Iterable[torch.nn.Parameter], sums: Iterable[torch.Tensor | None], std: float
+    ) -> None:
+        """Write ``sum + N(0, std^2)`` into each parameter's ``grad``.
+
+        Args:
+            parameters: the trainable parameters.
+            sums: summed clipped gradients; None is a sum of zero (and gets its noise).
+            std: std of the noise per coordinate (of the sum, before division by the expected batch size).
+        """
+        for parameter, total in zip(parameters, sums, strict=True):
+            grad = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+            if std > 0:
+                self._add_noise(grad, std)
+            parameter.grad = grad.view_as(parameter)
+
+    def _add_noise(self, grad: torch.Tensor, std: float) -> None:
+        """Add noise in place, block by block, drawn and added in float64."""
+        flat = grad.view(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            block = flat[start : start + _BLOCK]
+            noise = self.stream.normal(block.numel()).mul_(std).to(block.device)
+            block.copy_(block.double().add_(noise))
+
+    def release_statistics(
+        self, statistics: StepStatistics, expected_batch_size: float
+    ) -> tuple[NoisyHistogram | None, float | None]:
+        """Noise the statistics and return (histogram, mean loss)."""
+        std = self.gradient_multiplier(statistics)
+        vector = statistics.vector()
+        if std > 0 and vector.size:
+            vector = vector + std * self.stream.normal(vector.size).numpy()
+        return statistics.decode(vector, std, expected_batch_size)

@@ -1,0 +1,364 @@
+"""The one private step: clip, count, account, release, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from opacus_ac.accounting import Event
+from opacus_ac.clipping import ClipPolicy, build_policy
+from opacus_ac.control import ClipRateControl, WeightEMA
+from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
+from opacus_ac.loss import LossTape
+from opacus_ac.mechanism import GaussianMechanism, StepRelease
+from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
+from opacus_ac.sampling import Draw, SamplingPlan
+from opacus_ac.statistics import StepStatistics
+
+STATE_KEY = "opacus_ac"
+STATE_VERSION = 1
+
+
+class AdaptiveClipDPOptimizer(DPOptimizer):
+    """DP-Adam-AC around any ``torch.optim`` optimizer: an Opacus ``DPOptimizer`` that adapts its clipping norm.
+
+    Usually built by :meth:`opacus_ac.PrivacyEngine.make_private`.
+
+    Args:
+        optimizer: inner optimizer (AdamW in the paper); it sees the released gradient.
+        noise_multiplier: std of the noise over the joint sensitivity of all that a step releases.
+        max_grad_norm: C0, the clipping norm of the first step.
+        expected_batch_size: public denominator; needed for ``loss_reduction="mean"``.
+        loss_reduction: "mean" or "sum" over the records of a batch, as the loss was computed.
+        generator: CPU generator for tests; None draws the noise from the operating system's entropy.
+        clip_policy: name of a policy (:data:`opacus_ac.clipping.POLICIES`) or a policy object.
+        target_clip_rate: fraction of records to be clipped, for the policies that have a target.
+        statistics: what is released beside the gradient; None for the policy's own needs.
+        normalize: hand the inner optimizer the gradient scaled by C0 / C_t, so that a falling C does not shrink the
+            steps of Adam, whose second moment remembers the larger noise of the past.
+        lr_control: let the learning rate follow the clip rate.
+        ema_decay: decay of the weight average; None for none.
+        source: where per-sample gradients come from; None for Opacus's ``grad_sample``.
+        plan: sampling plan of the private loader; None for a loop that samples by itself.
+        stream: random stream of the noise, instead of ``generator``.
+
+    Guarantees:
+        A step is one Gaussian mechanism of multiplier ``noise_multiplier`` over records; C, clip rate, learning-rate
+        multiplier and EMA are functions of its releases. With ``clip_policy="raw_percentile"`` nothing is private.
+
+    References:
+        arXiv 2510.05288 (DP-Adam-AC); arXiv 1905.03871 (private quantiles).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float | None,
+        loss_reduction: str = "mean",
+        generator: torch.Generator | None = None,
+        secure_mode: bool = False,
+        clip_policy: str | ClipPolicy = "percentile",
+        target_clip_rate: float = 0.9,
+        statistics: StepStatistics | None = None,
+        normalize: bool = True,
+        lr_control: bool | ClipRateControl = True,
+        ema_decay: float | None = 0.999,
+        source: GradientSource | None = None,
+        plan: SamplingPlan | None = None,
+        stream: RandomStream | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if secure_mode:
+            raise ValueError("secure_mode=True is not available in this version; the default noise is already secret")
+        self.policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
+        self.statistics = statistics or StepStatistics(histogram=self.policy.needs_histogram)
+        if self.policy.needs_histogram and not self.statistics.histogram:
+            raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
+        if stream is None:
+            stream = SecretStream() if generator is None else SeededStream(generator)
+        self.mechanism = GaussianMechanism(noise_multiplier, stream)
+        # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction,
+            generator=generator,
+            secure_mode=False,
+            **kwargs,
+        )
+        self.policy.bound = min(max(self.policy.initial_bound, self.policy.min_norm), self.policy.max_norm)
+        self.source = source or PerSampleSource(self.params)
+        self.plan = plan
+        self.normalize = normalize
+        target = getattr(self.policy, "target_clip_rate", target_clip_rate)
+        self.control = ClipRateControl(target) if lr_control is True else (lr_control or None)
+        self.ema = None if ema_decay is None else WeightEMA(self.params, ema_decay)
+        self.tape = LossTape()
+        self.released: StepRelease | None = None
+        self.current_event: Event | None = None
+        self.charge: Callable[[Event | None], None] | None = None
+        self.on_unknown_batch: Callable[[], None] = lambda: None
+        self.steps_taken = 0
+        self._open_batch: int | None = None
+
+    # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C of the step that comes next."""
+        return self.policy.bound
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self.policy.bound = value
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise multiplier that an accountant may count on: 0 when the clip policy is not private."""
+        return self.mechanism.noise_multiplier if self.policy.is_private else 0.0
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self.mechanism.noise_multiplier = value
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Number of backward passes since the last step."""
+        samples = [p.grad_sample for p in self.params if getattr(p, "grad_sample", None) is not None]
+        return max((len(s) if isinstance(s, list) else 1 for s in samples), default=1)
+
+    def record_losses(self, losses: Tensor) -> None:
+        """Give the records' losses ``[B]`` of the batch in hand, for the noisy loss of the release."""
+        self.tape.record(losses)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear per-sample and ordinary gradients, and, unless a logical batch is under way, the clipped sums."""
+        self.source.clear(sums=not self._is_last_step_skipped)
+        self.original_optimizer.zero_grad(set_to_none=True)
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """Clip and count the batch in hand; on the last physical batch account for the step and release it."""
+        draw = self.plan.current() if self.plan is not None else None
+        self.clip_and_accumulate()
+        skip = self._check_skip_next_step() or (draw is not None and not draw.last)
+        if skip:
+            self._is_last_step_skipped = True
+            if draw is not None and self.plan is not None and self.plan.through_loader:
+                self.plan.consume()
+            return False
+        self._account(draw)
+        self.add_noise()
+        self.scale_grad()
+        self._is_last_step_skipped = False
+        return True
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradients and the statistics of the batch in hand to those of its logical batch."""
+        draw = self.plan.current() if self.plan is not None else None
+        norms = self.source.finish_batch()
+        losses = self.tape.take()
+        self._begin(draw)
+        if draw is not None and draw.records == 0:
+            # The stand-in for an empty batch: it must leave no trace in any sum.
+            self.source.accumulate(torch.zeros_like(norms))
+            return
+        if self.statistics.loss_bound is None:
+            losses = None
+        self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy())
+        if not self.policy.is_private:
+            self.policy.observe_private(norms)
+        self.source.accumulate(self.policy.factors(norms))
+
+    def _begin(self, draw: Draw | None) -> None:
+        """Open a logical batch, dropping what an interrupted one left behind."""
+        batch = None if draw is None else draw.batch
+        if self._is_last_step_skipped and self.statistics.started and batch == self._open_batch:
+            return
+        if self._is_last_step_skipped:
+            # Its records may be drawn again: adding them to the next batch would count one record twice.
+            for p in self.params:
+                p.summed_grad = None
+        self._open_batch = batch
+        self.statistics.begin(self.policy.bound, self.policy.gradient_share)
+
+    def _account(self, draw: Draw | None) -> None:
+        """Charge the step before anything of it is released."""
+        noise_multiplier = self.noise_multiplier
+        if self.plan is None:
+            self.current_event = None
+        else:
+            if draw is None:
+                self.on_unknown_batch()
+            self.current_event = self.plan.charge(draw, noise_multiplier)
+            if self.charge is not None:
+                self.charge(self.current_event)
+        self._draw = draw
+        if self.step_hook:
+            self.step_hook(self)
+        if self.plan is not None:
+            self.plan.consume()
+
+    def _denominator(self) -> float:
+        """Return the public expected batch size of the step."""
+        if self._draw is not None:
+            return self._draw.expected_batch_size
+        if self.expected_batch_size is None:
+            return 1.0
+        return float(self.expected_batch_size) * self.accumulated_iterations
+
+    def add_noise(self) -> None:
+        """Release the step: the only place where private sums become public values."""
+        bound, statistics = self.policy.bound, self.statistics
+        multiplier = self.mechanism.gradient_multiplier(statistics)
+        self.mechanism.release_gradients(self.params, self.source.sums(), multiplier * bound)
+        histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
+        statistics.finish()
+        self.steps_taken += 1
+        self.released = StepRelease(
+            step=self.steps_taken,
+            max_grad_norm=bound,
+            noise_multiplier=self.noise_multiplier,
+            gradient_noise_multiplier=multiplier,
+            sample_rate=1.0 if self._draw is None else self._draw.sample_rate,
+            expected_batch_size=self._denominator(),
+            clip_rate=None if histogram is None else histogram.fraction_above(bound),
+            loss=loss,
+            lr_multiplier=1.0 if self.control is None else self.control.multiplier,
+            histogram=histogram,
+        )
+
+    def scale_grad(self) -> None:
+        """Divide by the public batch size, and scale by C0 / C_t when ``normalize`` is set."""
+        factor = self.policy.initial_bound / self.policy.bound if self.normalize else 1.0
+        if self.loss_reduction == "mean":
+            factor /= self._denominator()
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in self.params], factor)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take a private step, or, on all but the last physical batch of a logical one, only accumulate.
+
+        Raises:
+            ValueError: gradients are missing, not per-sample, or not cleared since the last step.
+            PrivacyBudgetExceeded: the step would exceed the target budget; nothing was released.
+        """
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        if not self.pre_step():
+            return None
+        with self._controlled_learning_rate():
+            result = self.original_optimizer.step()
+        self._learn()
+        return result
+
+    def _learn(self) -> None:
+        """Let policy, learning rate and EMA read the release."""
+        assert self.released is not None
+        self.policy.update(self.released)
+        if self.control is not None:
+            self.control.update(self.released)
+        if self.ema is not None:
+            self.ema.update()
+        if self.plan is not None:
+            self.plan.step = self.steps_taken
+
+    @contextmanager
+    def _controlled_learning_rate(self) -> Iterator[None]:
+        """Multiply the learning rates for the length of the inner step; schedulers keep seeing their own."""
+        multiplier = 1.0 if self.control is None else self.control.multiplier
+        base = [group["lr"] for group in self.param_groups]
+        if multiplier != 1.0:
+            for group in self.param_groups:
+                group["lr"] = group["lr"] * multiplier
+        try:
+            yield
+        finally:
+            for group, lr in zip(self.param_groups, base, strict=True):
+                group["lr"] = lr
+
+    def ema_weights(self) -> Any:
+        """Return a context in which the model has the averaged weights; without an EMA nothing changes."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state and, under ``"opacus_ac"``, the state of the private step.
+
+        The noise stream is saved only when it was seeded for a test; a secret stream never is.
+        """
+        return {
+            **self.original_optimizer.state_dict(),
+            STATE_KEY: {
+                "version": STATE_VERSION,
+                "steps_taken": self.steps_taken,
+                "noise_multiplier": self.mechanism.noise_multiplier,
+                "policy": self.policy.state_dict(),
+                "statistics": self.statistics.configuration(),
+                "control": None if self.control is None else self.control.state_dict(),
+                "ema": None if self.ema is None else self.ema.state_dict(),
+                "plan": None if self.plan is None else self.plan.state_dict(),
+                "stream": self.mechanism.stream.state_dict(),
+            },
+        }
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the private part of ``state_dict`` if it fits this optimizer.
+
+        Raises:
+            ValueError: it is missing, of another version, or of an optimizer built with other settings.
+        """
+        state: dict[str, Any] | None = state_dict.get(STATE_KEY)
+        if state is None:
+            raise ValueError(
+                "the state has no 'opacus_ac' part: it was not written by AdaptiveClipDPOptimizer, and clipping "
+                "norm, EMA and step count cannot be restored from it"
+            )
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"the state has version {state['version']}, this package reads {STATE_VERSION}")
+        mine = {
+            "clip_policy": self.policy.name,
+            "statistics": self.statistics.configuration(),
+            "lr_control": self.control is not None,
+            "ema_decay": self.ema is not None,
+        }
+        theirs = {
+            "clip_policy": state["policy"]["name"],
+            "statistics": state["statistics"],
+            "lr_control": state["control"] is not None,
+            "ema_decay": state["ema"] is not None,
+        }
+        for name in mine:
+            if mine[name] != theirs[name]:
+                raise ValueError(
+                    f"the state was written with another {name} ({theirs[name]}) than this optimizer's "
+                    f"({mine[name]}): build it with the same settings"
+                )
+        if self.ema is not None:
+            self.ema.check_state(state["ema"])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; refuses a state that does not fit before changing anything."""
+        state = self.check_state_dict(state_dict)
+        self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != STATE_KEY})
+        self.policy.load_state_dict(state["policy"])
+        self.mechanism.noise_multiplier = state["noise_multiplier"]
+        self.steps_taken = state["steps_taken"]
+        if self.control is not None:
+            self.control.load_state_dict(state["control"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.plan is not None and state["plan"] is not None:
+            self.plan.load_state_dict(state["plan"])
+        self.mechanism.stream.load_state_dict(state["stream"])

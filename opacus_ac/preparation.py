@@ -1,0 +1,190 @@
+"""What ``make_private`` checks, chooses and attaches before the first step; on an error everything is taken off again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from opacus import GradSampleModule
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
+from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
+from opacus_ac.integrations.transformers import use_record_loss
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
+from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
+
+Undo = Callable[[], None]
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ``ValueError`` when ``value`` is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not available: choose one of {', '.join(map(repr, choices))}")
+
+
+def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for a model and optimizer that cannot be made private; change nothing."""
+    if isinstance(module, AbstractGradSampleModule) or any(
+        hasattr(m, "autograd_grad_sample_hooks") for m in module.modules()
+    ):
+        raise ValueError(
+            "the model is private already (it carries per-sample gradient hooks): pass the original model, or call "
+            "engine.detach(model) first"
+        )
+    if isinstance(module, DistributedDataParallel | DifferentiallyPrivateDistributedDataParallel):
+        raise ValueError("distributed training is not available in this version: pass the bare model")
+    own = set(module.parameters())
+    held = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    if any(p not in own for p in held):
+        raise ValueError(
+            "Module parameters are different than optimizer Parameters: build the optimizer from model.parameters() "
+            "of the model that you pass"
+        )
+    trainable, names = named_parameters(module, optimizer)
+    if not trainable:
+        raise ValueError("the optimizer holds no trainable parameter: every one has requires_grad=False")
+    for parameter, name in zip(trainable, names, strict=True):
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is trained in {parameter.dtype}: sums of clipped gradients would round beyond C. Keep "
+                "trainable weights in float32 (frozen weights may be bfloat16)"
+            )
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer to make private; one that was made private before is unwrapped, as by Opacus."""
+    return optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> tuple[list[nn.Parameter], list[str]]:
+    """Return the trainable parameters that the optimizer holds, and their names in ``module``."""
+    names = {p: name for name, p in module.named_parameters()}
+    held = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    parameters = [p for p in held if p.requires_grad]
+    return parameters, [names[p] for p in parameters]
+
+
+def random_streams(generator: torch.Generator | None) -> tuple[RandomStream, RandomStream]:
+    """Return the streams of noise and of sampling."""
+    if generator is None:
+        return SecretStream(), SecretStream()
+    noise = SeededStream(generator)
+    return noise, noise.fork(1)
+
+
+def choose_policy(
+    clipping: str,
+    clip_policy: str | ClipPolicy | None,
+    preset: str | None,
+    max_grad_norm: float | None,
+    target_clip_rate: float,
+    expected_batch_size: float,
+) -> ClipPolicy:
+    """Return the clip policy that the arguments of ``make_private`` describe."""
+    if preset not in (None, "paper"):
+        raise ValueError(f'unknown preset {preset!r}: the only one is "paper"')
+    if clipping != "adaptive" and (clip_policy is not None or preset is not None):
+        raise ValueError(f"clipping={clipping!r} has no clip_policy or preset: use clipping='adaptive' with them")
+    if isinstance(clip_policy, ClipPolicy):
+        return clip_policy
+    if preset == "paper":
+        bound = 3.0 if max_grad_norm is None else max_grad_norm
+        return paper_policy(clip_policy or "percentile", bound, expected_batch_size)
+    name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or clip_policy or "percentile"
+    bound = 1.0 if max_grad_norm is None else max_grad_norm
+    return build_policy(name, bound, target_clip_rate, expected_batch_size)
+
+
+def choose_statistics(
+    clipping: str,
+    policy: ClipPolicy,
+    histogram_weight: float | None,
+    loss_bound: float | None,
+    loss_weight: float | None,
+) -> StepStatistics:
+    """Return what a step releases beside the gradient.
+
+    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus; a policy that reads
+    un-noised norms needs no histogram.
+    """
+    return StepStatistics(
+        histogram=clipping == "adaptive" and policy.is_private,
+        histogram_weight=DEFAULT_WEIGHT if histogram_weight is None else histogram_weight,
+        loss_bound=loss_bound,
+        loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
+    )
+
+
+def attach(
+    module: nn.Module,
+    optimizer: AdaptiveClipDPOptimizer,
+    *,
+    mode: str,
+    batch_first: bool,
+    loss_reduction: str,
+    wrap_model: bool,
+) -> tuple[Any, Undo]:
+    """Attach loss, broadcast and gradient hooks to the model.
+
+    Returns:
+        What Opacus returns for the mode, and a function that takes everything off again.
+
+    Raises:
+        ValueError: a layer whose per-sample gradients cannot be exact; nothing stays attached.
+    """
+    undo: list[Undo] = []
+
+    def take_off() -> None:
+        while undo:
+            undo.pop()()
+
+    try:
+        register_rules(module)
+        check_model(module)
+        undo.append(use_record_loss(module, optimizer.tape, loss_reduction))
+        undo.append(expand_broadcast_embeddings(module).remove)
+        undo.append(lambda: _remove_opacus_hooks(module))
+        kind = GradSampleModule if wrap_model else GradSampleHooks
+        wrapped = kind(
+            module,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
+            force_functorch=mode == "functorch",
+        )
+    except BaseException:
+        take_off()
+        raise
+    return wrapped, take_off
+
+
+def _remove_opacus_hooks(module: nn.Module) -> None:
+    """Remove what Opacus attached, complete or not."""
+    for handle in getattr(module, "autograd_grad_sample_hooks", []):
+        handle.remove()
+    if hasattr(module, "autograd_grad_sample_hooks"):
+        del module.autograd_grad_sample_hooks
+    for inner in module.modules():
+        for name in ("ft_compute_sample_grad", "activations", "max_batch_len"):
+            if name in inner.__dict__:
+                delattr(inner, name)
+    for parameter in module.parameters():
+        for name in ("grad_sample", "summed_grad", "_forward_counter", "_current_grad_sample"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+
+
+def expect_finite(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")

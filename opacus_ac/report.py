@@ -1,0 +1,150 @@
+"""The privacy statement of a run: what is protected, by which mechanism, and what was released."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from opacus_ac.accounting import ADJACENCY
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.sampling import SamplingPlan
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """Everything that somebody needs to check the claim; ``str()`` for people, :meth:`to_json` for files.
+
+    Attributes:
+        epsilon: privacy loss spent so far; infinity when no bound holds.
+        delta: the delta it holds at.
+        accountant: accounting method.
+        unit: what one record is.
+        adjacency: which datasets are neighbours.
+        sampling: how batches were drawn.
+        dataset_size: N, taken as a public constant.
+        expected_batch_size: smallest and largest expected batch size so far (the plan's when no step was taken).
+        history: accounted (noise multiplier, sample rate, steps).
+        steps: steps taken.
+        noise_multiplier: std of the noise over the sensitivity of the whole release.
+        gradient_noise_multiplier: std of the gradient noise in units of C.
+        clip_policy: rule that chose C.
+        max_grad_norm: C of the next step, a function of releases.
+        released: what every step released.
+        noise_source: where the noise came from.
+        warnings: what the reader must know.
+    """
+
+    epsilon: float
+    delta: float
+    accountant: str
+    unit: str
+    adjacency: str
+    sampling: str
+    dataset_size: int
+    expected_batch_size: tuple[float, float]
+    history: list[tuple[float, float, int]]
+    steps: int
+    noise_multiplier: float
+    gradient_noise_multiplier: float
+    clip_policy: str
+    max_grad_norm: float
+    released: list[str]
+    noise_source: str
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; an infinite epsilon becomes the string "infinity"."""
+        values = asdict(self)
+        if math.isinf(self.epsilon):
+            values["epsilon"] = "infinity"
+        return values
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def __str__(self) -> str:
+        low, high = self.expected_batch_size
+        size = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        rates = [q for _, q, _ in self.history] or [low / self.dataset_size]
+        rate = f"{rates[0]:.6g}" if min(rates) == max(rates) else f"{min(rates):.6g} to {max(rates):.6g}"
+        lines = [
+            f"({self.epsilon:.4f}, {self.delta:g})-differential privacy by {self.accountant} accounting",
+            f"  protects        {self.unit}",
+            f"  neighbours      {self.adjacency}",
+            f"  sampling        {self.sampling}, N = {self.dataset_size}, expected batch {size}, rate q = {rate}",
+            f"  steps           {self.steps}",
+            f"  noise           multiplier {self.noise_multiplier:.4f} (gradient {self.gradient_noise_multiplier:.4f} C), "
+            f"{self.noise_source}",
+            f"  clipping        {self.clip_policy}, next C = {self.max_grad_norm:.4g}",
+            f"  released        {'; '.join(self.released)}",
+            *(f"  WARNING         {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+def make_report(
+    optimizer: AdaptiveClipDPOptimizer,
+    plan: SamplingPlan,
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: str,
+    history: list[tuple[float, float, int]],
+    unknown_batches: int = 0,
+) -> PrivacyReport:
+    """Put together the statement of a run from its parts; nothing private enters."""
+    sizes = [rate * plan.sizes.dataset_size for _, rate, _ in history if plan.sampling == "poisson"]
+    sizes = sizes or [plan.sizes.expected(0)]
+    secret = optimizer.mechanism.stream.secret
+    return PrivacyReport(
+        epsilon=epsilon,
+        delta=delta,
+        accountant=accountant,
+        unit="one record (a row of the dataset)",
+        adjacency=ADJACENCY[plan.sampling],
+        sampling=plan.sampling,
+        dataset_size=plan.sizes.dataset_size,
+        expected_batch_size=(min(sizes), max(sizes)),
+        history=history,
+        steps=optimizer.steps_taken,
+        noise_multiplier=optimizer.mechanism.noise_multiplier,
+        gradient_noise_multiplier=optimizer.mechanism.gradient_multiplier(optimizer.statistics),
+        clip_policy=optimizer.policy.name,
+        max_grad_norm=optimizer.max_grad_norm,
+        released=_released(optimizer),
+        noise_source="secret entropy of the operating system" if secret else "SEEDED generator (for tests)",
+        warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches),
+    )
+
+
+def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
+    """Say in words what every step releases."""
+    statistics = optimizer.statistics
+    released = ["the sum of clipped gradients"]
+    if statistics.histogram:
+        released.append(f"a histogram of gradient norms (weight a = {statistics.histogram_weight:.3f})")
+    if statistics.loss_bound is not None:
+        weight = f"weight b = {statistics.loss_weight:.3f}"
+        released.append(f"the mean loss, each record's clipped to {statistics.loss_bound:g} ({weight})")
+    if not optimizer.policy.is_private:
+        released.append("a clipping norm computed from un-noised gradient norms")
+    return released
+
+
+def _warnings(optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int) -> list[str]:
+    """Say what a reader of the claim must know."""
+    found = []
+    if not optimizer.policy.is_private:
+        found.append("the clip policy reads un-noised gradient norms: no finite epsilon holds")
+    if not optimizer.mechanism.stream.secret:
+        found.append("the noise comes from a seeded generator: whoever knows the seed can remove it")
+    if optimizer.mechanism.noise_multiplier == 0:
+        found.append("the noise multiplier is 0: nothing is protected")
+    if delta >= 1 / records:
+        found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
+    if unknown_batches:
+        found.append(f"{unknown_batches} steps on batches of unknown origin were charged at sample rate 1")
+    return found

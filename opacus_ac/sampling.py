@@ -1,0 +1,254 @@
+"""Which records enter a step, and with which probability: drawn here, carried with the batch, accounted as drawn.
+
+A :class:`Draw` travels beside every physical batch, so that the rate that is accounted is the rate that was drawn,
+whatever the user's loop skips, repeats or interrupts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import BatchSampler, Sampler
+
+from opacus_ac.accounting import Event, ShuffledEpochs
+from opacus_ac.randomness import RandomStream
+
+RateSchedule = Callable[[int], float] | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a physical batch came about.
+
+    Attributes:
+        batch: number of the logical batch that it belongs to.
+        sample_rate: probability with which each record was drawn; 1 where no amplification by sampling holds.
+        expected_batch_size: public denominator of the logical batch.
+        records: number of records in this physical batch; private. 0 marks a constant stand-in for an empty batch.
+        last: whether this is the last physical batch of its logical batch.
+        pass_index: pass over the data that it belongs to.
+        step_in_pass: number of the logical batch within that pass.
+    """
+
+    batch: int
+    sample_rate: float
+    expected_batch_size: float
+    records: int
+    last: bool
+    pass_index: int
+    step_in_pass: int
+
+
+class BatchSizes:
+    """Public plan of expected batch sizes: constant, or a schedule over steps.
+
+    Args:
+        dataset_size: N, a public constant.
+        batch_size: expected batch size without a schedule.
+        schedule: ``step -> expected batch size`` (steps from 0), or a sequence whose last entry holds from then on.
+            It may depend on the step only, never on data.
+
+    Raises:
+        ValueError: an expected batch size outside (0, N].
+    """
+
+    def __init__(self, dataset_size: int, batch_size: float, schedule: RateSchedule | None = None) -> None:
+        self.dataset_size = dataset_size
+        self._constant = batch_size
+        self._schedule = schedule
+        self.expected(0)
+        if isinstance(schedule, Sequence):
+            for step in range(len(schedule)):
+                self.expected(step)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the rate follows a schedule."""
+        return self._schedule is not None
+
+    def expected(self, step: int) -> float:
+        """Return the expected batch size of ``step``."""
+        size: float = self._constant
+        if callable(self._schedule):
+            size = self._schedule(step)
+        elif self._schedule is not None:
+            if not self._schedule:
+                raise ValueError("batch_size_schedule is empty: give at least one expected batch size")
+            size = self._schedule[min(step, len(self._schedule) - 1)]
+        if not (isinstance(size, int | float) and math.isfinite(size) and 0 < size <= self.dataset_size):
+            raise ValueError(
+                f"the expected batch size of step {step} is {size!r}; it must be > 0 and at most the number of "
+                f"records ({self.dataset_size}), or the sample rate would exceed 1"
+            )
+        return float(size)
+
+    def rate(self, step: int) -> float:
+        """Return the sampling rate of ``step``, expected batch size / N."""
+        return self.expected(step) / self.dataset_size
+
+
+class SamplingPlan:
+    """Joins sampler, loader and optimizer: which draw the batch in hand came from, and what its step costs.
+
+    Args:
+        sizes: expected batch sizes.
+        sampling: "poisson", or "shuffled" (each record at most once per pass).
+        steps_per_pass: number of logical batches in one pass of the loader.
+    """
+
+    def __init__(self, sizes: BatchSizes, sampling: str, steps_per_pass: int) -> None:
+        self.sizes, self.sampling, self.steps_per_pass = sizes, sampling, steps_per_pass
+        self.step = 0
+        self.passes = 0
+        self._batches = 0
+        self._emitted: deque[Draw] = deque()
+        self._current: Draw | None = None
+        self._through_loader = False
+        self._epochs = ShuffledEpochs()
+
+    def open(self) -> None:
+        """Start a pass through our loader."""
+        self._through_loader = True
+        self._emitted.clear()
+        self._current = None
+
+    def close(self) -> None:
+        """End a pass through our loader."""
+        self._through_loader = False
+        self._emitted.clear()
+
+    @property
+    def through_loader(self) -> bool:
+        """Whether batches are delivered by our loader now (and not by another loader around our sampler)."""
+        return self._through_loader
+
+    def begin_pass(self) -> int:
+        """Count a new pass and return the step at which it starts."""
+        self.passes += 1
+        self._emitted.clear()
+        self._current = None
+        return self.step
+
+    def emit(self, step_in_pass: int, start: int, sizes: Sequence[int]) -> None:
+        """Announce the physical batches, of ``sizes`` records, of the next logical batch."""
+        self._batches += 1
+        expected = self.sizes.expected(start + step_in_pass)
+        rate = expected / self.sizes.dataset_size if self.sampling == "poisson" else 1.0
+        for i, records in enumerate(sizes):
+            last = i == len(sizes) - 1
+            self._emitted.append(Draw(self._batches, rate, expected, records, last, self.passes, step_in_pass))
+
+    def deliver(self) -> None:
+        """Note that our loader hands the next announced physical batch to the user."""
+        if self._current is not None and not self._current.last:
+            raise RuntimeError(
+                "a physical batch was not followed by optimizer.step(): with max_physical_batch_size every batch "
+                "of the loader needs its own backward() and step(), or part of the logical batch is lost"
+            )
+        self._current = self._emitted.popleft()
+
+    def current(self) -> Draw | None:
+        """Return the draw of the batch in hand, or None when no fresh draw is there."""
+        if self._through_loader or self._current is not None:
+            return self._current
+        return self._emitted[0] if self._emitted else None
+
+    def consume(self) -> None:
+        """Note that a step used the batch in hand: no second step may use it at its rate."""
+        if self._current is None and not self._through_loader and self._emitted:
+            self._emitted.popleft()
+        self._current = None
+
+    def charge(self, draw: Draw | None, noise_multiplier: float) -> Event | None:
+        """Return the event that a step on ``draw`` costs; None when its pass has been paid for.
+
+        A batch of unknown origin (``draw`` None) gets no amplification: it is charged at rate 1.
+        """
+        if draw is None:
+            return Event(noise_multiplier, 1.0, self.sampling)
+        if self.sampling == "poisson":
+            return Event(noise_multiplier, draw.sample_rate, "poisson")
+        return self._epochs.charge(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the public counters."""
+        return {"step": self.step, "passes": self.passes, "epochs": self._epochs.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue counting from ``state``."""
+        self.step, self.passes = int(state["step"]), int(state["passes"])
+        self._epochs.load_state_dict(state["epochs"])
+
+
+class PrivateBatchSampler(Sampler[list[int]]):
+    """Yields the indices of physical batches and announces each to the plan.
+
+    Args:
+        plan: sampling plan.
+        max_physical_batch_size: split logical batches into physical ones of at most this size; None for no split.
+    """
+
+    def __init__(self, plan: SamplingPlan, max_physical_batch_size: int | None = None) -> None:
+        if max_physical_batch_size is not None and max_physical_batch_size < 1:
+            raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size!r}")
+        self.plan = plan
+        self.max_physical_batch_size = max_physical_batch_size
+
+    def __len__(self) -> int:
+        """Return the number of logical batches of a pass."""
+        return self.plan.steps_per_pass
+
+    def __iter__(self) -> Iterator[list[int]]:
+        limit = self.max_physical_batch_size
+        if not self.plan.through_loader and (limit is not None or self.plan.sizes.varies):
+            raise ValueError(
+                "BatchMemoryManager cannot split this loader again: it already splits batches or follows a "
+                "batch_size_schedule. Iterate over the loader itself and set max_physical_batch_size in make_private"
+            )
+        start = self.plan.begin_pass()
+        for step, indices in enumerate(self._logical_batches(start)):
+            size = limit or max(len(indices), 1)
+            chunks = [indices[i : i + size] for i in range(0, len(indices), size)] or [[]]
+            self.plan.emit(step, start, [len(chunk) for chunk in chunks])
+            yield from chunks
+
+    def _logical_batches(self, start: int) -> Iterator[list[int]]:
+        raise NotImplementedError
+
+
+class PoissonBatchSampler(PrivateBatchSampler):
+    """Draws every record independently with the rate of the step.
+
+    Guarantees:
+        The probability is the accounted rate to 2^-53 (float64 uniforms).
+    """
+
+    def __init__(self, plan: SamplingPlan, stream: RandomStream, max_physical_batch_size: int | None = None) -> None:
+        super().__init__(plan, max_physical_batch_size)
+        self.stream = stream
+
+    @property
+    def sample_rate(self) -> float:
+        """Rate of the step that comes next."""
+        return self.plan.sizes.rate(self.plan.step)
+
+    def _logical_batches(self, start: int) -> Iterator[list[int]]:
+        sizes = self.plan.sizes
+        for step in range(self.plan.steps_per_pass):
+            drawn = self.stream.uniform(sizes.dataset_size) < sizes.rate(start + step)
+            yield drawn.nonzero().reshape(-1).tolist()
+
+
+class ShuffledBatchSampler(PrivateBatchSampler):
+    """Passes on the batches of an ordinary batch sampler that visits each record at most once per pass."""
+
+    def __init__(self, plan: SamplingPlan, batches: BatchSampler, max_physical_batch_size: int | None = None) -> None:
+        super().__init__(plan, max_physical_batch_size)
+        self.batches = batches
+
+    def _logical_batches(self, start: int) -> Iterator[list[int]]:
+        return iter(self.batches)

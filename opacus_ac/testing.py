@@ -1,0 +1,214 @@
+"""Checks for models, losses and rules, for use in test suites.
+
+The oracle is a loop of batch size one with plain autograd. It is slow and has nothing that could be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def _leaves(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        if batch.dim():
+            yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _leaves(value)
+
+
+def _batch_size(batch: Any) -> int:
+    sizes = {t.shape[0] for t in _leaves(batch)}
+    if len(sizes) != 1:
+        raise ValueError(f"every tensor of the batch must have the records first; found sizes {sorted(sizes)}")
+    return sizes.pop()
+
+
+def select_records(batch: Any, index: Tensor) -> Any:
+    """The records ``index`` of a batch: a tensor, or tuples, lists and mappings of tensors, records first."""
+    if isinstance(batch, Tensor):
+        return batch[index.to(batch.device)] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: select_records(value, index) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(select_records(value, index) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(select_records(value, index) for value in batch)
+    return batch
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    if any(hasattr(p, "_forward_counter") for p in model.parameters()):
+        raise ValueError("the model carries Opacus's hooks, which would record these passes; use a copy without them")
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _gradient(loss: Tensor, params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    grads: tuple[Tensor | None, ...] = (None,) * len(params)
+    if loss.requires_grad and params:
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, retain_graph=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads, strict=True)}
+
+
+def per_sample_gradients(model: nn.Module, batch: Any, loss_fn: LossFn) -> dict[str, Tensor]:
+    """Per-sample gradients by a loop of batch size one.
+
+    Args:
+        model: a model without Opacus's hooks, in the mode it is to be trained in.
+        batch: a tensor, or tuples, lists and mappings of tensors, records first. Other values are passed on.
+        loss_fn: ``loss_fn(model, batch_of_one)`` gives the record's loss, a scalar.
+
+    Returns:
+        ``{name: [B, *shape]}`` for every trainable parameter; zeros where a parameter was not used. A tied parameter
+        appears once, under its first name.
+
+    Guarantees:
+        ``.grad`` and the training mode are left as they were.
+
+    Raises:
+        ValueError: batch sizes disagree, or the model carries Opacus's hooks.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> per_sample_gradients(model, x, lambda m, rows: m(rows).sum())["weight"].tolist()
+        [[[1.0, 2.0]], [[3.0, 4.0]]]
+    """
+    params = _trainable(model)
+    with torch.enable_grad():
+        rows = [
+            _gradient(loss_fn(model, select_records(batch, torch.tensor([i]))), params)
+            for i in range(_batch_size(batch))
+        ]
+    return {n: torch.stack([row[n] for row in rows]) if rows else p.new_zeros(0, *p.shape) for n, p in params.items()}
+
+
+def _norms(value: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """``[B]`` norms in float64, over all parameters where per-sample gradients are given."""
+    if isinstance(value, Tensor):
+        return value.detach().double().cpu()
+    squares = [g.detach().double().cpu().flatten(1).pow(2).sum(1) for g in value.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def check_norms(
+    norms_or_grads: Tensor | Mapping[str, Tensor], expected: Tensor | Mapping[str, Tensor], *, rtol: float = 1e-5
+) -> None:
+    """Compare the gradient norm of each record, over all parameters, with what it should be.
+
+    Args:
+        norms_or_grads: norms ``[B]``, or per-sample gradients ``{name: [B, *shape]}``.
+        expected: the same, for instance from :func:`per_sample_gradients`.
+        rtol: relative tolerance, per record.
+
+    Raises:
+        AssertionError: names the worst record; also where a value is not finite.
+
+    Example:
+        >>> import torch
+        >>> check_norms(torch.tensor([5.0]), {"weight": torch.tensor([[3.0, 4.0]])})
+        >>> check_norms(torch.tensor([5.1]), {"weight": torch.tensor([[3.0, 4.0]])})
+        Traceback (most recent call last):
+        AssertionError: record 0 of 1: norm 5.1, expected 5 (relative error 2.0e-02)
+    """
+    got, want = _norms(norms_or_grads), _norms(expected)
+    if got.shape != want.shape:
+        raise AssertionError(f"norms of {tuple(got.shape)} records, expected {tuple(want.shape)}")
+    error = (got - want).abs() / want.abs().clamp_min(torch.finfo(torch.float64).tiny)
+    error = torch.where(got == want, torch.zeros_like(error), error)
+    bad = ~(error <= rtol)
+    if bad.any():
+        i = int(torch.where(bad, error.nan_to_num(float("inf")), -1.0).argmax())
+        raise AssertionError(
+            f"record {i} of {len(got)}: norm {got[i]:.6g}, expected {want[i]:.6g} (relative error {error[i]:.1e})"
+        )
+
+
+def _scaled_gradient(
+    model: nn.Module, batch: Any, loss_fn: LossFn, params: Mapping[str, nn.Parameter], reduction: str
+) -> dict[str, Tensor]:
+    """Gradient of the sum of the records' losses."""
+    factor = _batch_size(batch) if reduction == "mean" else 1
+    return {n: factor * g for n, g in _gradient(loss_fn(model, batch), params).items()}
+
+
+def _share_of(
+    model: nn.Module, batch: Any, loss_fn: LossFn, params: Mapping[str, nn.Parameter], reduction: str, record: int
+) -> dict[str, Tensor]:
+    """What ``record`` adds to the gradient of the batch."""
+    losses = loss_fn(model, batch)
+    if losses.dim() == 1:
+        return _gradient(losses[record], params)
+    size = _batch_size(batch)
+    others = select_records(batch, torch.tensor([j for j in range(size) if j != record]))
+    whole = _scaled_gradient(model, batch, loss_fn, params, reduction)
+    without = _scaled_gradient(model, others, loss_fn, params, reduction)
+    return {n: whole[n] - without[n] for n in params}
+
+
+def _compare_share(share: dict[str, Tensor], alone: dict[str, Tensor], record: int, rtol: float | None) -> None:
+    for name, want in alone.items():
+        if not want.numel():
+            continue
+        tolerance = rtol if rtol is not None else (1e-6 if want.dtype == torch.float64 else 1e-3)
+        difference = (share[name] - want).abs().max()
+        error = float(difference / torch.maximum(want.abs().max(), share[name].abs().max()).clamp_min(1e-30))
+        if not error <= tolerance:
+            raise AssertionError(
+                f"{name}: the gradient of record {record} depends on the other records of the batch "
+                f"(relative error {error:.1e}); the loss must be a mean over records of per-record losses"
+            )
+
+
+def check_records_independent(
+    model: nn.Module, batch: Any, loss_fn: LossFn, *, loss_reduction: str = "mean", rtol: float | None = None
+) -> None:
+    """Check that a record's gradient does not change when the other records of its batch do.
+
+    What makes clipping bound one record's influence is that its gradient depends on no other record. A loss that is
+    normalised by the tokens of the batch, batch normalisation, or a quantiser whose scale is shared by the batch
+    break that.
+
+    Args:
+        model: a model without Opacus's hooks, without dropout or in eval mode.
+        batch: at least two records, as for :func:`per_sample_gradients`; of different lengths, if the data have them.
+        loss_fn: ``loss_fn(model, batch)`` gives one loss per record ``[B]`` (the sharper check), or a scalar.
+        loss_reduction: of a scalar loss, "mean" or "sum".
+        rtol: tolerance relative to the parameter's largest entry; 1e-6 in float64, 1e-3 otherwise.
+
+    Raises:
+        AssertionError: names the parameter, the record and the relative error.
+        ValueError: fewer than two records, or an unknown reduction.
+
+    Example:
+        >>> import torch
+        >>> model, x = torch.nn.Linear(2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> check_records_independent(model, x, lambda m, rows: m(rows).mean())
+        >>> check_records_independent(model, x, lambda m, rows: m(rows).mean() / rows.sum())
+        Traceback (most recent call last):
+        AssertionError: weight: the gradient of record 0 depends on the other records of the batch ...
+    """
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
+    size = _batch_size(batch)
+    if size < 2:
+        raise ValueError(f"independence needs at least two records, not {size}")
+    params = _trainable(model)
+    with torch.enable_grad():
+        for record in range(size):
+            own = select_records(batch, torch.tensor([record]))
+            alone = _gradient(loss_fn(model, own).sum(), params)
+            _compare_share(_share_of(model, batch, loss_fn, params, loss_reduction, record), alone, record, rtol)
+
+
+__all__ = ["check_norms", "check_records_independent", "per_sample_gradients", "select_records"]
