@@ -111,6 +111,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.on_unknown_batch: Callable[[], None] = lambda: None
         self.steps_taken = 0
         self._open_batch: int | None = None
+        self._open_bound = self.policy.bound
 
     # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
 
@@ -184,13 +185,22 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         """Open a logical batch, dropping what an interrupted one left behind."""
         batch = None if draw is None else draw.batch
         if self._is_last_step_skipped and self.statistics.started and batch == self._open_batch:
+            self._check_bound()
             return
         if self._is_last_step_skipped:
             # Its records may be drawn again: adding them to the next batch would count one record twice.
             for p in self.params:
                 p.summed_grad = None
-        self._open_batch = batch
+        self._open_batch, self._open_bound = batch, self.policy.bound
         self.statistics.begin(self.policy.bound, self.policy.gradient_share)
+
+    def _check_bound(self) -> None:
+        """Refuse a clipping norm that changed while a logical batch was under way: its noise would not fit."""
+        if self.policy.bound != self._open_bound:
+            raise ValueError(
+                f"max_grad_norm changed from {self._open_bound:g} to {self.policy.bound:g} within a logical batch: "
+                "step a grad clip scheduler only after optimizer.step() has taken a real step"
+            )
 
     def _account(self, draw: Draw | None) -> None:
         """Charge the step before anything of it is released."""
@@ -219,6 +229,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def add_noise(self) -> None:
         """Release the step: the only place where private sums become public values."""
+        self._check_bound()
         bound, statistics = self.policy.bound, self.statistics
         multiplier = self.mechanism.gradient_multiplier(statistics)
         self.mechanism.release_gradients(self.params, self.source.sums(), multiplier * bound)

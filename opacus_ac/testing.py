@@ -157,11 +157,15 @@ def _share_of(
 
 
 def _compare_share(share: dict[str, Tensor], alone: dict[str, Tensor], record: int, rtol: float | None) -> None:
+    overall = max((float(g.abs().max()) for g in alone.values() if g.numel()), default=0.0)
     for name, want in alone.items():
         if not want.numel():
             continue
         tolerance = rtol if rtol is not None else (1e-6 if want.dtype == torch.float64 else 1e-3)
         difference = (share[name] - want).abs().max()
+        # A gradient that is zero but for rounding has no relative error; the rest of the model gives the measure.
+        if difference <= 1e-2 * tolerance * overall:
+            continue
         error = float(difference / torch.maximum(want.abs().max(), share[name].abs().max()).clamp_min(1e-30))
         if not error <= tolerance:
             raise AssertionError(

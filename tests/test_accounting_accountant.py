@@ -127,6 +127,19 @@ def test_epsilon_after_equals_stepping_and_changes_nothing(before):
     assert foreseen > now
 
 
+def test_exact_places_are_neither_spent_by_questions_nor_kept_after_an_assignment():
+    fresh = accountant_of((1.0, 0.0123, 7)).get_epsilon(DELTA)
+    asked = VariableRateRDPAccountant()
+    for i in range(300):
+        asked.epsilon_after(Event(5.0, 0.01 + 1e-5 * i), DELTA)
+    for _ in range(7):
+        asked.step(noise_multiplier=1.0, sample_rate=0.0123)
+    assert asked.get_epsilon(DELTA) == pytest.approx(fresh, rel=1e-12)
+    assigned = accountant_of(*[(5.0, 0.01 + 1e-5 * i, 1) for i in range(300)])
+    assigned.history = [(1.0, 0.0123, 7)]
+    assert assigned.get_epsilon(DELTA) == fresh
+
+
 def test_history_cannot_be_changed_in_place():
     accountant = accountant_of((1.0, 0.01, 3))
     for change in (

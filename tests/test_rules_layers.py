@@ -296,7 +296,9 @@ IDS = torch.tensor([[3, 3, 0, 5, 1], [0, 0, 2, 6, 6], [1, 4, 1, 0, 3]])
 
 
 def embedding_layer(**options: object) -> nn.Module:
-    return nn.Embedding(7, 4, **options)
+    layer = nn.Embedding(7, 4, **options)
+    nn.init.normal_(layer.weight)  # the padding row too: at zero, the cubic loss would hide it
+    return layer
 
 
 def scaled_embedding() -> nn.Module:

@@ -96,7 +96,7 @@ def test_without_the_rules_opacus_fails_or_is_wrong(name: str) -> None:
         assert got.shape[0] == 1  # the sum over the batch, as if it were one record
         assert want["transformer.wpe.weight"].shape[0] == 4
         return
-    with pytest.raises((RuntimeError, NotImplementedError), match="setup_context|buffers"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"setup_context|buffers"):
         hooks_gradients(model, BATCH, tiny_models.mean_loss)
     with pytest.raises(ValueError, match=r"setup_context.*register_rules|embed_tokens.*buffers.*register_rules"):
         check_model(model)

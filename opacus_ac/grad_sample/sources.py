@@ -42,6 +42,8 @@ def squared_norms(rows: Tensor) -> Tensor:
     The norm of the last dimension in the native type, then float64: a flat float32 norm over millions of elements
     is biased by 1e-4 on CPU, which would let clipped records exceed C.
     """
+    if rows.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.float64)
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()
     inner = torch.linalg.vector_norm(rows.reshape(rows.shape[0], -1, rows.shape[-1] if rows.dim() > 1 else 1), dim=-1)

@@ -1,0 +1,93 @@
+"""One record, however extreme, moves the un-noised release by at most what the mechanism declares."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from helpers import release_vector
+
+from opacus_ac.clipping import POLICIES, AutomaticPolicy, ClipPolicy, build_policy
+from opacus_ac.statistics import StepStatistics
+
+STATISTICS = {
+    "flat": {"histogram": False},
+    "free slack": {"histogram": True, "histogram_weight": 0.0},
+    "default": {"histogram": True},
+    "heavy": {"histogram": True, "histogram_weight": 1.5, "bins": 7},
+    "loss": {"histogram": True, "loss_bound": 10.0},
+    "loss alone": {"histogram": False, "loss_bound": 3.0, "loss_weight": 0.7},
+}
+CASES = [
+    (policy, name)
+    for policy in POLICIES
+    for name, statistics in STATISTICS.items()
+    if statistics["histogram"] or not POLICIES[policy].needs_histogram
+]
+finite = st.floats(-1e6, 1e6)
+extreme = st.one_of(finite, st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, 1e-30]))
+record = st.lists(extreme, min_size=5, max_size=5)
+
+
+def moved(policy: str, statistics: StepStatistics, bound: float, batch, losses, extra, extra_loss) -> float:
+    def release(rows, row_losses):
+        gradients = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+        given_losses = torch.tensor(row_losses, dtype=torch.float64) if statistics.loss_bound is not None else None
+        chosen = build_policy(policy, bound, 0.5, 16)
+        return release_vector(
+            gradients, given_losses, clip_policy=chosen, max_grad_norm=bound, statistics=statistics, lr_control=False
+        )
+
+    difference = release([*batch, extra], [*losses, extra_loss]) - release(batch, losses)
+    return float(difference.norm())
+
+
+@pytest.mark.parametrize(("policy", "name"), CASES)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.lists(st.lists(finite, min_size=5, max_size=5), max_size=4),
+    extra=record,
+    bound=st.floats(1e-4, 1e4),
+    loss=st.one_of(finite, st.sampled_from([float("nan"), float("inf")])),
+)
+def test_one_record_moves_the_release_by_at_most_the_sensitivity(policy, name, batch, extra, bound, loss):
+    statistics = StepStatistics(**STATISTICS[name])
+    losses = [1.0] * len(batch)
+    distance = moved(policy, statistics, bound, batch, losses, extra, loss)
+    assert distance <= statistics.sensitivity * (1 + 1e-6)
+    assert not math.isnan(distance)
+
+
+@pytest.mark.parametrize("name", ["default", "loss"])
+def test_the_bound_is_attained(name):
+    """Were the declared sensitivity larger than needed, noise would be wasted; were it smaller, the test above fails."""
+    statistics = StepStatistics(**STATISTICS[name])
+    distance = moved("percentile", statistics, 1.0, [], [], [1e6] * 5, 1e6)
+    assert distance == pytest.approx(statistics.sensitivity, rel=1e-9)
+
+
+def test_battery_trips_on_a_policy_that_lies_about_its_bins():
+    """A planted bug: AUTO-S enlarges small gradients, so the slack of plain clipping is not there."""
+
+    class Liar(AutomaticPolicy):
+        gradient_share = ClipPolicy.gradient_share
+
+    statistics = StepStatistics(histogram=True)
+    small = torch.full((1, 5), 0.02, dtype=torch.float64)
+    vector = release_vector(small, clip_policy=Liar(1.0), statistics=statistics, lr_control=False)
+    honest = release_vector(small, clip_policy=AutomaticPolicy(1.0), statistics=statistics, lr_control=False)
+    assert vector.norm() > statistics.sensitivity * 1.1
+    assert honest.norm() <= statistics.sensitivity
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_factors_bound_every_finite_norm_and_drop_the_rest(policy):
+    chosen = build_policy(policy, 0.7, 0.5, 16)
+    norms = torch.tensor([0.0, 1e-12, 0.1, 0.7, 0.71, 1e9, math.inf, math.nan], dtype=torch.float64)
+    factors = chosen.factors(norms)
+    finite_norms = torch.isfinite(norms)
+    assert bool((factors[finite_norms] * norms[finite_norms] <= 0.7 * (1 + 1e-12)).all())
+    assert factors[~finite_norms].tolist() == [0.0, 0.0]
+    assert np.all(np.diff(chosen.gradient_share(np.array([0.0, 0.5, 1.0, 2.0, np.inf]))) >= 0)

@@ -1,0 +1,117 @@
+"""The norm histogram and noisy loss: unbiased, aligned on the global grid, and refused when ill-posed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.randomness import SeededStream
+from opacus_ac.statistics import GRID_RATIO, NormWindow, StepStatistics, monotone
+
+
+def clipped_share(ratio):
+    return np.minimum(1.0, ratio)
+
+
+@pytest.mark.parametrize("bound", [1e-8, 0.3, 1.0, 7.0, 1e9])
+def test_window_holds_the_bound_in_its_middle_and_lies_on_the_global_grid(bound):
+    window = NormWindow.around(bound, 20)
+    assert window.edges[10] <= bound * (1 + 1e-12) and bound < window.edges[11] * (1 + 1e-12)
+    index = np.log(window.edges) / math.log(GRID_RATIO)
+    np.testing.assert_allclose(index, np.round(index), atol=1e-9)
+
+
+def test_groups_cover_everything():
+    window = NormWindow.around(1.0, 4)
+    norms = np.array([0.0, 1e-9, window.edges[0], 1.0, window.edges[-1], 1e9, np.inf, np.nan])
+    assert window.groups(norms).tolist() == [0, 0, 1, 3, 5, 5, 5, 5]
+
+
+def test_without_noise_counts_and_loss_come_back():
+    statistics = StepStatistics(loss_bound=5.0)
+    statistics.begin(1.0, clipped_share)
+    norms, losses = np.array([0.01, 0.5, 0.5, 30.0, np.inf]), np.array([1.0, 2.0, 7.0, np.nan, -1.0])
+    statistics.observe(norms[:3], losses[:3])
+    statistics.observe(norms[3:], losses[3:])
+    histogram, loss = statistics.decode(statistics.vector(), 0.0, 5.0)
+    assert histogram.counts.sum() == pytest.approx(5)
+    assert histogram.counts[histogram.window.groups(np.array([0.5]))[0]] == pytest.approx(2)
+    assert loss == pytest.approx((1 + 2 + 5 + 5 + 0) / 5)
+    assert histogram.fraction_above(1.0) == pytest.approx(0.4)
+
+
+@pytest.mark.statistical
+def test_noisy_estimates_are_unbiased_with_the_stated_variance():
+    """2,000 releases; means within 4.5 standard errors (about 1e-5 two-sided per group, 23 groups)."""
+    statistics = StepStatistics(loss_bound=5.0)
+    mechanism = GaussianMechanism(0.8, SeededStream(torch.Generator().manual_seed(3)))
+    norms = np.exp(np.random.default_rng(0).standard_normal(100))
+    losses = np.full(100, 2.0)
+    counts, means = [], []
+    for _ in range(2000):
+        statistics.begin(1.0, clipped_share)
+        statistics.observe(norms, losses)
+        histogram, loss = mechanism.release_statistics(statistics, 100.0)
+        counts.append(histogram.counts)
+        means.append(loss)
+    truth = np.bincount(histogram.window.groups(norms), minlength=22)
+    error = np.mean(counts, 0) - truth
+    assert np.all(np.abs(error) < 4.5 * np.sqrt(histogram.variances / 2000))
+    ratio = np.var(counts, 0) / histogram.variances
+    assert np.all(np.abs(ratio - 1) < 4.5 * math.sqrt(2 / 2000))
+    std = mechanism.gradient_multiplier(statistics) / statistics.loss_weight * 5.0 / 100
+    assert abs(np.mean(means) - 2.0) < 4.5 * std / math.sqrt(2000)
+    assert np.std(means) == pytest.approx(std, rel=0.1)
+
+
+def test_tails_are_read_from_both_ends():
+    """With a public batch size the lower bins tell about the upper tail, far better than the noisy upper bins do."""
+    statistics = StepStatistics()
+    statistics.begin(1.0, clipped_share)
+    statistics.observe(np.full(64, 0.05), None)
+    histogram, _ = statistics.decode(statistics.vector(), 1.0, 64.0)
+    tail, variance = histogram.tails()
+    assert tail[0] == pytest.approx(1.0)
+    assert tail[-1] == pytest.approx(0.0)
+    middle = 10
+    assert variance[middle] < 0.3 * np.sum(histogram.variances[middle + 1 :]) / 64**2
+
+
+def test_groups_that_the_encoding_cannot_see_carry_no_information():
+    statistics = StepStatistics(histogram_weight=0.0)
+    statistics.begin(1.0, clipped_share)
+    statistics.observe(np.array([0.1, 50.0, 50.0]), None)
+    histogram, _ = statistics.decode(statistics.vector(), 1.0, 3.0)
+    assert np.isinf(histogram.variances[12:]).all()
+    assert np.isfinite(histogram.tails()[0]).all()
+
+
+def test_monotone_keeps_a_falling_sequence_and_mends_another():
+    falling = np.array([1.0, 0.7, 0.7, 0.2])
+    np.testing.assert_array_equal(monotone(falling), falling)
+    assert np.all(np.diff(monotone(np.array([1.0, 0.4, 0.8, 0.1]))) <= 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"histogram_weight": -1.0}, "histogram_weight"),
+        ({"histogram_weight": math.nan}, "histogram_weight"),
+        ({"loss_bound": 0.0}, "loss_bound"),
+        ({"loss_bound": 1.0, "loss_weight": 0.0}, "loss_bound"),
+        ({"bins": 1}, "bins"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StepStatistics(**arguments)
+
+
+@pytest.mark.parametrize("losses", [None, np.zeros(3)])
+def test_a_loss_for_every_record_or_none(losses):
+    statistics = StepStatistics(loss_bound=1.0)
+    statistics.begin(1.0, clipped_share)
+    with pytest.raises(ValueError, match="record_losses"):
+        statistics.observe(np.ones(2), losses)
