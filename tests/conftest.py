@@ -1,12 +1,12 @@
-"""Settings for all tests: one thread, no compiler, and the scripts of ``examples/`` can be imported."""
+"""Settings of every test: few threads, no compilation, examples importable as scripts import each other."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # before torch is imported: BitNet layers compile otherwise
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))

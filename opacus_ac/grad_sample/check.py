@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
+import torch
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import nn
 
@@ -38,10 +39,14 @@ def constant_buffers_ok(module: nn.Module) -> bool:
 
 def _signature(module: nn.Module, sampler: GradSampler | None) -> Hashable:
     """Modules that share this behave alike, so one probe answers for all of them."""
-    settings = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str | type(None))}
     tensors = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters())
-    children = tuple((n, type(c)) for n, c in module.named_modules())
-    return (type(module), sampler, tuple(sorted(settings.items(), key=lambda kv: kv[0])), tensors, children)
+    return (sampler, tensors, tuple((n, type(m), _settings(m)) for n, m in module.named_modules()))
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Attributes by value where they are plain, by identity where they are objects (a configuration, a function)."""
+    state = ((k, v) for k, v in sorted(vars(module).items()) if not (k.startswith("_") or isinstance(v, torch.Tensor)))
+    return tuple((k, v if isinstance(v, bool | int | float | str | type(None)) else id(v)) for k, v in state)
 
 
 class _Examiner:
