@@ -184,7 +184,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             normalize=normalize and preset != "paper",
             lr_control=lr_control,
             ema_decay=ema_decay,
-            source=PerSampleSource(*named_parameters(module, inner)),
+            source=PerSampleSource(*named_parameters(module, inner), loss_reduction),
             plan=loader.plan,
             stream=noise_stream,
         )

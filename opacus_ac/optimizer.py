@@ -98,7 +98,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             **kwargs,
         )
         self.policy.bound = min(max(self.policy.initial_bound, self.policy.min_norm), self.policy.max_norm)
-        self.source = source or PerSampleSource(self.params)
+        self.source = source or PerSampleSource(self.params, loss_reduction=loss_reduction)
         self.plan = plan
         self.normalize = normalize
         target = getattr(self.policy, "target_clip_rate", target_clip_rate)

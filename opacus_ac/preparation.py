@@ -150,7 +150,7 @@ def attach(
 
     try:
         register_rules(module)
-        check_model(module)
+        check_model(module, force_functorch=mode == "functorch")
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction))
         undo.append(expand_broadcast_embeddings(module).remove)
         undo.append(lambda: _remove_opacus_hooks(module))

@@ -40,7 +40,10 @@ def by_hand(
     gradients: torch.Tensor, *, losses: torch.Tensor | None = None, **kwargs
 ) -> tuple[AdaptiveClipDPOptimizer, torch.Tensor]:
     """Return an optimizer over two parameters, with ``gradients`` [B, 5] set as their per-sample gradients."""
-    parameters = [nn.Parameter(torch.zeros(2, dtype=gradients.dtype)), nn.Parameter(torch.zeros(3, dtype=gradients.dtype))]
+    parameters = [
+        nn.Parameter(torch.zeros(2, dtype=gradients.dtype)),
+        nn.Parameter(torch.zeros(3, dtype=gradients.dtype)),
+    ]
     arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 1, **kwargs}
     optimizer = AdaptiveClipDPOptimizer(torch.optim.SGD(parameters, lr=1.0), **arguments)
     parameters[0].grad_sample = gradients[:, :2].clone()

@@ -364,3 +364,25 @@ def private_statistics():
     from opacus_ac.statistics import StepStatistics
 
     return StepStatistics(loss_bound=4.0)
+
+
+class Borrowed(nn.Module):
+    """Uses the weight of one of its layers a second time, where no hook sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.second(nn.functional.linear(self.first(x), self.first.weight))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_weight_used_behind_the_hooks_is_found_at_the_first_step(mode, reduction):
+    torch.manual_seed(0)
+    _, wrapped, optimizer, batches = private(Borrowed().double(), grad_sample_mode=mode, loss_reduction=reduction)
+    loss_of(wrapped, next(iter(batches)), reduction).backward()
+    with pytest.raises(ValueError, match=r"first.weight do not add up"):
+        optimizer.step()
+    assert optimizer.steps_taken == 0

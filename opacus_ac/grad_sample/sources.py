@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 
+_SUM_TOLERANCE = 0.01
+"""Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
+
+
 class GradientSource(Protocol):
     """What a way of computing per-sample gradients offers to the optimizer."""
 
@@ -32,7 +36,7 @@ class GradientSource(Protocol):
 
 def _rows(parameter: nn.Parameter) -> Tensor | None:
     """Return the per-sample gradients ``[B, *shape]`` of ``parameter``, or None when it took no part."""
-    sample = getattr(parameter, "grad_sample", None)
+    sample: Any = getattr(parameter, "grad_sample", None)
     return torch.cat(sample) if isinstance(sample, list) else sample
 
 
@@ -56,11 +60,23 @@ class PerSampleSource:
     Args:
         parameters: trainable parameters of the optimizer.
         names: their names, for messages.
+        loss_reduction: "mean" or "sum", as the per-sample gradients were scaled.
+
+    Guarantees:
+        The first time that a parameter gets a gradient, its per-sample gradients must add up to what autograd
+        computed; a weight that is also used behind the hooks' back is found then, and refused.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str] | None = None,
+        loss_reduction: str = "mean",
+    ) -> None:
         self._parameters = list(parameters)
         self._names = list(names) if names is not None else [f"parameter {i}" for i in range(len(self._parameters))]
+        self._mean = loss_reduction == "mean"
+        self._verified: set[int] = set()
 
     def finish_batch(self) -> Tensor:
         """Return the gradient norm of each record, ``[B]`` float64.
@@ -76,6 +92,7 @@ class PerSampleSource:
             if rows is None:
                 continue
             squares = squared_norms(rows).cpu()
+            self._verify(name, parameter, rows, squares)
             if total is not None and squares.shape != total.shape:
                 raise ValueError(
                     f"{name} has per-sample gradients of {squares.shape[0]} records, other parameters of "
@@ -102,6 +119,25 @@ class PerSampleSource:
                 "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy "
                 "guarantees you must call optimizer.zero_grad() on each step"
             )
+
+    def _verify(self, name: str, parameter: nn.Parameter, rows: Tensor, squares: Tensor) -> None:
+        """Compare the per-sample gradients with autograd's own gradient, once per parameter."""
+        unknown = parameter.grad is None or isinstance(parameter.grad_sample, list)  # type: ignore[attr-defined]
+        if unknown or id(parameter) in self._verified or not bool(torch.isfinite(squares).all()):
+            return
+        assert parameter.grad is not None
+        total = rows.sum(0) / (rows.shape[0] if self._mean else 1)
+        scale = float(squares.sqrt().sum()) / (rows.shape[0] if self._mean else 1)
+        wrong = float(torch.linalg.vector_norm(total.double() - parameter.grad.double()))
+        scale = max(scale, float(torch.linalg.vector_norm(parameter.grad.double())))
+        if wrong > _SUM_TOLERANCE * scale:
+            raise ValueError(
+                f"the per-sample gradients of {name} do not add up to its gradient (off by {wrong / scale:.0%}): it "
+                "is used outside its own module, or its module takes inputs that the hooks do not see. Use it "
+                "through its module, freeze it, or register a rule (opacus_ac.grad_sample.register_rule)"
+            )
+        if scale > 0:
+            self._verified.add(id(parameter))
 
     def accumulate(self, factors: Tensor) -> None:
         """Add the weighted sum of the records to each parameter's ``summed_grad``."""

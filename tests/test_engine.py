@@ -1,0 +1,389 @@
+"""PrivacyEngine: what it refuses, what it reports, and that a run continues exactly from its checkpoint."""
+
+import json
+import math
+
+import numpy as np
+import opacus
+import pytest
+import torch
+from helpers import classifier, dataset, loader, train
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.utils.data import DataLoader, WeightedRandomSampler
+
+from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
+from opacus_ac.errors import NotPrivateWarning
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
+
+
+def make(engine=None, model=None, **kwargs):
+    engine = engine or PrivacyEngine()
+    model = model if model is not None else classifier()
+    arguments = {
+        "module": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "data_loader": loader(64, 16),
+        "noise_multiplier": 1.0,
+        "max_grad_norm": 1.0,
+        **kwargs,
+    }
+    return (engine, *engine.make_private(**arguments))
+
+
+def test_returns_what_users_of_opacus_expect():
+    engine, model, optimizer, batches = make()
+    assert isinstance(engine, opacus.PrivacyEngine)
+    assert isinstance(model, opacus.GradSampleModule)
+    assert isinstance(optimizer, AdaptiveClipDPOptimizer)
+    assert isinstance(optimizer, opacus.optimizers.DPOptimizer)
+    assert isinstance(batches, DataLoader)
+
+
+@pytest.mark.parametrize("accountant", ["vrdp", "rdp", "prv", "gdp"])
+def test_accountants_of_opacus_work(accountant):
+    engine, model, optimizer, batches = make(PrivacyEngine(accountant=accountant))
+    train(model, optimizer, batches)
+    assert 0 < engine.get_epsilon(1e-3) < 10
+    assert engine.accountant.history == [(1.0, 0.25, 4)]
+
+
+def trained_twice():
+    _, model, _, _ = make()
+    return model
+
+
+def half(model):
+    model[0].half()
+    return model
+
+
+BAD = {
+    "already wrapped": (lambda: {"model": trained_twice()}, ValueError, "private already"),
+    "already private inside": (lambda: {"model": trained_twice()._module}, ValueError, "private already"),
+    "other parameters": (
+        lambda: {"optimizer": torch.optim.SGD(classifier().parameters(), lr=1.0)},
+        ValueError,
+        "Module parameters are different",
+    ),
+    "weighted sampler": (
+        lambda: {"data_loader": DataLoader(dataset(), sampler=WeightedRandomSampler([1.0] * 64, 64), batch_size=8)},
+        ValueError,
+        "WeightedRandomSampler",
+    ),
+    "rate above one": (lambda: {"data_loader": loader(8, 16)}, ValueError, "exceed"),
+    "negative noise": (lambda: {"noise_multiplier": -1.0}, ValueError, "noise_multiplier"),
+    "nan noise": (lambda: {"noise_multiplier": math.nan}, ValueError, "noise_multiplier"),
+    "text noise": (lambda: {"noise_multiplier": "1"}, ValueError, "noise_multiplier"),
+    "negative bound": (lambda: {"max_grad_norm": -1.0}, ValueError, "max_grad_norm"),
+    "bound per layer": (lambda: {"max_grad_norm": [1.0, 1.0]}, ValueError, "max_grad_norm"),
+    "eval mode": (lambda: {"model": classifier().eval()}, UnsupportedModuleError, "training mode"),
+    "batch norm": (
+        lambda: {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))},
+        UnsupportedModuleError,
+        "BatchNorm",
+    ),
+    "half precision": (lambda: {"model": half(classifier())}, ValueError, "float32"),
+    "nothing to train": (lambda: {"model": classifier().requires_grad_(False)}, ValueError, "no trainable"),
+    "mode": (lambda: {"grad_sample_mode": "ghost"}, ValueError, "grad_sample_mode"),
+    "clipping": (lambda: {"clipping": "per_layer"}, ValueError, "clipping"),
+    "reduction": (lambda: {"loss_reduction": "max"}, ValueError, "loss_reduction"),
+    "policy": (lambda: {"clip_policy": "median"}, ValueError, "clip_policy"),
+    "policy with flat": (lambda: {"clipping": "flat", "clip_policy": "percentile"}, ValueError, "clip_policy"),
+    "preset": (lambda: {"preset": "best"}, ValueError, "preset"),
+    "physical batch": (lambda: {"max_physical_batch_size": 0}, ValueError, "max_physical_batch_size"),
+    "schedule": (lambda: {"batch_size_schedule": [100]}, ValueError, "exceed 1"),
+    "ema": (lambda: {"ema_decay": 1.0}, ValueError, "ema_decay"),
+    "clip rate": (lambda: {"target_clip_rate": 1.2}, ValueError, "target_clip_rate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_raises_what_it_promises_and_changes_nothing(name):
+    build, error, message = BAD[name]
+    arguments = build()
+    model = arguments.pop("model", None) or classifier()
+    bare = getattr(model, "_module", model)
+    before = {k: v.clone() for k, v in bare.state_dict().items()}
+    hooks = {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in bare.named_modules()}
+    engine = PrivacyEngine()
+    with pytest.raises(error, match=message):
+        make(engine, model, **arguments)
+    assert {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in bare.named_modules()} == hooks
+    assert all(torch.equal(v, before[k]) for k, v in bare.state_dict().items())
+    assert len(engine.accountant) == 0
+    if not name.startswith("already") and name not in ("eval mode", "batch norm", "half precision", "nothing to train"):
+        assert make(engine, model)  # the same model and engine still work
+
+
+def test_a_failure_while_attaching_takes_everything_off(monkeypatch):
+    import opacus_ac.preparation as preparation
+
+    def fail(*args, **kwargs):
+        preparation_kind(*args, **kwargs)
+        raise RuntimeError("planted")
+
+    preparation_kind = preparation.GradSampleModule
+    monkeypatch.setattr(preparation, "GradSampleModule", fail)
+    model = classifier()
+    with pytest.raises(RuntimeError, match="planted"):
+        make(model=model)
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+    monkeypatch.undo()
+    make(model=model)
+
+
+@pytest.mark.parametrize("arguments", [{"secure_mode": True}, {"ledger": "ledger.jsonl"}, {"accountant": "vpld"}])
+def test_what_this_version_does_not_have_is_refused(arguments):
+    with pytest.raises(ValueError):
+        PrivacyEngine(**arguments)
+
+
+def test_raw_rule_reports_infinity_and_says_why():
+    with pytest.warns(NotPrivateWarning, match="un-noised gradient norms"):
+        engine, model, optimizer, batches = make(clip_policy="raw_percentile")
+    train(model, optimizer, batches)
+    report = engine.privacy_report(1e-3)
+    assert engine.get_epsilon(1e-3) == math.inf == report.epsilon
+    assert json.loads(report.to_json())["epsilon"] == "infinity"
+    assert "no finite epsilon" in str(report)
+
+
+@pytest.mark.parametrize("accountant", ["vrdp", "rdp", "prv"])
+def test_noise_zero_reports_infinity(accountant):
+    engine, model, optimizer, batches = make(PrivacyEngine(accountant=accountant), noise_multiplier=0.0)
+    train(model, optimizer, batches)
+    assert engine.get_epsilon(1e-3) == math.inf
+
+
+def test_report_states_the_claim():
+    engine, model, optimizer, batches = make(loss_bound=None)
+    train(model, optimizer, batches)
+    report = engine.privacy_report(1e-2)
+    assert report.epsilon == engine.get_epsilon(1e-2)
+    assert (report.dataset_size, report.steps, report.history) == (64, 4, [(1.0, 0.25, 4)])
+    assert report.gradient_noise_multiplier == pytest.approx(math.sqrt(1.0412))
+    text = str(report)
+    for phrase in ("add/remove one record", "poisson", "N = 64", "q = 0.25", "histogram of gradient norms", "secret"):
+        assert phrase in text
+    assert not report.warnings
+    assert any("1/N" in warning for warning in engine.privacy_report(0.1).warnings)
+    with pytest.raises(ValueError, match="delta"):
+        engine.privacy_report()
+    with pytest.raises(ValueError, match="make_private"):
+        PrivacyEngine().privacy_report(1e-3)
+
+
+@pytest.mark.parametrize("accountant", ["vrdp", "rdp"])
+@pytest.mark.parametrize("poisson", [True, False])
+def test_budget_is_spent_and_not_exceeded(accountant, poisson):
+    model = classifier()
+    engine = PrivacyEngine(accountant=accountant)
+    model, optimizer, batches = engine.make_private_with_epsilon(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(64, 16, shuffle=True),
+        target_epsilon=3.0, target_delta=1e-3, epochs=2, max_grad_norm=1.0, poisson_sampling=poisson,
+    )  # fmt: skip
+    planned = engine.remaining_steps()
+    assert planned >= 8
+    with pytest.raises(PrivacyBudgetExceeded, match="not taken"):
+        for _ in range(1000):
+            train(model, optimizer, batches)
+    assert optimizer.steps_taken == planned
+    assert 2.9 < engine.get_epsilon(1e-3) <= 3.0
+    assert engine.remaining_steps() == 0
+    assert engine.privacy_report().delta == 1e-3
+
+
+def test_refused_step_releases_nothing():
+    model = classifier()
+    engine = PrivacyEngine()
+    model, optimizer, batches = engine.make_private_with_epsilon(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(64, 16),
+        target_epsilon=1.0, target_delta=1e-3, steps=1, max_grad_norm=1.0,
+    )  # fmt: skip
+    train(model, optimizer, [next(iter(batches))])
+    before, released = [p.detach().clone() for p in model.parameters()], optimizer.released
+    history = engine.accountant.history
+    for batch in batches:
+        with pytest.raises(PrivacyBudgetExceeded):
+            train(model, optimizer, [batch])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer.released is released
+    assert engine.accountant.history == history
+
+
+def test_schedule_is_calibrated_as_it_will_run():
+    model = classifier()
+    engine = PrivacyEngine()
+    model, optimizer, batches = engine.make_private_with_epsilon(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(64, 16),
+        target_epsilon=2.0, target_delta=1e-3, epochs=2, max_grad_norm=1.0, batch_size_schedule=[4, 8, 16, 32],
+    )  # fmt: skip
+    for _ in range(2):
+        train(model, optimizer, batches)
+    assert 1.95 < engine.get_epsilon(1e-3) <= 2.0
+    with pytest.raises(ValueError, match="vrdp"):
+        PrivacyEngine(accountant="prv").make_private_with_epsilon(
+            module=classifier(), optimizer=optimizer, data_loader=loader(64, 16), target_epsilon=2.0,
+            target_delta=1e-3, epochs=2, batch_size_schedule=[4, 8],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [{}, {"epochs": 1, "steps": 4}])
+def test_epochs_or_steps(arguments):
+    model = classifier()
+    with pytest.raises(ValueError, match="epochs or steps"):
+        PrivacyEngine().make_private_with_epsilon(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(),
+            target_epsilon=1.0, target_delta=1e-3, **arguments,
+        )  # fmt: skip
+
+
+CONTINUED = {
+    "default": {},
+    "geometric": {"clip_policy": "geometric"},
+    "raw": {"clip_policy": "raw_percentile"},
+    "flat": {"clipping": "flat"},
+    "no EMA": {"ema_decay": None, "lr_control": False},
+    "schedule": {"batch_size_schedule": [8, 16, 32]},
+    "split": {"max_physical_batch_size": 5},
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_resumed_run_equals_the_uninterrupted_one(name, tmp_path):
+    """Three passes, or one pass, a checkpoint in a file, a new process's objects, and two passes: the same to the bit."""
+
+    def start():
+        generator = torch.Generator().manual_seed(11)
+        return make(**CONTINUED[name], noise_generator=generator, target_clip_rate=0.5)
+
+    engine, model, optimizer, batches = start()
+    for _ in range(3):
+        train(model, optimizer, batches)
+    first_engine, first_model, first_optimizer, first_batches = start()
+    train(first_model, first_optimizer, first_batches)
+    path = tmp_path / "run.pt"
+    first_engine.save_checkpoint(path=path, module=first_model, optimizer=first_optimizer, checkpoint_dict={"note": 5})
+    again, again_model, again_optimizer, again_batches = start()
+    rest = again.load_checkpoint(path=path, module=again_model, optimizer=again_optimizer)
+    assert rest == {"note": 5}
+    assert again_optimizer.max_grad_norm == first_optimizer.max_grad_norm
+    for _ in range(2):
+        train(again_model, again_optimizer, again_batches)
+    assert again_optimizer.max_grad_norm == optimizer.max_grad_norm
+    assert again_optimizer.released.lr_multiplier == optimizer.released.lr_multiplier
+    assert again_optimizer.steps_taken == optimizer.steps_taken == 12
+    assert again.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+    assert again.accountant.history == engine.accountant.history
+    with again_optimizer.ema_weights(), optimizer.ema_weights():
+        for ours, theirs in zip(again_model.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    for ours, theirs in zip(again_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_secret_streams_are_not_in_the_checkpoint(tmp_path):
+    engine, model, optimizer, batches = make()
+    train(model, optimizer, batches)
+    engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert state["sampling_stream"] == {}
+    assert state["optimizer_state_dict"]["opacus_ac"]["stream"] == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def other_model(state):
+    state["module_state_dict"]["0.weight"] = torch.zeros(3, 3)
+
+
+MISFITS = {
+    "no optimizer": (lambda state: state.pop("optimizer_state_dict"), "optimizer_state_dict"),
+    "of Opacus": (lambda state: state["optimizer_state_dict"].pop("opacus_ac"), "opacus_ac"),
+    "other model": (other_model, "0.weight"),
+    "other accountant": (lambda state: state["privacy_accountant_state_dict"].update(mechanism="prv"), "prv"),
+    "other policy": (lambda s: s["optimizer_state_dict"]["opacus_ac"]["policy"].update(name="fixed"), "clip_policy"),
+    "other version": (lambda s: s["optimizer_state_dict"]["opacus_ac"].update(version=99), "version"),
+    "other EMA": (lambda s: s["optimizer_state_dict"]["opacus_ac"].update(ema=None), "ema_decay"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_checkpoint_that_does_not_fit_is_refused_before_anything_changes(name, tmp_path):
+    spoil, message = MISFITS[name]
+    engine, model, optimizer, batches = make()
+    train(model, optimizer, batches)
+    engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    spoil(state)
+    torch.save(state, tmp_path / "spoilt.pt")
+    fresh_engine, fresh_model, fresh_optimizer, _ = make()
+    before = [p.detach().clone() for p in fresh_model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        fresh_engine.load_checkpoint(path=tmp_path / "spoilt.pt", module=fresh_model, optimizer=fresh_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh_model.parameters(), strict=True))
+    assert len(fresh_engine.accountant) == 0
+    assert fresh_optimizer.steps_taken == 0
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"module_state_dict": Evil()}, tmp_path / "evil.pt")
+    engine, model, optimizer, _ = make()
+    with pytest.raises(Exception, match="weights_only|Weights only"):
+        engine.load_checkpoint(path=tmp_path / "evil.pt", module=model, optimizer=optimizer)
+
+
+def test_detach_leaves_an_ordinary_model():
+    bare = classifier()
+    engine, model, optimizer, batches = make(model=bare)
+    train(model, optimizer, batches)
+    assert engine.detach(model) is bare
+    assert not any(m._forward_hooks or m._backward_hooks for m in bare.modules())
+    assert not any(hasattr(p, name) for p in bare.parameters() for name in ("grad_sample", "summed_grad"))
+    with pytest.raises(ValueError, match="no hooks"):
+        engine.detach(bare)
+    make(model=bare)
+
+
+def test_without_wrapping_the_model_itself_is_trained():
+    bare = classifier()
+    engine, hooks, optimizer, batches = make(model=bare, wrap_model=False)
+    train(bare, optimizer, batches)
+    assert optimizer.steps_taken == 4
+    engine.detach(bare)
+    assert not hasattr(hooks, "forward")
+
+
+def test_automatic_and_flat_release_the_gradient_alone():
+    for clipping in ("flat", "automatic"):
+        engine, model, optimizer, batches = make(clipping=clipping)
+        train(model, optimizer, batches)
+        assert optimizer.released.clip_rate is None
+        assert optimizer.released.gradient_noise_multiplier == 1.0
+        assert engine.privacy_report(1e-3).released == ["the sum of clipped gradients"]
+
+
+def test_paper_preset_is_published_rule_with_private_statistics():
+    engine, model, optimizer, batches = make(preset="paper", max_grad_norm=None)
+    assert optimizer.max_grad_norm == 3.0
+    assert not optimizer.normalize
+    train(model, optimizer, batches)
+    assert math.isfinite(engine.get_epsilon(1e-3))
+    assert (optimizer.control.target, optimizer.control.band) == (0.2, 0.1)
+
+
+def test_wider_statistics_cost_noise():
+    multipliers = [
+        make(histogram_weight=weight, loss_bound=bound)[2].mechanism.gradient_multiplier(
+            make(histogram_weight=weight, loss_bound=bound)[2].statistics
+        )
+        for weight, bound in [(0.0, None), (None, None), (None, 5.0), (1.0, 5.0)]
+    ]
+    np.testing.assert_allclose(multipliers, [1.0, math.sqrt(1.0412), math.sqrt(1.0824), math.sqrt(2.0412)])
