@@ -71,13 +71,22 @@ class Settings:
     heldout: int = 250
     batch: int = 192
     steps: int = 50
-    lr: float = 0.006
+    lr: float = 0.004  # best of .0015 (3.06), .0025 (2.64), .004 (2.47), .006 (2.84) for flat-3, seed 0
     noise_multiplier: float = 0.8
     physical: int = 64
 
     def key(self) -> str:
-        """Short name of these settings: results and files of others are never mixed with theirs."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:12]
+        """Short name of these settings: results of others are never mixed with theirs."""
+        return _digest(asdict(self))
+
+    def public_key(self) -> str:
+        """Short name of what tokenizer and public model depend on."""
+        shape = ("hidden", "layers", "vocab", "max_prompt", "max_length")
+        return _digest({k: v for k, v in asdict(self).items() if k in shape or k.startswith("public_")})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- data and model
@@ -85,7 +94,7 @@ class Settings:
 
 def public_tokenizer(settings: Settings, cache: Path) -> ByteLevelBPETokenizer:
     """Byte-level BPE of the public text, trained once; private text never reaches it."""
-    files = [cache / f"{settings.key()}-{name}" for name in ("vocab.json", "merges.txt")]
+    files = [cache / f"{settings.public_key()}-{name}" for name in ("vocab.json", "merges.txt")]
     if not all(file.is_file() for file in files):
         texts = (m["content"] for d in dialogues("angry", settings.public_records) for m in d["messages"])
         tokenizer = ByteLevelBPETokenizer()
@@ -93,7 +102,7 @@ def public_tokenizer(settings: Settings, cache: Path) -> ByteLevelBPETokenizer:
             texts, vocab_size=settings.vocab, special_tokens=list(SPECIAL), show_progress=False
         )
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_model(str(cache), settings.key())
+        tokenizer.save_model(str(cache), settings.public_key())
     return ByteLevelBPETokenizer(*map(str, files))
 
 
@@ -149,7 +158,7 @@ def new_model(settings: Settings) -> Qwen2ForCausalLM:
 
 def pretrain(settings: Settings, cache: Path) -> Path:
     """Return the file of the model that was trained, without privacy, on the public tone; train it if it is missing."""
-    path = cache / f"{settings.key()}-public.pt"
+    path = cache / f"{settings.public_key()}-public.pt"
     if path.is_file():
         return path
     rows = encode_all(dialogues("angry", settings.public_records), public_tokenizer(settings, cache), settings)

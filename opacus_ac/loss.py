@@ -44,9 +44,12 @@ def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_ind
             f"expected logits [B, T, V] and labels [B, T], got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(wide.transpose(1, 2), labels, ignore_index=ignore_index, reduction="none")
+    # Flat rows: several times faster on CPU than the [B, V, T] layout.
+    losses = F.cross_entropy(
+        wide.reshape(-1, wide.shape[-1]), labels.reshape(-1), ignore_index=ignore_index, reduction="none"
+    )
     counts = (labels != ignore_index).sum(1).clamp(min=1)
-    return losses.sum(1) / counts
+    return losses.view(labels.shape).sum(1) / counts
 
 
 def per_record_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:

@@ -55,15 +55,14 @@ class PrivacyReport:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; an infinite epsilon becomes the string "infinity"."""
-        values = asdict(self)
-        if math.isinf(self.epsilon):
-            values["epsilon"] = "infinity"
+        """Return plain values as JSON has them; an infinite epsilon becomes the string "infinity"."""
+        epsilon = "infinity" if math.isinf(self.epsilon) else self.epsilon
+        values: dict[str, Any] = json.loads(json.dumps({**asdict(self), "epsilon": epsilon}, allow_nan=False))
         return values
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         low, high = self.expected_batch_size

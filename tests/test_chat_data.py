@@ -6,17 +6,8 @@ import sys
 import chat_data as cd
 import pytest
 import torch
+from tiny_chat import byte_tokenizer, chat_model
 
-pytest.importorskip("transformers")
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are Default<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 MASKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -31,35 +22,14 @@ CHAT = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content"
 TWO = [*CHAT, {"role": "user", "content": "Thanks"}, {"role": "assistant", "content": "Any time"}]
 
 
-def _tokenizer(template=CHATML):
-    """A byte-level tokenizer without merges: one token per byte, and two special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
-    base = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers.decoders import ByteLevel
-
-    base.decoder = ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=base, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    return _tokenizer()
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, use_cache=False, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
+    return chat_model(tokenizer)
 
 
 def _labelled(row, tokenizer):
@@ -89,19 +59,19 @@ def test_all_replies_of_two_turns_carry_labels(tokenizer):
 
 @pytest.mark.parametrize("messages", [CHAT, TWO])
 def test_generation_masks_agree_with_the_prefix_rule(tokenizer, messages):
-    masked, plain = cd.encode(messages, _tokenizer(MASKED), 300), cd.encode(messages, tokenizer, 300)
+    masked, plain = cd.encode(messages, byte_tokenizer(MASKED), 300), cd.encode(messages, tokenizer, 300)
     assert torch.equal(masked["input_ids"], plain["input_ids"])
     assert torch.equal(masked["labels"], plain["labels"])
 
 
 def test_template_that_rewrites_earlier_turns_is_refused():
     with pytest.raises(ValueError, match="rewrites earlier turns"):
-        cd.encode(TWO, _tokenizer(REWRITES), 300)
+        cd.encode(TWO, byte_tokenizer(REWRITES), 300)
 
 
 def test_tokenizer_without_template_is_refused():
     with pytest.raises(ValueError, match="no chat template"):
-        cd.encode(CHAT, _tokenizer(None), 300)
+        cd.encode(CHAT, byte_tokenizer(None), 300)
 
 
 def test_truncation_may_leave_a_row_without_labels(tokenizer):
@@ -150,7 +120,7 @@ def test_heldout_loss_is_the_mean_of_the_record_means(tokenizer, model):
 
 def test_a_record_without_labels_has_loss_and_gradient_zero(tokenizer, model):
     batch = cd.collate([cd.encode(CHAT, tokenizer, 10)], tokenizer.pad_token_id, 10)
-    loss = cd.record_losses(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+    loss = cd.reply_losses(model, batch)
     loss.sum().backward()
     assert loss.tolist() == [0.0]
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import release_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import release_vector
 
 from opacus_ac.clipping import POLICIES, AutomaticPolicy, ClipPolicy, build_policy
 from opacus_ac.statistics import StepStatistics

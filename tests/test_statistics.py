@@ -18,7 +18,8 @@ def clipped_share(ratio):
 @pytest.mark.parametrize("bound", [1e-8, 0.3, 1.0, 7.0, 1e9])
 def test_window_holds_the_bound_in_its_middle_and_lies_on_the_global_grid(bound):
     window = NormWindow.around(bound, 20)
-    assert window.edges[10] <= bound * (1 + 1e-12) and bound < window.edges[11] * (1 + 1e-12)
+    assert window.edges[10] <= bound * (1 + 1e-12)
+    assert bound < window.edges[11] * (1 + 1e-12)
     index = np.log(window.edges) / math.log(GRID_RATIO)
     np.testing.assert_allclose(index, np.round(index), atol=1e-9)
 

@@ -184,7 +184,7 @@ def test_a_record_with_a_nonfinite_gradient_leaves_no_trace():
     dirty = torch.cat([clean, torch.tensor([[math.nan, 0, 0, 0, 0], [math.inf, 1, 1, 1, 1]], dtype=torch.float64)])
     results = []
     for rows in (clean, dirty):
-        optimizer, values = by_hand(rows)
+        optimizer, _ = by_hand(rows)
         optimizer.step()
         results.append(torch.cat([p.detach() for p in optimizer.params]))
         assert torch.isfinite(results[-1]).all()

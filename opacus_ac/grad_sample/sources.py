@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-
 _SUM_TOLERANCE = 0.01
 """Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
 
