@@ -9,8 +9,9 @@ multiplier, sample rate and number of steps, so the accounted mechanism is the s
 * ``paper``: ``preset="paper"`` (target clip rate 0.2, not normalised, C0 = 3), for contrast.
 
 Loss: mean over held-out records of the record's mean over its reply tokens, at the current weights; the loss at the
-averaged weights is a column of its own. Noise and Poisson draws are secret, as in real runs: a seed chooses the private
-data only, and the same command gives slightly different figures each time.
+averaged weights is a column of its own. Runs with the same seed share private data, Poisson draws and gradient noise
+(common random numbers), so that differences between rows come from the clip rule and not from chance; the statistics have
+noise of their own. A seeded noise protects nobody: the data is synthetic, and this is a study.
 
 Example: ``python examples/clip_study.py --seeds 0 1 2 --jobs 2``, then the same with ``--report``. The exit status is 1
 when a default run ends more than 3 % above the best flat C (or when runs are missing).
@@ -41,6 +42,7 @@ from torch.utils.data import DataLoader
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opacus_ac import PrivacyEngine
+from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.loss import per_record_causal_lm_loss
 
 Row = dict[str, Tensor]
@@ -220,6 +222,7 @@ def run(name: str, seed: int, settings: Settings, cache: Path) -> Result:
     """Fine-tune once and return one row of results: losses, epsilon, and the released course of C."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    warnings.filterwarnings("ignore", category=NotPrivateWarning)
     start = time.perf_counter()
     tokenizer = public_tokenizer(settings, cache)
     train, heldout = train_and_heldout("loving", settings.records, settings.heldout, seed)
@@ -227,7 +230,8 @@ def run(name: str, seed: int, settings: Settings, cache: Path) -> Result:
     model = new_model(settings)
     model.load_state_dict(torch.load(pretrain(settings, cache), weights_only=True))
     before = heldout_loss(model, held_rows)
-    course, epsilon, ema = fine_tune(model, rows, settings, clip_arguments(name), held_rows)
+    arguments = clip_arguments(name) | {"noise_generator": torch.Generator().manual_seed(seed)}
+    course, epsilon, ema = fine_tune(model, rows, settings, arguments, held_rows)
     return {
         "name": name,
         "seed": seed,
@@ -362,6 +366,9 @@ def report(out: Path, settings: Settings, seeds: int) -> int:
     if table:
         epsilons = {round(row["epsilon"], 6) for row in table}
         print(f"loss before: {table[0]['before']:.4f}; epsilon at delta {DELTA:g}: {sorted(epsilons)}")
+    relative = [row["spread"] / row["loss"] * math.sqrt(2 / row["runs"]) for row in table if row["runs"] > 1]
+    if relative:
+        print(f"standard error of a ratio between two rows: about {100 * statistics.median(relative):.1f} %")
     met, text = verdict(table, seeds)
     print(text)
     return 0 if met else 1

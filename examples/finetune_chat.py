@@ -32,7 +32,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message="Full backward hook is firing")  # torch, about inputs that need no gradient
 
 LOSS_BOUND = 6.0  # public: each record's loss is clipped to it before the noisy mean is released
-HELD_OUT = 48
+C0 = 0.1  # too small on purpose: the policy finds C, and a small C only normalises the gradients meanwhile
+HELD_OUT = 24
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,12 +50,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=None, help="number of private steps (default 24)")
+    length.add_argument("--steps", type=int, default=None, help="number of private steps (default 22)")
     length.add_argument("--epochs", type=float, help="instead of steps: passes over the data")
-    parser.add_argument("--expected-batch-size", type=int, default=48)
-    parser.add_argument("--physical-batch-size", type=int, default=16, help="memory only; changes no result")
-    parser.add_argument("--max-length", type=int, default=72, help="tokens per dialogue; longer ones are cut")
-    parser.add_argument("--lr", type=float, help="default 0.01 for LoRA, 0.001 for --full")
+    parser.add_argument("--expected-batch-size", type=int, default=40)
+    parser.add_argument("--physical-batch-size", type=int, help="memory only; default 16 for LoRA, 2 for --full")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens per dialogue; longer ones are cut")
+    parser.add_argument("--lr", type=float, help="default 0.01 for LoRA, 0.0003 for --full")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument(
@@ -155,8 +156,8 @@ def train(
 ) -> Any:
     """Fine-tune ``model`` under the budget and return the private optimizer."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    rate = args.lr or (1e-3 if args.full else 1e-2)
-    steps = args.steps or (24 if args.epochs is None else None)
+    rate = args.lr or (3e-4 if args.full else 1e-2)
+    steps = args.steps or (22 if args.epochs is None else None)
     wrapped, optimizer, loader = engine.make_private_with_epsilon(
         module=model,
         optimizer=torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0),
@@ -165,7 +166,8 @@ def train(
         target_delta=args.delta,
         steps=steps,
         epochs=args.epochs,
-        max_physical_batch_size=args.physical_batch_size,
+        max_grad_norm=None if args.paper else C0,
+        max_physical_batch_size=args.physical_batch_size or (2 if args.full else 16),
         loss_bound=LOSS_BOUND,
         **({"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {}),
     )

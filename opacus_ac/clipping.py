@@ -16,7 +16,20 @@ from opacus_ac.mechanism import StepRelease
 from opacus_ac.statistics import GRID_RATIO, FloatArray, NoisyHistogram, NormWindow, monotone
 
 MAX_CHANGE = 3.0
-"""Largest factor by which an adaptive policy moves C in one step."""
+"""Largest factor by which the percentile policy moves C in one step."""
+
+SEARCH_STEPS = 3
+"""Number of first steps in which the percentile policy may go down as far as its histogram reaches.
+
+Norms below C are seen almost without noise (slack encoding), and a C that is far too large drowns the gradient in noise;
+a C that is too small only normalises the gradients.
+"""
+
+OVERSHOT = 0.7
+"""Share of C below which the released percentile says that C was far too large."""
+
+SEARCH_ERROR = 0.15
+"""Largest standard error of the released fraction at which the search trusts a single histogram."""
 
 
 def _positive(name: str, value: float) -> float:
@@ -29,6 +42,14 @@ def _fraction(name: str, value: float) -> float:
     if not (isinstance(value, int | float) and 0 < value < 1):
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}")
     return float(value)
+
+
+DRIFT = 0.015
+"""Change per step of the fraction above a norm, as it is seen in fine-tuning, where norms fall by 2 to 5 % a step.
+
+A histogram of age k is trusted as if it had this much times k as an additional error: precise histograms (large batches)
+are forgotten soon, noisy ones are averaged for longer.
+"""
 
 
 class ClipPolicy:
@@ -62,6 +83,11 @@ class ClipPolicy:
     @bound.setter
     def bound(self, value: float) -> None:
         self._bound = _positive("max_grad_norm", value)
+
+    @property
+    def searching(self) -> bool:
+        """Whether the last release served to find C only: its gradient was mostly noise, and no weights should move."""
+        return False
 
     def factors(self, norms: torch.Tensor) -> torch.Tensor:
         """Return the clip factor of each record, ``[B]`` in, ``[B]`` out."""
@@ -154,6 +180,9 @@ class PercentilePolicy(ClipPolicy):
         max_grad_norm: C0.
         target_clip_rate: fraction of records that should be clipped.
         window: number of steps remembered.
+        search: whether the first steps may leave a C0 that is far too large at once. The inner optimizer then starts
+            with the first gradient at a fitting C: Adam's bias correction gives its first gradient nearly three
+            times the weight of a later one, and that of a C0 100 times too large is all noise.
         min_norm: smallest C.
         max_norm: largest C.
 
@@ -165,34 +194,60 @@ class PercentilePolicy(ClipPolicy):
     needs_histogram = True
 
     def __init__(
-        self, max_grad_norm: float, *, target_clip_rate: float = 0.9, window: int = 10, **limits: float
+        self,
+        max_grad_norm: float,
+        *,
+        target_clip_rate: float = 0.9,
+        window: int = 10,
+        search: bool = True,
+        **limits: float,
     ) -> None:
         super().__init__(max_grad_norm, **limits)
         self.target_clip_rate = _fraction("target_clip_rate", target_clip_rate)
         self.window = int(_positive("window", window))
+        self.search = search
         self._history: deque[NoisyHistogram] = deque(maxlen=self.window)
+        self._updates = 0
+        self._searching = False
+
+    @property
+    def searching(self) -> bool:
+        """Whether the last release showed, in the first steps, that its C was far too large."""
+        return self._searching
 
     def update(self, release: StepRelease) -> None:
         """Add the released histogram to the window and choose the next C."""
         assert release.histogram is not None
         self._history.append(release.histogram)
-        wanted = self._percentile()
-        limited = np.clip(wanted, self._bound / MAX_CHANGE, self._bound * MAX_CHANGE)
+        wanted, error = self._percentile()
+        lowest = self._bound / MAX_CHANGE
+        early = self.search and self._updates < SEARCH_STEPS and error <= SEARCH_ERROR
+        self._searching = early and wanted < OVERSHOT * self._bound
+        if self._searching:
+            lowest = min(lowest, float(release.histogram.window.edges[0]))
+        self._updates += 1
+        limited = np.clip(wanted, lowest, self._bound * MAX_CHANGE)
         self._bound = float(np.clip(limited, self.min_norm, self.max_norm))
 
-    def _percentile(self) -> float:
-        """Return the norm that a fraction ``target_clip_rate`` of the records exceeds; 0 or inf beyond the window."""
+    def _percentile(self) -> tuple[float, float]:
+        """Return the norm that a fraction ``target_clip_rate`` of the records exceeds, and the error of the fraction.
+
+        The norm is 0 or infinite when it lies beyond the window.
+        """
         first = min(h.window.first for h in self._history)
         last = max(h.window.first + h.window.bins for h in self._history)
         weighted, weight = np.zeros(last - first + 1), np.zeros(last - first + 1)
-        for histogram in self._history:
-            tail, variance = histogram.tails()
+        for age, histogram in enumerate(reversed(self._history)):
+            tail, variance = histogram.tails(self.target_clip_rate)
+            variance = variance + (DRIFT * age) ** 2
             here = slice(histogram.window.first - first, histogram.window.first - first + tail.size)
             weighted[here] += tail / variance
             weight[here] += 1 / variance
         known = np.flatnonzero(weight)
         tail = monotone(weighted[known] / weight[known])
-        return _crossing(tail, known + first, self.target_clip_rate)
+        nearest = int(np.argmin(np.abs(tail - self.target_clip_rate)))
+        error = 1 / math.sqrt(weight[known[nearest]])
+        return _crossing(tail, known + first, self.target_clip_rate), error
 
     def state_dict(self) -> dict[str, Any]:
         """Return bound and window of histograms."""
@@ -206,11 +261,12 @@ class PercentilePolicy(ClipPolicy):
             }
             for h in self._history
         ]
-        return {**super().state_dict(), "window": window}
+        return {**super().state_dict(), "window": window, "updates": self._updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         super().load_state_dict(state)
+        self._updates = int(state["updates"])
         self._history = deque(
             (
                 NoisyHistogram(
@@ -317,5 +373,6 @@ def paper_policy(name: str, max_grad_norm: float, expected_batch_size: float) ->
     if name == "raw_percentile":
         return RawPercentilePolicy(max_grad_norm, history=1000, **limits)
     if name == "percentile":
-        return PercentilePolicy(max_grad_norm, window=max(1, math.ceil(1000 / expected_batch_size)), **limits)
+        window = max(1, math.ceil(1000 / expected_batch_size))
+        return PercentilePolicy(max_grad_norm, window=window, search=False, **limits)
     raise ValueError(f'preset="paper" goes with clip_policy "percentile" or "raw_percentile", not {name!r}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,6 +62,8 @@ class GaussianMechanism:
     def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
         self.noise_multiplier = noise_multiplier
         self.stream = stream
+        # A stream of their own: runs with the same test seed share the gradient's noise whatever else they release.
+        self._statistics_stream = stream.fork(2)
 
     @property
     def noise_multiplier(self) -> float:
@@ -108,5 +111,19 @@ class GaussianMechanism:
         std = self.gradient_multiplier(statistics)
         vector = statistics.vector()
         if std > 0 and vector.size:
-            vector = vector + std * self.stream.normal(vector.size).numpy()
+            vector = vector + std * self._statistics_stream.normal(vector.size).numpy()
         return statistics.decode(vector, std, expected_batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return noise multiplier and, for seeded test streams only, their states."""
+        return {
+            "noise_multiplier": self._noise_multiplier,
+            "stream": self.stream.state_dict(),
+            "statistics_stream": self._statistics_stream.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self.noise_multiplier = state["noise_multiplier"]
+        self.stream.load_state_dict(state["stream"])
+        self._statistics_stream.load_state_dict(state["statistics_stream"])

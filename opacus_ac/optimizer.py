@@ -260,6 +260,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a private step, or, on all but the last physical batch of a logical one, only accumulate.
 
+        A step whose own release shows, among the first three, that C was far too large serves to find C: it is
+        charged like any other, but the inner optimizer does not see its gradient, which is mostly noise.
+
         Raises:
             ValueError: gradients are missing, not per-sample, or not cleared since the last step.
             PrivacyBudgetExceeded: the step would exceed the target budget; nothing was released.
@@ -269,21 +272,19 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 closure()
         if not self.pre_step():
             return None
-        with self._controlled_learning_rate():
-            result = self.original_optimizer.step()
-        self._learn()
-        return result
-
-    def _learn(self) -> None:
-        """Let policy, learning rate and EMA read the release."""
         assert self.released is not None
         self.policy.update(self.released)
+        if self.plan is not None:
+            self.plan.step = self.steps_taken
+        if self.policy.searching:
+            return None
+        with self._controlled_learning_rate():
+            result: float | None = self.original_optimizer.step()
         if self.control is not None:
             self.control.update(self.released)
         if self.ema is not None:
             self.ema.update()
-        if self.plan is not None:
-            self.plan.step = self.steps_taken
+        return result
 
     @contextmanager
     def _controlled_learning_rate(self) -> Iterator[None]:
@@ -313,13 +314,12 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             STATE_KEY: {
                 "version": STATE_VERSION,
                 "steps_taken": self.steps_taken,
-                "noise_multiplier": self.mechanism.noise_multiplier,
+                "mechanism": self.mechanism.state_dict(),
                 "policy": self.policy.state_dict(),
                 "statistics": self.statistics.configuration(),
                 "control": None if self.control is None else self.control.state_dict(),
                 "ema": None if self.ema is None else self.ema.state_dict(),
                 "plan": None if self.plan is None else self.plan.state_dict(),
-                "stream": self.mechanism.stream.state_dict(),
             },
         }
 
@@ -364,7 +364,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         state = self.check_state_dict(state_dict)
         self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != STATE_KEY})
         self.policy.load_state_dict(state["policy"])
-        self.mechanism.noise_multiplier = state["noise_multiplier"]
+        self.mechanism.load_state_dict(state["mechanism"])
         self.steps_taken = state["steps_taken"]
         if self.control is not None:
             self.control.load_state_dict(state["control"])
@@ -372,4 +372,3 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self.ema.load_state_dict(state["ema"])
         if self.plan is not None and state["plan"] is not None:
             self.plan.load_state_dict(state["plan"])
-        self.mechanism.stream.load_state_dict(state["stream"])

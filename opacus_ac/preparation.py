@@ -76,9 +76,7 @@ def named_parameters(module: nn.Module, optimizer: Optimizer) -> tuple[list[nn.P
 
 def random_streams(generator: torch.Generator | None) -> tuple[RandomStream, RandomStream]:
     """Return the streams of noise and of sampling."""
-    if generator is None:
-        return SecretStream(), SecretStream()
-    noise = SeededStream(generator)
+    noise: RandomStream = SecretStream() if generator is None else SeededStream(generator)
     return noise, noise.fork(1)
 
 

@@ -24,6 +24,9 @@ class RandomStream(Protocol):
     def uniform(self, size: int) -> torch.Tensor:
         """Return ``[size]`` independent uniform float64 values in [0, 1) on the CPU."""
 
+    def fork(self, purpose: int) -> RandomStream:
+        """Return an independent stream of the same kind for another purpose."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to continue the stream; empty for a secret stream."""
 
@@ -47,6 +50,10 @@ class SecretStream:
         self._pid = os.getpid()
         seed = np.random.SeedSequence(int.from_bytes(os.urandom(32), "little"), pool_size=8)
         self._generator = np.random.Generator(np.random.PCG64DXSM(seed))
+
+    def fork(self, purpose: int) -> SecretStream:
+        """Return another secret stream, with a key of its own."""
+        return SecretStream()
 
     def _current(self) -> np.random.Generator:
         if os.getpid() != self._pid:
@@ -84,9 +91,9 @@ class SeededStream:
             raise ValueError(f"noise_generator must be a CPU torch.Generator, got one on {generator.device}")
         self._generator = generator
 
-    def fork(self, offset: int) -> SeededStream:
-        """Return an independent seeded stream for another purpose."""
-        seed = (self._generator.initial_seed() + offset * 0x9E3779B9) % 2**63
+    def fork(self, purpose: int) -> SeededStream:
+        """Return a seeded stream that differs by ``purpose``."""
+        seed = (self._generator.initial_seed() + purpose * 0x9E3779B9) % 2**63
         return SeededStream(torch.Generator().manual_seed(seed))
 
     def normal(self, size: int) -> torch.Tensor:

@@ -65,22 +65,21 @@ class NoisyHistogram:
     variances: FloatArray
     expected_batch_size: float
 
-    def tails(self) -> tuple[FloatArray, FloatArray]:
+    def tails(self, rate: float = 0.5) -> tuple[FloatArray, FloatArray]:
         """Return (fraction of records above each edge, variance of it), both ``[bins + 1]``.
 
         Each fraction is read from the top and, through the public batch size, from the bottom; the two are combined
-        by inverse variance (noise, and the Poisson variance at one half, which is public).
+        by inverse variance: that of the noise, and that of Poisson sampling where the fraction is ``rate``.
         """
         size = self.expected_batch_size
         seen = np.isfinite(self.variances)
         counts = np.where(seen, self.counts, 0.0)
-        sampling = 0.5 / size
 
-        def read(counts: FloatArray, variances: FloatArray) -> tuple[FloatArray, FloatArray]:
-            return np.cumsum(counts)[:-1] / size, np.cumsum(variances)[:-1] / size**2 + sampling
+        def read(counts: FloatArray, variances: FloatArray, share: float) -> tuple[FloatArray, FloatArray]:
+            return np.cumsum(counts)[:-1] / size, np.cumsum(variances)[:-1] / size**2 + share / size
 
-        below, below_variance = read(counts, self.variances)
-        above, above_variance = (x[::-1] for x in read(counts[::-1], self.variances[::-1]))
+        below, below_variance = read(counts, self.variances, 1 - rate)
+        above, above_variance = (x[::-1] for x in read(counts[::-1], self.variances[::-1], rate))
         weight_above = np.where(np.isfinite(above_variance), 1 / above_variance, 0.0)
         weight_below = np.where(np.isfinite(below_variance), 1 / below_variance, 0.0)
         total = np.maximum(weight_above + weight_below, 1e-300)

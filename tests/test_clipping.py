@@ -10,6 +10,7 @@ from scipy.stats import norm as normal
 from opacus_ac.clipping import (
     MAX_CHANGE,
     POLICIES,
+    SEARCH_STEPS,
     GeometricPolicy,
     PercentilePolicy,
     RawPercentilePolicy,
@@ -130,7 +131,15 @@ def test_change_and_limits_are_respected(name):
     chosen = np.concatenate([[1.0], follow(policy, batch=64, noise=3.0, steps=40, seed=5)])
     assert np.all((chosen >= 0.05) & (chosen <= 4.0))
     if policy.is_private:
-        assert np.all(np.abs(np.diff(np.log(chosen))) <= math.log(MAX_CHANGE) + 1e-12)
+        changes = np.diff(np.log(chosen))
+        assert np.all(changes <= math.log(MAX_CHANGE) + 1e-12)
+        assert np.all(changes[SEARCH_STEPS:] >= -math.log(MAX_CHANGE) - 1e-12)
+
+
+def test_a_bound_far_too_large_is_left_in_one_step():
+    truth = percentile(0.9)
+    chosen = follow(build_policy("percentile", 50 * truth, 0.9, 256), batch=256, noise=0.8, steps=1, seed=0)
+    assert chosen[0] == pytest.approx(truth, rel=0.5)
 
 
 @pytest.mark.parametrize("name", POLICIES)

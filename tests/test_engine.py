@@ -299,7 +299,8 @@ def test_secret_streams_are_not_in_the_checkpoint(tmp_path):
     engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
     state = torch.load(tmp_path / "run.pt", weights_only=True)
     assert state["sampling_stream"] == {}
-    assert state["optimizer_state_dict"]["opacus_ac"]["stream"] == {}
+    mechanism = state["optimizer_state_dict"]["opacus_ac"]["mechanism"]
+    assert mechanism == {"noise_multiplier": 1.0, "stream": {}, "statistics_stream": {}}
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 

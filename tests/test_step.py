@@ -386,3 +386,33 @@ def test_a_weight_used_behind_the_hooks_is_found_at_the_first_step(mode, reducti
     with pytest.raises(ValueError, match=r"first.weight do not add up"):
         optimizer.step()
     assert optimizer.steps_taken == 0
+
+
+def test_a_first_step_at_a_far_too_large_bound_finds_the_bound_and_moves_nothing():
+    """Charged and released like any other, but Adam starts with the first gradient at a fitting C."""
+    model = classifier()
+    start = weights(model).clone()
+    engine, wrapped, optimizer, batches = private(
+        model, max_grad_norm=1e4, noise_multiplier=0.5, batch_size=60, noise_generator=None
+    )
+    train(wrapped, optimizer, [next(iter(batches))])
+    assert torch.equal(weights(model), start)
+    assert engine.accountant.history == [(0.5, 60 / 64, 1)]
+    assert optimizer.released.max_grad_norm == 1e4
+    assert optimizer.max_grad_norm == pytest.approx(1e2, rel=0.6)  # the edge of its window
+    for _ in range(3):
+        train(wrapped, optimizer, [next(iter(batches))])
+    assert optimizer.max_grad_norm < 5
+    assert not torch.equal(weights(model), start)
+
+
+@pytest.mark.parametrize("bound", [1e-4, 1.0])
+def test_a_small_bound_never_holds_a_step_back(bound):
+    model = classifier()
+    start = weights(model).clone()
+    _, wrapped, optimizer, batches = private(
+        model, max_grad_norm=bound, noise_multiplier=0.5, batch_size=60, target_clip_rate=0.5, noise_generator=None
+    )
+    train(wrapped, optimizer, [next(iter(batches))])
+    assert optimizer.max_grad_norm > 0.3 * bound
+    assert not torch.equal(weights(model), start)
