@@ -47,7 +47,7 @@ from opacus_ac.loss import per_record_causal_lm_loss
 
 Row = dict[str, Tensor]
 Result = dict[str, Any]
-FLAT = (0.03, 0.3, 3.0, 10.0, 30.0)
+FLAT = (0.3, 3.0, 10.0, 30.0)
 DEFAULT = (0.01, 1.0, 100.0)
 NAMES = (*(f"flat-{c:g}" for c in FLAT), *(f"default-{c:g}" for c in DEFAULT), "paper")
 SPECIAL = ("<pad>", "<user>", "<reply>", "<end>")

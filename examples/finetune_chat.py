@@ -50,12 +50,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=None, help="number of private steps (default 22)")
+    length.add_argument("--steps", type=int, default=None, help="number of private steps (default 16)")
     length.add_argument("--epochs", type=float, help="instead of steps: passes over the data")
     parser.add_argument("--expected-batch-size", type=int, default=40)
     parser.add_argument("--physical-batch-size", type=int, help="memory only; default 16 for LoRA, 2 for --full")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per dialogue; longer ones are cut")
-    parser.add_argument("--lr", type=float, help="default 0.01 for LoRA, 0.0003 for --full")
+    parser.add_argument("--lr", type=float, help="default 0.06 for LoRA, 0.0003 for --full")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument(
@@ -83,23 +83,23 @@ def load_dialogues(args: argparse.Namespace) -> tuple[list[Any], dict[str, list[
 
 
 def add_lora(model: Any, rank: int, layers: int) -> Any:
-    """Add adapters to the query and value projections of the last layers; their first factor stays at its start.
+    """Add adapters where the last layers write into the residual stream; their first factor stays at its start.
 
     With the first factor frozen the update is linear in what is trained, and no noise goes into it (arXiv 2403.12313).
     """
     from peft import LoraConfig, get_peft_model
 
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets: Any = ["q_proj", "v_proj"] if {"q_proj", "v_proj"} <= names else "all-linear"
+    writers = ["v_proj", "o_proj", "down_proj"]
     depth = model.config.num_hidden_layers
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=targets,
-        layers_to_transform=list(range(max(0, depth - layers), depth)),
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, config)
+    if set(writers) <= names:
+        chosen: dict[str, Any] = {
+            "target_modules": writers,
+            "layers_to_transform": list(range(max(0, depth - layers), depth)),
+        }
+    else:  # another architecture: all its linear layers
+        chosen = {"target_modules": "all-linear"}
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **chosen))
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
@@ -156,8 +156,8 @@ def train(
 ) -> Any:
     """Fine-tune ``model`` under the budget and return the private optimizer."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    rate = args.lr or (3e-4 if args.full else 1e-2)
-    steps = args.steps or (22 if args.epochs is None else None)
+    rate = args.lr or (3e-4 if args.full else 0.06)
+    steps = args.steps or (16 if args.epochs is None else None)
     wrapped, optimizer, loader = engine.make_private_with_epsilon(
         module=model,
         optimizer=torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0),

@@ -104,6 +104,10 @@ class ClipPolicy:
     def update(self, release: StepRelease) -> None:
         """Choose the next C from the released values."""
 
+    def clip_rate(self, release: StepRelease) -> float | None:
+        """Return the clip rate that steers the learning rate: the released one."""
+        return release.clip_rate
+
     def observe_private(self, norms: torch.Tensor) -> None:
         """Read un-noised norms; only a policy with ``is_private = False`` may."""
 
@@ -312,13 +316,24 @@ class RawPercentilePolicy(ClipPolicy):
         super().__init__(max_grad_norm, **limits)
         self.target_clip_rate = _fraction("target_clip_rate", target_clip_rate)
         self._norms: deque[float] = deque(maxlen=int(_positive("history", history)))
+        self._seen = self._clipped = 0
+        self._last_rate: float | None = None
 
     def observe_private(self, norms: torch.Tensor) -> None:
         """Remember un-noised norms."""
-        self._norms.extend(norms[torch.isfinite(norms)].tolist())
+        known = norms[torch.isfinite(norms)]
+        self._norms.extend(known.tolist())
+        self._seen += known.numel()
+        self._clipped += int((known > self._bound).sum())
+
+    def clip_rate(self, release: StepRelease) -> float | None:
+        """Return the un-noised clip rate of the last logical batch, as the published algorithm does."""
+        return self._last_rate
 
     def update(self, release: StepRelease) -> None:
         """Set C to the percentile of the remembered norms."""
+        self._last_rate = self._clipped / self._seen if self._seen else None
+        self._seen = self._clipped = 0
         if self._norms:
             wanted = np.quantile(np.asarray(self._norms), 1 - self.target_clip_rate)
             self._bound = float(np.clip(wanted, self.min_norm, self.max_norm))

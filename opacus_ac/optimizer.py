@@ -281,7 +281,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         with self._controlled_learning_rate():
             result: float | None = self.original_optimizer.step()
         if self.control is not None:
-            self.control.update(self.released)
+            self.control.update(self.policy.clip_rate(self.released))
         if self.ema is not None:
             self.ema.update()
         return result

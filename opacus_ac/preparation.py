@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
+from opacus_ac.control import ClipRateControl
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
@@ -101,6 +102,16 @@ def choose_policy(
     name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or clip_policy or "percentile"
     bound = 1.0 if max_grad_norm is None else max_grad_norm
     return build_policy(name, bound, target_clip_rate, expected_batch_size)
+
+
+def choose_control(
+    lr_control: bool, policy: ClipPolicy, target_clip_rate: float, preset: str | None
+) -> ClipRateControl | bool:
+    """Return the learning-rate control; the paper's reads each clip rate as it is."""
+    if not lr_control:
+        return False
+    target = getattr(policy, "target_clip_rate", target_clip_rate)
+    return ClipRateControl(target, smoothing=0.0 if preset == "paper" else 0.9)
 
 
 def choose_statistics(

@@ -188,15 +188,37 @@ def test_bad_settings_are_named(call, message):
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.5, 1.0), (0.61, 0.995), (0.39, 1.01), (None, 1.0)])
 def test_learning_rate_follows_the_clip_rate_outside_its_band(rate, expected):
-    control = ClipRateControl(0.5)
-    control.update(StepRelease(1, 1.0, 1.0, 1.0, 0.1, 10.0, rate, None, 1.0, None))
+    control = ClipRateControl(0.5, smoothing=0.0)
+    control.update(rate)
     assert control.multiplier == pytest.approx(expected)
 
 
 def test_learning_rate_multiplier_stays_in_its_limits():
     control = ClipRateControl(0.5)
     for _ in range(2000):
-        control.update(StepRelease(1, 1.0, 1.0, 1.0, 0.1, 10.0, 1.0, None, 1.0, None))
+        control.update(1.0)
     assert control.multiplier == 0.1
     with pytest.raises(ValueError, match="lr_control"):
         ClipRateControl(1.5)
+    with pytest.raises(ValueError, match="smoothing"):
+        ClipRateControl(0.5, smoothing=1.0)
+
+
+@pytest.mark.statistical
+def test_noise_alone_does_not_move_the_learning_rate():
+    """1,000 noisy rates around the target (std 0.1, as with batches of 40): smoothed, the multiplier stays put."""
+    rates = np.clip(0.9 + 0.1 * np.random.default_rng(0).standard_normal(1000), 0, 1)
+    smooth, raw = ClipRateControl(0.9), ClipRateControl(0.9, smoothing=0.0)
+    for rate in rates:
+        smooth.update(float(rate))
+        raw.update(float(rate))
+    assert 0.9 < smooth.multiplier < 1.1
+    assert raw.multiplier > 1.5
+
+
+def test_the_published_rule_steers_by_its_own_un_noised_clip_rate():
+    policy = RawPercentilePolicy(3.0)
+    policy.observe_private(torch.tensor([1.0, 2.0, 4.0, 5.0, math.nan]))
+    policy.observe_private(torch.tensor([4.0]))
+    policy.update(None)
+    assert policy.clip_rate(None) == pytest.approx(3 / 5)

@@ -3,7 +3,9 @@
 import json
 
 import finetune_chat
+import plot_run
 import pytest
+import tiny_models
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_chat import save_chat_model
 from tone_dialogues import dialogues, write_jsonl
@@ -41,6 +43,8 @@ def test_a_private_run_stays_in_its_budget_and_saves_its_report(full, model, tmp
     releases = [json.loads(line) for line in (out / "releases.jsonl").read_text().splitlines()]
     assert [r["step"] for r in releases] == [1, 2, 3, 4]
     assert releases[-1]["epsilon"] == pytest.approx(result["privacy"]["epsilon"])
+    plot_run.draw(out, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "differential privacy by vrdp accounting" in printed
     assert "tensorboard --logdir" in printed
@@ -80,3 +84,10 @@ def test_a_broken_line_is_named(model, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": 3}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl:1"):
         run(model, tmp_path, "--data", str(tmp_path / "bad.jsonl"))
+
+
+def test_adapters_of_another_architecture_train_their_second_factor_only():
+    model = finetune_chat.add_lora(tiny_models.build("gpt2").float(), rank=2, layers=1)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_B" in name for name in trained)
