@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=None, help="number of private steps (default 16)")
+    length.add_argument("--steps", type=int, default=None, help="number of private steps (default 14)")
     length.add_argument("--epochs", type=float, help="instead of steps: passes over the data")
     parser.add_argument("--expected-batch-size", type=int, default=40)
     parser.add_argument("--physical-batch-size", type=int, help="memory only; default 16 for LoRA, 2 for --full")
@@ -157,7 +157,7 @@ def train(
     """Fine-tune ``model`` under the budget and return the private optimizer."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     rate = args.lr or (3e-4 if args.full else 0.06)
-    steps = args.steps or (16 if args.epochs is None else None)
+    steps = args.steps or (14 if args.epochs is None else None)
     wrapped, optimizer, loader = engine.make_private_with_epsilon(
         module=model,
         optimizer=torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0),
