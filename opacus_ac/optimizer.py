@@ -169,6 +169,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         draw = self.plan.current() if self.plan is not None else None
         norms = self.source.finish_batch()
         losses = self.tape.take()
+        self._check_records(draw, norms)
         self._begin(draw)
         if draw is not None and draw.records == 0:
             # The stand-in for an empty batch: it must leave no trace in any sum.
@@ -180,6 +181,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if not self.policy.is_private:
             self.policy.observe_private(norms)
         self.source.accumulate(self.policy.factors(norms))
+
+    def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
+        """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
+        if self.plan is None or draw is None or not self.plan.delivered(draw):
+            return
+        if norms.shape[0] != max(draw.records, 1):
+            raise ValueError(
+                "the backward pass has another number of per-sample gradients than the loader's batch has records: "
+                "records were left out, or parts of the batch went through the model one after the other, which adds "
+                "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
+            )
 
     def _begin(self, draw: Draw | None) -> None:
         """Open a logical batch, dropping what an interrupted one left behind."""

@@ -157,6 +157,10 @@ class SamplingPlan:
             return self._current
         return self._emitted[0] if self._emitted else None
 
+    def delivered(self, draw: Draw | None) -> bool:
+        """Whether ``draw`` is the physical batch that our loader handed out last, so that its size is known."""
+        return draw is not None and draw is self._current
+
     def consume(self) -> None:
         """Note that a step used the batch in hand: no second step may use it at its rate."""
         if self._current is None and not self._through_loader and self._emitted:

@@ -188,6 +188,18 @@ def test_an_interrupted_logical_batch_is_dropped_and_not_added_to_the_next():
     assert records == pytest.approx(records_after) == pytest.approx(64)
 
 
+@pytest.mark.parametrize("how", ["halves in one backward", "first half only"])
+def test_a_batch_that_is_taken_apart_is_refused(how):
+    """Opacus adds up record i of both halves as if they were one record: clipped once, they are two people."""
+    _, model, optimizer, batches = private(data_loader=loader(64, 64))
+    inputs, targets = next(iter(batches))
+    first, second = (inputs[:32], targets[:32]), (inputs[32:], targets[32:])
+    loss = loss_of(model, first) + (loss_of(model, second) if how.startswith("halves") else 0)
+    loss.backward()
+    with pytest.raises(ValueError, match="Pass each batch through the model whole"):
+        optimizer.step()
+
+
 def test_shuffled_batches_never_get_the_poisson_epsilon():
     engine, model, optimizer, batches = private(poisson_sampling=False, data_loader=loader(64, 16, shuffle=True))
     poisson_engine, poisson_model, poisson_optimizer, poisson_batches = private()
