@@ -67,7 +67,7 @@ def per_record_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore
         Entry i depends on record i alone. The usual mean over all tokens of the batch does not have this property:
         there a record's gradient changes when another, longer record joins the batch.
 
-    >>> per_record_causal_lm_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]])).round(decimals=4).tolist()
-    [0.6931]
+    >>> round(per_record_causal_lm_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]])).item(), 4)
+    0.6931
     """
     return per_record_token_loss(logits[:, :-1], labels[:, 1:], ignore_index)

@@ -98,10 +98,12 @@ def test_padding(lengths, max_length, width):
     batch = pickle.loads(pickle.dumps(cd.PadCollate(7, max_length)))(rows)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["labels"].shape == (2, width)
     for i, n in enumerate(lengths):
-        assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (width - n)
-        assert batch["input_ids"][i, n:].eq(7).all()
-        assert batch["labels"][i, n:].eq(cd.IGNORE).all()
-        assert torch.equal(batch["labels"][i, :n], rows[i]["labels"])
+        start = width - n
+        assert batch["attention_mask"][i].tolist() == [0] * start + [1] * n
+        assert batch["input_ids"][i, :start].eq(7).all()
+        assert batch["labels"][i, :start].eq(cd.IGNORE).all()
+        assert torch.equal(batch["labels"][i, start:], rows[i]["labels"])
+        assert batch["position_ids"][i, start:].tolist() == list(range(n))
 
 
 def test_heldout_loss_is_the_mean_of_the_record_means(tokenizer, model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import tiny_models
@@ -16,13 +15,6 @@ from opacus_ac.grad_sample import expand_broadcast_embeddings, register_rules
 from opacus_ac.testing import per_sample_gradients
 
 B, T, D = 3, 5, 4
-
-
-@pytest.fixture(autouse=True)
-def _opacus_table() -> Iterator[None]:
-    with tiny_models.opacus_table_restored():
-        torch.manual_seed(0)
-        yield
 
 
 class Positions(nn.Module):

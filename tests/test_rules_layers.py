@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
 from opacus.grad_sample import GradSampleHooks, register_grad_sampler
@@ -24,13 +23,6 @@ from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm,
 from opacus_ac.testing import per_sample_gradients
 
 IN, OUT = 10, 6
-
-
-@pytest.fixture(autouse=True)
-def _opacus_table() -> Iterator[None]:
-    with tiny_models.opacus_table_restored():
-        torch.manual_seed(0)
-        yield
 
 
 def cubic(model: nn.Module, batch: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import tiny_models
@@ -16,12 +16,6 @@ from opacus_ac.grad_sample import check_model, constant_buffers_ok, explain, reg
 from opacus_ac.testing import check_norms, per_sample_gradients
 
 BATCH = tiny_models.token_batch()
-
-
-@pytest.fixture(autouse=True)
-def _opacus_table() -> Iterator[None]:
-    with tiny_models.opacus_table_restored():
-        yield
 
 
 def native_gemma_norm(self: nn.Module, x: Tensor) -> Tensor:

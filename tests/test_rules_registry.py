@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import tiny_models
@@ -25,13 +24,6 @@ from opacus_ac.grad_sample import (
 )
 from opacus_ac.grad_sample import probe as probe_module
 from opacus_ac.testing import per_sample_gradients
-
-
-@pytest.fixture(autouse=True)
-def _opacus_table() -> Iterator[None]:
-    with tiny_models.opacus_table_restored():
-        torch.manual_seed(0)
-        yield
 
 
 def table() -> dict[type[nn.Module], object]:
