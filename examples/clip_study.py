@@ -368,7 +368,9 @@ def report(out: Path, settings: Settings, seeds: int) -> int:
         print(f"loss before: {table[0]['before']:.4f}; epsilon at delta {DELTA:g}: {sorted(epsilons)}")
     relative = [row["spread"] / row["loss"] * math.sqrt(2 / row["runs"]) for row in table if row["runs"] > 1]
     if relative:
-        print(f"standard error of a ratio between two rows: about {100 * statistics.median(relative):.1f} %")
+        print(
+            f"standard error of a ratio between two rows: below {100 * statistics.median(relative):.1f} %, as rows share their noise"
+        )
     met, text = verdict(table, seeds)
     print(text)
     return 0 if met else 1
