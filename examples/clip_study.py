@@ -73,7 +73,7 @@ class Settings:
     heldout: int = 250
     batch: int = 192
     steps: int = 50
-    lr: float = 0.004  # best of .0015 (3.06), .0025 (2.64), .004 (2.47), .006 (2.84) for flat-3, seed 0
+    lr: float = 0.004
     noise_multiplier: float = 0.8
     physical: int = 64
 

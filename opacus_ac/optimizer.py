@@ -171,6 +171,15 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         losses = self.tape.take()
         self._check_records(draw, norms)
         self._begin(draw)
+        try:
+            self._add_records(draw, norms, losses)
+        except BaseException:
+            # Part of the batch may be in the sums: were it retried, its records would count twice.
+            self.statistics.finish()
+            raise
+
+    def _add_records(self, draw: Draw | None, norms: Tensor, losses: Tensor | None) -> None:
+        """Add the records of a physical batch to the sums of the open logical batch."""
         if draw is not None and draw.records == 0:
             # The stand-in for an empty batch: it must leave no trace in any sum.
             self.source.accumulate(torch.zeros_like(norms))
@@ -199,10 +208,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self._is_last_step_skipped and self.statistics.started and batch == self._open_batch:
             self._check_bound()
             return
-        if self._is_last_step_skipped:
-            # Its records may be drawn again: adding them to the next batch would count one record twice.
-            for p in self.params:
-                p.summed_grad = None
+        # Its records may be drawn again: adding them to the next batch would count one record twice.
+        for p in self.params:
+            p.summed_grad = None
         self._open_batch, self._open_bound = batch, self.policy.bound
         self.statistics.begin(self.policy.bound, self.policy.gradient_share)
 

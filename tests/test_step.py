@@ -15,6 +15,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.clipping import POLICIES
 from opacus_ac.control import WeightEMA
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.statistics import StepStatistics
 from opacus_ac.testing import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
@@ -361,8 +362,6 @@ def test_no_private_value_is_kept_where_people_look():
 
 
 def private_statistics():
-    from opacus_ac.statistics import StepStatistics
-
     return StepStatistics(loss_bound=4.0)
 
 
@@ -416,3 +415,37 @@ def test_a_small_bound_never_holds_a_step_back(bound):
     train(wrapped, optimizer, [next(iter(batches))])
     assert optimizer.max_grad_norm > 0.3 * bound
     assert not torch.equal(weights(model), start)
+
+
+@pytest.mark.parametrize("chunks_before", [0, 1])
+def test_a_physical_batch_that_failed_half_way_is_not_counted_twice_when_retried(chunks_before):
+    """Out of memory after the first parameter, caught by the loop, and the same batch stepped again."""
+    rows = torch.randn(3, 5, dtype=torch.float64)
+    optimizer, _ = by_hand(rows, statistics=StepStatistics(), clip_policy="fixed")
+
+    def backward():
+        optimizer.zero_grad()
+        optimizer.params[0].grad_sample = rows[:, :2].clone()
+        optimizer.params[1].grad_sample = rows[:, 2:].clone()
+
+    for _ in range(chunks_before):
+        optimizer.signal_skip_step(True)
+        optimizer.step()
+        backward()
+    accumulate = optimizer.source.accumulate
+
+    def fail(factors):
+        accumulate(factors)
+        raise RuntimeError("planted: out of memory")
+
+    optimizer.source.accumulate = fail
+    with pytest.raises(RuntimeError, match="planted"):
+        optimizer.step()
+    optimizer.source.accumulate = accumulate
+    backward()
+    optimizer.step()
+    once, _ = by_hand(rows, statistics=StepStatistics(), clip_policy="fixed")
+    once.step()
+    for mine, expected in zip(optimizer.params, once.params, strict=True):
+        torch.testing.assert_close(mine.grad, expected.grad)
+    assert optimizer.released.histogram.counts.sum() == pytest.approx(3)
