@@ -136,8 +136,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     @property
     def accumulated_iterations(self) -> int:
         """Number of backward passes since the last step."""
-        samples = [p.grad_sample for p in self.params if getattr(p, "grad_sample", None) is not None]
-        return max((len(s) if isinstance(s, list) else 1 for s in samples), default=1)
+        return self.source.backward_passes
 
     def record_losses(self, losses: Tensor) -> None:
         """Give the records' losses ``[B]`` of the batch in hand, for the noisy loss of the release."""

@@ -2,16 +2,18 @@
 
 A source answers two questions about the physical batch just run backward: the norm of each record's gradient, and,
 given one factor per record, the weighted sum. It knows nothing of clipping rules, noise or accounting. The source
-here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch".
+here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch"; :mod:`book_keeping` has the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from opacus_ac.grad_sample.terms import squared_norms
 
 _SUM_TOLERANCE = 0.01
 """Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
@@ -26,31 +28,32 @@ class GradientSource(Protocol):
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""
 
-    def sums(self) -> list[Tensor | None]:
-        """Return the summed gradients of the logical batch, one per parameter; None is zero."""
+    def settle(self) -> None:
+        """Let go of the physical batch: another one of the same logical batch follows."""
+
+    def sums(self, buffer: Tensor | None = None) -> Iterable[Tensor | None]:
+        """Give the summed gradients of the logical batch, one per parameter; None is zero.
+
+        Args:
+            buffer: memory that may be used for one sum at a time.
+        """
 
     def clear(self, *, sums: bool) -> None:
         """Forget the physical batch, and with ``sums`` the logical batch too."""
+
+    @property
+    def backward_passes(self) -> int:
+        """Number of backward passes since the last step, at least 1."""
+
+    @property
+    def merged_passes(self) -> bool:
+        """Whether several forward passes of the model were taken for one, record by record."""
 
 
 def _rows(parameter: nn.Parameter) -> Tensor | None:
     """Return the per-sample gradients ``[B, *shape]`` of ``parameter``, or None when it took no part."""
     sample: Any = getattr(parameter, "grad_sample", None)
     return torch.cat(sample) if isinstance(sample, list) else sample
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Return the squared L2 norm of each row of ``[B, ...]`` in float64.
-
-    The norm of the last dimension in the native type, then float64: a flat float32 norm over millions of elements
-    is biased by 1e-4 on CPU, which would let clipped records exceed C.
-    """
-    if rows.shape[0] == 0:
-        return torch.zeros(0, dtype=torch.float64)
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
-    inner = torch.linalg.vector_norm(rows.reshape(rows.shape[0], -1, rows.shape[-1] if rows.dim() > 1 else 1), dim=-1)
-    return inner.double().square_().sum(1)
 
 
 class PerSampleSource:
@@ -156,7 +159,21 @@ class PerSampleSource:
             for part in sample if isinstance(sample, list) else [sample]:
                 part._processed = True  # Opacus's mark against using gradients twice
 
-    def sums(self) -> list[Tensor | None]:
+    def settle(self) -> None:
+        """Nothing to do: the sums are formed at once."""
+
+    @property
+    def backward_passes(self) -> int:
+        """Number of backward passes since the last step, at least 1."""
+        samples = [p.grad_sample for p in self._parameters if getattr(p, "grad_sample", None) is not None]
+        return max((len(s) if isinstance(s, list) else 1 for s in samples), default=1)
+
+    @property
+    def merged_passes(self) -> bool:
+        """Unknown here: Opacus's hooks do not tell."""
+        return False
+
+    def sums(self, buffer: Tensor | None = None) -> list[Tensor | None]:
         """Return the summed clipped gradients of the logical batch."""
         return [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
 

@@ -43,14 +43,36 @@ def _dense_grads(module: nn.Module, factors: Factors) -> dict[nn.Parameter, Tens
     return grads
 
 
+class QuantizedInputs:
+    """The quantised form of the last input: the projections of one input share it, and its memory."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        self._key: tuple[Any, ...] | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def get(self, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+        """``quantize(x)``, computed once for tensors that share memory, shape and version."""
+        key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype)
+        if self._held is None or self._key != key:
+            self._key, self._held = key, (x, quantize(x))
+        return self._held[1]
+
+
 @torch.no_grad()
-def auto_bitlinear_factors(module: Any, x: Tensor, backprops: Tensor) -> Factors:
+def auto_bitlinear_factors(
+    module: Any, x: Tensor, backprops: Tensor, shared: QuantizedInputs | None = None
+) -> Factors:
     """Factors of ``transformers``' ``AutoBitLinear``, online or offline, with or without its inner norm.
 
     Args:
         module: the layer.
         x: its input ``[B, ..., in]``.
         backprops: the gradient at its output ``[B, ..., out]``.
+        shared: quantised inputs of the layers before, for layers that share an input.
 
     Returns:
         The dequantised activations (codes over their per-token scale) and the gradient before ``weight_scale``.
@@ -59,7 +81,7 @@ def auto_bitlinear_factors(module: Any, x: Tensor, backprops: Tensor) -> Factors
 
     z = x if module.rms_norm is None else call_forward(module.rms_norm, x)
     quantize: Callable[[Tensor], Tensor] = ActQuant.apply
-    inputs = quantize(z)
+    inputs = quantize(z) if shared is None else shared.get(z, quantize)
     if not module.online_quant:
         backprops = backprops * module.weight_scale
     return Factors(inputs.to(backprops.dtype), backprops)

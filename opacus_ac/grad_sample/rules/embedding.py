@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from opacus_ac.grad_sample.replay import bare_twin, call_forward, map_tensors, to_double
+from opacus_ac.grad_sample.terms import Lookup, Term
 
 
 def unsupported(module: nn.Embedding) -> str | None:
@@ -24,6 +30,23 @@ def scale_of(module: nn.Module) -> Tensor | float:
         weight = module._parameters["weight"]
         return scale.detach() if weight is None else scale.detach().to(weight.dtype)
     return float(scale)
+
+
+def lookup_terms(module: nn.Module, ids: Tensor, backprops: Tensor) -> list[tuple[nn.Parameter, Term]]:
+    """What one lookup adds to the gradient of the table; ids ``[B, ...]``, backprops ``[B, ..., D]``.
+
+    As in autograd the row ``padding_idx`` gets no gradient.
+    """
+    assert isinstance(module, nn.Embedding)
+    weight = module._parameters["weight"]
+    if weight is None or not weight.requires_grad:
+        return []
+    scale = scale_of(module)
+    values = backprops if isinstance(scale, float) and scale == 1.0 else backprops * scale
+    if module.padding_idx is not None:
+        values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+    batch = ids.shape[0]
+    return [(weight, Lookup(ids.reshape(batch, -1), values.reshape(batch, -1, values.shape[-1])))]
 
 
 def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -61,6 +84,45 @@ def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor
     grad = torch.zeros(batch * rows, width, device=values.device, dtype=values.dtype)
     grad.index_add_(0, flat.reshape(-1), values.reshape(-1, width))
     return {weight: grad.view(batch, rows, width)}
+
+
+class _RecordLookup(TorchFunctionMode):
+    """Notes the ids and the result of every ``F.embedding`` that runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lookups: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is F.embedding:
+            self.lookups.append((args[0] if args else (kwargs or {})["input"], output))
+        return output
+
+
+def replayed_ids(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """The ids ``[B, ...]`` that an embedding with a forward of its own looks up, found by running it again.
+
+    Args:
+        module: the layer.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        output: what it returned, ``[B, ..., D]``.
+
+    Raises:
+        ValueError: it does not return the rows of one lookup, unchanged.
+    """
+    with torch.no_grad(), _RecordLookup() as recorder:
+        type(module).forward(bare_twin(module), *args, **kwargs)
+    if len(recorder.lookups) != 1 or not torch.equal(recorder.lookups[0][1], output):
+        name = type(module).__name__
+        raise ValueError(
+            f"{name} is not a plain lookup: its forward does not return the rows of one F.embedding. Write a rule "
+            f"for it and pass it to register_rule({name}, rule), or freeze it with requires_grad_(False)"
+        )
+    return recorder.lookups[0][0]
 
 
 def is_scaled_lookup(module: nn.Module) -> bool:

@@ -1,9 +1,11 @@
-"""Dense layers whose weight is stored ``[in, out]``."""
+"""Dense layers: ``nn.Linear`` (weight ``[out, in]``) and ``Conv1D`` (weight ``[in, out]``)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from opacus_ac.grad_sample.terms import Dense, Rows, Term, wide
 
 
 def outer_products(left: Tensor, right: Tensor) -> Tensor:
@@ -15,6 +17,35 @@ def sum_positions(values: Tensor, last: int = 1) -> Tensor:
     """Sum over all but the first and the ``last`` trailing dimensions: ``[B, ..., d]`` to ``[B, d]``."""
     positions = tuple(range(1, values.dim() - last))
     return values.sum(dim=positions) if positions else values
+
+
+def by_position(values: Tensor) -> Tensor:
+    """``[B, ..., d]`` as ``[B, T, d]``; ``[B, d]`` has one position."""
+    if values.dim() == 3:
+        return values
+    return values.unsqueeze(1) if values.dim() == 2 else values.reshape(values.shape[0], -1, values.shape[-1])
+
+
+def dense_terms(
+    module: nn.Module, inputs: Tensor, backprops: Tensor, *, transposed: bool = False
+) -> list[tuple[nn.Parameter, Term]]:
+    """What one use of a dense layer adds to the gradients of its ``weight`` and ``bias``.
+
+    Args:
+        module: the layer, for its parameters.
+        inputs: what the matrix product was fed, ``[B, ..., in]``.
+        backprops: the gradient at its output, ``[B, ..., out]``.
+        transposed: whether the weight is stored ``[in, out]``.
+    """
+    # Under autocast the product saw the input rounded to its own type.
+    right, left = by_position(inputs.to(backprops.dtype)), by_position(backprops)
+    terms: list[tuple[nn.Parameter, Term]] = []
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is not None and weight.requires_grad:
+        terms.append((weight, Dense(right, left) if transposed else Dense(left, right)))
+    if bias is not None and bias.requires_grad:
+        terms.append((bias, Rows(sum_positions(wide(left)))))
+    return terms
 
 
 def conv1d(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:

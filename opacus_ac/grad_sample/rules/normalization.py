@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.replay import bare_twin, call_with, map_tensors, to_double
 from opacus_ac.grad_sample.rules.linear import sum_positions
+from opacus_ac.grad_sample.terms import wide
 
 
 @torch.no_grad()
@@ -62,7 +63,7 @@ def layer_norm(module: nn.LayerNorm, activations: list[Tensor], backprops: Tenso
     grads: dict[nn.Parameter, Tensor] = {}
     last = len(module.normalized_shape)
     if module.weight is not None and module.weight.requires_grad:
-        x_hat = F.layer_norm(activations[0], module.normalized_shape, eps=module.eps)
+        x_hat = F.layer_norm(wide(activations[0]), module.normalized_shape, eps=module.eps)
         grads[module.weight] = sum_positions(backprops * x_hat, last)
     if module.bias is not None and module.bias.requires_grad:
         grads[module.bias] = sum_positions(backprops, last)

@@ -1,0 +1,232 @@
+"""Mode "bk": per-record norms and clipped sums from one ordinary backward pass, without per-sample gradients.
+
+References:
+    Bu et al., arXiv 2210.00038 (book-keeping: one backward pass); arXiv 2110.05679 (ghost norms for language models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.capture import Capture, Use, exact
+from opacus_ac.grad_sample.term_rules import tracked
+from opacus_ac.grad_sample.terms import GramCache, ParameterBook
+
+
+@dataclass
+class _Chunk:
+    """What one backward pass left: a book per parameter (by its position), and the forward passes it went through."""
+
+    books: dict[int, ParameterBook] = field(default_factory=dict)
+    model_passes: set[int] = field(default_factory=set)
+    records: int = 0
+
+
+class BookKeepingSource:
+    """Norms and weighted sums of per-sample gradients from one backward pass.
+
+    Around each trained layer the forward pass keeps the input, and the backward pass brings the gradient at the output;
+    from these the norms are computed, and after clipping one weighted product per layer gives the sum. Weights that
+    are tied, or used several times, are one parameter with one norm.
+
+    Args:
+        model: the model; nothing happens to it before :meth:`attach`.
+        parameters: the parameters that are trained, with a norm over all of them.
+        names: their names, for messages.
+        loss_reduction: "mean" or "sum" over the records, as the loop computes the loss.
+
+    Guarantees:
+        Norms are in float32 or better whatever the type of the activations, and exact to rounding. A trained parameter
+        that is also used where no rule sees it gets an ordinary gradient in the backward pass, and the step is refused.
+        Two backward passes before a step are records of their own.
+
+    References:
+        arXiv 2210.00038.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], names: Sequence[str], loss_reduction: str = "mean"
+    ) -> None:
+        self._model = model
+        self._parameters, self._names = list(parameters), list(names)
+        self._index = {id(p): i for i, p in enumerate(self._parameters)}
+        self._mean = loss_reduction == "mean"
+        self._capture: Capture | None = None
+        self._shared: Callable[[], None] = lambda: None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._chunks: list[_Chunk] = [_Chunk()]
+        self._weights: list[Tensor] | None = None
+        self._failed = False
+        self._released = False
+
+    def attach(self) -> Callable[[], None]:
+        """Put the hooks on the model and return the function that takes them off."""
+        items, self._rules, quantized = tracked(self._model)
+        self._shared = quantized.clear
+        self._capture = Capture(self._model, items, self._deliver, self._on_forward)
+
+        def detach() -> None:
+            assert self._capture is not None
+            self._capture.remove()
+            self.clear(sums=True)
+            for parameter in self._parameters:
+                if hasattr(parameter, "summed_grad"):
+                    del parameter.summed_grad
+
+        return detach
+
+    # ---------------------------------------------------------------- in forward and backward passes
+
+    def _on_forward(self) -> None:
+        """A forward pass after a backward pass: what comes now belongs to other records."""
+        if self._chunks[-1].books:
+            self._chunks.append(_Chunk())
+
+    def _deliver(self, use: Use, gradient: Tensor) -> None:
+        """Take in the gradient at the output of one use of a module."""
+        try:
+            tensors = use.tensors()
+            chunk = self._chunks[-1]
+            self._check_batch(chunk, use, gradient)
+            for parameter, term in self._rules[use.path](use, tensors, gradient):
+                index = self._index.get(id(parameter))
+                if index is not None:
+                    book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
+                    book.add(term)
+            chunk.model_passes.add(use.model_pass)
+        except BaseException:
+            self._failed = True
+            raise
+
+    @staticmethod
+    def _check_batch(chunk: _Chunk, use: Use, gradient: Tensor) -> None:
+        records = gradient.shape[0] if gradient.dim() > 1 else 0
+        if not chunk.books:
+            chunk.records = records
+        if records != chunk.records or records == 0:
+            raise ValueError(
+                f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of shape "
+                f"{tuple(gradient.shape)}, other layers have {chunk.records} records: the batch must be the first "
+                "dimension of every layer's input and output"
+            )
+
+    # ---------------------------------------------------------------- GradientSource
+
+    def finish_batch(self) -> Tensor:
+        """Return the gradient norm of each record, ``[B]`` float64.
+
+        Raises:
+            ValueError: there was no backward pass, a part of the model was used outside of its rule, a backward pass
+                failed half-way, or gradients of the step before were not cleared.
+        """
+        if self._capture is not None:
+            self._capture.restore()
+        self._check()
+        self._chunks = [c for c in self._chunks if c.books]
+        self._shared()
+        with exact():
+            norms = [self._norms(chunk) for chunk in self._chunks]
+        return torch.cat(norms)
+
+    def _check(self) -> None:
+        if self._released or self._weights is not None:
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy "
+                "guarantees you must call optimizer.zero_grad() on each step"
+            )
+        if self._failed:
+            raise ValueError(
+                "the last backward pass failed half-way: call optimizer.zero_grad() and run forward and backward again"
+            )
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"{name} has an ordinary gradient, which was not clipped: it is used outside of its own module, or "
+                    "its module ran in evaluation mode. Use it through its module in training mode, or freeze it"
+                )
+        if not any(chunk.books for chunk in self._chunks):
+            raise ValueError(
+                "Per sample gradient is not initialized: no gradient has reached a trained layer. Run forward and "
+                "backward through the model that make_private returned, in training mode, before optimizer.step()"
+            )
+
+    def _norms(self, chunk: _Chunk) -> Tensor:
+        cache = GramCache()
+        total = torch.zeros(chunk.records, dtype=torch.float64)
+        for index in sorted(chunk.books):
+            total += chunk.books[index].squares(cache).cpu()
+        return total.sqrt() * (chunk.records if self._mean else 1)
+
+    def accumulate(self, factors: Tensor) -> None:
+        """Note the factors; the sums are formed parameter by parameter when they are needed."""
+        sizes = [chunk.records for chunk in self._chunks]
+        scales = [size if self._mean else 1 for size in sizes]
+        self._weights = [f * scale for f, scale in zip(factors.split(sizes), scales, strict=True)]
+
+    def settle(self) -> None:
+        """Form the sums now and let go of the records: another physical batch of the logical one follows."""
+        if self._weights is None:
+            return
+        for parameter, total in zip(self._parameters, self.sums(), strict=True):
+            parameter.summed_grad = total  # type: ignore[attr-defined]
+
+    def sums(self, buffer: Tensor | None = None) -> Iterator[Tensor | None]:
+        """Yield the summed clipped gradient of each parameter; None is zero. The records go as the sums come.
+
+        Args:
+            buffer: memory for one sum at a time, which then holds it until the next is asked for; by default each sum
+                has memory of its own.
+        """
+        weights = self._weights or []
+        for index, parameter in enumerate(self._parameters):
+            total: Tensor | None = getattr(parameter, "summed_grad", None)
+            parameter.summed_grad = None  # type: ignore[attr-defined]
+            for chunk, factors in zip(self._chunks, weights, strict=False):
+                book = chunk.books.pop(index, None)
+                if book is not None:
+                    total = self._add(parameter, book, factors, total, buffer)
+            yield total
+        self._released = True
+
+    @staticmethod
+    def _add(
+        parameter: nn.Parameter, book: ParameterBook, factors: Tensor, total: Tensor | None, buffer: Tensor | None
+    ) -> Tensor:
+        """Return ``total`` plus the weighted sum of a book."""
+        if total is None and buffer is not None:
+            out = buffer[: parameter.numel()].view(parameter.shape)
+        else:
+            out = torch.empty_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
+        with exact():
+            book.weighted_sum(factors, out)
+            return out if total is None else total.add_(out)
+
+    def clear(self, *, sums: bool) -> None:
+        """Forget the records and ordinary gradients, and with ``sums`` the clipped sums too."""
+        if self._capture is not None:
+            self._capture.restore()
+        self._reset()
+        self._shared()
+        for parameter in self._parameters:
+            parameter.grad = None
+            if sums:
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+
+    @property
+    def backward_passes(self) -> int:
+        """Number of backward passes since the last step."""
+        return len(self._chunks)
+
+    @property
+    def merged_passes(self) -> bool:
+        """Whether one backward pass went through several forward passes of the model.
+
+        Record i of each is then one record. Whether that is so, only the number of records drawn can tell.
+        """
+        return any(len(chunk.model_passes) > 1 for chunk in self._chunks)

@@ -1,0 +1,267 @@
+"""Hooks that note, for every use of a trainable parameter, the module's input and the gradient at its output.
+
+While a module with trainable parameters of its own runs, these parameters do not require a gradient, so autograd skips
+their weight gradients (the larger half of the backward pass's memory, a third of its work) and only carries the
+gradient on to the input. The input is kept by autograd's own means, so gradient checkpointing, offloading and the
+check against in-place changes apply to it as to anything else that a backward pass needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+
+class _Keep(torch.autograd.Function):
+    """Holds tensors as a node of the graph would: through saved-tensor hooks, with their versions."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*tensors)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(ctx.saved_tensors))
+
+
+class _AskForGradient(torch.autograd.Function):
+    """Connects an output that needs no gradient to the graph, so that its gradient is computed all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
+        # The same memory under a tensor of its own: a view could not be changed in place by the layers that follow.
+        return output.new_empty(0).set_(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a module, tensors apart from the rest."""
+
+    leaves: list[Any]
+    places: list[int]
+    spec: TreeSpec
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Tensor]]:
+        """Take the tensors out of the arguments."""
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in places]
+        for i in places:
+            leaves[i] = None
+        return cls(leaves, places, spec), tensors
+
+    def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put tensors back into the arguments."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass
+class Use:
+    """One call of a module in a training forward pass, until the gradient at its output arrives."""
+
+    path: str
+    """Name of the module in the model."""
+    module: nn.Module
+    call: Call
+    kept: Any
+    """The graph node that holds the tensors of the call (and, last, the output, where that was asked for)."""
+    autocast: AbstractContextManager[Any]
+    """A context in which the module runs again as it ran."""
+    model_pass: int
+    """Number of the model's forward pass that it belongs to."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors held; recomputed here where the forward was checkpointed. Once."""
+        tensors: tuple[Tensor, ...] = self.kept.saved_tensors
+        self.kept = None
+        return tensors
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A module whose uses are noted.
+
+    Attributes:
+        path: its name in the model.
+        module: the module.
+        parameters: the parameters whose gradients it answers for.
+        keep_output: whether a use holds the output too.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    keep_output: bool = False
+
+
+def exact() -> AbstractContextManager[Any]:
+    """No graph and no autocast: ``backward()`` may be called inside an autocast block."""
+    return _Exact() if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else torch.no_grad()
+
+
+class _Exact:
+    def __enter__(self) -> None:
+        self._contexts = [torch.no_grad(), *(torch.autocast(d, enabled=False) for d in ("cpu", "cuda"))]
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+def _autocast_of(device: str) -> AbstractContextManager[Any]:
+    """A context in which what ran here runs again as it did."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+    return nullcontext()
+
+
+class Capture:
+    """Attaches to a model and hands over every (use, output gradient) of its training passes.
+
+    Args:
+        model: the model; it is changed by nothing but hooks.
+        tracked: the modules to watch; one object is watched once, wherever it stands.
+        deliver: called in the backward pass with each use and the gradient at its output.
+        on_forward: called when a tracked module starts in a forward pass (not in a recomputation).
+
+    Guarantees:
+        A module in evaluation mode, or run without gradients, is not watched: nothing is held for it. ``requires_grad``
+        is what it was before whenever no forward pass is running, also after an exception. A parameter that is used
+        otherwise than through the modules watched gets an ordinary ``.grad``, which is how that is found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tracked: Iterable[Tracked],
+        deliver: Callable[[Use, Tensor], None],
+        on_forward: Callable[[], None],
+    ) -> None:
+        self._deliver, self._on_forward = deliver, on_forward
+        self._tracked = {id(t.module): t for t in tracked}
+        self._model_id = id(model)
+        self._passes = 0
+        self._running: list[tuple[int, list[nn.Parameter]]] = []
+        self._token = torch.zeros((), requires_grad=True)
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._start)]
+        for item in self._tracked.values():
+            self._handles.append(item.module.register_forward_pre_hook(self._before))
+            # First of the module's hooks: what others do to the output comes after what the rule describes.
+            self._handles.append(
+                item.module.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        # A copy of the model carries the hooks, which do not know its modules and leave them alone.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled model is a plain model: its hooks do nothing.
+        return _inert, ()
+
+    def remove(self) -> None:
+        """Take all hooks off and put ``requires_grad`` back; doing so twice is harmless."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.restore()
+
+    def restore(self) -> None:
+        """Undo what an interrupted forward pass left behind."""
+        while self._running:
+            self._switch_on(self._running.pop()[1])
+
+    @staticmethod
+    def _switch_on(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+    def _watching(self, module: nn.Module) -> Tracked | None:
+        tracked = self._tracked.get(id(module))
+        return tracked if tracked is not None and module.training and torch.is_grad_enabled() else None
+
+    def _start(self, module: nn.Module, _args: Any) -> None:
+        if id(module) == self._model_id and module.training and torch.is_grad_enabled():
+            self._passes += 1
+
+    def _before(self, module: nn.Module, _args: Any) -> None:
+        tracked = self._watching(module)
+        if tracked is None:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self._on_forward()
+        off = [p for p in tracked.parameters if p.requires_grad]
+        for parameter in off:
+            parameter.requires_grad_(False)
+        self._running.append((id(module), off))
+
+    def _leave(self, module: nn.Module) -> bool:
+        """Switch the module's parameters on again; whether it was watched and any of them is trained."""
+        if all(key != id(module) for key, _ in self._running):
+            return False
+        key = None
+        while key != id(module):
+            key, off = self._running.pop()
+            self._switch_on(off)
+        switched = {id(p) for _, outer in self._running for p in outer}  # tied weights in nested modules
+        return bool(off) or any(id(p) in switched for p in self._tracked[id(module)].parameters)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._leave(module) or output is None:  # None: the forward raised
+            return None
+        tracked = self._tracked[id(module)]
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ValueError(
+                f"{tracked.path or 'the model'} ({type(module).__name__}) returns {type(output).__name__}, and a "
+                "per-sample gradient needs one floating-point tensor with the records first. Split the module so that "
+                "its parameters stand in layers that return one, or freeze it"
+            )
+        call, tensors = Call.of(args, kwargs)
+        if tracked.keep_output:
+            tensors = [*tensors, output]
+        # Detached: the graph must not be held by what it holds.
+        kept = _Keep.apply(self._token, *(t.detach() for t in tensors)).grad_fn
+        use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes)
+        asked: Tensor = output if output.requires_grad else _AskForGradient.apply(self._token, output)
+        asked.register_hook(lambda gradient: self._arrive(use, gradient))
+        return None if asked is output else asked
+
+    def _arrive(self, use: Use, gradient: Tensor) -> None:
+        if use.kept is None:
+            raise ValueError(
+                f"two backward passes ran through one use of {use.path}: the records would count twice. Add the losses "
+                "and call backward() once"
+            )
+        with exact():
+            self._deliver(use, gradient)
+
+
+def _inert() -> Any:
+    """What a hook becomes in a pickled model; see ``Capture.__reduce__``."""
+    return _Inert()
+
+
+class _Inert:
+    def _start(self, *_: Any) -> None: ...
+
+    def _before(self, *_: Any) -> None: ...
+
+    def _after(self, *_: Any) -> None: ...

@@ -1,0 +1,316 @@
+"""Per-sample gradients of one parameter without ever writing them down: sums of outer products.
+
+Every use of a matrix parameter adds ``sum_t left_t (x) right_t`` to a record's gradient. For a dense layer both sides
+are dense (output gradient and input), for an embedding the left side is one-hot (the token id). Using a parameter
+again is concatenation along t; tying an embedding to a head adds the cross term between the two kinds. Norms come from
+``[T, T]`` Gram matrices or, where that is cheaper, from the materialised gradient, which is then kept.
+
+References:
+    Bu et al., arXiv 2210.00038 (book-keeping); Lee and Kifer, arXiv 2009.03106 (Gram norms); Li et al., arXiv 2110.05679.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+KEEP_FACTOR = 2.0
+"""A dense gradient ``[I, J]`` is materialised when ``I J <= KEEP_FACTOR T (I + J)``.
+
+``T (I + J)`` numbers is what book-keeping has to hold until the clip factors are known. Materialising costs the one
+product that the weight gradient needs anyway, and afterwards the two factors can go; the Gram route needs the two Grams
+and then that product.
+"""
+
+CANCELLATION = 1e-2
+"""Share of its diagonal below which a Gram sum has cancelled so far that float32 may be wrong by more than 1e-5."""
+
+_GRAM_BYTES = 1 << 26
+_BLOCK = 1 << 22
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32 or better: squares and sums of bfloat16 numbers are not kept in bfloat16."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Return the squared L2 norm of each row of ``[B, ...]`` in float64.
+
+    The norm of the last dimension in the native type, then float64: a flat float32 norm over millions of elements
+    is biased by 1e-4 on CPU, which would let clipped records exceed C.
+    """
+    if rows.numel() == 0:
+        return torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
+    rows = wide(rows)
+    inner = torch.linalg.vector_norm(rows.reshape(rows.shape[0], -1, rows.shape[-1] if rows.dim() > 1 else 1), dim=-1)
+    return inner.double().square_().sum(1)
+
+
+@dataclass
+class Dense:
+    """``G_i = sum_t left[i, t] (x) right[i, t]``, the gradient of a weight stored ``[I, J]``."""
+
+    left: Tensor
+    """``[B, T, I]``."""
+    right: Tensor
+    """``[B, T, J]``."""
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether the materialised gradient is cheaper than its factors."""
+        positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
+        return keeps(positions, rows, columns)
+
+
+@dataclass
+class Lookup:
+    """``G_i = sum_t onehot(ids[i, t]) (x) right[i, t]``, the gradient of an embedding table ``[V, D]``."""
+
+    ids: Tensor
+    """``[B, T]`` integers."""
+    right: Tensor
+    """``[B, T, D]``."""
+
+
+@dataclass
+class Rows:
+    """Materialised per-sample gradients."""
+
+    values: Tensor
+    """``[B, *shape]``."""
+
+
+Term = Dense | Lookup | Rows
+
+
+def keeps(positions: int, rows: int, columns: int) -> bool:
+    """Whether a dense gradient ``[rows, columns]`` of ``positions`` outer products is materialised."""
+    return rows * columns <= KEEP_FACTOR * positions * (rows + columns)
+
+
+class GramCache:
+    """Gram matrices of the last few inputs: the projections of one input share theirs.
+
+    Keyed by storage address; the tensors are held, so that an address cannot come back as another tensor.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._grams: OrderedDict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Tensor, Tensor]] = OrderedDict()
+
+    def gram(self, x: Tensor) -> Tensor:
+        """``[B, T, T]`` of ``x`` ``[B, T, d]``; not to be written to."""
+        key = (x.data_ptr(), tuple(x.shape), x.stride())
+        if key in self._grams:
+            self._grams.move_to_end(key)
+            return self._grams[key][1]
+        value = wide(x)
+        gram = torch.bmm(value, value.transpose(1, 2))
+        self._grams[key] = (x, gram)
+        if len(self._grams) > self._size:
+            self._grams.popitem(last=False)
+        return gram
+
+
+def _products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and diagonal sum of the elementwise product of two Gram matrices ``[B, T, T]``, in float64."""
+    product = left * right
+    trace = product.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
+    return product.sum((1, 2), dtype=torch.float64), trace
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=1)
+
+
+@dataclass
+class ParameterBook:
+    """What the records of one backward pass contribute to the gradient of one parameter."""
+
+    shape: torch.Size
+    dense: list[Dense] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    rows: Tensor | None = None
+
+    def add(self, term: Term) -> None:
+        """Add one use of the parameter."""
+        if isinstance(term, Rows):
+            self._add_rows(term.values)
+        elif isinstance(term, Lookup):
+            self.lookups.append(term)
+        elif self.rows is not None or (not self.dense and term.worth_keeping):
+            self._keep(term)
+        else:
+            self.dense.append(term)
+
+    def _add_rows(self, values: Tensor) -> None:
+        values = wide(values)
+        # Not in place: a rule may have returned a view of something that is still needed.
+        self.rows = values if self.rows is None else self.rows + values
+
+    def _keep(self, term: Dense) -> None:
+        left, right = wide(term.left).transpose(1, 2), wide(term.right)
+        if self.rows is None:
+            self.rows = torch.bmm(left, right)
+        else:
+            flat = self.rows.reshape(left.shape[0], left.shape[1], right.shape[2])
+            self.rows = torch.baddbmm(flat, left, right).view(self.rows.shape)
+
+    @property
+    def records(self) -> int:
+        """Number of records of the backward pass."""
+        if self.rows is not None:
+            return self.rows.shape[0]
+        return (self.dense[0].left if self.dense else self.lookups[0].ids).shape[0]
+
+    def sizes(self) -> set[int]:
+        """The batch sizes of all uses; more than one is an error."""
+        sizes = {d.left.shape[0] for d in self.dense} | {entry.ids.shape[0] for entry in self.lookups}
+        return sizes if self.rows is None else sizes | {self.rows.shape[0]}
+
+    def squares(self, cache: GramCache) -> Tensor:
+        """Squared norm of each record's gradient, ``[B]`` float64."""
+        if self.rows is not None:
+            self._materialise()
+            return squared_norms(self.rows)
+        dense = [Dense(_join([d.left for d in self.dense]), _join([d.right for d in self.dense]))] if self.dense else []
+        lookups = self.lookups
+        if len(lookups) > 1:
+            lookups = [Lookup(_join([x.ids for x in lookups]), _join([x.right for x in lookups]))]
+        total, trace = self._gram_squares(dense, lookups, cache)
+        doubtful = (total < CANCELLATION * trace).nonzero().reshape(-1).tolist()
+        for record in doubtful:
+            total[record] = self._exact_square(record)
+        return total
+
+    def _materialise(self) -> None:
+        """Fold everything into ``rows``: once part of the gradient is written down, the rest is added to it."""
+        assert self.rows is not None
+        batch = self.rows.shape[0]
+        for term in self.dense:
+            self._keep(term)
+        for lookup in self.lookups:
+            rows, width = self.shape
+            first = torch.arange(batch, device=lookup.ids.device).unsqueeze(1) * rows
+            flat = self.rows.reshape(batch * rows, width).clone()
+            flat.index_add_(0, (lookup.ids + first).reshape(-1), wide(lookup.right).reshape(-1, width).to(flat.dtype))
+            self.rows = flat.view(batch, rows, width)
+        self.dense, self.lookups = [], []
+
+    @staticmethod
+    def _gram_squares(dense: list[Dense], lookups: list[Lookup], cache: GramCache) -> tuple[Tensor, Tensor]:
+        parts = [_dense_squares(term, cache) for term in dense] + [_lookup_squares(term) for term in lookups]
+        total = torch.stack([p[0] for p in parts]).sum(0)
+        trace = torch.stack([p[1] for p in parts]).sum(0)
+        for d in dense:
+            for entry in lookups:
+                total += 2 * _cross(d, entry)
+        return total, trace
+
+    def _exact_square(self, record: int) -> float:
+        """Squared norm of one record's gradient written down in float64, some rows at a time."""
+        height, width = self.shape
+        step = max(1, _BLOCK // width)
+        total = 0.0
+        for first in range(0, height, step):
+            last = min(first + step, height)
+            device = (self.dense[0].right if self.dense else self.lookups[0].right).device
+            block = torch.zeros(last - first, width, dtype=torch.float64, device=device)
+            for d in self.dense:
+                block.addmm_(d.left[record, :, first:last].double().t(), d.right[record].double())
+            for entry in self.lookups:
+                inside = (entry.ids[record] >= first) & (entry.ids[record] < last)
+                block.index_add_(0, entry.ids[record][inside] - first, entry.right[record][inside].double())
+            total += float(block.square_().sum())
+        return total
+
+    def weighted_sum(self, weights: Tensor, out: Tensor) -> None:
+        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous.
+
+        Records of weight 0 are left out, not multiplied by zero: one that is not finite must leave no trace.
+        """
+        kept = weights.nonzero().reshape(-1)
+        whole = kept.numel() == weights.numel()
+        weights = weights.to(device=out.device, dtype=out.dtype)
+        if not whole:
+            kept = kept.to(out.device)
+            weights = weights[kept]
+        if self.rows is not None:
+            rows = self.rows if whole else self.rows[kept]
+            flat = rows.reshape(rows.shape[0], -1).to(out.dtype)
+            torch.mv(flat.t(), weights, out=out.view(-1))
+            return
+        if not self.dense:
+            out.zero_()
+        for i, d in enumerate(self.dense):
+            left, right = (d.left, d.right) if whole else (d.left[kept], d.right[kept])
+            _add_product(out, wide(left), wide(right), weights, first=i == 0)
+        for entry in self.lookups:
+            ids, right = (entry.ids, entry.right) if whole else (entry.ids[kept], entry.right[kept])
+            values = wide(right).to(out.dtype) * weights.view(-1, 1, 1)
+            out.index_add_(0, ids.reshape(-1), values.reshape(-1, out.shape[-1]))
+
+    @property
+    def routes(self) -> str:
+        """How the norm is computed, for tests and reports."""
+        names = ["kept"] * (self.rows is not None) + ["gram"] * bool(self.dense) + ["lookup"] * bool(self.lookups)
+        return "+".join(names)
+
+
+def _dense_squares(term: Dense, cache: GramCache) -> tuple[Tensor, Tensor]:
+    batch, positions = term.left.shape[:2]
+    step = max(1, _GRAM_BYTES // max(1, 4 * positions * positions))
+    if step >= batch:
+        return _products(cache.gram(term.left), cache.gram(term.right))
+    alone = GramCache(size=0)  # slices of long sequences: too large to hold, and nobody shares them
+    parts = [
+        _products(alone.gram(term.left[i : i + step]), alone.gram(term.right[i : i + step]))
+        for i in range(0, batch, step)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _lookup_squares(term: Lookup) -> tuple[Tensor, Tensor]:
+    batch, positions = term.ids.shape
+    step = max(1, _GRAM_BYTES // max(1, 4 * positions * positions))
+    parts = []
+    for i in range(0, batch, step):
+        ids, right = term.ids[i : i + step], wide(term.right[i : i + step])
+        same = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(right.dtype)
+        parts.append(_products(same, torch.bmm(right, right.transpose(1, 2))))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _cross(dense: Dense, lookup: Lookup) -> Tensor:
+    """``<G_dense, G_lookup>`` per record: ``sum_{s,t} left_s[ids_t] <right_s, e_t>``, ``[B]`` float64."""
+    positions, looked_up = dense.left.shape[1], lookup.ids.shape[1]
+    step = max(1, _GRAM_BYTES // max(1, 4 * positions * looked_up))
+    parts = []
+    for i in range(0, dense.left.shape[0], step):
+        ids = lookup.ids[i : i + step]
+        picked = dense.left[i : i + step].gather(2, ids.unsqueeze(1).expand(-1, positions, -1))
+        right = wide(dense.right[i : i + step])
+        angles = torch.bmm(right, wide(lookup.right[i : i + step]).to(right.dtype).transpose(1, 2))
+        parts.append((wide(picked) * angles).sum((1, 2), dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, weights: Tensor, *, first: bool) -> None:
+    """Add ``sum_i weights[i] left_i^T right_i`` to ``out``, or write it there when ``first``."""
+    scale = weights.view(-1, 1, 1)
+    # The weights go into the narrower side: the other may be as wide as the vocabulary.
+    if left.shape[2] < right.shape[2]:
+        left = left * scale
+    else:
+        right = right * scale
+    a = left.reshape(-1, left.shape[2]).to(out.dtype).t()
+    b = right.reshape(-1, right.shape[2]).to(out.dtype)
+    if first:
+        torch.mm(a, b, out=out)
+    else:
+        out.addmm_(a, b)
