@@ -21,7 +21,6 @@ from opacus_ac.budget import BudgetGuard, noise_for_target, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
-from opacus_ac.grad_sample.sources import PerSampleSource
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import (
     attach,
@@ -29,17 +28,17 @@ from opacus_ac.preparation import (
     check_model_and_optimizer,
     choose_control,
     choose_policy,
+    choose_source,
     choose_statistics,
     expect_finite,
     inner_optimizer,
-    named_parameters,
     random_streams,
 )
 from opacus_ac.randomness import RandomStream, SecretStream
 from opacus_ac.report import PrivacyReport, make_report
 from opacus_ac.sampling import RateSchedule
 
-MODES = ("hooks", "functorch")
+MODES = ("bk", "hooks", "functorch")
 CLIPPING = ("adaptive", "flat", "automatic")
 
 
@@ -103,7 +102,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         poisson_sampling: bool = True,
         clipping: str = "adaptive",
         noise_generator: torch.Generator | None = None,
-        grad_sample_mode: str = "hooks",
+        grad_sample_mode: str = "bk",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
         max_physical_batch_size: int | None = None,
@@ -134,8 +133,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 amplification by sampling.
             clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
-            grad_sample_mode: "hooks" or "functorch", as in Opacus.
-            wrap_model: as in Opacus: False attaches hooks to the model and returns the hooks object.
+            grad_sample_mode: "bk" (one backward pass, no per-sample gradients of large layers), or "hooks" or
+                "functorch", as in Opacus.
+            wrap_model: as in Opacus for its modes: False attaches hooks to the model and returns the hooks object.
             rand_on_empty: ignored; an empty batch is a constant batch with weight zero.
             max_physical_batch_size: largest batch that reaches the model; a memory choice that changes no result.
             batch_size_schedule: expected batch size per step, a function or sequence of public numbers.
@@ -150,7 +150,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             preset: "paper" for the published constants.
 
         Returns:
-            model as Opacus returns it, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
+            the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
 
         Raises:
             ValueError: anything that would make the guarantee wrong, with the remedy; the inputs are unchanged.
@@ -185,7 +185,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             normalize=normalize and preset != "paper",
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,
-            source=PerSampleSource(*named_parameters(module, inner), loss_reduction),
+            source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first),
             plan=loader.plan,
             stream=noise_stream,
         )
@@ -197,7 +197,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction=loss_reduction,
             wrap_model=wrap_model,
         )
-        if poisson_sampling:
+        if poisson_sampling and grad_sample_mode != "bk":
             wrapped.forbid_grad_accumulation()
         self._undo.append((module, undo))
         self._adopt(private, loader)

@@ -153,6 +153,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.clip_and_accumulate()
         skip = self._check_skip_next_step() or (draw is not None and not draw.last)
         if skip:
+            self._settle()
             self._is_last_step_skipped = True
             if draw is not None and self.plan is not None and self.plan.through_loader:
                 self.plan.consume()
@@ -177,6 +178,14 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self.statistics.finish()
             raise
 
+    def _settle(self) -> None:
+        """Turn the physical batch into sums before the next one comes."""
+        try:
+            self.source.settle()
+        except BaseException:
+            self.statistics.finish()  # as above
+            raise
+
     def _add_records(self, draw: Draw | None, norms: Tensor, losses: Tensor | None) -> None:
         """Add the records of a physical batch to the sums of the open logical batch."""
         if draw is not None and draw.records == 0:
@@ -193,6 +202,12 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
         if self.plan is None or draw is None or not self.plan.delivered(draw):
+            if self.source.merged_passes:
+                raise ValueError(
+                    "several forward passes of the model went into one backward pass, and without a batch of the "
+                    "private loader nothing tells whether their records are the same. Call backward() after each "
+                    "forward pass, or take the batches from the loader that make_private returned"
+                )
             return
         if norms.shape[0] != max(draw.records, 1):
             raise ValueError(

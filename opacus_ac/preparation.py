@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
+from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+from opacus_ac.grad_sample.capture import is_captured
+from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
@@ -35,9 +38,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for a model and optimizer that cannot be made private; change nothing."""
-    if isinstance(module, AbstractGradSampleModule) or any(
-        hasattr(m, "autograd_grad_sample_hooks") for m in module.modules()
-    ):
+    hooked = any(hasattr(m, "autograd_grad_sample_hooks") for m in module.modules())
+    if isinstance(module, AbstractGradSampleModule) or hooked or is_captured(module):
         raise ValueError(
             "the model is private already (it carries per-sample gradient hooks): pass the original model, or call "
             "engine.detach(model) first"
@@ -134,6 +136,21 @@ def choose_statistics(
     )
 
 
+def choose_source(
+    module: nn.Module, optimizer: Optimizer, mode: str, loss_reduction: str, batch_first: bool
+) -> GradientSource:
+    """Return where the optimizer gets norms and clipped sums from; nothing is attached yet."""
+    parameters, names = named_parameters(module, optimizer)
+    if mode != "bk":
+        return PerSampleSource(parameters, names, loss_reduction)
+    if not batch_first:
+        raise ValueError(
+            'grad_sample_mode="bk" needs the records in the first dimension: pass batch_first=True, or '
+            'grad_sample_mode="hooks"'
+        )
+    return BookKeepingSource(module, parameters, names, loss_reduction)
+
+
 def attach(
     module: nn.Module,
     optimizer: AdaptiveClipDPOptimizer,
@@ -146,7 +163,7 @@ def attach(
     """Attach loss, broadcast and gradient hooks to the model.
 
     Returns:
-        What Opacus returns for the mode, and a function that takes everything off again.
+        The model itself in mode "bk", what Opacus returns in its modes, and a function that takes everything off again.
 
     Raises:
         ValueError: a layer whose per-sample gradients cannot be exact; nothing stays attached.
@@ -159,10 +176,13 @@ def attach(
 
     try:
         register_rules(module)
-        check_model(module, force_functorch=mode == "functorch")
+        check_model(module, mode=mode)
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction))
         undo.append(expand_broadcast_embeddings(module).remove)
         undo.append(lambda: _remove_opacus_hooks(module))
+        if isinstance(optimizer.source, BookKeepingSource):
+            undo.append(optimizer.source.attach())
+            return module, take_off
         kind = GradSampleModule if wrap_model else GradSampleHooks
         wrapped = kind(
             module,
@@ -184,6 +204,8 @@ def _remove_opacus_hooks(module: nn.Module) -> None:
     if hasattr(module, "autograd_grad_sample_hooks"):
         del module.autograd_grad_sample_hooks
     for inner in module.modules():
+        if not inner._backward_hooks:
+            inner._is_full_backward_hook = None
         for name in ("ft_compute_sample_grad", "activations", "max_batch_len"):
             if name in inner.__dict__:
                 delattr(inner, name)

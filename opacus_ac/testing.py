@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.capture import is_captured
+
 LossFn = Callable[[Any, Any], Tensor]
 
 
@@ -47,8 +49,11 @@ def select_records(batch: Any, index: Tensor) -> Any:
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    if any(hasattr(p, "_forward_counter") for p in model.parameters()):
-        raise ValueError("the model carries Opacus's hooks, which would record these passes; use a copy without them")
+    if any(hasattr(p, "_forward_counter") for p in model.parameters()) or is_captured(model):
+        raise ValueError(
+            "the model carries per-sample gradient hooks, which would see these passes: use copy.deepcopy(model) of the "
+            "model before make_private, or call engine.detach(model)"
+        )
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -34,9 +34,11 @@ def make(engine=None, model=None, **kwargs):
 
 
 def test_returns_what_users_of_opacus_expect():
-    engine, model, optimizer, batches = make()
+    bare = classifier()
+    engine, model, optimizer, batches = make(model=bare)
     assert isinstance(engine, opacus.PrivacyEngine)
-    assert isinstance(model, opacus.GradSampleModule)
+    assert model is bare
+    assert isinstance(make(grad_sample_mode="hooks")[1], opacus.GradSampleModule)
     assert isinstance(optimizer, AdaptiveClipDPOptimizer)
     assert isinstance(optimizer, opacus.optimizers.DPOptimizer)
     assert isinstance(batches, DataLoader)
@@ -50,8 +52,8 @@ def test_accountants_of_opacus_work(accountant):
     assert engine.accountant.history == [(1.0, 0.25, 4)]
 
 
-def trained_twice():
-    _, model, _, _ = make()
+def trained_twice(mode="bk"):
+    _, model, _, _ = make(grad_sample_mode=mode)
     return model
 
 
@@ -83,7 +85,10 @@ class Gated(nn.Module):
 BAD = {
     "missing rule": (lambda: {"model": Gated()}, ValueError, r"gate.*register_rule"),
     "already wrapped": (lambda: {"model": trained_twice()}, ValueError, "private already"),
-    "already private inside": (lambda: {"model": trained_twice()._module}, ValueError, "private already"),
+    "already wrapped by hooks": (lambda: {"model": trained_twice("hooks")}, ValueError, "private already"),
+    "already private around": (lambda: {"model": nn.Sequential(trained_twice())}, ValueError, "private already"),
+    "already private inside": (lambda: {"model": trained_twice("hooks")._module}, ValueError, "private already"),
+    "batch second": (lambda: {"batch_first": False}, ValueError, "batch_first"),
     "other parameters": (
         lambda: {"optimizer": torch.optim.SGD(classifier().parameters(), lr=1.0)},
         ValueError,
@@ -121,6 +126,14 @@ BAD = {
 }
 
 
+def count_hooks(model):
+    """How many hooks of each kind every module has, and which attributes of its own."""
+    return {
+        name: {key: len(value) if "_hooks" in key else 0 for key, value in module.__dict__.items() if value is not None}
+        for name, module in model.named_modules()
+    }
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_raises_what_it_promises_and_changes_nothing(name):
     build, error, message = BAD[name]
@@ -128,32 +141,42 @@ def test_bad_input_raises_what_it_promises_and_changes_nothing(name):
     model = arguments.pop("model", None) or classifier()
     bare = getattr(model, "_module", model)
     before = {k: v.clone() for k, v in bare.state_dict().items()}
-    hooks = {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in bare.named_modules()}
+    hooks = count_hooks(bare)
     engine = PrivacyEngine()
     with pytest.raises(error, match=message):
         make(engine, model, **arguments)
-    assert {n: (len(m._forward_hooks), len(m._backward_hooks)) for n, m in bare.named_modules()} == hooks
+    assert count_hooks(bare) == hooks
     assert all(torch.equal(v, before[k]) for k, v in bare.state_dict().items())
     assert len(engine.accountant) == 0
     if not name.startswith("already") and "model" not in build():
         assert make(engine, model)  # the same model and engine still work
 
 
-def test_a_failure_while_attaching_takes_everything_off(monkeypatch):
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
+    import opacus_ac.grad_sample.capture as capture
     import opacus_ac.preparation as preparation
 
     def fail(*args, **kwargs):
-        preparation_kind(*args, **kwargs)
+        if mode == "hooks":
+            whole(*args, **kwargs)
+        elif len(attached) < 2:
+            attached.append(1)
+            return whole(*args, **kwargs)
         raise RuntimeError("planted")
 
-    preparation_kind = preparation.GradSampleModule
-    monkeypatch.setattr(preparation, "GradSampleModule", fail)
+    attached = []
+    owner, name = (preparation, "GradSampleModule") if mode == "hooks" else (nn.Module, "register_forward_hook")
+    assert capture.Capture
+    whole = getattr(owner, name)
     model = classifier()
+    before = count_hooks(model)
+    monkeypatch.setattr(owner, name, fail)
     with pytest.raises(RuntimeError, match="planted"):
-        make(model=model)
-    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
-    assert not any(hasattr(p, "grad_sample") for p in model.parameters())
+        make(model=model, grad_sample_mode=mode)
     monkeypatch.undo()
+    assert count_hooks(model) == before
+    assert not any(hasattr(p, "grad_sample") or hasattr(p, "summed_grad") for p in model.parameters())
     make(model=model)
 
 
@@ -369,13 +392,16 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
         engine.load_checkpoint(path=tmp_path / "evil.pt", module=model, optimizer=optimizer)
 
 
-def test_detach_leaves_an_ordinary_model():
+@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
+def test_detach_leaves_an_ordinary_model(mode):
     bare = classifier()
-    engine, model, optimizer, batches = make(model=bare)
+    hooks, attributes = count_hooks(bare), [set(p.__dict__) for p in bare.parameters()]
+    engine, model, optimizer, batches = make(model=bare, grad_sample_mode=mode)
     train(model, optimizer, batches)
     assert engine.detach(model) is bare
-    assert not any(m._forward_hooks or m._backward_hooks for m in bare.modules())
-    assert not any(hasattr(p, name) for p in bare.parameters() for name in ("grad_sample", "summed_grad"))
+    assert count_hooks(bare) == hooks
+    assert [set(p.__dict__) for p in bare.parameters()] == attributes
+    assert all(p.grad is None and p.requires_grad for p in bare.parameters())
     with pytest.raises(ValueError, match="no hooks"):
         engine.detach(bare)
     make(model=bare)
@@ -383,7 +409,7 @@ def test_detach_leaves_an_ordinary_model():
 
 def test_without_wrapping_the_model_itself_is_trained():
     bare = classifier()
-    engine, hooks, optimizer, batches = make(model=bare, wrap_model=False)
+    engine, hooks, optimizer, batches = make(model=bare, wrap_model=False, grad_sample_mode="hooks")
     train(bare, optimizer, batches)
     assert optimizer.steps_taken == 4
     engine.detach(bare)

@@ -298,17 +298,17 @@ def test_opt_positions_are_refused() -> None:
 def test_mode_functorch() -> None:
     from transformers.integrations.bitnet import AutoBitLinear
 
-    check_model(tiny_models.build("qwen2-tied"), force_functorch=True)
+    check_model(tiny_models.build("qwen2-tied"), mode="functorch")
     register_rules()
     model = nn.Sequential(AutoBitLinear(4, 2, online_quant=True)).train()
     check_model(model)
     with pytest.raises(ValueError, match="setup_context"):
-        check_model(model, force_functorch=True)
+        check_model(model, mode="functorch")
     model = nn.Sequential(AutoBitLinear(4, 2, online_quant=True, use_rms_norm=True)).train()
     with pytest.raises(ValueError, match="count twice"):
-        check_model(model, force_functorch=True)
+        check_model(model, mode="functorch")
     with pytest.raises(ValueError, match="buffers"):
-        check_model(nn.Sequential(AutoBitLinear(4, 2)).train(), force_functorch=True)
+        check_model(nn.Sequential(AutoBitLinear(4, 2)).train(), mode="functorch")
 
 
 def test_several_problems_are_named_at_once() -> None:

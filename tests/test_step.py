@@ -49,7 +49,7 @@ def clone(model):
     return other
 
 
-@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
 def test_without_noise_and_clipping_it_is_the_inner_adamw(mode):
     model = classifier()
     reference = clone(model)
@@ -84,7 +84,7 @@ def test_flat_clipping_is_opacus():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("split", [None, 5])
 def test_released_gradient_equals_the_loop_of_single_records(policy, mode, reduction, split):
@@ -317,7 +317,7 @@ def test_batch_sizes_that_differ_are_refused():
 
 
 def test_step_without_backward_is_refused():
-    with pytest.raises(ValueError, match="grad_sample"):
+    with pytest.raises(ValueError, match="Per sample gradient is not initialized"):
         private(classifier())[2].step()
 
 
@@ -376,13 +376,13 @@ class Borrowed(nn.Module):
         return self.second(nn.functional.linear(self.first(x), self.first.weight))
 
 
-@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_weight_used_behind_the_hooks_is_found_at_the_first_step(mode, reduction):
     torch.manual_seed(0)
     _, wrapped, optimizer, batches = private(Borrowed().double(), grad_sample_mode=mode, loss_reduction=reduction)
     loss_of(wrapped, next(iter(batches)), reduction).backward()
-    with pytest.raises(ValueError, match=r"first.weight do not add up"):
+    with pytest.raises(ValueError, match=r"first.weight (do not add up|has an ordinary gradient)"):
         optimizer.step()
     assert optimizer.steps_taken == 0
 

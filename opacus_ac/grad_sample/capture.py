@@ -162,7 +162,15 @@ class Capture:
         self._passes = 0
         self._running: list[tuple[int, list[nn.Parameter]]] = []
         self._token = torch.zeros((), requires_grad=True)
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._start)]
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._attach(model)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _attach(self, model: nn.Module) -> None:
+        self._handles.append(model.register_forward_pre_hook(self._start))
         for item in self._tracked.values():
             self._handles.append(item.module.register_forward_pre_hook(self._before))
             # First of the module's hooks: what others do to the output comes after what the rule describes.
@@ -183,6 +191,10 @@ class Capture:
         while self._handles:
             self._handles.pop().remove()
         self.restore()
+
+    def watches(self, module: nn.Module) -> bool:
+        """Whether the calls of exactly this module object are noted."""
+        return id(module) in self._tracked
 
     def restore(self) -> None:
         """Undo what an interrupted forward pass left behind."""
@@ -252,6 +264,13 @@ class Capture:
             )
         with exact():
             self._deliver(use, gradient)
+
+
+def is_captured(model: nn.Module) -> bool:
+    """Whether the uses of ``model``, or of a part of it, are being captured."""
+    owners = (getattr(h, "__self__", None) for m in model.modules() for h in m._forward_pre_hooks.values())
+    watched = [o for o in owners if isinstance(o, Capture)]
+    return any(capture.watches(m) for capture in watched for m in model.modules())
 
 
 def _inert() -> Any:

@@ -20,6 +20,7 @@ from opacus_ac.grad_sample.registry import (
 )
 from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
 from opacus_ac.grad_sample.rules.embedding import embedding, unsupported
+from opacus_ac.grad_sample.term_rules import replays_lookup, watched_modules
 
 _BUFFER_RULES: tuple[GradSampler, ...] = (auto_bitlinear, embedding, ste_linear)
 _FREEZE = "or freeze it with requires_grad_(False)"
@@ -52,8 +53,8 @@ def _settings(module: nn.Module) -> Hashable:
 class _Examiner:
     """Looks at hooked modules one by one, probing each distinct kind once."""
 
-    def __init__(self, force_functorch: bool) -> None:
-        self._force_functorch = force_functorch
+    def __init__(self, mode: str) -> None:
+        self._mode, self._force_functorch = mode, mode == "functorch"
         self._verdicts: dict[Hashable, Verdict] = {}
 
     def problem(self, module: nn.Module) -> str | None:
@@ -71,7 +72,11 @@ class _Examiner:
                 "statistics of the data. Call opacus_ac.grad_sample.register_rules(model), which knows some such layers, "
                 f"or register_rule(..., constant_buffers=True) with an exact rule, {_FREEZE}"
             )
+        if self._mode == "bk" and is_dp_rnn(module):
+            return f'mode "bk" does not have its recurrent cells. Use mode "hooks", {_FREEZE}'
         sampler = sampler_of(module)
+        if self._mode == "bk" and replays_lookup(module):
+            return None  # its ids are read from a second run, which is compared with the first one, at every use
         if sampler is None or self._force_functorch:
             return self._functorch_problem(module)
         return self._sampler_problem(module, sampler)
@@ -180,7 +185,7 @@ def _shared_modules(hooked: list[tuple[str, nn.Module]]) -> list[str]:
     ]
 
 
-def check_model(model: nn.Module, *, force_functorch: bool = False) -> None:
+def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
     """Refuse a model whose per-sample gradients would not be exact. Changes nothing.
 
     Every distinct kind of layer whose sampler is not Opacus's own for exactly that class is compared with a loop of
@@ -188,7 +193,7 @@ def check_model(model: nn.Module, *, force_functorch: bool = False) -> None:
 
     Args:
         model: the model about to be made private.
-        force_functorch: whether mode "functorch" is asked for, which ignores all registered samplers.
+        mode: ``grad_sample_mode``: "bk", "hooks", or "functorch", which ignores all registered samplers.
 
     Guarantees:
         A layer whose rule disagrees with autograd on the probe, whose output for a record depends on other records,
@@ -198,12 +203,13 @@ def check_model(model: nn.Module, *, force_functorch: bool = False) -> None:
     Raises:
         ValueError: names the modules, their types and the remedies.
     """
-    examiner = _Examiner(force_functorch)
-    hooked = list(hooked_modules(model))
-    problems = _shared_modules(hooked)
+    examiner = _Examiner(mode)
+    # Mode "bk" watches a module object once, however many places it has.
+    hooked = list(watched_modules(model) if mode == "bk" else hooked_modules(model))
+    problems = [] if mode == "bk" else _shared_modules(hooked)
     by_problem: dict[tuple[str, str], list[str]] = {}
     for path, module in hooked:
-        problem = None if is_dp_rnn(module) else examiner.problem(module)
+        problem = None if is_dp_rnn(module) and mode != "bk" else examiner.problem(module)
         if problem is not None:
             by_problem.setdefault((type(module).__name__, problem), []).append(path or "the model itself")
     for (kind, problem), paths in by_problem.items():

@@ -235,6 +235,9 @@ class ParameterBook:
         Records of weight 0 are left out, not multiplied by zero: one that is not finite must leave no trace.
         """
         kept = weights.nonzero().reshape(-1)
+        if kept.numel() == 0:
+            out.zero_()
+            return
         whole = kept.numel() == weights.numel()
         weights = weights.to(device=out.device, dtype=out.dtype)
         if not whole:
