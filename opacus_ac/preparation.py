@@ -182,15 +182,16 @@ def attach(
         undo.append(lambda: _remove_opacus_hooks(module))
         if isinstance(optimizer.source, BookKeepingSource):
             undo.append(optimizer.source.attach())
-            return module, take_off
-        kind = GradSampleModule if wrap_model else GradSampleHooks
-        wrapped = kind(
-            module,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
-            force_functorch=mode == "functorch",
-        )
+            wrapped: Any = module
+        else:
+            wrapped = (GradSampleModule if wrap_model else GradSampleHooks)(
+                module,
+                batch_first=batch_first,
+                loss_reduction=loss_reduction,
+                strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
+                force_functorch=mode == "functorch",
+            )
+        undo.append(lambda: optimizer.source.clear(sums=True))
     except BaseException:
         take_off()
         raise

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.capture import Capture, Use, exact
-from opacus_ac.grad_sample.term_rules import tracked
+from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
+from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
 from opacus_ac.grad_sample.terms import GramCache, ParameterBook
 
 
@@ -69,17 +69,8 @@ class BookKeepingSource:
         """Put the hooks on the model and return the function that takes them off."""
         items, self._rules, quantized = tracked(self._model)
         self._shared = quantized.clear
-        self._capture = Capture(self._model, items, self._deliver, self._on_forward)
-
-        def detach() -> None:
-            assert self._capture is not None
-            self._capture.remove()
-            self.clear(sums=True)
-            for parameter in self._parameters:
-                if hasattr(parameter, "summed_grad"):
-                    del parameter.summed_grad
-
-        return detach
+        self._capture = Capture(self._model, items, self._deliver, self._on_forward, flattening_modules(self._model))
+        return self._capture.remove
 
     # ---------------------------------------------------------------- in forward and backward passes
 
@@ -91,7 +82,7 @@ class BookKeepingSource:
     def _deliver(self, use: Use, gradient: Tensor) -> None:
         """Take in the gradient at the output of one use of a module."""
         try:
-            tensors = use.tensors()
+            tensors, gradient = by_record(use, use.tensors(), gradient)
             chunk = self._chunks[-1]
             self._check_batch(chunk, use, gradient)
             for parameter, term in self._rules[use.path](use, tensors, gradient):

@@ -45,6 +45,18 @@ class _AskForGradient(torch.autograd.Function):
         return None, None
 
 
+class _Pass(torch.autograd.Function):
+    """Hands a view on; autograd refuses to change what comes out in place, which would go past its hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:  # type: ignore[override]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
 @dataclass
 class Call:
     """The arguments of one call of a module, tensors apart from the rest."""
@@ -86,6 +98,8 @@ class Use:
     """A context in which the module runs again as it ran."""
     model_pass: int
     """Number of the model's forward pass that it belongs to."""
+    flattened: tuple[int, int] | None = None
+    """``(B, T)`` where the module may have been handed ``[B T, d]`` for ``[B, T, d]``."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held; recomputed here where the forward was checkpointed. Once."""
@@ -109,6 +123,19 @@ class Tracked:
     module: nn.Module
     parameters: tuple[nn.Parameter, ...]
     keep_output: bool = False
+
+
+def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Tensors and gradient of a use with the records first, where they came as ``[B T, d]``."""
+    if use.flattened is None or gradient.dim() != 2 or gradient.shape[0] != use.flattened[0] * use.flattened[1]:
+        return tensors, gradient
+
+    def split(tensor: Tensor) -> Tensor:
+        assert use.flattened is not None
+        whole = tensor.dim() > 0 and tensor.shape[0] == gradient.shape[0]
+        return tensor.reshape(*use.flattened, *tensor.shape[1:]) if whole else tensor
+
+    return tuple(split(t) for t in tensors), split(gradient)
 
 
 def exact() -> AbstractContextManager[Any]:
@@ -142,6 +169,7 @@ class Capture:
         tracked: the modules to watch; one object is watched once, wherever it stands.
         deliver: called in the backward pass with each use and the gradient at its output.
         on_forward: called when a tracked module starts in a forward pass (not in a recomputation).
+        flattening: modules that take ``[B, T, d]`` and hand ``[B T, d]``, record after record, to modules inside.
 
     Guarantees:
         A module in evaluation mode, or run without gradients, is not watched: nothing is held for it. ``requires_grad``
@@ -155,11 +183,15 @@ class Capture:
         tracked: Iterable[Tracked],
         deliver: Callable[[Use, Tensor], None],
         on_forward: Callable[[], None],
+        flattening: Iterable[nn.Module] = (),
     ) -> None:
         self._deliver, self._on_forward = deliver, on_forward
         self._tracked = {id(t.module): t for t in tracked}
         self._model_id = id(model)
+        self._flattening = list(flattening)
         self._passes = 0
+        self._shapes: dict[int, tuple[int, int] | None] = {}
+        self._outer = {id(inner): id(m) for m in self._flattening for inner in m.modules()}
         self._running: list[tuple[int, list[nn.Parameter]]] = []
         self._token = torch.zeros((), requires_grad=True)
         self._handles: list[RemovableHandle] = []
@@ -171,6 +203,8 @@ class Capture:
 
     def _attach(self, model: nn.Module) -> None:
         self._handles.append(model.register_forward_pre_hook(self._start))
+        for module in self._flattening:
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for item in self._tracked.values():
             self._handles.append(item.module.register_forward_pre_hook(self._before))
             # First of the module's hooks: what others do to the output comes after what the rule describes.
@@ -214,6 +248,12 @@ class Capture:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled():
             self._passes += 1
 
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else next(iter(kwargs.values()), None)
+        known = isinstance(states, Tensor) and states.dim() == 3
+        # Kept after the call: a recomputation may run what is inside without running the module's hooks.
+        self._shapes[id(module)] = (states.shape[0], states.shape[1]) if known else None
+
     def _before(self, module: nn.Module, _args: Any) -> None:
         tracked = self._watching(module)
         if tracked is None:
@@ -251,10 +291,29 @@ class Capture:
             tensors = [*tensors, output]
         # Detached: the graph must not be held by what it holds.
         kept = _Keep.apply(self._token, *(t.detach() for t in tensors)).grad_fn
-        use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes)
-        asked: Tensor = output if output.requires_grad else _AskForGradient.apply(self._token, output)
-        asked.register_hook(lambda gradient: self._arrive(use, gradient))
-        return None if asked is output else asked
+        flattened = self._shapes.get(self._outer.get(id(module), 0))
+        use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes, flattened)
+        return self._watch(output, lambda gradient: self._arrive(use, gradient))
+
+    def _watch(self, output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor | None:
+        """Have ``arrive`` called with the gradient at ``output``; returns what takes the output's place, if anything."""
+        if not output.requires_grad:
+            asked: Tensor = _AskForGradient.apply(self._token, output)
+            asked.register_hook(arrive)
+            return asked
+        # A change in place gives a view another place in the graph, and its hooks are never called; those of the
+        # tensor under it are.
+        base = output._base
+        if base is None:
+            output.register_hook(arrive)
+            return None
+        shape = output.shape
+        if base.requires_grad and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+            base.register_hook(lambda gradient: arrive(gradient.reshape(shape)))
+            return None
+        passed: Tensor = _Pass.apply(output)
+        passed.register_hook(arrive)
+        return passed
 
     def _arrive(self, use: Use, gradient: Tensor) -> None:
         if use.kept is None:
@@ -282,5 +341,7 @@ class _Inert:
     def _start(self, *_: Any) -> None: ...
 
     def _before(self, *_: Any) -> None: ...
+
+    def _enter(self, *_: Any) -> None: ...
 
     def _after(self, *_: Any) -> None: ...

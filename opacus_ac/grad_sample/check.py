@@ -72,8 +72,6 @@ class _Examiner:
                 "statistics of the data. Call opacus_ac.grad_sample.register_rules(model), which knows some such layers, "
                 f"or register_rule(..., constant_buffers=True) with an exact rule, {_FREEZE}"
             )
-        if self._mode == "bk" and is_dp_rnn(module):
-            return f'mode "bk" does not have its recurrent cells. Use mode "hooks", {_FREEZE}'
         sampler = sampler_of(module)
         if self._mode == "bk" and replays_lookup(module):
             return None  # its ids are read from a second run, which is compared with the first one, at every use
@@ -209,7 +207,7 @@ def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
     problems = [] if mode == "bk" else _shared_modules(hooked)
     by_problem: dict[tuple[str, str], list[str]] = {}
     for path, module in hooked:
-        problem = None if is_dp_rnn(module) and mode != "bk" else examiner.problem(module)
+        problem = None if is_dp_rnn(module) else examiner.problem(module)
         if problem is not None:
             by_problem.setdefault((type(module).__name__, problem), []).append(path or "the model itself")
     for (kind, problem), paths in by_problem.items():

@@ -136,6 +136,15 @@ def delegates(module: nn.Module) -> bool:
     return bool(own) and all(id(p) in inner for p in own)
 
 
+# Their source has been read: states [B, T, d] go through some of their layers as [B T, d], record after record.
+_FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
+
+
+def flattening_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that are known to take ``[B, T, d]`` and to hand ``[B T, d]`` to layers inside them."""
+    return [m for m in model.modules() if (type(m).__module__, type(m).__qualname__) in _FLATTENING]
+
+
 def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules that answer for the trainable parameters of a model, each once, with their paths.
 
@@ -189,4 +198,4 @@ def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], Quant
     return items, rules, shared
 
 
-__all__ = ["TermRule", "Terms", "delegates", "replays_lookup", "rule_of", "tracked", "watched_modules"]
+__all__ = ["TermRule", "Terms", "delegates", "flattening_modules", "replays_lookup", "rule_of", "tracked", "watched_modules"]

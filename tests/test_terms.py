@@ -1,0 +1,193 @@
+"""Norms and weighted sums of outer-product gradients against the gradients written down in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from opacus_ac.grad_sample import terms
+from opacus_ac.grad_sample.terms import Dense, GramCache, Lookup, ParameterBook, Rows, squared_norms
+
+B, T, V, D = 5, 6, 23, 11
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def ids(positions: int = T, seed: int = 3) -> Tensor:
+    values = torch.randint(V, (B, positions), generator=torch.Generator().manual_seed(seed))
+    values[:, 1] = values[:, 0]  # a token that occurs twice
+    return values
+
+
+def dense(positions: int = T, dtype: torch.dtype = torch.float64, seed: int = 1) -> Dense:
+    return Dense(draw(B, positions, V, dtype=dtype, seed=seed), draw(B, positions, D, dtype=dtype, seed=seed + 100))
+
+
+def lookup(positions: int = T, dtype: torch.dtype = torch.float64, seed: int = 2) -> Lookup:
+    return Lookup(ids(positions, seed), draw(B, positions, D, dtype=dtype, seed=seed))
+
+
+def written_down(term: Dense | Lookup | Rows) -> Tensor:
+    """The gradients ``[B, V, D]`` in float64, by the definition."""
+    if isinstance(term, Rows):
+        return term.values.double()
+    if isinstance(term, Dense):
+        return torch.einsum("nti,ntj->nij", term.left.double(), term.right.double())
+    out = torch.zeros(B, V, D, dtype=torch.float64)
+    for record in range(B):
+        for position in range(term.ids.shape[1]):
+            out[record, term.ids[record, position]] += term.right[record, position].double()
+    return out
+
+
+#: Every way in which a parameter is used, as terms in the order of their arrival. A new kind of term gets all tests.
+CASES = {
+    "dense": lambda dtype: [dense(dtype=dtype)],
+    "lookup": lambda dtype: [lookup(dtype=dtype)],
+    "rows": lambda dtype: [Rows(draw(B, V, D, dtype=dtype))],
+    "one position": lambda dtype: [dense(1, dtype)],
+    "two dense": lambda dtype: [dense(dtype=dtype), dense(4, dtype, seed=7)],
+    "three lookups": lambda dtype: [lookup(dtype=dtype), lookup(3, dtype, 8), lookup(4, dtype, 9)],
+    "tied": lambda dtype: [dense(dtype=dtype), lookup(dtype=dtype)],
+    "tied, lookup first": lambda dtype: [lookup(dtype=dtype), dense(dtype=dtype)],
+    "tied twice": lambda dtype: [dense(3, dtype), dense(2, dtype, 9), lookup(2, dtype), lookup(5, dtype, 11)],
+    "rows and dense": lambda dtype: [Rows(draw(B, V, D, dtype=dtype)), dense(2, dtype)],
+    "dense and rows": lambda dtype: [dense(2, dtype), Rows(draw(B, V, D, dtype=dtype))],
+    "rows and lookup": lambda dtype: [Rows(draw(B, V, D, dtype=dtype)), lookup(dtype=dtype)],
+    "everything": lambda dtype: [lookup(dtype=dtype), dense(2, dtype), Rows(draw(B, V, D, dtype=dtype)), dense(3, dtype)],
+    "long": lambda dtype: [dense(40, dtype)],
+    "long and tied": lambda dtype: [dense(40, dtype), lookup(dtype=dtype)],
+}  # fmt: skip
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-5}
+
+
+def book_of(parts: list) -> ParameterBook:
+    book = ParameterBook(torch.Size([V, D]))
+    for part in parts:
+        book.add(part)
+    return book
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("factor", [0.0, 2.0, 1e9], ids=["gram", "measured", "kept"])
+@pytest.mark.parametrize("name", CASES)
+def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, monkeypatch):
+    """bfloat16 terms too: the tolerance is that of float32 sums, not of bfloat16 numbers."""
+    monkeypatch.setattr(terms, "KEEP_FACTOR", factor)
+    parts = CASES[name](dtype)
+    want = sum(written_down(part) for part in parts)
+    book = book_of(parts)
+    assert book.records == B
+    torch.testing.assert_close(book.squares(GramCache()), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0)
+    weights = torch.tensor([0.3, 0.0, 1.0, 2.0, 0.7], dtype=torch.float64)
+    for w in (weights, weights + 0.1, torch.zeros(B, dtype=torch.float64)):
+        out = torch.full((V, D), 7.0, dtype=torch.promote_types(dtype, torch.float32))
+        book.weighted_sum(w, out)
+        expected = torch.einsum("n,nij->ij", w, want)
+        assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+def test_the_kept_route_is_taken_where_it_is_cheaper():
+    assert book_of([dense(40)]).routes == "kept"
+    assert book_of([dense(2)]).routes == "gram"
+    assert book_of([dense(2), lookup()]).routes == "gram+lookup"
+
+
+@pytest.mark.parametrize("name", ["dense", "tied", "tied twice", "three lookups", "two dense"])
+@pytest.mark.parametrize("limit", [1, 300])
+def test_long_sequences_are_taken_in_slices_of_records(name, limit, monkeypatch):
+    whole = book_of(CASES[name](torch.float64)).squares(GramCache())
+    monkeypatch.setattr(terms, "_GRAM_BYTES", limit)
+    torch.testing.assert_close(book_of(CASES[name](torch.float64)).squares(GramCache()), whole, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("name", CASES)
+def test_a_record_of_weight_zero_leaves_no_trace(name, poison):
+    parts = CASES[name](torch.float32)
+    clean = CASES[name](torch.float32)
+    for part in parts:
+        for tensor in vars(part).values():
+            if tensor.is_floating_point():
+                tensor[2] = poison
+    weights = torch.tensor([1.0, 0.5, 0.0, 0.2, 1.0], dtype=torch.float64)
+    got, want = torch.empty(V, D), torch.empty(V, D)
+    book, reference = book_of(parts), book_of(clean)
+    squares = book.squares(GramCache())
+    expected = reference.squares(GramCache())
+    others = torch.tensor([0, 1, 3, 4])
+    torch.testing.assert_close(squares[others], expected[others])
+    # Its own norm must not come out as something that would let it through.
+    assert not squares[2] < 1e20
+    book.weighted_sum(weights, got)
+    reference.weighted_sum(weights, want)
+    assert torch.equal(got, want)
+
+
+def cancelling(share: float, dtype: torch.dtype = torch.float32) -> Dense:
+    """Per-position terms that add up to ``share`` of their size, as near a minimum or in an adversary's record."""
+    generator = torch.Generator().manual_seed(5)
+    left, right = draw(B, T, V, seed=5), draw(B, T, D, seed=6)
+    left[:, 1::2], right[:, 1::2] = -left[:, ::2], right[:, ::2]
+    left += share * torch.randn(left.shape, generator=generator, dtype=torch.float64)
+    return Dense(left.to(dtype), right.to(dtype))
+
+
+@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("tie", [False, True])
+def test_gram_sums_that_nearly_cancel_are_written_down(share, tie, monkeypatch):
+    """A Gram sum in float32 would be off by far more than the clipping norm may be."""
+    monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
+    parts = [cancelling(share)]
+    if tie:
+        parts.append(Lookup(ids(), share * draw(B, T, D, dtype=torch.float32)))
+    want = sum(written_down(p) for p in parts).flatten(1).square().sum(1)
+    torch.testing.assert_close(book_of(parts).squares(GramCache()), want, rtol=2e-5, atol=0)
+    if share <= 1e-3:  # the guard is what does it
+        monkeypatch.setattr(terms, "CANCELLATION", -1e30)
+        error = (book_of(parts).squares(GramCache()) - want).abs() / want
+        assert float(error.max()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("factor", [0.0, 1e9], ids=["gram", "kept"])
+def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, monkeypatch):
+    """Whatever rounding does to a gradient, what one record adds to the sum has norm C, to 1e-4."""
+    monkeypatch.setattr(terms, "KEEP_FACTOR", factor)
+    for record in range(B):
+        book = book_of([cancelling(share, dtype), Lookup(ids(), share * draw(B, T, D, dtype=dtype))])
+        weights = torch.zeros(B, dtype=torch.float64)
+        weights[record] = 0.25 / book.squares(GramCache())[record].sqrt()
+        out = torch.empty(V, D)
+        book.weighted_sum(weights, out)
+        assert float(out.double().norm()) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_gradient_that_is_exactly_zero_has_norm_zero():
+    zero = Dense(torch.zeros(B, T, V), torch.zeros(B, T, D))
+    assert book_of([zero]).squares(GramCache()).tolist() == [0.0] * B
+    opposite = Dense(torch.cat([torch.ones(B, 1, V), -torch.ones(B, 1, V)], 1), torch.ones(B, 2, D))
+    assert book_of([opposite]).squares(GramCache()).tolist() == [0.0] * B
+
+
+def test_squared_norms_of_millions_of_entries_are_not_biased():
+    """float32 ``norm`` over millions of entries is biased by 1e-4 on CPU."""
+    rows = draw(2, 2000, 1000, dtype=torch.float32)
+    want = rows.double().square().sum((1, 2))
+    torch.testing.assert_close(squared_norms(rows), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(squared_norms(rows.bfloat16()), rows.bfloat16().double().square().sum((1, 2)), rtol=1e-6, atol=0)
+    assert squared_norms(torch.zeros(3, 0)).tolist() == [0, 0, 0]
+
+
+def test_gram_cache_shares_one_input_and_forgets():
+    cache = GramCache(size=1)
+    x = draw(B, T, D)
+    assert cache.gram(x) is cache.gram(x.view(B, T, D))
+    first = cache.gram(x)
+    cache.gram(draw(B, T, D, seed=4))
+    assert cache.gram(x) is not first
+    assert cache.gram(x[:2]).shape == (2, T, T)
