@@ -122,7 +122,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     norms, sums = one_backward(model, batch, tiny_models.mean_loss)
     check_norms(norms, want, rtol=1e-7)
-    assert worst_error(sums, {n: g.sum(0) for n, g in want.items()})[0] <= 2e-6
+    assert worst_error(sums, {n: g.sum(0) for n, g in want.items()}, floor=1e-5)[0] <= 2e-6
 
 
 def lora(name: str, targets: Any, **options: Any) -> nn.Module:
