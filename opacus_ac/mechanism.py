@@ -12,8 +12,6 @@ import torch
 from opacus_ac.randomness import RandomStream
 from opacus_ac.statistics import NoisyHistogram, StepStatistics
 
-_BLOCK = 1 << 20
-
 
 @dataclass(frozen=True)
 class StepRelease:
@@ -81,28 +79,39 @@ class GaussianMechanism:
         return self._noise_multiplier * statistics.sensitivity
 
     def release_gradients(
-        self, parameters: Iterable[torch.nn.Parameter], sums: Iterable[torch.Tensor | None], std: float
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        sums: Iterable[torch.Tensor | None],
+        std: float,
+        scale: float = 1.0,
     ) -> None:
-        """Write ``sum + N(0, std^2)`` into each parameter's ``grad``.
+        """Write ``(sum + N(0, std^2)) * scale`` into each parameter's ``grad``.
 
         Args:
             parameters: the trainable parameters.
-            sums: summed clipped gradients; None is a sum of zero (and gets its noise).
+            sums: summed clipped gradients, taken one by one; None is a sum of zero (and gets its noise). A sum in the
+                parameter's dtype becomes the ``grad`` itself, without a copy.
             std: std of the noise per coordinate (of the sum, before division by the expected batch size).
+            scale: public factor, such as one over the expected batch size.
         """
         for parameter, total in zip(parameters, sums, strict=True):
             grad = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
-            if std > 0:
-                self._add_noise(grad, std)
+            self.noise_in_place(grad, std, scale)
             parameter.grad = grad.view_as(parameter)
 
-    def _add_noise(self, grad: torch.Tensor, std: float) -> None:
-        """Add noise in place, block by block, drawn and added in float64."""
-        flat = grad.view(-1)
-        for start in range(0, flat.numel(), _BLOCK):
-            block = flat[start : start + _BLOCK]
-            noise = self.stream.normal(block.numel()).mul_(std).to(block.device)
-            block.copy_(block.double().add_(noise))
+    def noise_in_place(self, total: torch.Tensor, std: float, scale: float = 1.0) -> None:
+        """Set the sum of one parameter's clipped gradients to ``(total + N(0, std^2)) * scale``.
+
+        Args:
+            total: the sum, in the parameter's dtype.
+            std: std of the noise per coordinate (of the sum, before ``scale``).
+            scale: public factor.
+
+        Guarantees:
+            Noise is drawn, added and scaled in float64; the result is rounded once, to the dtype of ``total``.
+        """
+        if std != 0 or scale != 1:
+            self.stream.add_normal(total, std, scale)
 
     def release_statistics(
         self, statistics: StepStatistics, expected_batch_size: float

@@ -160,7 +160,6 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             return False
         self._account(draw)
         self.add_noise()
-        self.scale_grad()
         self._is_last_step_skipped = False
         return True
 
@@ -262,11 +261,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         return float(self.expected_batch_size) * self.accumulated_iterations
 
     def add_noise(self) -> None:
-        """Release the step: the only place where private sums become public values."""
+        """Release the step, scaled: the only place where private sums become public values."""
         self._check_bound()
         bound, statistics = self.policy.bound, self.statistics
         multiplier = self.mechanism.gradient_multiplier(statistics)
-        self.mechanism.release_gradients(self.params, self.source.sums(), multiplier * bound)
+        self.mechanism.release_gradients(self.params, self.source.sums(), multiplier * bound, self._gradient_scale())
         histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
@@ -283,13 +282,13 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             histogram=histogram,
         )
 
-    def scale_grad(self) -> None:
-        """Divide by the public batch size, and scale by C0 / C_t when ``normalize`` is set."""
+    def _gradient_scale(self) -> float:
+        """Return one over the public batch size, times C0 / C_t when ``normalize`` is set."""
         factor = self.policy.initial_bound / self.policy.bound if self.normalize else 1.0
-        if self.loss_reduction == "mean":
-            factor /= self._denominator()
-        if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in self.params], factor)
+        return factor / self._denominator() if self.loss_reduction == "mean" else factor
+
+    def scale_grad(self) -> None:
+        """Do nothing: :meth:`add_noise` scales the gradients as it writes them, and Opacus's method would do it again."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a private step, or, on all but the last physical batch of a logical one, only accumulate.

@@ -6,11 +6,24 @@ A differential privacy guarantee holds against everyone who does not know the no
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+from opacus_ac.gaussian import BLOCK, GaussianSampler
+
+# Values that are drawn at once where noise is moved to another device or comes from a torch generator.
+_DEVICE_BLOCK = 1 << 20
+# Values below which another thread costs more than it saves.
+_VALUES_PER_THREAD = 1 << 17
 
 
 class RandomStream(Protocol):
@@ -24,6 +37,15 @@ class RandomStream(Protocol):
     def uniform(self, size: int) -> torch.Tensor:
         """Return ``[size]`` independent uniform float64 values in [0, 1) on the CPU."""
 
+    def add_normal(self, target: torch.Tensor, std: float, scale: float = 1.0) -> None:
+        """Set ``target`` to ``(target + std * N(0, 1)) * scale`` in place, in float64, rounded once.
+
+        Args:
+            target: floating tensor of any shape, layout and device.
+            std: std of the noise per coordinate, >= 0; nothing is drawn for 0.
+            scale: public factor.
+        """
+
     def fork(self, purpose: int) -> RandomStream:
         """Return an independent stream of the same kind for another purpose."""
 
@@ -34,11 +56,57 @@ class RandomStream(Protocol):
         """Continue a seeded stream; a secret stream ignores it."""
 
 
+def _check_std(std: float) -> None:
+    """Refuse a std that would quietly mean no noise or no number."""
+    if not (math.isfinite(std) and std >= 0):
+        raise ValueError(f"std of the noise must be a finite number >= 0, got {std!r}")
+
+
+def _on_flat(target: torch.Tensor, change: Callable[[torch.Tensor], None]) -> None:
+    """Change the values of ``target`` in place through a flat tensor, whatever its layout."""
+    target = target.detach()
+    flat = target.contiguous().view(-1)  # the same memory, unless the layout forbids it
+    change(flat)
+    if not target.is_contiguous():
+        target.copy_(flat.view_as(target))
+
+
+def _add_in_device_blocks(flat: torch.Tensor, std: float, scale: float, normal: Callable[[int], torch.Tensor]) -> None:
+    """Noise and scale ``flat [n]`` on its device in float64, with draws from the CPU."""
+    for start in range(0, flat.numel(), _DEVICE_BLOCK):
+        block = flat[start : start + _DEVICE_BLOCK]
+        total = block.double()
+        if std > 0:
+            total.add_(normal(block.numel()).mul_(std).to(block.device))
+        block.copy_(total.mul_(scale))
+
+
+def _secret_generator() -> np.random.Generator:
+    """Return a generator keyed with 256 bits of the operating system's entropy."""
+    seed = np.random.SeedSequence(int.from_bytes(os.urandom(32), "little"), pool_size=8)
+    return np.random.Generator(np.random.PCG64DXSM(seed))
+
+
+def _add_blocks(
+    sampler: GaussianSampler, values: npt.NDArray[np.floating], starts: deque[int], std: float, scale: float
+) -> None:
+    """Noise and scale blocks of ``values [n]`` until no start of a block is left; several threads share ``starts``."""
+    while True:
+        try:
+            start = starts.popleft()
+        except IndexError:
+            return
+        sampler.add_to(values[start : start + BLOCK], std, scale)
+
+
 class SecretStream:
     """Stream keyed with 256 bits of the operating system's entropy; never saved, never repeated after a fork.
 
-    Guarantees: the key is drawn per process; a forked child draws its own. The generator (PCG64-DXSM) is
-    statistically strong and secret but not cryptographic.
+    Noise for large tensors is drawn in ``min(torch.get_num_threads(), os.cpu_count())`` threads.
+
+    Guarantees: every thread that draws has a key of its own, drawn per process; a forked child draws its own, and a
+    copy of the object is a new stream. The generator (PCG64-DXSM) is statistically strong and secret but not
+    cryptographic.
     """
 
     secret = True
@@ -47,17 +115,27 @@ class SecretStream:
         self._rekey()
 
     def _rekey(self) -> None:
+        """Draw new keys and forget everything that a forked child shares with its parent, threads included."""
         self._pid = os.getpid()
-        seed = np.random.SeedSequence(int.from_bytes(os.urandom(32), "little"), pool_size=8)
-        self._generator = np.random.Generator(np.random.PCG64DXSM(seed))
+        self._generator = _secret_generator()
+        self._samplers: list[GaussianSampler] = []
+        self._helpers: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            self._rekey()
+
+    def __reduce__(self) -> tuple[type[SecretStream], tuple[()]]:
+        """Copy and pickle as a new stream: two with one key would draw the same noise."""
+        return SecretStream, ()
 
     def fork(self, purpose: int) -> SecretStream:
         """Return another secret stream, with a key of its own."""
         return SecretStream()
 
     def _current(self) -> np.random.Generator:
-        if os.getpid() != self._pid:
-            self._rekey()
+        self._check_process()
         return self._generator
 
     def normal(self, size: int) -> torch.Tensor:
@@ -67,6 +145,38 @@ class SecretStream:
     def uniform(self, size: int) -> torch.Tensor:
         """Return ``[size]`` uniform float64 values in [0, 1)."""
         return torch.from_numpy(self._current().random(size))
+
+    def add_normal(self, target: torch.Tensor, std: float, scale: float = 1.0) -> None:
+        """Set ``target`` to ``(target + std * N(0, 1)) * scale`` in place, in float64, rounded once."""
+        _check_std(std)
+        if target.device.type == "cpu" and target.dtype in (torch.float32, torch.float64):
+            _on_flat(target, lambda flat: self._add_on_cpu(flat.numpy(), std, scale))
+        else:
+            _on_flat(target, lambda flat: _add_in_device_blocks(flat, std, scale, self.normal))
+
+    def _add_on_cpu(self, values: npt.NDArray[np.floating], std: float, scale: float) -> None:
+        """Noise and scale ``values [n]``, in several threads if that pays."""
+        self._check_process()
+        allowed = min(torch.get_num_threads(), os.cpu_count() or 1)
+        threads = max(1, min(allowed, values.size // _VALUES_PER_THREAD))
+        starts = deque(range(0, values.size, BLOCK))
+        with self._lock:  # a sampler serves one tensor at a time
+            while len(self._samplers) < threads:
+                self._samplers.append(GaussianSampler(_secret_generator()))
+            if threads > 1 and self._helpers is None:
+                self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="opacus_ac noise")
+            helping = [
+                self._helpers.submit(_add_blocks, sampler, values, starts, std, scale)
+                for sampler in self._samplers[1:threads]
+                if self._helpers is not None
+            ]
+            try:
+                _add_blocks(self._samplers[0], values, starts, std, scale)
+            finally:
+                starts.clear()  # if interrupted, the others stop after the block in hand
+                wait(helping)
+        for helper in helping:
+            helper.result()  # raises what the thread raised: its blocks have no noise
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: the state of a secret stream is never saved."""
@@ -103,6 +213,11 @@ class SeededStream:
     def uniform(self, size: int) -> torch.Tensor:
         """Return ``[size]`` uniform float64 values in [0, 1)."""
         return torch.rand(size, dtype=torch.float64, generator=self._generator)
+
+    def add_normal(self, target: torch.Tensor, std: float, scale: float = 1.0) -> None:
+        """Set ``target`` to ``(target + std * N(0, 1)) * scale``, in one thread: draws do not depend on the machine."""
+        _check_std(std)
+        _on_flat(target, lambda flat: _add_in_device_blocks(flat, std, scale, self.normal))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator's state (a seeded stream is not secret)."""
