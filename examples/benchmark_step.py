@@ -9,7 +9,8 @@ noise, update) on the batch in hand. The learning rate is tiny, so that the work
 Columns of the tables:
 
 * ms per step (forward, backward, step, zero_grad): median over rounds, and minimum and quartiles; time ratio: median
-  over rounds of the variant's time divided by that of ``plain`` in the same round;
+  over rounds of the variant's time divided by that of ``plain`` in the same round; of minima: ratio of the fastest
+  steps, the better one on a machine that others load (its load is printed);
 * MB above: peak of the process's memory within a step, above what is resident between steps with the gradients freed
   (model, optimizer state); MB resident: that level, libraries included, where buffers kept between steps would show;
 * noise: share of the step that goes when ``noise_multiplier=0``, from the same rounds.
@@ -518,8 +519,9 @@ class Group:
         """Build, time the rounds, measure memory."""
         self.build()
         order, shuffle = list(self.workers), random.Random(0).shuffle
-        for _ in range(self.options.rounds):
+        for number in range(self.options.rounds):
             shuffle(order)
+            print(f"round {number + 1} of {self.options.rounds}", file=sys.stderr, flush=True)
             self.note_times({name: seconds for name in order if (seconds := self.ask(name, "time")) is not None})
         for _ in range(self.options.memory_rounds):
             for name in order:
@@ -587,7 +589,7 @@ def row(name: str, figures: Figures, plain: Figures) -> str:
     """One line of the table."""
     if figures.note or figures.failure:
         reason = figures.note or f"FAILED: {figures.failure.splitlines()[-1]}"
-        return f"| {name} | - | - | - | - | - | - | {reason} |"
+        return f"| {name} | - | - | - | - | - | - | - | {reason} |"
     ms = [1000 * seconds for seconds in figures.seconds]
     quartiles = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else [median(ms)] * 3
     digits = ".0f" if median(ms) >= 100 else ".1f"
@@ -599,6 +601,7 @@ def row(name: str, figures: Figures, plain: Figures) -> str:
         cell(median(ms), digits),
         spread,
         cell(median(figures.ratios), ".2f"),
+        cell(min(ms, default=math.nan) / 1000 / min(plain.seconds, default=math.nan), ".2f"),
         cell(peak),
         cell(peak / median(plain.peak_mib) if median(plain.peak_mib) > 0 else math.nan, ".2f"),
         cell(median(figures.resident_mib)),
@@ -611,7 +614,16 @@ def report(name: str, shape: Shape, results: dict[str, Figures]) -> str:
     """Return the table of one shape."""
     plain = results[PLAIN]
     trained = f"{plain.trained / 1e6:.1f}M of {plain.parameters / 1e6:.1f}M parameters trained"
-    header = ["variant", "ms per step", "min / quartiles", "time ratio", "MB above", "memory ratio", "MB resident"]
+    header = [
+        "variant",
+        "ms per step",
+        "min / quartiles",
+        "time ratio",
+        "of minima",
+        "MB above",
+        "memory ratio",
+        "MB resident",
+    ]
     idle = max(figures.idle_share for figures in results.values())
     lines = [
         f"### {name}: {shape}; {trained}",
@@ -620,9 +632,17 @@ def report(name: str, shape: Shape, results: dict[str, Figures]) -> str:
         "|---" * (len(header) + 1) + "|",
         *(row(variant, figures, plain) for variant, figures in results.items()),
         "",
-        f"{len(plain.seconds)} rounds of {PLAIN}; a waiting process used at most {idle:.1%} of a core.",
+        f"{len(plain.seconds)} rounds of {PLAIN}; a waiting process used at most {idle:.1%} of a core; {load()}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def load() -> str:
+    """How many threads wanted a core lately, those measured here included."""
+    try:
+        return f"load average {os.getloadavg()[1]:.1f}"
+    except (OSError, AttributeError):
+        return "load unknown"
 
 
 def cpu_model() -> str:

@@ -96,7 +96,7 @@ def test_a_variant_that_cannot_run_by_its_nature_says_why():
     plain = Figures(seconds=[1.0], ratios=[1.0], peak_mib=[math.nan], resident_mib=[math.nan])
     table = rows(report("a-tied", SHAPES["a-tied"], {"plain": plain, "opacus-ghost": Figures(note=note)}))
     assert table["opacus-ghost"][-1] == "Opacus's ghost mode refuses tied weights"
-    assert table["plain"] == ["1000", "1000 / 1000 / 1000", "1.00", "-", "-", "-", "-"]
+    assert table["plain"] == ["1000", "1000 / 1000 / 1000", "1.00", "1.00", "-", "-", "-", "-"]
     assert not not_applicable("opacus-ghost", SHAPES["a-untied"])
 
 
