@@ -112,6 +112,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         normalize: bool = True,
         lr_control: bool = True,
         ema_decay: float | None = 0.999,
+        fused_step: bool = False,
         histogram_weight: float | None = None,
         loss_bound: float | None = None,
         loss_weight: float | None = None,
@@ -144,6 +145,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             normalize: scale the gradient by C0 / C_t for the inner optimizer.
             lr_control: learning rate follows the clip rate.
             ema_decay: decay of the weight average, None for none.
+            fused_step: never hold two parameters' gradients at once: each is summed, noised, applied and forgotten in
+                turn, which with mode "bk" and one physical batch per step leaves the gradient memory of one layer.
+                For AdamW, Adam and SGD; no ``.grad`` is left to look at. The same numbers.
             histogram_weight: ``a`` of the norm histogram; default sqrt(0.0412), which costs 2 % of noise.
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
             loss_weight: ``b`` of the loss; default sqrt(0.0412).
@@ -185,6 +189,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             normalize=normalize and preset != "paper",
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,
+            fused_step=fused_step,
             source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first),
             plan=loader.plan,
             stream=noise_stream,

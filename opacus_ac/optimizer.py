@@ -21,6 +21,9 @@ from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import Draw, SamplingPlan
 from opacus_ac.statistics import StepStatistics
 
+_ONE_BY_ONE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+"""Inner optimizers whose update of a parameter depends on nothing but this parameter, its gradient and its state."""
+
 STATE_KEY = "opacus_ac"
 STATE_VERSION = 1
 
@@ -44,6 +47,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             steps of Adam, whose second moment remembers the larger noise of the past.
         lr_control: let the learning rate follow the clip rate.
         ema_decay: decay of the weight average; None for none.
+        fused_step: release, apply and forget one parameter's gradient after the other, so that never two of them are
+            held; needs an inner AdamW, Adam or SGD, and leaves no ``.grad`` behind.
         source: where per-sample gradients come from; None for Opacus's ``grad_sample``.
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
@@ -72,6 +77,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         normalize: bool = True,
         lr_control: bool | ClipRateControl = True,
         ema_decay: float | None = 0.999,
+        fused_step: bool = False,
         source: GradientSource | None = None,
         plan: SamplingPlan | None = None,
         stream: RandomStream | None = None,
@@ -79,6 +85,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     ) -> None:
         if secure_mode:
             raise ValueError("secure_mode=True is not available in this version; the default noise is already secret")
+        if fused_step and type(optimizer) not in _ONE_BY_ONE:
+            raise ValueError(
+                f"fused_step=True updates one parameter at a time, which is known to be the same for AdamW, Adam and SGD "
+                f"of torch.optim, not for {type(optimizer).__name__}: pass fused_step=False"
+            )
         self.policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
         self.statistics = statistics or StepStatistics(histogram=self.policy.needs_histogram)
         if self.policy.needs_histogram and not self.statistics.histogram:
@@ -101,6 +112,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.source = source or PerSampleSource(self.params, loss_reduction=loss_reduction)
         self.plan = plan
         self.normalize = normalize
+        self.fused_step = fused_step
         target = getattr(self.policy, "target_clip_rate", target_clip_rate)
         self.control = ClipRateControl(target) if lr_control is True else (lr_control or None)
         self.ema = None if ema_decay is None else WeightEMA(self.params, ema_decay)
@@ -265,7 +277,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self._check_bound()
         bound, statistics = self.policy.bound, self.statistics
         multiplier = self.mechanism.gradient_multiplier(statistics)
-        self.mechanism.release_gradients(self.params, self.source.sums(), multiplier * bound, self._gradient_scale())
+        std, scale = multiplier * bound, self._gradient_scale()
+        if self.fused_step:
+            self._unreleased = (std, scale)
+        else:
+            self.mechanism.release_gradients(self.params, self.source.sums(), std, scale)
         histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
@@ -310,14 +326,35 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.plan is not None:
             self.plan.step = self.steps_taken
         if self.policy.searching:
+            if self.fused_step:
+                self.source.clear(sums=True)
             return None
         with self._controlled_learning_rate():
-            result: float | None = self.original_optimizer.step()
+            result: float | None = self._fused_inner_step() if self.fused_step else self.original_optimizer.step()
         if self.control is not None:
             self.control.update(self.policy.clip_rate(self.released))
         if self.ema is not None:
             self.ema.update()
         return result
+
+    def _fused_inner_step(self) -> None:
+        """Release each parameter's gradient into one reused buffer and let the inner optimizer apply it at once."""
+        inner, (std, scale) = self.original_optimizer, self._unreleased
+        groups = inner.param_groups
+        owners = [group for group in groups for p in group["params"] if p.requires_grad]
+        largest = max(self.params, key=lambda p: p.numel())
+        buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=largest.device)
+        try:
+            for group, parameter, total in zip(owners, self.params, self.source.sums(buffer), strict=True):
+                gradient = torch.zeros_like(parameter) if total is None else total
+                self.mechanism.noise_in_place(gradient, std, scale)
+                parameter.grad = gradient.view_as(parameter)
+                # The optimizer's own step on this parameter alone; its state is kept per parameter.
+                inner.param_groups = [{**group, "params": [parameter]}]
+                inner.step()
+                parameter.grad = None
+        finally:
+            inner.param_groups = groups
 
     @contextmanager
     def _controlled_learning_rate(self) -> Iterator[None]:

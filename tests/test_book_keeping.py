@@ -108,9 +108,7 @@ def test_one_token(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "bitnet-tied"])
 def test_sum_of_losses(name: str) -> None:
-    compare(
-        tiny_models.build(name), tiny_models.token_batch(), tiny_models.mean_loss, tolerance=2e-6, reduction="sum"
-    )
+    compare(tiny_models.build(name), tiny_models.token_batch(), tiny_models.mean_loss, tolerance=2e-6, reduction="sum")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -128,7 +126,9 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 def lora(name: str, targets: Any, **options: Any) -> nn.Module:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options
+    )
     model = peft.get_peft_model(tiny_models.build(name), config).double().train()
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:  # zero at the start, which would hide lora_A's gradient

@@ -81,7 +81,9 @@ def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, monkeypa
     want = sum(written_down(part) for part in parts)
     book = book_of(parts)
     assert book.records == B
-    torch.testing.assert_close(book.squares(GramCache()), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0)
+    torch.testing.assert_close(
+        book.squares(GramCache()), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0
+    )
     weights = torch.tensor([0.3, 0.0, 1.0, 2.0, 0.7], dtype=torch.float64)
     for w in (weights, weights + 0.1, torch.zeros(B, dtype=torch.float64)):
         out = torch.full((V, D), 7.0, dtype=torch.promote_types(dtype, torch.float32))
@@ -179,7 +181,9 @@ def test_squared_norms_of_millions_of_entries_are_not_biased():
     rows = draw(2, 2000, 1000, dtype=torch.float32)
     want = rows.double().square().sum((1, 2))
     torch.testing.assert_close(squared_norms(rows), want, rtol=1e-6, atol=0)
-    torch.testing.assert_close(squared_norms(rows.bfloat16()), rows.bfloat16().double().square().sum((1, 2)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        squared_norms(rows.bfloat16()), rows.bfloat16().double().square().sum((1, 2)), rtol=1e-6, atol=0
+    )
     assert squared_norms(torch.zeros(3, 0)).tolist() == [0, 0, 0]
 
 

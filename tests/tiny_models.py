@@ -235,7 +235,10 @@ def one_backward(
             loss_fn(model, batch).backward()
             norms = source.finish_batch()
             source.accumulate(torch.ones_like(norms) if weights is None else weights)
-            sums = {n: torch.zeros_like(p) if s is None else s for (n, p), s in zip(named.items(), source.sums(), strict=True)}
+            sums = {
+                n: torch.zeros_like(p) if s is None else s
+                for (n, p), s in zip(named.items(), source.sums(), strict=True)
+            }
             assert all(p.grad is None and p.requires_grad for p in named.values())
         finally:
             detach()

@@ -190,7 +190,8 @@ class BookKeepingSource:
         parameter: nn.Parameter, book: ParameterBook, factors: Tensor, total: Tensor | None, buffer: Tensor | None
     ) -> Tensor:
         """Return ``total`` plus the weighted sum of a book."""
-        if total is None and buffer is not None:
+        usable = buffer is not None and (buffer.dtype, buffer.device) == (parameter.dtype, parameter.device)
+        if total is None and buffer is not None and usable:
             out = buffer[: parameter.numel()].view(parameter.shape)
         else:
             out = torch.empty_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)

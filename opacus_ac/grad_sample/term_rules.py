@@ -90,9 +90,7 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> T
     twin = bare_twin(module)
     parameters = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
 
-    def record(
-        weights: dict[str, Tensor], arguments: tuple[Tensor, ...], backprop: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def record(weights: dict[str, Tensor], arguments: tuple[Tensor, ...], backprop: Tensor) -> tuple[Tensor, Tensor]:
         alone = [t if d is None else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
         args, kwargs = use.call.arguments(alone)
         with use.autocast:
@@ -198,4 +196,13 @@ def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], Quant
     return items, rules, shared
 
 
-__all__ = ["TermRule", "Terms", "delegates", "flattening_modules", "replays_lookup", "rule_of", "tracked", "watched_modules"]
+__all__ = [
+    "TermRule",
+    "Terms",
+    "delegates",
+    "flattening_modules",
+    "replays_lookup",
+    "rule_of",
+    "tracked",
+    "watched_modules",
+]

@@ -63,9 +63,7 @@ class QuantizedInputs:
 
 
 @torch.no_grad()
-def auto_bitlinear_factors(
-    module: Any, x: Tensor, backprops: Tensor, shared: QuantizedInputs | None = None
-) -> Factors:
+def auto_bitlinear_factors(module: Any, x: Tensor, backprops: Tensor, shared: QuantizedInputs | None = None) -> Factors:
     """Factors of ``transformers``' ``AutoBitLinear``, online or offline, with or without its inner norm.
 
     Args:

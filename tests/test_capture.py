@@ -1,0 +1,492 @@
+"""What the hooks of mode "bk" do to a model: nothing that lasts, nothing outside training, nothing by half."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from helpers import classifier, loader, loss_of
+from tiny_models import one_backward
+from torch import Tensor, nn
+
+from opacus_ac import PrivacyEngine
+from opacus_ac.grad_sample import register_rules
+from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+from opacus_ac.grad_sample.capture import Use, is_captured
+from opacus_ac.testing import check_norms, check_records_independent, per_sample_gradients
+
+X = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2)).double().train()
+
+
+def attached(model: nn.Module, reduction: str = "mean") -> tuple[BookKeepingSource, Any]:
+    register_rules(model)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    source = BookKeepingSource(model, list(named.values()), list(named), reduction)
+    return source, source.attach()
+
+
+def loss(model: nn.Module, x: Tensor = X) -> Tensor:
+    return model(x).square().flatten(1).sum(1).mean()
+
+
+def norms_of(model: nn.Module, x: Tensor = X) -> Tensor:
+    grads = per_sample_gradients(model, x, loss)
+    return torch.stack([g.flatten(1).square().sum(1) for g in grads.values()]).sum(0).sqrt()
+
+
+def private(model: nn.Module, **kwargs: Any):
+    arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, **kwargs}
+    return PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(64, 16), **arguments
+    )
+
+
+# ---------------------------------------------------------------- flags
+
+
+class Fails(nn.Module):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.inner, self.error, self.armed = nn.Linear(6, 6), error, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if self.armed:
+            raise self.error
+        return x
+
+
+class Owner(nn.Module):
+    """Has a parameter of its own and a registered rule, so that its forward runs with the parameter switched off."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(6)), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.scale)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt("planted")])
+def test_a_forward_that_fails_leaves_every_parameter_trainable(error: BaseException) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Owner(Fails(error))).double().train()
+    source, detach = attached(model)
+    with pytest.raises(type(error), match="planted"):
+        model(X)
+    source.clear(sums=True)  # what zero_grad() does; needed after a KeyboardInterrupt only
+    assert all(p.requires_grad for p in model.parameters())
+    model[1].inner.armed = False
+    loss(model).backward()
+    got = source.finish_batch()
+    detach()
+    torch.testing.assert_close(got, norms_of(model), rtol=1e-10, atol=0)
+
+
+def test_an_ordinary_error_needs_no_zero_grad() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Owner(Fails(RuntimeError("planted")))).double().train()
+    _, detach = attached(model)
+    with pytest.raises(RuntimeError, match="planted"):
+        model(X)
+    assert all(p.requires_grad for p in model.parameters())
+    detach()
+
+
+def test_weights_do_not_ask_for_gradients_while_their_layer_runs_and_do_otherwise() -> None:
+    model, seen = layers(), []
+    source, detach = attached(model)
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(module.weight.requires_grad))
+    model[3].register_forward_pre_hook(lambda module, args: seen.append(model[0].weight.requires_grad))
+    loss(model).backward()
+    assert seen == [False, True]
+    assert all(p.grad is None for p in model.parameters())
+    detach()
+    loss(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_parameter_frozen_later_is_left_alone() -> None:
+    model = layers()
+    source, detach = attached(model)
+    model[0].requires_grad_(False)
+    loss(model).backward()
+    got = source.finish_batch()
+    source.accumulate(torch.ones_like(got))
+    sums = list(source.sums())
+    detach()
+    assert sums[0] is None
+    assert sums[1] is None
+    assert not model[0].weight.requires_grad
+    torch.testing.assert_close(got, norms_of(model), rtol=1e-10, atol=0)
+
+
+# ---------------------------------------------------------------- what is recorded, and when
+
+
+def count_deliveries(source: BookKeepingSource) -> list[str]:
+    seen: list[str] = []
+    deliver = source._capture._deliver
+
+    def counted(use: Use, gradient: Tensor) -> None:
+        seen.append(use.path)
+        deliver(use, gradient)
+
+    source._capture._deliver = counted
+    return seen
+
+
+def test_evaluation_and_no_grad_forwards_record_nothing() -> None:
+    model = layers()
+    source, detach = attached(model)
+    with torch.no_grad():
+        model(X)
+    with torch.inference_mode():
+        model(X)
+    model.eval()
+    held = weakref.ref(model(X))
+    gc.collect()
+    assert held() is None
+    model.train()
+    with pytest.raises(ValueError, match="no gradient has reached"):
+        source.finish_batch()
+    loss(model).backward()
+    model.eval()
+    model(X)  # an evaluation between backward and step does not matter
+    model.train()
+    assert source.finish_batch().shape == (4,)
+    detach()
+
+
+def test_a_forward_without_backward_holds_nothing_and_changes_nothing() -> None:
+    model = layers()
+    source, detach = attached(model)
+    output = model(X)
+    held = weakref.ref(output)
+    del output
+    gc.collect()
+    assert held() is None
+    loss(model).backward()
+    model(X)  # a metric, say
+    got = source.finish_batch()
+    detach()
+    torch.testing.assert_close(got, norms_of(model), rtol=1e-10, atol=0)
+
+
+def test_frozen_parts_are_not_watched() -> None:
+    model = layers()
+    model[0].requires_grad_(False)
+    source, detach = attached(model)
+    seen = count_deliveries(source)
+    assert not model[0]._forward_hooks
+    loss(model).backward()
+    assert seen == ["3", "2"]
+    detach()
+
+
+def test_a_model_in_evaluation_mode_that_is_trained_all_the_same_is_refused() -> None:
+    model = layers()
+    source, detach = attached(model)
+    model[0].eval()
+    loss(model).backward()
+    with pytest.raises(ValueError, match=r"0\.weight has an ordinary gradient.*evaluation mode"):
+        source.finish_batch()
+    detach()
+
+
+class Borrowed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x), self.first.weight)
+
+
+def test_a_weight_used_behind_the_rules_is_refused() -> None:
+    model = Borrowed().double().train()
+    source, detach = attached(model)
+    loss(model).backward()
+    with pytest.raises(ValueError, match=r"first\.weight has an ordinary gradient"):
+        source.finish_batch()
+    detach()
+
+
+# ---------------------------------------------------------------- several passes
+
+
+def test_two_backward_passes_before_a_step_are_records_of_their_own() -> None:
+    model = layers()
+    source, detach = attached(model)
+    loss(model, X[:1]).backward()
+    loss(model, X[1:]).backward()
+    assert source.backward_passes == 2
+    assert not source.merged_passes
+    got = source.finish_batch()
+    weights = torch.rand(4, dtype=torch.float64)
+    source.accumulate(weights)
+    sums = list(source.sums())
+    detach()
+    torch.testing.assert_close(got, norms_of(model), rtol=1e-10, atol=0)
+    want = per_sample_gradients(model, X, loss)
+    for total, rows in zip(sums, want.values(), strict=True):
+        torch.testing.assert_close(total, torch.einsum("i,i...->...", weights, rows))
+
+
+def pairs(model: nn.Module, x: Tensor) -> Tensor:
+    """Each record goes through the model twice, as a chosen and a rejected reply do."""
+    return (model(x) - model(-x)).square().flatten(1).sum(1).mean()
+
+
+def test_several_forwards_of_the_same_records_are_one_gradient_each() -> None:
+    model = layers()
+    want = per_sample_gradients(model, X, pairs)
+    source, detach = attached(model)
+    pairs(model, X).backward()
+    assert source.merged_passes
+    check_norms(source.finish_batch(), want, rtol=1e-10)
+    detach()
+
+
+def test_forwards_of_other_records_in_one_backward_are_refused_by_their_number() -> None:
+    model, optimizer, batches = private(classifier())
+    whole = next(iter(batches))
+    half = len(whole[0]) // 2
+    (loss_of(model, [t[:half] for t in whole]) + loss_of(model, [t[half : 2 * half] for t in whole])).backward()
+    with pytest.raises(ValueError, match=r"another number of per-sample gradients"):
+        optimizer.step()
+    assert optimizer.steps_taken == 0
+
+
+def test_forwards_of_unknown_records_in_one_backward_are_refused() -> None:
+    model, optimizer, _ = private(classifier())
+    optimizer.plan = None
+    batch = next(iter(loader(64, 16)))
+    (loss_of(model, batch) + loss_of(model, batch)).backward()
+    with pytest.raises(ValueError, match="several forward passes"):
+        optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, batch).backward()
+    optimizer.step()
+    assert optimizer.steps_taken == 1
+
+
+def test_batches_of_different_sizes_in_one_backward_are_refused() -> None:
+    model = layers()
+    source, detach = attached(model)
+    with pytest.raises(ValueError, match="first dimension of every layer"):
+        (loss(model, X) + loss(model, X[:2])).backward()
+    with pytest.raises(ValueError, match=r"failed half-way.*zero_grad"):
+        source.finish_batch()
+    source.clear(sums=True)
+    loss(model).backward()
+    assert source.finish_batch().shape == (4,)
+    detach()
+
+
+def test_two_backward_passes_through_one_forward_are_refused() -> None:
+    model = layers()
+    source, detach = attached(model)
+    value = loss(model)
+    value.backward(retain_graph=True)
+    with pytest.raises(ValueError, match=r"two backward passes ran through one use of 3"):
+        value.backward()
+    detach()
+
+
+def test_an_input_changed_in_place_after_its_use_is_refused() -> None:
+    """By autograd's own check, as in ordinary training."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)).double().train()
+    _, detach = attached(model)
+    hidden = model[0](X)
+    out = model[1](hidden)
+    hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    detach()
+
+
+class Tuple(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+def test_a_watched_module_must_return_one_tensor() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Tuple(6, 2)).double().train()
+    _, detach = attached(model)
+    with pytest.raises(ValueError, match=r"1 \(Tuple\) returns tuple"):
+        model(X)
+    assert all(p.requires_grad for p in model.parameters())
+    detach()
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "bitnet-tied", "gpt2", "opt", "mamba"])
+def test_bfloat16_autocast(name: str, inside: bool) -> None:
+    """Rounding of the pass itself is that of bfloat16; what a clipped record adds to the sum is C to 1e-4."""
+    model = tiny_models.build(name, dtype=torch.float32)
+    batch = tiny_models.token_batch()
+    exact = per_sample_gradients(model, batch, tiny_models.mean_loss)
+
+    def autocast_loss(model: nn.Module, rows: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return tiny_models.mean_loss(model, rows)
+
+    want = per_sample_gradients(model, batch, autocast_loss)
+    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside)
+    for record in range(4):
+        with context:
+            norms, _ = one_backward(model, batch, autocast_loss)
+            weights = torch.zeros(4, dtype=torch.float64)
+            weights[record] = 0.5 / norms[record]
+            again, sums = one_backward(model, batch, autocast_loss, weights)
+        assert torch.equal(norms, again)
+        assert all(s.dtype == torch.float32 for s in sums.values())
+        size = torch.stack([s.double().square().sum() for s in sums.values()]).sum().sqrt()
+        assert float(size) == pytest.approx(0.5, rel=1e-4)
+    check_norms(norms, want, rtol=1e-2)
+    check_norms(norms, exact, rtol=5e-2)
+
+
+def test_a_frozen_base_in_bfloat16_with_float32_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = tiny_models.build("qwen2-tied", dtype=torch.bfloat16)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1)
+    batch = tiny_models.token_batch(padded=False)
+    want = per_sample_gradients(model, batch, tiny_models.mean_loss)
+    norms, _ = one_backward(model, batch, tiny_models.mean_loss)
+    check_norms(norms, want, rtol=2e-2)
+    for record in range(4):
+        weights = torch.zeros(4, dtype=torch.float64)
+        weights[record] = 0.5 / norms[record]
+        _, sums = one_backward(model, batch, tiny_models.mean_loss, weights)
+        size = torch.stack([s.double().square().sum() for s in sums.values()]).sum().sqrt()
+        assert float(size) == pytest.approx(0.5, rel=1e-4)
+
+
+# ---------------------------------------------------------------- the model stays what it was
+
+
+def test_a_language_model_stays_itself(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+    model = tiny_models.build("qwen2-tied", dtype=torch.float32)
+    prompt = torch.tensor([[3, 4, 5]])
+    model.eval()
+    before = model.generate(prompt, max_new_tokens=4, do_sample=False)
+    model.train()
+    wrapped, optimizer, _ = private(model)
+    assert wrapped is model
+    assert isinstance(wrapped, Qwen2ForCausalLM)
+    assert wrapped.config.vocab_size == tiny_models.VOCAB
+    optimizer.plan = None
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(**tiny_models.token_batch()).loss.backward()
+        optimizer.step()
+    wrapped.eval()
+    after = wrapped.generate(prompt, max_new_tokens=4, do_sample=False)
+    assert after.shape == before.shape
+    wrapped.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(prompt, max_new_tokens=4, do_sample=False), after)
+    assert not is_captured(loaded)
+
+
+def test_copies_and_pickles_of_a_private_model_are_ordinary_models() -> None:
+    model, optimizer, _ = private(classifier())
+    batch = next(iter(loader(64, 16)))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert not is_captured(other)
+        loss_of(other, batch).backward()
+        assert all(p.grad is not None for p in other.parameters())
+        gradients = per_sample_gradients(other, batch, loss_of)
+        assert all(g.abs().max() > 0 for g in gradients.values())
+    optimizer.plan = None
+    loss_of(model, batch).backward()
+    optimizer.step()
+    assert optimizer.steps_taken == 1
+
+
+@pytest.mark.parametrize("check", [per_sample_gradients, check_records_independent])
+def test_the_oracle_refuses_a_model_whose_uses_are_captured(check: Any) -> None:
+    """Its weights need no gradient there: the oracle would find zeros."""
+    model, _, _ = private(classifier())
+    with pytest.raises(ValueError, match="per-sample gradient hooks"):
+        check(model, next(iter(loader(64, 4))), loss_of)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def outputs_alive(model: nn.Module, batch: Any) -> int:
+    """How many outputs of watched modules are still held, by autograd or by the hooks, when the forward pass is over."""
+    source, detach = attached(model)
+    held: list[Any] = []
+    capture = source._capture
+    watch = capture._watch
+
+    def watched(output: Tensor, arrive: Any) -> Any:
+        held.append(weakref.ref(output))
+        return watch(output, arrive)
+
+    capture._watch = watched
+    value = tiny_models.mean_loss(model, batch)
+    gc.collect()
+    alive = sum(1 for reference in held if reference() is not None)
+    value.backward()
+    assert source.finish_batch().shape == (4,)
+    detach()
+    return alive
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_saves_the_memory_that_it_is_for(reentrant: bool) -> None:
+    batch = tiny_models.token_batch()
+    plain = outputs_alive(tiny_models.build("qwen2-tied"), batch)
+    model = tiny_models.build("qwen2-tied")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert outputs_alive(model, batch) <= plain / 2
+
+
+def test_records_are_gone_when_the_sums_are_formed() -> None:
+    model = layers()
+    source, detach = attached(model)
+    references: list[Any] = []
+    deliver = source._capture._deliver
+
+    def noted(use: Use, gradient: Tensor) -> None:
+        references.append(weakref.ref(gradient))
+        deliver(use, gradient)
+
+    source._capture._deliver = noted
+    value = loss(model)
+    value.backward()
+    source.accumulate(torch.ones_like(source.finish_batch()))
+    for _ in source.sums():
+        pass
+    gc.collect()
+    assert all(reference() is None for reference in references)
+    assert value is not None  # the loss, and with it the graph, is still there
+    detach()
