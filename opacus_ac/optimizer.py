@@ -330,7 +330,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 self.source.clear(sums=True)
             return None
         with self._controlled_learning_rate():
-            result: float | None = self._fused_inner_step() if self.fused_step else self.original_optimizer.step()
+            result: float | None = None
+            if self.fused_step:
+                self._fused_inner_step()
+            else:
+                result = self.original_optimizer.step()
         if self.control is not None:
             self.control.update(self.policy.clip_rate(self.released))
         if self.ema is not None:

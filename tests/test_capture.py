@@ -104,7 +104,7 @@ def test_an_ordinary_error_needs_no_zero_grad() -> None:
 
 def test_weights_do_not_ask_for_gradients_while_their_layer_runs_and_do_otherwise() -> None:
     model, seen = layers(), []
-    source, detach = attached(model)
+    _, detach = attached(model)
     model[0].register_forward_pre_hook(lambda module, args: seen.append(module.weight.requires_grad))
     model[3].register_forward_pre_hook(lambda module, args: seen.append(model[0].weight.requires_grad))
     loss(model).backward()
@@ -295,7 +295,7 @@ def test_batches_of_different_sizes_in_one_backward_are_refused() -> None:
 
 def test_two_backward_passes_through_one_forward_are_refused() -> None:
     model = layers()
-    source, detach = attached(model)
+    _, detach = attached(model)
     value = loss(model)
     value.backward(retain_graph=True)
     with pytest.raises(ValueError, match=r"two backward passes ran through one use of 3"):

@@ -8,8 +8,8 @@ check against in-place changes apply to it as to anything else that a backward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class _Keep(torch.autograd.Function):
     """Holds tensors as a node of the graph would: through saved-tensor hooks, with their versions."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         return token.new_empty(0)
 
@@ -36,9 +36,11 @@ class _AskForGradient(torch.autograd.Function):
     """Connects an output that needs no gradient to the graph, so that its gradient is computed all the same."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, token: Tensor, output: Tensor) -> Tensor:
         # The same memory under a tensor of its own: a view could not be changed in place by the layers that follow.
-        return output.new_empty(0).set_(output)
+        return output.new_empty(0).set_(
+            output.untyped_storage(), output.storage_offset(), output.size(), output.stride()
+        )
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> tuple[None, None]:
@@ -49,11 +51,11 @@ class _Pass(torch.autograd.Function):
     """Hands a view on; autograd refuses to change what comes out in place, which would go past its hooks."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, output: Tensor) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -138,20 +140,14 @@ def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[
     return tuple(split(t) for t in tensors), split(gradient)
 
 
-def exact() -> AbstractContextManager[Any]:
-    """No graph and no autocast: ``backward()`` may be called inside an autocast block."""
-    return _Exact() if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else torch.no_grad()
-
-
-class _Exact:
-    def __enter__(self) -> None:
-        self._contexts = [torch.no_grad(), *(torch.autocast(d, enabled=False) for d in ("cpu", "cuda"))]
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
+@contextmanager
+def exact() -> Iterator[None]:
+    """No graph and no autocast: ``backward()`` and ``step()`` may be called inside an autocast block."""
+    with torch.no_grad(), ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _autocast_of(device: str) -> AbstractContextManager[Any]:
@@ -250,9 +246,9 @@ class Capture:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else next(iter(kwargs.values()), None)
-        known = isinstance(states, Tensor) and states.dim() == 3
+        shape = states.shape if isinstance(states, Tensor) and states.dim() == 3 else None
         # Kept after the call: a recomputation may run what is inside without running the module's hooks.
-        self._shapes[id(module)] = (states.shape[0], states.shape[1]) if known else None
+        self._shapes[id(module)] = None if shape is None else (shape[0], shape[1])
 
     def _before(self, module: nn.Module, _args: Any) -> None:
         tracked = self._watching(module)

@@ -183,6 +183,12 @@ def _shared_modules(hooked: list[tuple[str, nn.Module]]) -> list[str]:
     ]
 
 
+def module_problem(mode: str) -> Callable[[nn.Module], str | None]:
+    """A function that says what is wrong with the per-sample gradients of one module in ``mode``, or None."""
+    examiner = _Examiner(mode)
+    return lambda module: None if is_dp_rnn(module) else examiner.problem(module)
+
+
 def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
     """Refuse a model whose per-sample gradients would not be exact. Changes nothing.
 
@@ -201,13 +207,13 @@ def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
     Raises:
         ValueError: names the modules, their types and the remedies.
     """
-    examiner = _Examiner(mode)
+    problem_of = module_problem(mode)
     # Mode "bk" watches a module object once, however many places it has.
     hooked = list(watched_modules(model) if mode == "bk" else hooked_modules(model))
     problems = [] if mode == "bk" else _shared_modules(hooked)
     by_problem: dict[tuple[str, str], list[str]] = {}
     for path, module in hooked:
-        problem = None if is_dp_rnn(module) else examiner.problem(module)
+        problem = problem_of(module)
         if problem is not None:
             by_problem.setdefault((type(module).__name__, problem), []).append(path or "the model itself")
     for (kind, problem), paths in by_problem.items():

@@ -165,7 +165,7 @@ class PerSampleSource:
     @property
     def backward_passes(self) -> int:
         """Number of backward passes since the last step, at least 1."""
-        samples = [p.grad_sample for p in self._parameters if getattr(p, "grad_sample", None) is not None]
+        samples = [getattr(p, "grad_sample", None) for p in self._parameters]
         return max((len(s) if isinstance(s, list) else 1 for s in samples), default=1)
 
     @property
