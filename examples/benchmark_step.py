@@ -15,10 +15,11 @@ Columns of the tables:
   (model, optimizer state); MB resident: that level, libraries included, where buffers kept between steps would show;
 * noise: share of the step that goes when ``noise_multiplier=0``, from the same rounds.
 
-Opacus gets this package's explicit rules for RMSNorm and the like (``register_rules``); without them its functorch
-path is slower. Its ghost mode refuses tied weights. Waiting processes block on a pipe; their OpenMP threads spin for
-some milliseconds and then sleep. What they used is measured and printed. BitNet's quantisers run without
-torch.compile, as everything else does; set TORCHDYNAMO_DISABLE=0 to let them compile.
+Opacus gets this package's explicit rules for RMSNorm and the like (``register_rules``); without them its functorch path
+is slower; its strict checks stay on. Its ghost mode refuses tied weights. Waiting processes block on a pipe; their
+OpenMP threads spin for some milliseconds and then sleep. What they used is measured and printed. Where other programs
+keep the cores busy, steps of several threads wait for the slowest at every operator: use --threads 1 there. BitNet's
+quantisers run without torch.compile, as everything else does; set TORCHDYNAMO_DISABLE=0 to let them compile.
 
 Examples::
 
@@ -660,7 +661,7 @@ def environment(options: Options, arguments: Sequence[str]) -> dict[str, str]:
     return {
         "versions": ", ".join(versions),
         "device": f"{device} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)",
-        "threads": f"{options.threads} threads",
+        "threads": f"threads: {options.threads}",
         "dtype": "float32, bfloat16 autocast" if options.autocast else "float32",
         "command": shlex.join(["python", "examples/benchmark_step.py", *arguments]),
     }
