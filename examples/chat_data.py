@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from opacus_ac.loss import per_record_causal_lm_loss
+from opacus_ac.loss import fused_causal_lm_loss, per_record_causal_lm_loss
 
 Messages = list[dict[str, str]]
 Row = dict[str, Tensor]
@@ -237,7 +237,7 @@ class PadCollate:
 def reply_losses(model: Any, batch: Row) -> Tensor:
     """Mean loss on the reply tokens of each record, ``[B]``; logits are computed from the first reply on only.
 
-    For a vocabulary of 49,152 the logits are a third of the work.
+    For a vocabulary of 49,152 the logits are a third of the work, and in training their memory becomes their gradient.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
@@ -245,7 +245,8 @@ def reply_losses(model: Any, batch: Row) -> Tensor:
     first = int(labelled[0]) if len(labelled) else labels.shape[1] - 1
     keep = labels.shape[1] - max(first - 1, 0)  # the token before a reply predicts its first token
     logits = model(**inputs, logits_to_keep=keep).logits
-    return per_record_causal_lm_loss(logits, labels[:, -keep:])
+    loss = fused_causal_lm_loss if model.training and torch.is_grad_enabled() else per_record_causal_lm_loss
+    return loss(logits, labels[:, -keep:])
 
 
 @torch.no_grad()

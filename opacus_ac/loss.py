@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+
+# Rows of logits that are worked on together: on CPU few enough for the last-level cache, elsewhere enough to fill the
+# device. Much smaller chunks are a little faster on idle cores, but every operation waits for its slowest thread, and
+# where cores are shared those waits, several per chunk, cost more than memory does.
+_CPU_CHUNK_BYTES = 16 << 20
+_DEVICE_CHUNK_BYTES = 64 << 20
+# float16 has no room below 6e-8, so a gradient waits there unweighted and this much larger until its weight is known.
+_HALF_SCALE = 2.0**15
 
 
 class LossTape:
@@ -39,10 +49,7 @@ def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_ind
     >>> [round(x, 4) for x in loss.tolist()]
     [1.3863, 0.0]
     """
-    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
-        raise ValueError(
-            f"expected logits [B, T, V] and labels [B, T], got {tuple(logits.shape)} and {tuple(labels.shape)}"
-        )
+    _check_shapes(logits, labels)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     # Flat rows: several times faster on CPU than the [B, V, T] layout.
     losses = F.cross_entropy(
@@ -70,4 +77,166 @@ def per_record_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore
     >>> round(per_record_causal_lm_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]])).item(), 4)
     0.6931
     """
-    return per_record_token_loss(logits[:, :-1], labels[:, 1:], ignore_index)
+    _check_shapes(logits, labels)
+    # Shifting the labels copies [B, T]; cutting the last logits would copy [B, T, V], forward and backward.
+    return per_record_token_loss(logits, _next_tokens(labels, ignore_index), ignore_index)
+
+
+def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """Return what ``per_record_causal_lm_loss`` returns, and overwrite ``logits`` with what becomes their gradient.
+
+    One buffer ``[B, T, V]`` serves as logits, probabilities and gradient. Where no gradient is asked for, the logits
+    are left as they are.
+
+    Args:
+        logits: ``[B, T, V]``, garbage afterwards; not needed again by whoever computed them. A leaf, a view, a tensor
+            that is not contiguous or that retains its gradient is copied first and stays as it was.
+        labels: ``[B, T]``, not shifted; ``ignore_index`` positions are not predicted.
+        ignore_index: label of the positions to skip.
+
+    Returns:
+        ``[B]`` in float32 or better, the mean over each record's own predicted tokens (0 for a record without any).
+        ``.mean().backward()`` is the fast case: any other weighting of the records costs one more pass.
+
+    Guarantees:
+        Entry i depends on record i alone. Values and gradients are those of ``per_record_causal_lm_loss``; positions
+        that are not predicted get a gradient of exactly 0, whatever their logits. Half precision is computed in
+        float32; the gradient is rounded once for the mean of bfloat16 logits, twice otherwise. The gradient reaches
+        the hooks that were on ``logits`` before the call and is not written to afterwards.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        IndexError: a label that is neither a token nor ``ignore_index``.
+        RuntimeError: in backward, when the overwritten values are needed: by the operation that made ``logits``, by
+            another one that saved them, by a loss that used them after this one, by a second backward or by a second
+            derivative. ``torch.autograd.grad`` cannot be asked for the gradient of ``logits``, whose values are gone.
+
+    >>> hidden = torch.zeros(1, 3, 2, requires_grad=True)
+    >>> loss = fused_causal_lm_loss(hidden * 1.0, torch.tensor([[0, 1, 1]])).mean()
+    >>> loss.backward()
+    >>> round(loss.item(), 4), hidden.grad.tolist()
+    (0.6931, [[[0.25, -0.25], [0.25, -0.25], [0.0, 0.0]]])
+    """
+    _check_shapes(logits, labels)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return per_record_causal_lm_loss(logits, labels, ignore_index)
+    targets = _next_tokens(labels, ignore_index)
+    outside = (targets != ignore_index) & ((targets < 0) | (targets >= logits.shape[-1]))
+    if bool(outside.any()):
+        raise IndexError(f"labels must be in [0, {logits.shape[-1]}) or equal to ignore_index={ignore_index}")
+    # Overwriting these would reach tensors that others hold, or hide the gradient from them.
+    if logits.is_leaf or logits.retains_grad or logits._is_view() or not logits.is_contiguous():
+        logits = logits.clone(memory_format=torch.contiguous_format)
+    losses: torch.Tensor = _FusedTokenLoss.apply(logits, targets, ignore_index)[0]
+    return losses
+
+
+class _FusedTokenLoss(torch.autograd.Function):
+    """Per-record mean cross entropy whose forward leaves the gradient in the place of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, ignore_index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses ``[B]`` and the overwritten logits ``[B, T, V]``."""
+        predicted = targets != ignore_index
+        counts = predicted.sum(1).clamp(min=1)
+        wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        # The gradient of the losses [B] for which the buffer is the gradient of the logits as it stands.
+        expected = torch.full(counts.shape, 1 / max(len(counts), 1), dtype=wide, device=logits.device)
+        if logits.dtype == torch.float16:
+            expected = counts.to(wide) * _HALF_SCALE
+        weights = (expected / counts).repeat_interleave(targets.shape[1])
+        losses = _overwrite(logits.detach().flatten(0, 1), targets.flatten(), weights, predicted.flatten())
+        # An output, though nobody needs it: a loss that uses the logits later then shows up in backward.
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits)  # checks in backward that nobody wrote to it since
+        ctx.expected, ctx.consumed = expected, False
+        return losses.view(targets.shape).sum(1) / counts, logits
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_losses: torch.Tensor | None, grad_logits: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None, None]:
+        """Return the gradient ``[B, T, V]`` of the logits, which is the buffer itself."""
+        if grad_logits is not None:
+            raise RuntimeError(
+                "fused_causal_lm_loss overwrote the logits, but something computed from them afterwards asks for their "
+                "gradient: use per_record_causal_lm_loss, which keeps them"
+            )
+        if grad_losses is None:
+            return None, None, None
+        if ctx.consumed or torch.is_grad_enabled():  # once_differentiable lets create_graph pass without an error
+            raise RuntimeError(
+                "fused_causal_lm_loss allows one backward and no second derivative, because its gradient is handed on "
+                "without a copy: use per_record_causal_lm_loss with retain_graph or create_graph"
+            )
+        (saved,) = ctx.saved_tensors
+        ctx.consumed = True
+        gradient = saved.detach()
+        factors = grad_losses / ctx.expected
+        if not bool(((factors - 1).abs() <= torch.finfo(factors.dtype).eps).all()):
+            gradient.mul_(factors[:, None, None])
+        return gradient, None, None
+
+
+def _overwrite(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, predicted: torch.Tensor
+) -> torch.Tensor:
+    """Overwrite logits ``[N, V]`` with ``weights[n] * d loss[n] / d logits[n]`` and return the losses ``[N]``.
+
+    Args:
+        logits: ``[N, V]``.
+        targets: ``[N]``, a token where ``predicted``.
+        weights: ``[N]``, float32 or float64: the precision that is computed in.
+        predicted: ``[N]``, booleans; the other rows get loss and gradient 0 and are not looked at.
+    """
+    losses = torch.zeros_like(weights)
+    chunk_bytes = _CPU_CHUNK_BYTES if logits.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    size = max(1, chunk_bytes // (logits.shape[1] * weights.element_size()))
+    targets = targets.masked_fill(~predicted, 0)
+    predicted = predicted.cpu()  # waits for the device once, not for every chunk
+    for start in range(0, len(logits), size):
+        part = slice(start, start + size)
+        rows, mask = logits[part], predicted[part]
+        index = mask.nonzero()[:, 0].to(logits.device)
+        if 2 * len(index) >= len(rows):
+            work = rows.to(weights.dtype)  # the rows themselves where they are wide enough
+            losses[part] = _overwrite_rows(work, targets[part], weights[part])
+            if work.dtype != rows.dtype:
+                rows.copy_(work)
+            others = (~mask).nonzero()[:, 0].to(logits.device)
+            rows.index_fill_(0, others, 0)
+            losses[part].index_fill_(0, others, 0)
+        else:  # prompts and padding are most of it: worth a copy of the rest
+            work = rows[index].to(weights.dtype)
+            rows.zero_()
+            losses[part][index] = _overwrite_rows(work, targets[part][index], weights[part][index])
+            rows[index] = work.to(rows.dtype)
+    return losses
+
+
+def _overwrite_rows(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Do what ``_overwrite`` does for rows ``[R, V]`` that fit into the cache, as if all were predicted."""
+    target, weight = targets[:, None], weights[:, None]
+    largest = logits.amax(1, keepdim=True)
+    gap = largest - logits.gather(1, target)
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    logits.mul_(weight / total).scatter_add_(1, target, -weight)
+    # From the logits and not from the probability, which underflows where the loss passes 87.
+    return (gap + total.log())[:, 0]
+
+
+def _next_tokens(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Return ``[B, T]``: the label that each position predicts; the last position predicts none."""
+    shifted = torch.full_like(labels, ignore_index)
+    shifted[:, :-1] = labels[:, 1:]
+    return shifted
+
+
+def _check_shapes(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"expected logits [B, T, V] and labels [B, T], got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
