@@ -108,8 +108,8 @@ def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_inde
         ValueError: shapes that do not fit.
         IndexError: a label that is neither a token nor ``ignore_index``.
         RuntimeError: in backward, when the overwritten values are needed: by the operation that made ``logits``, by
-            another one that saved them, by a loss that used them after this one, by a second backward or by a second derivative.
-            ``torch.autograd.grad`` cannot be asked for the gradient of ``logits``, whose values are gone.
+            another one that saved them, by a loss that used them after this one, by a second backward or by a second
+            derivative. ``torch.autograd.grad`` cannot be asked for the gradient of ``logits``, whose values are gone.
 
     >>> hidden = torch.zeros(1, 3, 2, requires_grad=True)
     >>> loss = fused_causal_lm_loss(hidden * 1.0, torch.tensor([[0, 1, 1]])).mean()
@@ -188,34 +188,37 @@ def _overwrite(
 
     Args:
         logits: ``[N, V]``.
-        targets: ``[N]``, a token wherever ``predicted``.
+        targets: ``[N]``, a token where ``predicted``.
         weights: ``[N]``, float32 or float64: the precision that is computed in.
         predicted: ``[N]``, booleans; the other rows get loss and gradient 0 and are not looked at.
     """
     losses = torch.zeros_like(weights)
     chunk_bytes = _CPU_CHUNK_BYTES if logits.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     size = max(1, chunk_bytes // (logits.shape[1] * weights.element_size()))
+    targets = targets.masked_fill(~predicted, 0)
     predicted = predicted.cpu()  # waits for the device once, not for every chunk
     for start in range(0, len(logits), size):
         part = slice(start, start + size)
-        rows, index = logits[part], predicted[part].nonzero()[:, 0]
-        if len(index) == len(rows):
+        rows, mask = logits[part], predicted[part]
+        index = mask.nonzero()[:, 0].to(logits.device)
+        if 2 * len(index) >= len(rows):
             work = rows.to(weights.dtype)  # the rows themselves where they are wide enough
             losses[part] = _overwrite_rows(work, targets[part], weights[part])
             if work.dtype != rows.dtype:
                 rows.copy_(work)
-            continue
-        index = index.to(logits.device)
-        work = rows[index].to(weights.dtype)
-        rows.zero_()
-        if len(index):
+            others = (~mask).nonzero()[:, 0].to(logits.device)
+            rows.index_fill_(0, others, 0)
+            losses[part].index_fill_(0, others, 0)
+        else:  # prompts and padding are most of it: worth a copy of the rest
+            work = rows[index].to(weights.dtype)
+            rows.zero_()
             losses[part][index] = _overwrite_rows(work, targets[part][index], weights[part][index])
             rows[index] = work.to(rows.dtype)
     return losses
 
 
 def _overwrite_rows(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Do what ``_overwrite`` does for rows ``[R, V]`` that are all predicted and fit into the cache."""
+    """Do what ``_overwrite`` does for rows ``[R, V]`` that fit into the cache, as if all were predicted."""
     target, weight = targets[:, None], weights[:, None]
     largest = logits.amax(1, keepdim=True)
     gap = largest - logits.gather(1, target)
