@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample import terms
-from opacus_ac.grad_sample.terms import Dense, GramCache, Lookup, ParameterBook, Rows, squared_norms
+from opacus_ac.grad_sample.terms import Dense, GramCache, Lookup, ParameterBook, Rows, Weights, squared_norms
 
 B, T, V, D = 5, 6, 23, 11
 
@@ -87,7 +87,7 @@ def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, monkeypa
     weights = torch.tensor([0.3, 0.0, 1.0, 2.0, 0.7], dtype=torch.float64)
     for w in (weights, weights + 0.1, torch.zeros(B, dtype=torch.float64)):
         out = torch.full((V, D), 7.0, dtype=torch.promote_types(dtype, torch.float32))
-        book.weighted_sum(w, out)
+        book.weighted_sum(Weights(w), out)
         expected = torch.einsum("n,nij->ij", w, want)
         assert (out - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
@@ -124,8 +124,8 @@ def test_a_record_of_weight_zero_leaves_no_trace(name, poison):
     torch.testing.assert_close(squares[others], expected[others])
     # Its own norm must not come out as something that would let it through.
     assert not squares[2] < 1e20
-    book.weighted_sum(weights, got)
-    reference.weighted_sum(weights, want)
+    book.weighted_sum(Weights(weights), got)
+    reference.weighted_sum(Weights(weights), want)
     assert torch.equal(got, want)
 
 
@@ -165,7 +165,7 @@ def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, monkey
         weights = torch.zeros(B, dtype=torch.float64)
         weights[record] = 0.25 / book.squares(GramCache())[record].sqrt()
         out = torch.empty(V, D)
-        book.weighted_sum(weights, out)
+        book.weighted_sum(Weights(weights), out)
         assert float(out.double().norm()) == pytest.approx(0.25, rel=1e-4)
 
 

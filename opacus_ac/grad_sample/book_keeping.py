@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
-from opacus_ac.grad_sample.terms import GramCache, ParameterBook
+from opacus_ac.grad_sample.terms import GramCache, ParameterBook, Weights
 
 
 @dataclass
@@ -61,7 +61,7 @@ class BookKeepingSource:
 
     def _reset(self) -> None:
         self._chunks: list[_Chunk] = [_Chunk()]
-        self._weights: list[Tensor] | None = None
+        self._weights: list[Weights] | None = None
         self._failed = False
         self._released = False
 
@@ -158,7 +158,8 @@ class BookKeepingSource:
         """Note the factors; the sums are formed parameter by parameter when they are needed."""
         sizes = [chunk.records for chunk in self._chunks]
         scales = [size if self._mean else 1 for size in sizes]
-        self._weights = [f * scale for f, scale in zip(factors.split(sizes), scales, strict=True)]
+        factors = factors.to(self._parameters[0].device)
+        self._weights = [Weights(f * scale) for f, scale in zip(factors.split(sizes), scales, strict=True)]
 
     def settle(self) -> None:
         """Form the sums now and let go of the records: another physical batch of the logical one follows."""
@@ -178,16 +179,16 @@ class BookKeepingSource:
         for index, parameter in enumerate(self._parameters):
             total: Tensor | None = getattr(parameter, "summed_grad", None)
             parameter.summed_grad = None  # type: ignore[attr-defined]
-            for chunk, factors in zip(self._chunks, weights, strict=False):
+            for chunk, chunk_weights in zip(self._chunks, weights, strict=False):
                 book = chunk.books.pop(index, None)
                 if book is not None:
-                    total = self._add(parameter, book, factors, total, buffer)
+                    total = self._add(parameter, book, chunk_weights, total, buffer)
             yield total
         self._released = True
 
     @staticmethod
     def _add(
-        parameter: nn.Parameter, book: ParameterBook, factors: Tensor, total: Tensor | None, buffer: Tensor | None
+        parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, buffer: Tensor | None
     ) -> Tensor:
         """Return ``total`` plus the weighted sum of a book."""
         usable = buffer is not None and (buffer.dtype, buffer.device) == (parameter.dtype, parameter.device)
@@ -196,7 +197,7 @@ class BookKeepingSource:
         else:
             out = torch.empty_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
         with exact():
-            book.weighted_sum(factors, out)
+            book.weighted_sum(weights, out)
             return out if total is None else total.add_(out)
 
     def clear(self, *, sums: bool) -> None:

@@ -65,11 +65,14 @@ class Call:
 
     leaves: list[Any]
     places: list[int]
-    spec: TreeSpec
+    spec: TreeSpec | None
+    """None: one positional tensor and nothing else."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Tensor]]:
         """Take the tensors out of the arguments."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return _ONE_TENSOR, [args[0]]
         leaves, spec = tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in places]
@@ -79,6 +82,8 @@ class Call:
 
     def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put tensors back into the arguments."""
+        if self.spec is None:
+            return tuple(tensors), {}
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -86,7 +91,10 @@ class Call:
         return args, kwargs
 
 
-@dataclass
+_ONE_TENSOR = Call([], [], None)
+
+
+@dataclass(slots=True)
 class Use:
     """One call of a module in a training forward pass, until the gradient at its output arrives."""
 
@@ -140,9 +148,15 @@ def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[
     return tuple(split(t) for t in tensors), split(gradient)
 
 
-@contextmanager
-def exact() -> Iterator[None]:
+def exact() -> AbstractContextManager[Any]:
     """No graph and no autocast: ``backward()`` and ``step()`` may be called inside an autocast block."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return _without_autocast()
+    return torch.no_grad()
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
     with torch.no_grad(), ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -234,7 +248,7 @@ class Capture:
     @staticmethod
     def _switch_on(parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
     def _watching(self, module: nn.Module) -> Tracked | None:
         tracked = self._tracked.get(id(module))
@@ -258,19 +272,24 @@ class Capture:
             self._on_forward()
         off = [p for p in tracked.parameters if p.requires_grad]
         for parameter in off:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         self._running.append((id(module), off))
 
     def _leave(self, module: nn.Module) -> bool:
         """Switch the module's parameters on again; whether it was watched and any of them is trained."""
-        if all(key != id(module) for key, _ in self._running):
+        own, off = id(module), []
+        if self._running and self._running[-1][0] != own and all(key != own for key, _ in self._running):
             return False
         key = None
-        while key != id(module):
+        while self._running and key != own:
             key, off = self._running.pop()
             self._switch_on(off)
+        if key != own:
+            return False
+        if off:
+            return True
         switched = {id(p) for _, outer in self._running for p in outer}  # tied weights in nested modules
-        return bool(off) or any(id(p) in switched for p in self._tracked[id(module)].parameters)
+        return any(id(p) in switched for p in self._tracked[own].parameters)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._leave(module) or output is None:  # None: the forward raised

@@ -88,6 +88,25 @@ class Rows:
 Term = Dense | Lookup | Rows
 
 
+class Weights:
+    """One weight per record, ready for many sums.
+
+    Records of weight 0 are left out, not multiplied by zero: one that is not finite must leave no trace.
+
+    Args:
+        values: ``[B]``, on the device of the records.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        kept = values.nonzero().reshape(-1)
+        self._kept = None if kept.numel() == values.numel() else kept
+        self.values = values if self._kept is None else values[kept]
+
+    def pick(self, records: Tensor) -> Tensor:
+        """The records ``[B, ...]`` that have a weight."""
+        return records if self._kept is None else records[self._kept]
+
+
 def keeps(positions: int, rows: int, columns: int) -> bool:
     """Whether a dense gradient ``[rows, columns]`` of ``positions`` outer products is materialised."""
     return rows * columns <= KEEP_FACTOR * positions * (rows + columns)
@@ -229,34 +248,24 @@ class ParameterBook:
             total += float(block.square_().sum())
         return total
 
-    def weighted_sum(self, weights: Tensor, out: Tensor) -> None:
-        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous.
-
-        Records of weight 0 are left out, not multiplied by zero: one that is not finite must leave no trace.
-        """
-        kept = weights.nonzero().reshape(-1)
-        if kept.numel() == 0:
+    def weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous."""
+        if weights.values.numel() == 0:
             out.zero_()
             return
-        whole = kept.numel() == weights.numel()
-        weights = weights.to(device=out.device, dtype=out.dtype)
-        if not whole:
-            kept = kept.to(out.device)
-            weights = weights[kept]
+        factors = weights.values.to(device=out.device, dtype=out.dtype)
         if self.rows is not None:
-            rows = self.rows if whole else self.rows[kept]
-            flat = rows.reshape(rows.shape[0], -1).to(out.dtype)
-            torch.mv(flat.t(), weights, out=out.view(-1))
+            rows = weights.pick(self.rows)
+            torch.mv(rows.reshape(rows.shape[0], -1).to(out.dtype).t(), factors, out=out.view(-1))
             return
         if not self.dense:
             out.zero_()
+        factors = factors.view(-1, 1, 1)
         for i, d in enumerate(self.dense):
-            left, right = (d.left, d.right) if whole else (d.left[kept], d.right[kept])
-            _add_product(out, wide(left), wide(right), weights, first=i == 0)
+            _add_product(out, wide(weights.pick(d.left)), wide(weights.pick(d.right)), factors, first=i == 0)
         for entry in self.lookups:
-            ids, right = (entry.ids, entry.right) if whole else (entry.ids[kept], entry.right[kept])
-            values = wide(right).to(out.dtype) * weights.view(-1, 1, 1)
-            out.index_add_(0, ids.reshape(-1), values.reshape(-1, out.shape[-1]))
+            values = wide(weights.pick(entry.right)).to(out.dtype) * factors
+            out.index_add_(0, weights.pick(entry.ids).reshape(-1), values.reshape(-1, out.shape[-1]))
 
     @property
     def routes(self) -> str:
@@ -303,9 +312,8 @@ def _cross(dense: Dense, lookup: Lookup) -> Tensor:
     return torch.cat(parts)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, weights: Tensor, *, first: bool) -> None:
-    """Add ``sum_i weights[i] left_i^T right_i`` to ``out``, or write it there when ``first``."""
-    scale = weights.view(-1, 1, 1)
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, first: bool) -> None:
+    """Add ``sum_i scale[i] left_i^T right_i`` to ``out``, or write it there when ``first``; scale ``[B, 1, 1]``."""
     # The weights go into the narrower side: the other may be as wide as the vocabulary.
     if left.shape[2] < right.shape[2]:
         left = left * scale
