@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,16 +46,25 @@ def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_ind
     Returns:
         ``[B]`` in float32 or better; a record without labelled positions has loss 0.
 
+    Guarantees:
+        Beside the logits one buffer of their size is needed, their gradient. Positions that do not count get a
+        gradient of exactly 0, whatever their logits.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        IndexError: a label that is neither a token nor ``ignore_index``.
+
     >>> loss = per_record_token_loss(torch.zeros(2, 3, 4), torch.tensor([[1, 2, -100], [-100, -100, -100]]))
     >>> [round(x, 4) for x in loss.tolist()]
     [1.3863, 0.0]
     """
     _check_shapes(logits, labels)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    # Flat rows: several times faster on CPU than the [B, V, T] layout.
-    losses = F.cross_entropy(
-        wide.reshape(-1, wide.shape[-1]), labels.reshape(-1), ignore_index=ignore_index, reduction="none"
-    )
+    rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        _check_labels(labels, logits.shape[-1], ignore_index)
+        losses: torch.Tensor = _TokenLoss.apply(rows, targets, ignore_index)
+    else:  # torch.func does not know functions with a context
+        losses = _plain_token_loss(rows, targets, ignore_index)
     counts = (labels != ignore_index).sum(1).clamp(min=1)
     return losses.view(labels.shape).sum(1) / counts
 
@@ -121,14 +131,78 @@ def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_inde
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return per_record_causal_lm_loss(logits, labels, ignore_index)
     targets = _next_tokens(labels, ignore_index)
-    outside = (targets != ignore_index) & ((targets < 0) | (targets >= logits.shape[-1]))
-    if bool(outside.any()):
-        raise IndexError(f"labels must be in [0, {logits.shape[-1]}) or equal to ignore_index={ignore_index}")
+    _check_labels(targets, logits.shape[-1], ignore_index)
     # Overwriting these would reach tensors that others hold, or hide the gradient from them.
     if logits.is_leaf or logits.retains_grad or logits._is_view() or not logits.is_contiguous():
         logits = logits.clone(memory_format=torch.contiguous_format)
     losses: torch.Tensor = _FusedTokenLoss.apply(logits, targets, ignore_index)[0]
     return losses
+
+
+def _plain_token_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Return the cross entropies ``[N]`` of rows ``[N, V]`` as torch computes them."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return F.cross_entropy(wide, targets, ignore_index=ignore_index, reduction="none")
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross entropies ``[N]`` of rows ``[N, V]``, worked on some rows at a time: no buffer for the probabilities.
+
+    ``F.cross_entropy`` holds log-probabilities, and two gradients on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        """Return losses, float32 or better; rows that do not count have loss 0."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        counted = targets != ignore_index
+        indices = torch.where(counted, targets, 0)
+        total = torch.empty(len(rows), dtype=wide, device=rows.device)
+        for part in _chunks(rows, wide):
+            values = rows[part].to(wide)
+            largest = values.amax(1, keepdim=True)
+            # Not torch.logsumexp: an infinite logit must make the loss NaN, as cross entropy does.
+            total[part] = largest[:, 0] + (values - largest).exp_().sum(1).log_()
+        chosen = rows.gather(1, indices[:, None])[:, 0].to(wide)
+        ctx.save_for_backward(rows, targets, total)
+        ctx.ignore_index = ignore_index
+        return torch.where(counted, total - chosen, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the gradient ``[N, V]`` of the rows."""
+        rows, targets, total = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for
+            losses = _plain_token_loss(rows, targets, ctx.ignore_index)
+            return torch.autograd.grad(losses, rows, grad_losses, create_graph=True)[0], None, None
+        counted = targets != ctx.ignore_index
+        indices = torch.where(counted, targets, 0)[:, None]
+        weights = torch.where(counted, grad_losses.to(total.dtype), 0)[:, None]
+        gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        every = bool(counted.all())
+        for part in _chunks(rows, total.dtype):
+            target = gradient[part]
+            work = target if target.dtype == total.dtype else torch.empty_like(target, dtype=total.dtype)
+            torch.sub(rows[part], total[part, None], out=work).exp_().mul_(weights[part])
+            work.scatter_add_(1, indices[part], -weights[part])
+            if not every:
+                work.masked_fill_(~counted[part, None], 0)
+            if work is not target:
+                target.copy_(work)
+        return gradient, None, None
+
+
+def _chunks(rows: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of rows ``[N, V]`` that are worked on together in ``dtype``."""
+    limit = _CPU_CHUNK_BYTES if rows.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+    size = max(1, limit // max(1, rows.shape[1] * dtype.itemsize))
+    return (slice(start, start + size) for start in range(0, len(rows), size))
+
+
+def _check_labels(labels: torch.Tensor, tokens: int, ignore_index: int) -> None:
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= tokens))
+    if bool(outside.any()):
+        raise IndexError(f"labels must be in [0, {tokens}) or equal to ignore_index={ignore_index}")
 
 
 class _FusedTokenLoss(torch.autograd.Function):
@@ -193,12 +267,9 @@ def _overwrite(
         predicted: ``[N]``, booleans; the other rows get loss and gradient 0 and are not looked at.
     """
     losses = torch.zeros_like(weights)
-    chunk_bytes = _CPU_CHUNK_BYTES if logits.device.type == "cpu" else _DEVICE_CHUNK_BYTES
-    size = max(1, chunk_bytes // (logits.shape[1] * weights.element_size()))
     targets = targets.masked_fill(~predicted, 0)
     predicted = predicted.cpu()  # waits for the device once, not for every chunk
-    for start in range(0, len(logits), size):
-        part = slice(start, start + size)
+    for part in _chunks(logits, weights.dtype):
         rows, mask = logits[part], predicted[part]
         index = mask.nonzero()[:, 0].to(logits.device)
         if 2 * len(index) >= len(rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,24 +94,29 @@ class GaussianMechanism:
             std: std of the noise per coordinate (of the sum, before division by the expected batch size).
             scale: public factor, such as one over the expected batch size.
         """
-        for parameter, total in zip(parameters, sums, strict=True):
-            grad = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
-            self.noise_in_place(grad, std, scale)
+        named = list(parameters)
+        # All sums first: after a matrix product the threads of BLAS spin for a while, on the cores that the noise needs.
+        grads = [
+            torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+            for parameter, total in zip(named, sums, strict=True)
+        ]
+        self.noise_in_place(grads, std, scale)
+        for parameter, grad in zip(named, grads, strict=True):
             parameter.grad = grad.view_as(parameter)
 
-    def noise_in_place(self, total: torch.Tensor, std: float, scale: float = 1.0) -> None:
-        """Set the sum of one parameter's clipped gradients to ``(total + N(0, std^2)) * scale``.
+    def noise_in_place(self, totals: Sequence[torch.Tensor], std: float, scale: float = 1.0) -> None:
+        """Set sums of clipped gradients to ``(total + N(0, std^2)) * scale``.
 
         Args:
-            total: the sum, in the parameter's dtype.
+            totals: sums, each in its parameter's dtype.
             std: std of the noise per coordinate (of the sum, before ``scale``).
             scale: public factor.
 
         Guarantees:
-            Noise is drawn, added and scaled in float64; the result is rounded once, to the dtype of ``total``.
+            Noise is drawn, added and scaled in float64; the result is rounded once, to the dtype of the sum.
         """
         if std != 0 or scale != 1:
-            self.stream.add_normal(total, std, scale)
+            self.stream.add_normal(totals, std, scale)
 
     def release_statistics(
         self, statistics: StepStatistics, expected_batch_size: float

@@ -351,7 +351,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         try:
             for group, parameter, total in zip(owners, self.params, self.source.sums(buffer), strict=True):
                 gradient = torch.zeros_like(parameter) if total is None else total
-                self.mechanism.noise_in_place(gradient, std, scale)
+                self.mechanism.noise_in_place([gradient], std, scale)
                 parameter.grad = gradient.view_as(parameter)
                 # The optimizer's own step on this parameter alone; its state is kept per parameter.
                 inner.param_groups = [{**group, "params": [parameter]}]

@@ -230,11 +230,34 @@ def test_one_buffer_in_all(dtype, reduce, monkeypatch):
     assert len(buffers.found) > 1
 
 
-def test_shifting_does_not_copy_the_logits():
+def test_the_loss_that_keeps_the_logits_needs_one_buffer_more(monkeypatch):
+    """Their gradient: no copy for the shift, no log-probabilities."""
+    monkeypatch.setattr("opacus_ac.loss._CPU_CHUNK_BYTES", 4 * 64 * 8)
     logits, labels = draw(v=64)
+    logits.requires_grad_()
     with BigBuffers(logits.numel() // 2) as buffers:
-        per_record_causal_lm_loss(logits, labels)
-    assert len(buffers.found) == 2  # the logits (a view of them is returned) and their log-probabilities
+        loss = per_record_causal_lm_loss(logits, labels).sum()
+        assert len(buffers.found) == 1  # the logits, of which views are made
+        loss.backward()
+    assert len(buffers.found) == 2
+
+
+def test_the_loss_that_keeps_the_logits_has_a_second_derivative():
+    logits, labels = draw()
+    gradients = []
+    for loss in (per_record_causal_lm_loss, sliced_loss):
+        leaf = logits.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(leaf, labels).sum(), leaf, create_graph=True)
+        first.square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_the_loss_that_keeps_the_logits_works_under_torch_func():
+    logits, labels = draw()
+    got = torch.func.vmap(torch.func.grad(lambda x, y: per_record_causal_lm_loss(x[None], y[None])[0]))(logits, labels)
+    wanted = run(sliced_loss, logits, labels, torch.sum)[1]
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_a_hook_on_the_head_keeps_the_gradient():

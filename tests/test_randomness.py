@@ -32,7 +32,7 @@ def seeded(seed: int = 3) -> SeededStream:
 
 def noise(stream: SecretStream | SeededStream, size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     target = torch.zeros(size, dtype=dtype)
-    stream.add_normal(target, 1.0)
+    stream.add_normal([target], 1.0)
     return target
 
 
@@ -184,7 +184,7 @@ def test_a_copy_is_a_new_stream():
 @pytest.mark.parametrize("size", [0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 65537, 300_001])
 def test_every_value_gets_noise_and_nothing_else_does(make, dtype, size):
     around = torch.zeros(size + 2, dtype=dtype)
-    make().add_normal(around[1:-1], 1.0)
+    make().add_normal([around[1:-1]], 1.0)
     assert bool((around[1:-1] != 0).all())
     assert around[1:-1].unique().numel() >= 0.95 * size  # float32 has few values near 1
     assert float(around[0]) == float(around[-1]) == 0
@@ -206,9 +206,9 @@ def test_one_rounding(dtype, offset, scale, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(GaussianSampler, "draw", lambda self, n, std: (std * next(given)).numpy())
     secret, other = target.clone(), target.clone()
-    SecretStream().add_normal(secret, std, scale)
+    SecretStream().add_normal([secret], std, scale)
     assert torch.equal(secret, expected_value(target, std, draws, scale))
-    seeded(5).add_normal(other, std, scale)
+    seeded(5).add_normal([other], std, scale)
     draws = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     assert torch.equal(other, expected_value(target, std, draws, scale))
     if dtype == torch.float32:
@@ -225,7 +225,7 @@ def test_without_noise_only_the_scale_acts_and_nothing_is_drawn(make, dtype, mon
     target = torch.randn(300_001, dtype=torch.float64).to(dtype)
     result, stream = target.clone(), make()
     before = stream.state_dict()
-    stream.add_normal(result, 0.0, 1 / 48)
+    stream.add_normal([result], 0.0, 1 / 48)
     assert torch.equal(result, (target.double() * (1 / 48)).to(dtype))
     assert all(torch.equal(value, before[name]) for name, value in stream.state_dict().items())
 
@@ -234,7 +234,7 @@ def test_without_noise_only_the_scale_acts_and_nothing_is_drawn(make, dtype, mon
 @pytest.mark.parametrize("std", [-1.0, math.nan, math.inf])
 def test_a_std_that_means_no_noise_is_refused(make, std):
     with pytest.raises(ValueError, match="std"):
-        GaussianMechanism(1.0, make()).noise_in_place(torch.zeros(3), std)
+        GaussianMechanism(1.0, make()).noise_in_place([torch.zeros(3)], std)
 
 
 @pytest.mark.statistical
