@@ -187,6 +187,19 @@ def test_squared_norms_of_millions_of_entries_are_not_biased():
     assert squared_norms(torch.zeros(3, 0)).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("positions", [2, 3, 8, 64, 65])
+def test_gram_matrices_by_halves(positions, monkeypatch):
+    x, y = draw(B, positions, D), draw(B, positions, V, seed=1)
+    want = [torch.bmm(z, z.transpose(1, 2)) for z in (x, y)]
+    trace = (want[0] * want[1]).diagonal(dim1=1, dim2=2).sum(-1)
+    for fewest in (2, 10**9):
+        monkeypatch.setattr(terms, "_HALVED", (fewest, 10**9))
+        torch.testing.assert_close(terms.Gram.of(x).whole(), want[0], rtol=1e-12, atol=1e-12)
+        for other in (terms.Gram.of(y), terms.Gram(want[1], None)):
+            got = terms._products(terms.Gram.of(x), other)
+            torch.testing.assert_close(got, ((want[0] * want[1]).sum((1, 2)), trace), rtol=1e-12, atol=1e-12)
+
+
 def test_gram_cache_shares_one_input_and_forgets():
     cache = GramCache(size=1)
     x = draw(B, T, D)
@@ -194,4 +207,4 @@ def test_gram_cache_shares_one_input_and_forgets():
     first = cache.gram(x)
     cache.gram(draw(B, T, D, seed=4))
     assert cache.gram(x) is not first
-    assert cache.gram(x[:2]).shape == (2, T, T)
+    assert cache.gram(x[:2]).whole().shape == (2, T, T)

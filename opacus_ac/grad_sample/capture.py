@@ -277,7 +277,8 @@ class Capture:
 
     def _leave(self, module: nn.Module) -> bool:
         """Switch the module's parameters on again; whether it was watched and any of them is trained."""
-        own, off = id(module), []
+        own = id(module)
+        off: list[nn.Parameter] = []
         if self._running and self._running[-1][0] != own and all(key != own for key, _ in self._running):
             return False
         key = None

@@ -25,6 +25,7 @@ from opacus_ac.grad_sample.rules.bitlinear import (
 )
 from opacus_ac.grad_sample.rules.embedding import embedding, lookup_terms, replayed_ids
 from opacus_ac.grad_sample.rules.linear import conv1d, dense_terms
+from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm, rms_norm_rows
 from opacus_ac.grad_sample.terms import Rows, Term, wide
 
 Terms = list[tuple[nn.Parameter, Term]]
@@ -49,6 +50,14 @@ def _lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
 def _ste_linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
     factors = ste_linear_factors(use.module, tensors[0], backprops)
     return dense_terms(use.module, factors.inputs, factors.backprops)
+
+
+def _rms_norm(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    weight = use.module._parameters["weight"]
+    rows = rms_norm_rows(use.module, tensors[0], backprops)
+    if weight is None or rows is None:
+        return _rows_of(sampler_of(use.module) or rms_norm)(use, tensors, backprops)
+    return [(weight, Rows(rows))]
 
 
 def _auto_bitlinear(shared: QuantizedInputs) -> TermRule:
@@ -169,7 +178,10 @@ _FAMILIES: dict[GradSampler, TermRule] = {
     conv1d: _conv1d,
     embedding: _lookup,
     ste_linear: _ste_linear,
+    rms_norm: _rms_norm,
+    offset_rms_norm: _rms_norm,
 }
+_KINDS: dict[GradSampler, str] = {embedding: "lookup", rms_norm: "rows", offset_rms_norm: "rows"}
 
 
 def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
@@ -180,7 +192,7 @@ def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
     if sampler is auto_bitlinear:
         return _auto_bitlinear(shared), "dense"
     if sampler in _FAMILIES:
-        return _FAMILIES[sampler], "lookup" if sampler is embedding else "dense"
+        return _FAMILIES[sampler], _KINDS.get(sampler, "dense")
     return _rows_of(sampler), "rows"
 
 

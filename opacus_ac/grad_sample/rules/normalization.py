@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,55 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.replay import bare_twin, call_with, map_tensors, to_double
 from opacus_ac.grad_sample.rules.linear import sum_positions
 from opacus_ac.grad_sample.terms import wide
+
+
+# Module -> (epsilon that it names, whether it computes with it).
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[float, bool]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def rms_epsilon(module: nn.Module) -> float | None:
+    """The epsilon of an RMSNorm that computes x_hat = x / sqrt(mean(x^2) + epsilon); None where it computes another.
+
+    Read from the module and held against what the module does, in float64, on inputs of the size at which it shows.
+    """
+    named = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
+    epsilon = next((value for value in named if isinstance(value, float) and value > 0), None)
+    if epsilon is None:
+        return None
+    if _CHECKED.get(module, (0.0, False))[0] != epsilon:
+        _CHECKED[module] = (epsilon, _computes_with(module, epsilon))
+    return epsilon if _CHECKED[module][1] else None
+
+
+def _computes_with(module: nn.Module, epsilon: float) -> bool:
+    weight = module._parameters["weight"]
+    if weight is None or weight.is_meta:
+        return False
+    twin = bare_twin(module)
+    map_tensors(twin, to_double)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[0], generator=generator, dtype=torch.float64)
+    x = x.to(weight.device) * torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64, device=weight.device)[:, None]
+    x = x * epsilon**0.5
+    weights = [torch.full_like(weight, value, dtype=torch.float64, device=x.device) for value in (0.0, 1.0)]
+    x_hat = call_with(twin, {"weight": weights[1]}, x) - call_with(twin, {"weight": weights[0]}, x)
+    expected = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return torch.allclose(x_hat.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def rms_norm_rows(module: nn.Module, x: Tensor, backprops: Tensor) -> Tensor | None:
+    """Per-sample gradient ``[B, d]`` of an RMSNorm's weight in three passes over the input, or None.
+
+    None is for other types than float32, whose rounding inside the module this would not repeat, and for modules that
+    compute something else.
+    """
+    epsilon = rms_epsilon(module) if x.dtype == backprops.dtype == torch.float32 else None
+    if epsilon is None:
+        return None
+    scale = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    batch, width = x.shape[0], x.shape[-1]
+    return torch.bmm(scale.reshape(batch, 1, -1), (x * backprops).reshape(batch, -1, width))[:, 0]
 
 
 @torch.no_grad()
@@ -118,4 +169,4 @@ def rms_norm_offset(module: nn.Module) -> float | None:
     return None
 
 
-__all__ = ["layer_norm", "normalized", "offset_rms_norm", "rms_norm", "rms_norm_offset"]
+__all__ = ["layer_norm", "normalized", "offset_rms_norm", "rms_norm", "rms_norm_offset", "rms_norm_rows"]
