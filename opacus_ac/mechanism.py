@@ -115,8 +115,10 @@ class GaussianMechanism:
         Guarantees:
             Noise is drawn, added and scaled in float64; the result is rounded once, to the dtype of the sum.
         """
-        if std != 0 or scale != 1:
+        if std != 0:
             self.stream.add_normal(totals, std, scale)
+        elif scale != 1:
+            torch._foreach_mul_(list(totals), scale)
 
     def release_statistics(
         self, statistics: StepStatistics, expected_batch_size: float
