@@ -61,6 +61,7 @@ class BookKeepingSource:
 
     def _reset(self) -> None:
         self._chunks: list[_Chunk] = [_Chunk()]
+        self._grams = GramCache()
         self._weights: list[Weights] | None = None
         self._failed = False
         self._released = False
@@ -89,7 +90,7 @@ class BookKeepingSource:
                 index = self._index.get(id(parameter))
                 if index is not None:
                     book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
-                    book.add(term)
+                    book.add(term, self._grams)
             chunk.model_passes.add(use.model_pass)
         except BaseException:
             self._failed = True
@@ -121,6 +122,7 @@ class BookKeepingSource:
         self._check()
         self._chunks = [c for c in self._chunks if c.books]
         self._shared()
+        self._grams = GramCache()
         with exact():
             norms = [self._norms(chunk) for chunk in self._chunks]
         return torch.cat(norms)
@@ -148,10 +150,9 @@ class BookKeepingSource:
             )
 
     def _norms(self, chunk: _Chunk) -> Tensor:
-        cache = GramCache()
         total = torch.zeros(chunk.records, dtype=torch.float64)
         for index in sorted(chunk.books):
-            total += chunk.books[index].squares(cache).cpu()
+            total += chunk.books[index].squares().cpu()
         return total.sqrt() * (chunk.records if self._mean else 1)
 
     def accumulate(self, factors: Tensor) -> None:

@@ -11,8 +11,8 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -186,29 +186,46 @@ def _products(left: Gram, right: Gram) -> tuple[Tensor, Tensor]:
     return total.view(-1, 2).sum(1) + 2 * above, trace.view(-1, 2).sum(1)
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=1)
-
-
 @dataclass
 class ParameterBook:
-    """What the records of one backward pass contribute to the gradient of one parameter."""
+    """What the records of one backward pass contribute to the gradient of one parameter.
+
+    Squared norms are added up as the terms arrive, while what they are computed from is still in the processor's cache.
+    """
 
     shape: torch.Size
     dense: list[Dense] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     rows: Tensor | None = None
+    _total: Tensor | None = None
+    """Squared norms so far, ``[B]`` float64; meaningless once there are rows."""
+    _trace: Tensor | None = None
+    """The diagonal's share of them, ``[B]`` float64."""
 
-    def add(self, term: Term) -> None:
+    def add(self, term: Term, cache: GramCache) -> None:
         """Add one use of the parameter."""
         if isinstance(term, Rows):
             self._add_rows(term.values)
-        elif isinstance(term, Lookup):
-            self.lookups.append(term)
-        elif self.rows is not None or (not self.dense and term.worth_keeping):
+        elif isinstance(term, Dense) and (self.rows is not None or (not self.dense and term.worth_keeping)):
             self._keep(term)
-        else:
+        elif self.rows is not None:
+            assert isinstance(term, Lookup)
+            self.lookups.append(term)
+        elif isinstance(term, Dense):
+            crosses = [_dense_cross(term, other) for other in self.dense]
+            self._count(_dense_squares(term, cache), crosses + [_cross(term, other) for other in self.lookups])
             self.dense.append(term)
+        else:
+            crosses = [_lookup_cross(term, other) for other in self.lookups]
+            self._count(_lookup_squares(term), crosses + [_cross(other, term) for other in self.dense])
+            self.lookups.append(term)
+
+    def _count(self, own: tuple[Tensor, Tensor], crosses: list[Tensor]) -> None:
+        total, trace = own
+        for cross in crosses:
+            total = total + 2 * cross
+        self._total = total if self._total is None else self._total + total
+        self._trace = trace if self._trace is None else self._trace + trace
 
     def _add_rows(self, values: Tensor) -> None:
         values = wide(values)
@@ -223,30 +240,15 @@ class ParameterBook:
             flat = self.rows.reshape(left.shape[0], left.shape[1], right.shape[2])
             self.rows = torch.baddbmm(flat, left, right).view(self.rows.shape)
 
-    @property
-    def records(self) -> int:
-        """Number of records of the backward pass."""
-        if self.rows is not None:
-            return self.rows.shape[0]
-        return (self.dense[0].left if self.dense else self.lookups[0].ids).shape[0]
-
-    def sizes(self) -> set[int]:
-        """The batch sizes of all uses; more than one is an error."""
-        sizes = {d.left.shape[0] for d in self.dense} | {entry.ids.shape[0] for entry in self.lookups}
-        return sizes if self.rows is None else sizes | {self.rows.shape[0]}
-
-    def squares(self, cache: GramCache) -> Tensor:
+    def squares(self) -> Tensor:
         """Squared norm of each record's gradient, ``[B]`` float64."""
         if self.rows is not None:
             self._materialise()
             return squared_norms(self.rows)
-        dense = [Dense(_join([d.left for d in self.dense]), _join([d.right for d in self.dense]))] if self.dense else []
-        lookups = self.lookups
-        if len(lookups) > 1:
-            lookups = [Lookup(_join([x.ids for x in lookups]), _join([x.right for x in lookups]))]
-        total, trace = self._gram_squares(dense, lookups, cache)
-        doubtful = (total < CANCELLATION * trace).nonzero().reshape(-1).tolist()
-        for record in doubtful:
+        assert self._total is not None
+        assert self._trace is not None
+        total = self._total.cpu()
+        for record in (total < CANCELLATION * self._trace.cpu()).nonzero().reshape(-1).tolist():
             total[record] = self._exact_square(record)
         return total
 
@@ -263,16 +265,6 @@ class ParameterBook:
             flat.index_add_(0, (lookup.ids + first).reshape(-1), wide(lookup.right).reshape(-1, width).to(flat.dtype))
             self.rows = flat.view(batch, rows, width)
         self.dense, self.lookups = [], []
-
-    @staticmethod
-    def _gram_squares(dense: list[Dense], lookups: list[Lookup], cache: GramCache) -> tuple[Tensor, Tensor]:
-        parts = [_dense_squares(term, cache) for term in dense] + [_lookup_squares(term) for term in lookups]
-        total = torch.stack([p[0] for p in parts]).sum(0)
-        trace = torch.stack([p[1] for p in parts]).sum(0)
-        for d in dense:
-            for entry in lookups:
-                total += 2 * _cross(d, entry)
-        return total, trace
 
     def _exact_square(self, record: int) -> float:
         """Squared norm of one record's gradient written down in float64, some rows at a time."""
@@ -317,40 +309,57 @@ class ParameterBook:
         return "+".join(names)
 
 
+def _slices(batch: int, *positions: int) -> list[slice]:
+    """Stretches of records whose ``[T, T']`` matrices fit into the memory set aside for them."""
+    step = max(1, _GRAM_BYTES // max(1, 4 * math.prod(positions)))
+    return [slice(start, start + step) for start in range(0, batch, step)]
+
+
 def _dense_squares(term: Dense, cache: GramCache) -> tuple[Tensor, Tensor]:
     batch, positions = term.left.shape[:2]
-    step = max(1, _GRAM_BYTES // max(1, 4 * positions * positions))
-    if step >= batch:
+    slices = _slices(batch, positions, positions)
+    if len(slices) == 1:
         return _products(cache.gram(term.left), cache.gram(term.right))
-    alone = GramCache(size=0)  # slices of long sequences: too large to hold, and nobody shares them
-    parts = [
-        _products(alone.gram(term.left[i : i + step]), alone.gram(term.right[i : i + step]))
-        for i in range(0, batch, step)
-    ]
+    # Slices of long sequences: too large to hold, and nobody shares them.
+    parts = [_products(Gram.of(term.left[i]), Gram.of(term.right[i])) for i in slices]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 def _lookup_squares(term: Lookup) -> tuple[Tensor, Tensor]:
-    batch, positions = term.ids.shape
-    step = max(1, _GRAM_BYTES // max(1, 4 * positions * positions))
+    total = _lookup_cross(term, term)
+    # Squares of the positions' own rows.
+    return total, wide(term.right).square().sum((1, 2), dtype=torch.float64)
+
+
+def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
+    """``sum_{s,t} [ids_s = ids'_t] <right_s, right'_t>`` per record, ``[B]`` float64."""
     parts = []
-    for i in range(0, batch, step):
-        ids, right = term.ids[i : i + step], wide(term.right[i : i + step])
-        same = (ids.unsqueeze(2) == ids.unsqueeze(1)).to(right.dtype)
-        parts.append(_products(Gram(same, None), Gram(torch.bmm(right, right.transpose(1, 2)), None)))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    for i in _slices(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
+        same = one.ids[i].unsqueeze(2) == other.ids[i].unsqueeze(1)
+        angles = torch.bmm(wide(one.right[i]), wide(other.right[i]).transpose(1, 2))
+        parts.append((same * angles).sum((1, 2), dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def _dense_cross(one: Dense, other: Dense) -> Tensor:
+    """``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` per record, ``[B]`` float64."""
+    parts = []
+    for i in _slices(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
+        left, right = (
+            torch.bmm(wide(x[i]), wide(y[i]).transpose(1, 2))
+            for x, y in ((one.left, other.left), (one.right, other.right))
+        )
+        parts.append((left * right).sum((1, 2), dtype=torch.float64))
+    return torch.cat(parts)
 
 
 def _cross(dense: Dense, lookup: Lookup) -> Tensor:
     """``<G_dense, G_lookup>`` per record: ``sum_{s,t} left_s[ids_t] <right_s, e_t>``, ``[B]`` float64."""
-    positions, looked_up = dense.left.shape[1], lookup.ids.shape[1]
-    step = max(1, _GRAM_BYTES // max(1, 4 * positions * looked_up))
     parts = []
-    for i in range(0, dense.left.shape[0], step):
-        ids = lookup.ids[i : i + step]
-        picked = dense.left[i : i + step].gather(2, ids.unsqueeze(1).expand(-1, positions, -1))
-        right = wide(dense.right[i : i + step])
-        angles = torch.bmm(right, wide(lookup.right[i : i + step]).to(right.dtype).transpose(1, 2))
+    for i in _slices(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
+        ids, right = lookup.ids[i], wide(dense.right[i])
+        picked = dense.left[i].gather(2, ids.unsqueeze(1).expand(-1, dense.left.shape[1], -1))
+        angles = torch.bmm(right, wide(lookup.right[i]).to(right.dtype).transpose(1, 2))
         parts.append((wide(picked) * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
