@@ -53,7 +53,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, default=None, help="number of private steps (default 14)")
     length.add_argument("--epochs", type=float, help="instead of steps: passes over the data")
     parser.add_argument("--expected-batch-size", type=int, default=40)
-    parser.add_argument("--physical-batch-size", type=int, help="memory only; default 16 for LoRA, 2 for --full")
+    parser.add_argument("--physical-batch-size", type=int, help="memory only; default 16 for LoRA, 8 for --full")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per dialogue; longer ones are cut")
     parser.add_argument("--lr", type=float, help="default 0.06 for LoRA, 0.0003 for --full")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
@@ -167,7 +167,8 @@ def train(
         steps=steps,
         epochs=args.epochs,
         max_grad_norm=None if args.paper else C0,
-        max_physical_batch_size=args.physical_batch_size or (2 if args.full else 16),
+        max_physical_batch_size=args.physical_batch_size or (8 if args.full else 16),
+        fused_step=args.full,
         loss_bound=LOSS_BOUND,
         **({"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {}),
     )

@@ -81,9 +81,7 @@ def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, monkeypa
     parts = CASES[name](dtype)
     want = sum(written_down(part) for part in parts)
     book = book_of(parts)
-    torch.testing.assert_close(
-        book.squares(), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0
-    )
+    torch.testing.assert_close(book.squares(), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0)
     weights = torch.tensor([0.3, 0.0, 1.0, 2.0, 0.7], dtype=torch.float64)
     for w in (weights, weights + 0.1, torch.zeros(B, dtype=torch.float64)):
         out = torch.full((V, D), 7.0, dtype=torch.promote_types(dtype, torch.float32))
