@@ -134,8 +134,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 amplification by sampling.
             clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
-            grad_sample_mode: "bk" (one backward pass, no per-sample gradients of large layers), or "hooks" or
-                "functorch", as in Opacus.
+            grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
+                ``opacus_ac.grad_sample.explain``), or "hooks" or "functorch", as in Opacus.
             wrap_model: as in Opacus for its modes: False attaches hooks to the model and returns the hooks object.
             rand_on_empty: ignored; an empty batch is a constant batch with weight zero.
             max_physical_batch_size: largest batch that reaches the model; a memory choice that changes no result.

@@ -46,6 +46,11 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
         )
     if isinstance(module, DistributedDataParallel | DifferentiallyPrivateDistributedDataParallel):
         raise ValueError("distributed training is not available in this version: pass the bare model")
+    if any(type(m).__name__ == "OptimizedModule" for m in module.modules()):
+        raise ValueError(
+            "the model was compiled with torch.compile, which decides what runs before the hooks can: pass the original "
+            "model (its attribute _orig_mod)"
+        )
     own = set(module.parameters())
     held = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
     if any(p not in own for p in held):

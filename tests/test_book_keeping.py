@@ -13,8 +13,16 @@ import torch.nn.functional as F
 from tiny_models import one_backward, worst_error
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample import check_model, register_rules, register_ste_linear, term_rules, terms
-from opacus_ac.grad_sample.rules import bitlinear, embedding
+from opacus_ac.grad_sample import (
+    check_model,
+    expand_broadcast_embeddings,
+    explain,
+    register_rules,
+    register_ste_linear,
+    term_rules,
+    terms,
+)
+from opacus_ac.grad_sample.rules import bitlinear, embedding, normalization
 from opacus_ac.testing import check_norms, per_sample_gradients
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -486,3 +494,94 @@ def test_an_embedding_that_processes_its_rows_is_refused_before_anything_is_rele
     check_model(model, mode="bk")
     with pytest.raises(ValueError, match=r"Processed is not a plain lookup.*register_rule"):
         one_backward(model, (IDS > 0).long(), quadratic)
+
+
+# ---------------------------------------------------------------- RMSNorm in three passes
+
+
+class Mislabelled(nn.RMSNorm):
+    """Names an epsilon and computes with another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, 100 * self.eps)
+
+
+def norms_of_transformers() -> list[nn.Module]:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    return [Qwen2RMSNorm(6, eps=1e-2), Gemma3RMSNorm(6, eps=1e-6), nn.RMSNorm(6, eps=1e-5)]
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_the_short_rule_for_rms_norms_is_the_rule(index: int, size: float) -> None:
+    module, x = norms_of_transformers()[index], size * FLOATS.float()
+    module.weight.data.uniform_(-1, 1)
+    backprops = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    want = normalization.rms_norm(module, [x], backprops)[module.weight]
+    if index == 1:
+        want = normalization.offset_rms_norm(module, [x], backprops)[module.weight]
+    got = normalization.rms_norm_rows(module, x, backprops)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_norm_that_computes_with_another_epsilon_than_it_names_keeps_the_long_rule() -> None:
+    x = FLOATS.float()
+    assert normalization.rms_norm_rows(Mislabelled(6, eps=1e-3), x, x) is None
+    assert normalization.rms_norm_rows(nn.RMSNorm(6), x, x) is None  # its epsilon depends on the type
+    module = nn.RMSNorm(6, eps=1e-3)
+    assert normalization.rms_norm_rows(module, x.double(), x.double()) is None
+    before = normalization.rms_norm_rows(module, x, x)
+    module.eps = 1.0  # asked again at every use
+    torch.testing.assert_close(
+        normalization.rms_norm_rows(module, x, x), normalization.rms_norm(module, [x], x)[module.weight]
+    )
+    assert not torch.allclose(before, normalization.rms_norm_rows(module, x, x))
+    compare(nn.Sequential(Mislabelled(6, eps=1e-3)).train(), x, quadratic, norm_tolerance=2e-5, tolerance=2e-5)
+
+
+# ---------------------------------------------------------------- explain
+
+
+@pytest.mark.parametrize("length", [3, 16])
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "bitnet-rms-norm", "gpt2", "opt", "roberta", "mamba"])
+def test_explain_says_what_happens(name: str, length: int) -> None:
+    """Routes and bytes of one record against what the books hold after a backward pass."""
+    from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+
+    model = tiny_models.build(name, dtype=torch.float32)
+    register_rules(model)
+    rows = {row.parameter: row for row in explain(model, length=length)}
+    named = dict(model.named_parameters())
+    source = BookKeepingSource(model, list(named.values()), list(named))
+    with expand_broadcast_embeddings(model):
+        detach = source.attach()
+        tiny_models.mean_loss(model, tiny_models.token_batch(1, length, padded=False)).backward()
+    books = source._chunks[0].books
+    for index, parameter in enumerate(named):
+        book, row = books[index], rows[parameter]
+        tensors = [book.rows] if book.rows is not None else [t for d in book.dense for t in (d.left, d.right)]
+        tensors += [entry.right for entry in book.lookups]
+        assert row.memory == sum(4 * t.numel() for t in tensors), parameter
+        expected = {"kept": {"kept", "rows", "replay"}}.get(book.routes, {book.routes})
+        assert row.route in expected, parameter
+    detach()
+
+
+def test_explain_names_what_is_refused() -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return x * gate * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), TwoInputs()).train()
+    rows = {row.parameter: row for row in explain(model)}
+    assert rows["0.weight"].route == "kept"
+    assert rows["1.scale"].route == "refused"
+    assert "register_rule" in rows["1.scale"].note
+    assert "refused" in str(explain(model))
+    assert {row.route for row in explain(nn.Sequential(nn.Linear(4, 4)), mode="hooks")} == {"rows"}

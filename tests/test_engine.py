@@ -62,6 +62,13 @@ def half(model):
     return model
 
 
+def compiled(model):
+    """What ``torch.compile`` returns, also where TORCHDYNAMO_DISABLE turns it off."""
+    from torch._dynamo.eval_frame import DisableContext, OptimizedModule
+
+    return OptimizedModule(model, DisableContext())
+
+
 class Gate(nn.Module):
     """A layer with two inputs: no rule knows it, and functorch replays layers of one input only."""
 
@@ -88,6 +95,7 @@ BAD = {
     "already wrapped by hooks": (lambda: {"model": trained_twice("hooks")}, ValueError, "private already"),
     "already private around": (lambda: {"model": nn.Sequential(trained_twice())}, ValueError, "private already"),
     "already private inside": (lambda: {"model": trained_twice("hooks")._module}, ValueError, "private already"),
+    "compiled": (lambda: {"model": compiled(classifier())}, ValueError, "torch.compile"),
     "batch second": (lambda: {"batch_first": False}, ValueError, "batch_first"),
     "other parameters": (
         lambda: {"optimizer": torch.optim.SGD(classifier().parameters(), lr=1.0)},

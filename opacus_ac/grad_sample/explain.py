@@ -27,7 +27,7 @@ class RuleRow:
         type: type of that module.
         rule: the rule that is applied, and who wrote it.
         route: where the norm comes from in mode "bk": ``gram`` matrices of input and output gradient, the gradient
-            that is ``kept`` because it is smaller, a ``lookup``, materialised ``rows``, or a ``replay`` of the module. In
+            that is ``kept`` because it is smaller, a ``lookup`` (both where weights are tied), materialised ``rows``, or a ``replay`` of the module. In
             Opacus's modes always ``rows``. ``refused`` where ``make_private`` would raise.
         cost: multiplications for the norm beyond ordinary training, as a share of those of the layer's forward and
             backward pass; None where that is not known.
@@ -133,8 +133,9 @@ class _Price:
             return route, None if route == "replay" else 0.0, _BYTES * numel
         rows, columns = parameter.shape
         dense, lookups = length * self.kinds.get("dense", 0), length * self.kinds.get("lookup", 0)
-        if dense and not lookups and keeps(length, rows, columns):
-            return "kept", 0.0, _BYTES * numel
+        if dense and keeps(length, rows, columns):
+            route = "+".join(["kept"] + ["lookup"] * bool(lookups))
+            return route, 0.0, _BYTES * (numel + lookups * columns)
         extra = dense**2 * (rows + columns) + lookups**2 * columns + dense * lookups * columns
         held = dense * (rows + columns) + lookups * columns
         work = 3 * dense * numel
