@@ -145,8 +145,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             normalize: scale the gradient by C0 / C_t for the inner optimizer.
             lr_control: learning rate follows the clip rate.
             ema_decay: decay of the weight average, None for none.
-            fused_step: never hold two parameters' gradients at once: each is summed, noised, applied and forgotten in
-                turn, which with mode "bk" and one physical batch per step leaves the gradient memory of one layer.
+            fused_step: hold no more gradients at a time than the largest one takes: they are summed, noised, applied
+                and forgotten in turns, which with mode "bk" and one physical batch per step leaves the gradient memory of one layer.
                 For AdamW, Adam and SGD; no ``.grad`` is left to look at. The same numbers.
             histogram_weight: ``a`` of the norm histogram; default sqrt(0.0412), which costs 2 % of noise.
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.

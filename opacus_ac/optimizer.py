@@ -28,6 +28,56 @@ STATE_KEY = "opacus_ac"
 STATE_VERSION = 1
 
 
+class _InTurns:
+    """Applies gradients with an inner optimizer as many at a time as fit into memory for the largest of them.
+
+    Many small ones at a time, because the noise of each would have to wait until the threads of the matrix products and
+    of the optimizer, which work in between, leave the processor's cores.
+    """
+
+    def __init__(
+        self, inner: Optimizer, parameters: list[torch.nn.Parameter], noise: Callable[[list[Tensor]], None]
+    ) -> None:
+        self._inner, self._noise = inner, noise
+        self._owners = {id(p): group for group in inner.param_groups for p in group["params"]}
+        largest = max(parameters, key=lambda p: p.numel())
+        self._buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=largest.device)
+        self._used = 0
+        self._waiting: list[tuple[torch.nn.Parameter, Tensor]] = []
+
+    def place(self, parameter: torch.nn.Parameter) -> Tensor | None:
+        """Return memory for the sum of ``parameter``, or None where it has to find its own."""
+        if (parameter.dtype, parameter.device) != (self._buffer.dtype, self._buffer.device):
+            return None
+        if self._used + parameter.numel() > self._buffer.numel():
+            self.flush()
+        first, self._used = self._used, self._used + parameter.numel()
+        return self._buffer[first : self._used].view(parameter.shape)
+
+    def add(self, parameter: torch.nn.Parameter, total: Tensor | None) -> None:
+        """Take a sum; None is zero."""
+        self._waiting.append((parameter, torch.zeros_like(parameter) if total is None else total))
+
+    def flush(self) -> None:
+        """Release the sums and apply them: the optimizer's own step on these parameters alone."""
+        waiting, self._waiting, self._used = self._waiting, [], 0
+        if not waiting:
+            return
+        self._noise([total for _, total in waiting])
+        groups = self._inner.param_groups
+        try:
+            for parameter, total in waiting:
+                parameter.grad = total.view_as(parameter)
+            self._inner.param_groups = [
+                {**group, "params": [p for p, _ in waiting if self._owners[id(p)] is group]} for group in groups
+            ]
+            self._inner.step()
+        finally:
+            self._inner.param_groups = groups
+            for parameter, _ in waiting:
+                parameter.grad = None
+
+
 class AdaptiveClipDPOptimizer(DPOptimizer):
     """DP-Adam-AC around any ``torch.optim`` optimizer: an Opacus ``DPOptimizer`` that adapts its clipping norm.
 
@@ -47,8 +97,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             steps of Adam, whose second moment remembers the larger noise of the past.
         lr_control: let the learning rate follow the clip rate.
         ema_decay: decay of the weight average; None for none.
-        fused_step: release, apply and forget one parameter's gradient after the other, so that never two of them are
-            held; needs an inner AdamW, Adam or SGD, and leaves no ``.grad`` behind.
+        fused_step: release, apply and forget gradients in turns, so that no more of them are held at a time than the
+            largest one takes; needs an inner AdamW, Adam or SGD, and leaves no ``.grad`` behind.
         source: where per-sample gradients come from; None for Opacus's ``grad_sample``.
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
@@ -342,23 +392,14 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         return result
 
     def _fused_inner_step(self) -> None:
-        """Release each parameter's gradient into one reused buffer and let the inner optimizer apply it at once."""
-        inner, (std, scale) = self.original_optimizer, self._unreleased
-        groups = inner.param_groups
-        owners = [group for group in groups for p in group["params"] if p.requires_grad]
-        largest = max(self.params, key=lambda p: p.numel())
-        buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=largest.device)
-        try:
-            for group, parameter, total in zip(owners, self.params, self.source.sums(buffer), strict=True):
-                gradient = torch.zeros_like(parameter) if total is None else total
-                self.mechanism.noise_in_place([gradient], std, scale)
-                parameter.grad = gradient.view_as(parameter)
-                # The optimizer's own step on this parameter alone; its state is kept per parameter.
-                inner.param_groups = [{**group, "params": [parameter]}]
-                inner.step()
-                parameter.grad = None
-        finally:
-            inner.param_groups = groups
+        """Release gradients into one reused buffer and let the inner optimizer apply what is in it, time after time."""
+        std, scale = self._unreleased
+        applying = _InTurns(
+            self.original_optimizer, self.params, lambda totals: self.mechanism.noise_in_place(totals, std, scale)
+        )
+        for parameter, total in zip(self.params, self.source.sums(applying.place), strict=True):
+            applying.add(parameter, total)
+        applying.flush()
 
     @contextmanager
     def _controlled_learning_rate(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
+from opacus_ac.grad_sample.sources import Place
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
 from opacus_ac.grad_sample.terms import GramCache, ParameterBook, Weights
 
@@ -169,12 +170,11 @@ class BookKeepingSource:
         for parameter, total in zip(self._parameters, self.sums(), strict=True):
             parameter.summed_grad = total  # type: ignore[attr-defined]
 
-    def sums(self, buffer: Tensor | None = None) -> Iterator[Tensor | None]:
+    def sums(self, place: Place | None = None) -> Iterator[Tensor | None]:
         """Yield the summed clipped gradient of each parameter; None is zero. The records go as the sums come.
 
         Args:
-            buffer: memory for one sum at a time, which then holds it until the next is asked for; by default each sum
-                has memory of its own.
+            place: gives the memory for a parameter's sum, or None for memory of its own.
         """
         weights = self._weights or []
         for index, parameter in enumerate(self._parameters):
@@ -183,19 +183,17 @@ class BookKeepingSource:
             for chunk, chunk_weights in zip(self._chunks, weights, strict=False):
                 book = chunk.books.pop(index, None)
                 if book is not None:
-                    total = self._add(parameter, book, chunk_weights, total, buffer)
+                    total = self._add(parameter, book, chunk_weights, total, place)
             yield total
         self._released = True
 
     @staticmethod
     def _add(
-        parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, buffer: Tensor | None
+        parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, place: Place | None
     ) -> Tensor:
         """Return ``total`` plus the weighted sum of a book."""
-        usable = buffer is not None and (buffer.dtype, buffer.device) == (parameter.dtype, parameter.device)
-        if total is None and buffer is not None and usable:
-            out = buffer[: parameter.numel()].view(parameter.shape)
-        else:
+        out = place(parameter) if total is None and place is not None else None
+        if out is None:
             out = torch.empty_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
         with exact():
             book.weighted_sum(weights, out)

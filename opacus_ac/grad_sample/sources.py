@@ -7,7 +7,7 @@ here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,9 @@ from opacus_ac.grad_sample.terms import squared_norms
 
 _SUM_TOLERANCE = 0.01
 """Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
+
+
+Place = Callable[[nn.Parameter], Tensor | None]
 
 
 class GradientSource(Protocol):
@@ -31,11 +34,11 @@ class GradientSource(Protocol):
     def settle(self) -> None:
         """Let go of the physical batch: another one of the same logical batch follows."""
 
-    def sums(self, buffer: Tensor | None = None) -> Iterable[Tensor | None]:
+    def sums(self, place: Place | None = None) -> Iterable[Tensor | None]:
         """Give the summed gradients of the logical batch, one per parameter; None is zero.
 
         Args:
-            buffer: memory that may be used for one sum at a time.
+            place: gives memory that may be used for a parameter's sum.
         """
 
     def clear(self, *, sums: bool) -> None:
@@ -173,7 +176,7 @@ class PerSampleSource:
         """Unknown here: Opacus's hooks do not tell."""
         return False
 
-    def sums(self, buffer: Tensor | None = None) -> list[Tensor | None]:
+    def sums(self, place: Place | None = None) -> list[Tensor | None]:
         """Return the summed clipped gradients of the logical batch."""
         return [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
 
