@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from opacus_ac.accounting import Event
 from opacus_ac.clipping import ClipPolicy, build_policy
 from opacus_ac.control import ClipRateControl, WeightEMA
+from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.loss import LossTape
 from opacus_ac.mechanism import GaussianMechanism, StepRelease
@@ -21,61 +22,8 @@ from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import Draw, SamplingPlan
 from opacus_ac.statistics import StepStatistics
 
-_ONE_BY_ONE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-"""Inner optimizers whose update of a parameter depends on nothing but this parameter, its gradient and its state."""
-
 STATE_KEY = "opacus_ac"
 STATE_VERSION = 1
-
-
-class _InTurns:
-    """Applies gradients with an inner optimizer as many at a time as fit into memory for the largest of them.
-
-    Many small ones at a time, because the noise of each would have to wait until the threads of the matrix products and
-    of the optimizer, which work in between, leave the processor's cores.
-    """
-
-    def __init__(
-        self, inner: Optimizer, parameters: list[torch.nn.Parameter], noise: Callable[[list[Tensor]], None]
-    ) -> None:
-        self._inner, self._noise = inner, noise
-        self._owners = {id(p): group for group in inner.param_groups for p in group["params"]}
-        largest = max(parameters, key=lambda p: p.numel())
-        self._buffer = torch.empty(largest.numel(), dtype=largest.dtype, device=largest.device)
-        self._used = 0
-        self._waiting: list[tuple[torch.nn.Parameter, Tensor]] = []
-
-    def place(self, parameter: torch.nn.Parameter) -> Tensor | None:
-        """Return memory for the sum of ``parameter``, or None where it has to find its own."""
-        if (parameter.dtype, parameter.device) != (self._buffer.dtype, self._buffer.device):
-            return None
-        if self._used + parameter.numel() > self._buffer.numel():
-            self.flush()
-        first, self._used = self._used, self._used + parameter.numel()
-        return self._buffer[first : self._used].view(parameter.shape)
-
-    def add(self, parameter: torch.nn.Parameter, total: Tensor | None) -> None:
-        """Take a sum; None is zero."""
-        self._waiting.append((parameter, torch.zeros_like(parameter) if total is None else total))
-
-    def flush(self) -> None:
-        """Release the sums and apply them: the optimizer's own step on these parameters alone."""
-        waiting, self._waiting, self._used = self._waiting, [], 0
-        if not waiting:
-            return
-        self._noise([total for _, total in waiting])
-        groups = self._inner.param_groups
-        try:
-            for parameter, total in waiting:
-                parameter.grad = total.view_as(parameter)
-            self._inner.param_groups = [
-                {**group, "params": [p for p, _ in waiting if self._owners[id(p)] is group]} for group in groups
-            ]
-            self._inner.step()
-        finally:
-            self._inner.param_groups = groups
-            for parameter, _ in waiting:
-                parameter.grad = None
 
 
 class AdaptiveClipDPOptimizer(DPOptimizer):
@@ -135,7 +83,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     ) -> None:
         if secure_mode:
             raise ValueError("secure_mode=True is not available in this version; the default noise is already secret")
-        if fused_step and type(optimizer) not in _ONE_BY_ONE:
+        if fused_step and type(optimizer) not in ONE_BY_ONE:
             raise ValueError(
                 f"fused_step=True updates one parameter at a time, which is known to be the same for AdamW, Adam and SGD "
                 f"of torch.optim, not for {type(optimizer).__name__}: pass fused_step=False"
@@ -394,7 +342,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def _fused_inner_step(self) -> None:
         """Release gradients into one reused buffer and let the inner optimizer apply what is in it, time after time."""
         std, scale = self._unreleased
-        applying = _InTurns(
+        applying = FusedStep(
             self.original_optimizer, self.params, lambda totals: self.mechanism.noise_in_place(totals, std, scale)
         )
         for parameter, total in zip(self.params, self.source.sums(applying.place), strict=True):
