@@ -167,6 +167,23 @@ def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, monkey
         assert float(out.double().norm()) == pytest.approx(0.25, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("left", "right"), [(1e18, 1e-24), (1e19, 1e-23), (1e-24, 1e18), (1e12, 1e-16), (1e25, 1e-25), (1e30, 1e-37)]
+)
+def test_a_record_with_sides_of_extreme_sizes_is_clipped(left, right, monkeypatch):
+    """The square of the small side underflows in float32: the norm would be 0, and the record would go in unclipped."""
+    monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
+    part = dense(dtype=torch.float32)
+    part.left[2, 1] = left * draw(V, dtype=torch.float32)
+    part.right[2, 1] = right * draw(D, dtype=torch.float32)
+    part.left[2, 0], part.left[2, 2:] = 0, 0
+    want = written_down(part).flatten(1).square().sum(1)
+    torch.testing.assert_close(book_of([part]).squares(), want, rtol=2e-6, atol=0)
+    if left == 1e18:  # the guard is what does it
+        monkeypatch.setattr(terms, "EXTREME", float("inf"))
+        assert float(book_of([part]).squares()[2]) < 0.5 * float(want[2])
+
+
 def test_a_gradient_that_is_exactly_zero_has_norm_zero():
     zero = Dense(torch.zeros(B, T, V), torch.zeros(B, T, D))
     assert book_of([zero]).squares().tolist() == [0.0] * B
@@ -195,7 +212,8 @@ def test_gram_matrices_by_halves(positions, monkeypatch):
         torch.testing.assert_close(terms.Gram.of(x).whole(), want[0], rtol=1e-12, atol=1e-12)
         for other in (terms.Gram.of(y), terms.Gram(want[1], None)):
             got = terms._products(terms.Gram.of(x), other)
-            torch.testing.assert_close(got, ((want[0] * want[1]).sum((1, 2)), trace), rtol=1e-12, atol=1e-12)
+            largest = torch.maximum(*(w.diagonal(dim1=1, dim2=2).amax(-1) for w in want))
+            torch.testing.assert_close(got, ((want[0] * want[1]).sum((1, 2)), trace, largest), rtol=1e-12, atol=1e-12)
 
 
 def test_gram_cache_shares_one_input_and_forgets():

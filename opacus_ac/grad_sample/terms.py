@@ -30,6 +30,9 @@ ordinary training has.
 CANCELLATION = 1e-2
 """Share of its diagonal below which a Gram sum has cancelled so far that float32 may be wrong by more than 1e-5."""
 
+EXTREME = 1e16
+"""Squared norm of one side of an outer product above which the square of the other may have been lost to underflow."""
+
 _GRAM_BYTES = 1 << 26
 _BLOCK = 1 << 22
 
@@ -173,17 +176,21 @@ class GramCache:
         return gram
 
 
-def _products(left: Gram, right: Gram) -> tuple[Tensor, Tensor]:
-    """Sum and diagonal sum of the elementwise product of two Gram matrices ``[B, T, T]``, in float64, ``[B]``."""
+def _products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two Gram matrices ``[B, T, T]``: the sum and the diagonal sum of their elementwise product, float64 ``[B]``.
+
+    And the largest square on the diagonal of either.
+    """
     if (left.above is None) != (right.above is None):
         left, right = Gram(left.whole(), None), Gram(right.whole(), None)
     product = left.blocks * right.blocks
     total = product.sum((1, 2), dtype=torch.float64)
     trace = product.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
+    largest = torch.maximum(*(g.blocks.diagonal(dim1=1, dim2=2).amax(-1) for g in (left, right)))
     if left.above is None or right.above is None:
-        return total, trace
+        return total, trace, largest
     above = (left.above * right.above).sum((1, 2), dtype=torch.float64)
-    return total.view(-1, 2).sum(1) + 2 * above, trace.view(-1, 2).sum(1)
+    return total.view(-1, 2).sum(1) + 2 * above, trace.view(-1, 2).sum(1), largest.view(-1, 2).amax(1)
 
 
 @dataclass
@@ -201,6 +208,8 @@ class ParameterBook:
     """Squared norms so far, ``[B]`` float64; meaningless once there are rows."""
     _trace: Tensor | None = None
     """The diagonal's share of them, ``[B]`` float64."""
+    _extreme: Tensor | None = None
+    """Records with a side so large that float32 may have lost the other one, ``[B]``."""
 
     def add(self, term: Term, cache: GramCache) -> None:
         """Add one use of the parameter."""
@@ -213,7 +222,9 @@ class ParameterBook:
             self.lookups.append(term)
         elif isinstance(term, Dense):
             crosses = [_dense_cross(term, other) for other in self.dense]
-            self._count(_dense_squares(term, cache), crosses + [_cross(term, other) for other in self.lookups])
+            total, trace, largest = _dense_squares(term, cache)
+            self._count((total, trace), crosses + [_cross(term, other) for other in self.lookups])
+            self._extreme = largest > EXTREME if self._extreme is None else self._extreme | (largest > EXTREME)
             self.dense.append(term)
         else:
             crosses = [_lookup_cross(term, other) for other in self.lookups]
@@ -248,7 +259,10 @@ class ParameterBook:
         assert self._total is not None
         assert self._trace is not None
         total = self._total.cpu()
-        for record in (total < CANCELLATION * self._trace.cpu()).nonzero().reshape(-1).tolist():
+        doubtful = total < CANCELLATION * self._trace.cpu()
+        if self._extreme is not None:
+            doubtful |= self._extreme.cpu()
+        for record in doubtful.nonzero().reshape(-1).tolist():
             total[record] = self._exact_square(record)
         return total
 
@@ -315,14 +329,15 @@ def _slices(batch: int, *positions: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, batch, step)]
 
 
-def _dense_squares(term: Dense, cache: GramCache) -> tuple[Tensor, Tensor]:
+def _dense_squares(term: Dense, cache: GramCache) -> tuple[Tensor, Tensor, Tensor]:
     batch, positions = term.left.shape[:2]
     slices = _slices(batch, positions, positions)
     if len(slices) == 1:
         return _products(cache.gram(term.left), cache.gram(term.right))
     # Slices of long sequences: too large to hold, and nobody shares them.
     parts = [_products(Gram.of(term.left[i]), Gram.of(term.right[i])) for i in slices]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    total, trace, largest = (torch.cat(values) for values in zip(*parts, strict=True))
+    return total, trace, largest
 
 
 def _lookup_squares(term: Lookup) -> tuple[Tensor, Tensor]:
