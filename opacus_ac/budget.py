@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opacus.accountants import IAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
 from opacus_ac.accounting import Event, VariableRateRDPAccountant, calibrate_noise_multiplier
 from opacus_ac.errors import PrivacyBudgetExceeded
+from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.sampling import SamplingPlan
 
 _TOLERANCE = 1 + 1e-9
+
+Run = tuple[float, float, int]  # (noise multiplier, sample rate, steps)
 
 
 def spent(accountant: IAccountant, delta: float) -> float:
@@ -65,6 +72,128 @@ class BudgetGuard:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+
+def check_accountant(accountant: IAccountant, sampling: str) -> None:
+    """Raise ``ValueError`` when the accountant has no bound for a kind of sampling."""
+    if not isinstance(accountant, VariableRateRDPAccountant) and sampling not in ("poisson", "shuffled"):
+        raise ValueError(
+            f"sampling={sampling!r} has no bound in the accountant {accountant.mechanism()!r}, which knows Poisson batches "
+            'only: use PrivacyEngine(accountant="vrdp") or "vpld"'
+        )
+
+
+def account_for(accountant: IAccountant, event: Event) -> None:
+    """Add ``event`` to an accountant of this package or of Opacus.
+
+    Raises:
+        ValueError: the accountant has no bound for this kind of sampling; nothing is added.
+    """
+    if isinstance(accountant, VariableRateRDPAccountant):
+        accountant.step_event(event)
+        return
+    check_accountant(accountant, event.sampling)
+    accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+
+
+def _continues(history: Sequence[Run], earlier: Sequence[Run]) -> bool:
+    """Whether ``history`` begins with ``earlier``; runs of equal steps may have grown together."""
+    if len(earlier) > len(history):
+        return False
+    for position, (mine, theirs) in enumerate(zip(history, earlier, strict=False)):
+        grown = position == len(earlier) - 1 and mine[2] >= theirs[2]
+        if tuple(mine[:2]) != tuple(theirs[:2]) or not (grown or mine[2] == theirs[2]):
+            return False
+    return True
+
+
+class Account:
+    """What has been spent and what may be: accountant, ledger and target budget of one engine.
+
+    Args:
+        accountant: the engine's accountant; charges of an existing ledger are added to it.
+        ledger: path of the privacy ledger, or None.
+
+    Guarantees:
+        :meth:`charge` has written and accounted for an event before it returns, or raised and done neither; nothing may be
+        released before. The target is checked against all runs of the ledger, other processes' included.
+    """
+
+    def __init__(self, accountant: IAccountant, ledger: str | os.PathLike[str] | None = None) -> None:
+        self.accountant = accountant
+        self.guard: BudgetGuard | None = None
+        self.ledger = None if ledger is None else PrivacyLedger(ledger)
+        self.settings: dict[str, Any] | None = None
+        for event in self.ledger.charges if self.ledger is not None else []:
+            account_for(accountant, event)
+
+    def check_dataset(self, dataset_size: int) -> None:
+        """Raise ``LedgerError`` when the ledger is about another dataset."""
+        if self.ledger is not None:
+            self.ledger.check_dataset(dataset_size)
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Prepare for the charges of a run; ``settings`` are public and noted in the ledger."""
+        self.settings = settings
+
+    @property
+    def ledger_head(self) -> dict[str, Any] | None:
+        """Head of the ledger, for a checkpoint; None without a ledger."""
+        return None if self.ledger is None else self.ledger.head
+
+    def check_checkpoint(self, head: Mapping[str, Any] | None) -> None:
+        """Raise ``ValueError`` unless a checkpoint with this head belongs to this engine's ledger, or both have none."""
+        if head is not None and self.ledger is None:
+            raise ValueError(
+                "the checkpoint was written under a privacy ledger: build the engine with ledger=<its path>"
+            )
+        if head is None and self.ledger is not None:
+            raise ValueError(
+                "the checkpoint was written without a ledger, so its steps are not in this one: load it with an engine "
+                "without ledger="
+            )
+        if head is not None and self.ledger is not None:
+            self.ledger.check_head(head)
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take over an accountant's saved state; what this engine has spent itself stays spent."""
+        if self.ledger is not None:
+            return  # every charge of the checkpoint is in it
+        if len(self.accountant) == 0:
+            self.accountant.load_state_dict(state)
+            return
+        saved = type(self.accountant)()
+        saved.load_state_dict(state)
+        if _continues(self.accountant.history, saved.history):
+            return
+        warnings.warn(
+            "this engine has accounted for steps that the checkpoint does not know: the sum of both is kept",
+            stacklevel=4,
+        )
+        self.accountant.history = [*saved.history, *self.accountant.history]
+
+    def charge(self, event: Event | None) -> None:
+        """Account for a step that is about to be released; None is a step that has been paid for.
+
+        Raises:
+            PrivacyBudgetExceeded: the step does not fit into the target; nothing was charged.
+        """
+        if event is None:
+            return
+        if self.ledger is None:
+            self._check(event)
+        else:
+            with self.ledger.locked() as others:
+                for other in others:
+                    account_for(self.accountant, other)
+                self._check(event)
+                assert self.settings is not None
+                self.ledger.charge(event, dataset_size=self.settings["dataset_size"], settings=self.settings)
+        account_for(self.accountant, event)
+
+    def _check(self, event: Event) -> None:
+        if self.guard is not None:
+            self.guard.check(event)
 
 
 def noise_for_target(

@@ -12,12 +12,20 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from opacus_ac.randomness import RandomStream
 from opacus_ac.sampling import (
     BatchSizes,
+    FixedSizeBatchSampler,
     PoissonBatchSampler,
     PrivateBatchSampler,
     RateSchedule,
     SamplingPlan,
     ShuffledBatchSampler,
+    TruncatedPoissonBatchSampler,
 )
+
+_DRAWING: dict[str, type[PoissonBatchSampler]] = {
+    "poisson": PoissonBatchSampler,
+    "truncated_poisson": TruncatedPoissonBatchSampler,
+    "fixed_size": FixedSizeBatchSampler,
+}
 
 
 def constant_like(batch: Any) -> Any:
@@ -98,38 +106,42 @@ class PrivateDataLoader(DataLoader[Any]):
 def private_loader(
     loader: DataLoader[Any],
     *,
-    poisson: bool,
+    sampling: str,
     stream: RandomStream,
     max_physical_batch_size: int | None = None,
     schedule: RateSchedule | None = None,
+    max_batch_size: int | None = None,
 ) -> PrivateDataLoader:
     """Return a private loader over the records of ``loader``.
 
     Args:
         loader: loader over a map-style dataset, sequential, shuffled, or already Poisson.
-        poisson: draw Poisson batches of rate batch_size / N; otherwise keep the loader's own batches.
+        sampling: "poisson": batches of rate batch_size / N; "truncated_poisson": the same, with at most ``max_batch_size``
+            records; "fixed_size": batch_size of N records without replacement; "shuffled": the loader's own batches.
         stream: random stream of the draws.
         max_physical_batch_size: largest batch that reaches the model.
-        schedule: expected batch size per step (Poisson only).
+        schedule: expected batch size per step (not for "shuffled").
+        max_batch_size: largest logical batch, for "truncated_poisson".
 
     Raises:
         ValueError: a dataset or sampler for which no sampling bound is known.
     """
-    batch_size, steps = _check(loader, poisson)
+    batch_size, steps = _check(loader, drawn=sampling != "shuffled")
     records = len(loader.dataset)  # type: ignore[arg-type]
-    if schedule is not None and not poisson:
-        raise ValueError("batch_size_schedule needs poisson_sampling=True")
-    plan = SamplingPlan(BatchSizes(records, batch_size, schedule), "poisson" if poisson else "shuffled", steps)
+    if schedule is not None and sampling == "shuffled":
+        raise ValueError("batch_size_schedule needs poisson_sampling=True, or another sampling that draws batches")
+    sizes = BatchSizes(records, batch_size, schedule, whole=sampling == "fixed_size")
+    plan = SamplingPlan(sizes, sampling, steps, max_batch_size)
     sampler: PrivateBatchSampler
-    if poisson:
-        sampler = PoissonBatchSampler(plan, stream, max_physical_batch_size)
-    else:
+    if sampling == "shuffled":
         assert isinstance(loader.batch_sampler, BatchSampler)
         sampler = ShuffledBatchSampler(plan, loader.batch_sampler, max_physical_batch_size)
+    else:
+        sampler = _DRAWING[sampling](plan, stream, max_physical_batch_size)
     return PrivateDataLoader(loader, sampler)
 
 
-def _check(loader: DataLoader[Any], poisson: bool) -> tuple[float, int]:
+def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:
     """Return (expected batch size, batches per pass) of a loader whose sampling can be accounted."""
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError("an IterableDataset cannot be Poisson sampled: use a map-style dataset (with __len__)")
@@ -137,7 +149,7 @@ def _check(loader: DataLoader[Any], poisson: bool) -> tuple[float, int]:
     if records < 1:
         raise ValueError("the dataset has no records")
     sampler = loader.batch_sampler
-    if poisson and isinstance(sampler, PoissonBatchSampler | UniformWithReplacementSampler):
+    if drawn and isinstance(sampler, PoissonBatchSampler | UniformWithReplacementSampler):
         return sampler.sample_rate * records, len(sampler)
     if type(sampler) is not BatchSampler:
         raise ValueError(
@@ -152,7 +164,7 @@ def _check(loader: DataLoader[Any], poisson: bool) -> tuple[float, int]:
             f"no sampling bound is known for the sampler {type(order).__name__}: records drawn with weights or with "
             "replacement are not Poisson sampled. Pass a DataLoader with shuffle=True or False"
         )
-    if poisson and sampler.batch_size > records:
+    if drawn and sampler.batch_size > records:
         raise ValueError(
             f"batch_size {sampler.batch_size} exceeds the number of records {records}: the sample rate would exceed 1"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from opacus_ac import accounting, checkpoint
-from opacus_ac.accounting import Event
-from opacus_ac.budget import BudgetGuard, noise_for_target, spent
+from opacus_ac.budget import Account, BudgetGuard, noise_for_target, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
@@ -28,10 +28,12 @@ from opacus_ac.preparation import (
     check_model_and_optimizer,
     choose_control,
     choose_policy,
+    choose_sampling,
     choose_source,
     choose_statistics,
     expect_finite,
     inner_optimizer,
+    public_settings,
     random_streams,
 )
 from opacus_ac.randomness import RandomStream, SecretStream
@@ -47,8 +49,14 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     Args:
         accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp").
-        secure_mode: not available in this version; the default noise already comes from the system's entropy.
-        ledger: not available in this version.
+        secure_mode: make every Gaussian of four, against attacks on the low-order bits of floating-point noise; about four
+            times as slow to draw. Noise and batches come from a cryptographic generator (AES-256-CTR, keyed by the
+            operating system) in any case.
+        ledger: path of the privacy ledger, see :class:`opacus_ac.ledger.PrivacyLedger`: every charge is on disk before its
+            release, runs on the same data add up, and a crash cannot lose one. Use one ledger per dataset, for all runs.
+
+    Raises:
+        LedgerError: the ledger is damaged; the message has its line.
 
     References:
         arXiv 2510.05288.
@@ -70,17 +78,20 @@ class PrivacyEngine(opacus.PrivacyEngine):
     True
     """
 
-    def __init__(self, *, accountant: str = "vrdp", secure_mode: bool = False, ledger: str | None = None) -> None:
-        if secure_mode:
-            raise ValueError("secure_mode=True is not available in this version; the default noise is already secret")
-        if ledger is not None:
-            raise ValueError("ledger= is not available in this version: pass ledger=None")
+    def __init__(
+        self,
+        *,
+        accountant: str = "vrdp",
+        secure_mode: bool = False,
+        ledger: str | os.PathLike[str] | None = None,
+    ) -> None:
         accounting.register()
         with warnings.catch_warnings():
             # Opacus warns about torch's generator, which is not used here.
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
             super().__init__(accountant=accountant, secure_mode=False)
-        self._budget: BudgetGuard | None = None
+        self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
+        self._account = Account(self.accountant, ledger)
         self._optimizer: AdaptiveClipDPOptimizer | None = None
         self._loader: PrivateDataLoader | None = None
         self._undo: list[tuple[nn.Module, Callable[[], None]]] = []
@@ -100,6 +111,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         batch_first: bool = True,
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
+        sampling: str | None = None,
+        max_batch_size: int | None = None,
         clipping: str = "adaptive",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "bk",
@@ -132,6 +145,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction: "mean" or "sum" of the records' losses, as the loop computes it.
             poisson_sampling: False keeps the loader's batches and reports the bound that holds for them, without
                 amplification by sampling.
+            sampling: "poisson"; "truncated_poisson", with at most ``max_batch_size`` records; "fixed_size", exactly
+                batch_size records drawn without replacement at each step; "shuffled", as ``poisson_sampling=False``. Each has
+                a bound of its own, which the report names. By default as ``poisson_sampling`` says.
+            max_batch_size: largest logical batch, for ``sampling="truncated_poisson"``.
             clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
             grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
@@ -139,7 +156,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             wrap_model: as in Opacus for its modes: False attaches hooks to the model and returns the hooks object.
             rand_on_empty: ignored; an empty batch is a constant batch with weight zero.
             max_physical_batch_size: largest batch that reaches the model; a memory choice that changes no result.
-            batch_size_schedule: expected batch size per step, a function or sequence of public numbers.
+            batch_size_schedule: expected batch size per step: a sequence of public numbers or a function of the step, which
+                may use past releases if there is a target epsilon (the budget is then a privacy filter).
             clip_policy: policy name or object for ``clipping="adaptive"``; "percentile" by default.
             target_clip_rate: fraction of records to be clipped.
             normalize: scale the gradient by C0 / C_t for the inner optimizer.
@@ -167,14 +185,16 @@ class PrivacyEngine(opacus.PrivacyEngine):
         check_model_and_optimizer(module, inner)
         self.validate(module=module, optimizer=inner, data_loader=data_loader)
         expect_finite("noise_multiplier", noise_multiplier)
-        noise_stream, sampling_stream = random_streams(noise_generator)
+        noise_stream, sampling_stream = random_streams(noise_generator, self.secure_mode)
         loader = private_loader(
             data_loader,
-            poisson=poisson_sampling,
+            sampling=choose_sampling(sampling, poisson_sampling, self.accountant),
             stream=sampling_stream,
             max_physical_batch_size=max_physical_batch_size,
             schedule=batch_size_schedule,
+            max_batch_size=max_batch_size,
         )
+        self._account.check_dataset(loader.plan.sizes.dataset_size)
         expected = loader.plan.sizes.expected(0)
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
         private = AdaptiveClipDPOptimizer(
@@ -202,7 +222,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_reduction=loss_reduction,
             wrap_model=wrap_model,
         )
-        if poisson_sampling and grad_sample_mode != "bk":
+        if loader.plan.sampling != "shuffled" and grad_sample_mode != "bk":
             wrapped.forbid_grad_accumulation()
         self._undo.append((module, undo))
         self._adopt(private, loader)
@@ -218,7 +238,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             )
         self.dataset: Any = loader.dataset
         self._optimizer, self._loader = optimizer, loader
-        optimizer.charge = self._charge
+        self._account.begin(public_settings(optimizer, loader.plan))
+        optimizer.charge = self._account.charge
         optimizer.on_unknown_batch = self._warn_unknown_batch
         if not optimizer.policy.is_private:
             warnings.warn(
@@ -278,9 +299,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 "budget has been spent already: the noise is chosen as if none had, so training stops early",
                 stacklevel=2,
             )
-        poisson = kwargs.get("poisson_sampling", True)
+        sampling = choose_sampling(kwargs.get("sampling"), kwargs.get("poisson_sampling", True), self.accountant)
         template = private_loader(
-            data_loader, poisson=poisson, stream=SecretStream(), schedule=kwargs.get("batch_size_schedule")
+            data_loader,
+            sampling=sampling,
+            stream=SecretStream(),
+            schedule=kwargs.get("batch_size_schedule"),
+            max_batch_size=kwargs.get("max_batch_size"),
         )
         if steps is None:
             assert epochs is not None
@@ -296,18 +321,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier, **kwargs
         )
         if made[1].policy.is_private:
-            self._budget = BudgetGuard(self.accountant, target_epsilon, target_delta)
+            self._account.guard = BudgetGuard(self.accountant, target_epsilon, target_delta)
         return made
 
     # ---------------------------------------------------------------- budget
-
-    def _charge(self, event: Event | None) -> None:
-        """Account for a step that is about to be released; refuse it when it exceeds the target."""
-        if event is None:
-            return
-        if self._budget is not None:
-            self._budget.check(event)
-        self.accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
 
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``; infinity when no bound holds."""
@@ -321,12 +338,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         Raises:
             ValueError: there is no target; use :meth:`make_private_with_epsilon`.
         """
-        if self._budget is None or self._optimizer is None or self._loader is None:
+        guard = self._account.guard
+        if guard is None or self._optimizer is None or self._loader is None:
             raise ValueError("there is no target budget: use make_private_with_epsilon")
-        plan, noise = self._loader.plan, self._optimizer.noise_multiplier
-        if plan.sampling == "poisson":
-            return self._budget.remaining(Event(noise, plan.sizes.rate(plan.step), "poisson"))
-        return self._budget.remaining(Event(noise, 1.0, plan.sampling)) * plan.steps_per_pass
+        plan = self._loader.plan
+        event = plan.event(self._optimizer.noise_multiplier, plan.sizes.rate(plan.step))
+        return guard.remaining(event) * (plan.steps_per_pass if plan.sampling == "shuffled" else 1)
 
     # ---------------------------------------------------------------- report
 
@@ -342,9 +359,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if self._optimizer is None or self._loader is None:
             raise ValueError("nothing to report: call make_private first")
         if delta is None:
-            if self._budget is None:
+            if self._account.guard is None:
                 raise ValueError("privacy_report needs delta=... when no target was set")
-            delta = self._budget.delta
+            delta = self._account.guard.delta
         return make_report(
             self._optimizer,
             self._loader.plan,
@@ -353,6 +370,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             accountant=self.accountant.mechanism(),
             history=[(float(s), float(q), int(n)) for s, q, n in self.accountant.history],
             unknown_batches=self._unknown_batches,
+            ledger=None if self._account.ledger is None else self._account.ledger.summary,
         )
 
     # ---------------------------------------------------------------- taking hooks off
@@ -384,9 +402,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         torch_save_kwargs: dict[str, Any] | None = None,
         **schedulers: Any,
     ) -> None:
-        """Save model, optimizer (with C, window, EMA, learning-rate multiplier, step) and accountant.
+        """Save model, optimizer (with C, window, EMA, learning-rate multiplier, step), accountant and head of the ledger.
 
-        A file is replaced atomically. Secret noise and sampling streams are never saved.
+        A file is replaced atomically, and has a digest of its content. Secret noise and sampling streams are never saved.
 
         Args:
             path: file path, or a binary file object.
@@ -407,6 +425,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 state[f"{name}_state_dict"] = scheduler.state_dict()
         stream = self._sampling_stream()
         state["sampling_stream"] = {} if stream is None else stream.state_dict()
+        state[checkpoint.SETTINGS] = self._account.settings
+        state[checkpoint.LEDGER] = self._account.ledger_head
+        state[checkpoint.DIGEST] = checkpoint.digest(state)
         checkpoint.write(state, path, **(torch_save_kwargs or {}))
 
     def load_checkpoint(
@@ -421,6 +442,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
     ) -> dict[str, Any]:
         """Continue from :meth:`save_checkpoint`; the file may hold tensors and plain values only.
 
+        What this engine has spent stays spent: with a ledger its charges count, whatever the checkpoint knows of; without
+        one, steps that the engine took after, or beside, the checkpoint are kept.
+
         Args:
             path: file path or binary file object.
             module: model to load into, wrapped or bare.
@@ -433,14 +457,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
             The further entries of the checkpoint.
 
         Raises:
-            ValueError: the checkpoint does not fit; nothing was loaded.
+            ValueError: the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
         """
         state: dict[str, Any] = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
-        checkpoint.check(state, module, optimizer, self.accountant.mechanism())
+        needed = tuple(f"{name}_state_dict" for name, scheduler in schedulers.items() if scheduler is not None)
+        checkpoint.check(state, module, optimizer, self.accountant.mechanism(), self._account.settings, needed)
+        self._account.check_checkpoint(state[checkpoint.LEDGER])
+        for key in (checkpoint.DIGEST, checkpoint.SETTINGS, checkpoint.LEDGER):
+            del state[key]
         if optimizer is not None:
             optimizer.load_state_dict(state.pop("optimizer_state_dict"))
         module.load_state_dict(state.pop("module_state_dict"), **(module_load_dict_kwargs or {}))
-        self.accountant.load_state_dict(state.pop("privacy_accountant_state_dict"))
+        self._account.resume(state.pop("privacy_accountant_state_dict"))
         for name, scheduler in schedulers.items():
             if scheduler is not None:
                 scheduler.load_state_dict(state.pop(f"{name}_state_dict"))

@@ -13,3 +13,7 @@ class NotPrivateWarning(UserWarning):
 
 class SamplingWarning(UserWarning):
     """A step was taken on a batch that the private loader did not draw, and is charged without amplification."""
+
+
+class LedgerError(ValueError):
+    """A privacy ledger is damaged, incomplete, or about something else; the message has file and line."""

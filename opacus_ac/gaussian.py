@@ -1,20 +1,23 @@
 """Gaussian noise in float64, made and added a block at a time while the block is in cache.
 
-``numpy``'s own normal draw costs 10 ns, half of it for a sign that no processor can predict. Box and Muller's transform
-has no branches; its radius comes from ``numpy``'s exponential draw, and its angle from a table of directions turned by
-the rest of the angle, because ``numpy`` has no vectorised float64 sine on most processors.
+Box and Muller's transform has no branches that a processor could predict wrongly. Its radius needs a logarithm, which torch
+has in vectorised form; its angle comes from a table of directions turned by the rest of the angle.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 # Values in a block: its work space (3.3 MB a thread) stays in the shared cache. Smaller blocks fit into that of a core,
 # but every call of numpy ends with the threads waiting for the interpreter in turn, which costs more.
 BLOCK = 1 << 17
+# Values that torch works on in the calling thread; more of them it would share with threads of its own.
+_LOG_PIECE = 1 << 14
 _DIRECTIONS = 1 << 12
 _ANGLE = 2 * math.pi / _DIRECTIONS
 # One more than a turn: a fraction of a turn rounds to 0 ... _DIRECTIONS, both ends included.
@@ -22,40 +25,72 @@ _COS = np.cos(np.arange(_DIRECTIONS + 1) * _ANGLE)
 _SIN = np.sin(np.arange(_DIRECTIONS + 1) * _ANGLE)
 
 Floats = npt.NDArray[np.float64]
+Words = npt.NDArray[np.uint64]
+
+
+class Bits(Protocol):
+    """Source of uniform random bits."""
+
+    def fill(self, words: Words) -> None:
+        """Overwrite ``words [n]`` with independent uniform 64-bit integers."""
+
+
+def uniform(words: Words, out: Floats, scale: float = 1.0) -> None:
+    """Write ``scale k / 2^53`` with k the upper 53 bits of each word, in [0, scale); ``words`` are spoilt."""
+    np.right_shift(words, np.uint64(11), out=words)
+    np.multiply(words, scale * 2.0**-53, out=out, casting="unsafe")
 
 
 class GaussianSampler:
     """Adds float64 Gaussian noise to arrays; for one thread at a time.
 
     Args:
-        generator: source of the draws; nobody else may use it meanwhile.
+        bits: source of the draws; nobody else may use it meanwhile.
+        summed: number of independent Gaussians that make up one draw, divided by its root. With 4, the low-order bits of a
+            draw no longer tell which floating-point numbers it was made from.
 
     Guarantees:
-        Noise is float64 from 53 random bits for the angle and a float64 exponential draw for the squared radius; the
-        angle is off by less than 1e-16. Added in float64, the result is rounded once, to the target's type.
+        Every Gaussian is float64, from 53 random bits for the angle and 53 for the radius: it reaches to 8.57 standard
+        deviations, and the probability of more is 1e-17. The angle is off by less than 1e-16. Added in float64, the
+        result is rounded once, to the target's type.
 
     References:
-        Box and Muller 1958 (Annals of Mathematical Statistics 29).
+        Box and Muller 1958 (Annals of Mathematical Statistics 29); Holohan and Braghin 2021, arXiv 2107.10138, section 5
+        (sums of Gaussians against attacks on floating-point noise).
     """
 
-    def __init__(self, generator: np.random.Generator) -> None:
-        self._generator = generator
+    def __init__(self, bits: Bits, summed: int = 1) -> None:
+        self._bits, self._summed = bits, summed
+        self._words = np.empty(BLOCK // 2, np.uint64)
         self._noise = np.empty(BLOCK)
+        self._sum = np.empty(BLOCK if summed > 1 else 0)
         self._work = np.empty((3, BLOCK // 2))
         self._nearest = np.empty(BLOCK // 2, np.intp)
 
     def draw(self, size: int, std: float) -> Floats:
         """Return ``[size]`` independent values of N(0, std^2), ``size <= BLOCK``; the next draw overwrites them."""
+        each = std / math.sqrt(self._summed)
+        noise = self._draw(size, each)
+        if self._summed == 1:
+            return noise
+        total = self._sum[:size]
+        np.copyto(total, noise)
+        for _ in range(self._summed - 1):
+            np.add(total, self._draw(size, each), out=total)
+        return total
+
+    def _draw(self, size: int, std: float) -> Floats:
+        """Return ``[size]`` values by one transform."""
         half = (size + 1) // 2
         cos, sin, radius = self._work[:, :half]
         # The two halves of the result serve as work space before.
         first, second = self._noise[:half], self._noise[half : 2 * half]
         self._directions(cos, sin)
         tangent = self._tangent(second, first)
+        self._logarithms(radius)
         # The turned direction (cos - t sin, sin + t cos) has length sqrt(1 + t^2), which the radius takes away.
-        self._generator.standard_exponential(out=radius)
         np.multiply(tangent, tangent, out=first)
-        np.add(first, 1.0, out=first)
+        np.subtract(-1.0, first, out=first)
         np.divide(radius, first, out=radius)
         np.sqrt(radius, out=radius)
         np.multiply(radius, math.sqrt(2) * std, out=radius)
@@ -71,8 +106,9 @@ class GaussianSampler:
         """Draw angles; write the directions nearest to them, and to the second half of the noise what remains."""
         half = cos.size
         rest, rounded, nearest = self._noise[half : 2 * half], self._noise[:half], self._nearest[:half]
-        self._generator.random(out=rest)
-        np.multiply(rest, float(_DIRECTIONS), out=rest)
+        words = self._words[:half]
+        self._bits.fill(words)
+        uniform(words, rest, _DIRECTIONS)
         np.rint(rest, out=rounded)
         np.subtract(rest, rounded, out=rest)
         np.copyto(nearest, rounded, casting="unsafe")
@@ -86,6 +122,16 @@ class GaussianSampler:
         np.multiply(scratch, _ANGLE**3 / 3, out=scratch)
         np.add(scratch, _ANGLE, out=scratch)
         return np.multiply(rest, scratch, out=rest)
+
+    def _logarithms(self, out: Floats) -> None:
+        """Draw uniform values in (0, 1], zero excluded, and write their logarithms."""
+        words = self._words[: out.size]
+        self._bits.fill(words)
+        np.right_shift(words, np.uint64(11), out=words)
+        np.add(words, np.uint64(1), out=words)
+        np.multiply(words, 2.0**-53, out=out, casting="unsafe")
+        for piece in torch.from_numpy(out).split(_LOG_PIECE):
+            piece.log_()
 
     def add_to(self, block: npt.NDArray[np.floating], std: float, scale: float) -> None:
         """Set ``block [n]``, ``n <= BLOCK``, to ``(block + N(0, std^2)) * scale``, rounded once; std 0 draws nothing."""

@@ -51,6 +51,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
 
+    Attributes:
+        released: what the last step released, a :class:`StepRelease`; safe to look at.
+        private_nonfinite_records: how many records so far had a gradient that is not finite, and were left out. Private: it is
+            there for debugging on data that need no protection, and is never saved.
+
     Guarantees:
         A step is one Gaussian mechanism of multiplier ``noise_multiplier`` over records; C, clip rate, learning-rate
         multiplier and EMA are functions of its releases. With ``clip_policy="raw_percentile"`` nothing is private.
@@ -81,8 +86,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         stream: RandomStream | None = None,
         **kwargs: Any,
     ) -> None:
-        if secure_mode:
-            raise ValueError("secure_mode=True is not available in this version; the default noise is already secret")
+        if secure_mode and generator is not None:
+            raise ValueError("generator with secure_mode=True: whoever knows its seed could remove the noise; give one")
         if fused_step and type(optimizer) not in ONE_BY_ONE:
             raise ValueError(
                 f"fused_step=True updates one parameter at a time, which is known to be the same for AdamW, Adam and SGD "
@@ -93,7 +98,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.policy.needs_histogram and not self.statistics.histogram:
             raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
         if stream is None:
-            stream = SecretStream() if generator is None else SeededStream(generator)
+            stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
         self.mechanism = GaussianMechanism(noise_multiplier, stream)
         # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
         super().__init__(
@@ -120,6 +125,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.charge: Callable[[Event | None], None] | None = None
         self.on_unknown_batch: Callable[[], None] = lambda: None
         self.steps_taken = 0
+        self.private_nonfinite_records = 0
         self._open_batch: int | None = None
         self._open_bound = self.policy.bound
 
@@ -147,6 +153,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def accumulated_iterations(self) -> int:
         """Number of backward passes since the last step."""
         return self.source.backward_passes
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Refuse ``torch.amp.GradScaler``, which asks for this before it decides whether to call :meth:`step`.
+
+        It skips a step whose gradients overflow, and halves its scale: both follow private gradients without noise.
+        """
+        raise ValueError(
+            "torch.amp.GradScaler cannot be used: whether it skips a step, and its scale, depend on private gradients. Train "
+            "in bfloat16 autocast, which needs no scaler (bf16=True), or in float32"
+        )
 
     def record_losses(self, losses: Tensor) -> None:
         """Give the records' losses ``[B]`` of the batch in hand, for the noisy loss of the release."""
@@ -203,6 +220,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             return
         if self.statistics.loss_bound is None:
             losses = None
+        self.private_nonfinite_records += int((~torch.isfinite(norms)).sum())
         self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy())
         if not self.policy.is_private:
             self.policy.observe_private(norms)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from opacus import GradSampleModule
+from opacus.accountants import IAccountant
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from opacus_ac.budget import check_accountant
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
@@ -25,6 +27,7 @@ from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
+from opacus_ac.sampling import SAMPLING, SamplingPlan
 from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
 
 Undo = Callable[[], None]
@@ -82,10 +85,53 @@ def named_parameters(module: nn.Module, optimizer: Optimizer) -> tuple[list[nn.P
     return parameters, [names[p] for p in parameters]
 
 
-def random_streams(generator: torch.Generator | None) -> tuple[RandomStream, RandomStream]:
-    """Return the streams of noise and of sampling."""
-    noise: RandomStream = SecretStream() if generator is None else SeededStream(generator)
+def random_streams(generator: torch.Generator | None, secure: bool = False) -> tuple[RandomStream, RandomStream]:
+    """Return the streams of noise and of sampling.
+
+    Raises:
+        ValueError: a generator together with secure mode.
+    """
+    if secure and generator is not None:
+        raise ValueError(
+            "noise_generator with secure_mode=True: whoever knows its seed could remove the noise. Leave noise_generator "
+            "out, or use secure_mode=False for tests"
+        )
+    noise: RandomStream = SecretStream(hardened=secure)
+    if generator is not None:
+        noise = SeededStream(generator)
     return noise, noise.fork(1)
+
+
+def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: IAccountant) -> str:
+    """Return the kind of sampling that the arguments of ``make_private`` describe.
+
+    Raises:
+        ValueError: an unknown kind, contradictory arguments, or a kind for which the accountant has no bound.
+    """
+    if sampling is None:
+        sampling = "poisson" if poisson_sampling else "shuffled"
+    check_choice("sampling", sampling, SAMPLING)
+    if not poisson_sampling and sampling != "shuffled":
+        raise ValueError(
+            f"poisson_sampling=False keeps the loader's batches, sampling={sampling!r} draws others: give one"
+        )
+    check_accountant(accountant, sampling)
+    return sampling
+
+
+def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> dict[str, Any]:
+    """Return the settings of a run on which its guarantee depends, for ledger and checkpoint; plain values only."""
+    return {
+        "noise_multiplier": optimizer.mechanism.noise_multiplier,
+        "max_grad_norm": optimizer.policy.initial_bound,
+        "clip_policy": optimizer.policy.name,
+        "inner_optimizer": type(optimizer.original_optimizer).__name__,
+        "statistics": optimizer.statistics.configuration(),
+        "sampling": plan.sampling,
+        "dataset_size": plan.sizes.dataset_size,
+        "expected_batch_size": plan.sizes.expected(0),
+        "max_batch_size": plan.max_batch_size,
+    }
 
 
 def choose_policy(

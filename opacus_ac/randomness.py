@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from opacus_ac.gaussian import BLOCK, GaussianSampler
+from opacus_ac.gaussian import BLOCK, GaussianSampler, uniform
+from opacus_ac.key_stream import KeyStream
 
 # Values that are drawn at once where noise is moved to another device or comes from a torch generator.
 _DEVICE_BLOCK = 1 << 20
@@ -30,6 +31,10 @@ class RandomStream(Protocol):
     """Source of float64 draws; one object per purpose (noise, sampling)."""
 
     secret: bool
+
+    @property
+    def description(self) -> str:
+        """What the draws are made of, for the report."""
 
     def normal(self, size: int) -> torch.Tensor:
         """Return ``[size]`` independent standard normal float64 values on the CPU."""
@@ -81,12 +86,6 @@ def _add_in_device_blocks(flat: torch.Tensor, std: float, scale: float, normal: 
         block.copy_(total.mul_(scale))
 
 
-def _secret_generator() -> np.random.Generator:
-    """Return a generator keyed with 256 bits of the operating system's entropy."""
-    seed = np.random.SeedSequence(int.from_bytes(os.urandom(32), "little"), pool_size=8)
-    return np.random.Generator(np.random.PCG64DXSM(seed))
-
-
 Block = npt.NDArray[np.floating]
 
 
@@ -101,24 +100,36 @@ def _add_blocks(sampler: GaussianSampler, blocks: deque[Block], std: float, scal
 
 
 class SecretStream:
-    """Stream keyed with 256 bits of the operating system's entropy; never saved, never repeated after a fork.
+    """Cryptographic stream, keyed by the operating system; never saved, never repeated after a fork.
 
     Noise for large tensors is drawn in ``min(torch.get_num_threads(), os.cpu_count())`` threads.
 
-    Guarantees: every thread that draws has a key of its own, drawn per process; a forked child draws its own, and a
-    copy of the object is a new stream. The generator (PCG64-DXSM) is statistically strong and secret but not
-    cryptographic.
+    Args:
+        hardened: make every Gaussian of four (secure mode), against attacks on the low-order bits of floating-point noise.
+
+    Guarantees:
+        Every thread that draws has a key of its own for AES-256 in counter mode, drawn per process; a forked child draws its
+        own, and a copy of the object is a new stream.
+
+    References:
+        arXiv 2107.10138 (Holohan and Braghin 2021).
     """
 
     secret = True
 
-    def __init__(self) -> None:
+    def __init__(self, hardened: bool = False) -> None:
+        self._hardened = hardened
         self._rekey()
+
+    @property
+    def description(self) -> str:
+        """What the noise is made of, for the report."""
+        return "AES-256-CTR, keyed by the operating system" + (", sums of four Gaussians" if self._hardened else "")
 
     def _rekey(self) -> None:
         """Draw new keys and forget everything that a forked child shares with its parent, threads included."""
         self._pid = os.getpid()
-        self._generator = _secret_generator()
+        self._bits = KeyStream()
         self._samplers: list[GaussianSampler] = []
         self._helpers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -127,25 +138,27 @@ class SecretStream:
         if os.getpid() != self._pid:
             self._rekey()
 
-    def __reduce__(self) -> tuple[type[SecretStream], tuple[()]]:
+    def __reduce__(self) -> tuple[type[SecretStream], tuple[bool]]:
         """Copy and pickle as a new stream: two with one key would draw the same noise."""
-        return SecretStream, ()
+        return SecretStream, (self._hardened,)
 
     def fork(self, purpose: int) -> SecretStream:
         """Return another secret stream, with a key of its own."""
-        return SecretStream()
-
-    def _current(self) -> np.random.Generator:
-        self._check_process()
-        return self._generator
+        return SecretStream(self._hardened)
 
     def normal(self, size: int) -> torch.Tensor:
         """Return ``[size]`` standard normal float64 values."""
-        return torch.from_numpy(self._current().standard_normal(size))
+        values = torch.zeros(size, dtype=torch.float64)
+        self._add_on_cpu([values.numpy()], 1.0, 1.0)
+        return values
 
     def uniform(self, size: int) -> torch.Tensor:
         """Return ``[size]`` uniform float64 values in [0, 1)."""
-        return torch.from_numpy(self._current().random(size))
+        self._check_process()
+        words, values = np.empty(size, np.uint64), np.empty(size)
+        self._bits.fill(words)
+        uniform(words, values)
+        return torch.from_numpy(values)
 
     def add_normal(self, targets: Sequence[torch.Tensor], std: float, scale: float = 1.0) -> None:
         """Set each target to ``(target + std * N(0, 1)) * scale`` in place, in float64, rounded once."""
@@ -169,7 +182,7 @@ class SecretStream:
         blocks = deque(values[i : i + BLOCK] for values in arrays for i in range(0, values.size, BLOCK))
         with self._lock:  # a sampler serves one tensor at a time
             while len(self._samplers) < threads:
-                self._samplers.append(GaussianSampler(_secret_generator()))
+                self._samplers.append(GaussianSampler(KeyStream(), 4 if self._hardened else 1))
             if threads > 1 and self._helpers is None:
                 self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="opacus_ac noise")
             helping = [
@@ -202,6 +215,7 @@ class SeededStream:
     """
 
     secret = False
+    description = "SEEDED generator (for tests)"
 
     def __init__(self, generator: torch.Generator) -> None:
         if generator.device.type != "cpu":

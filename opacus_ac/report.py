@@ -33,6 +33,7 @@ class PrivacyReport:
         max_grad_norm: C of the next step, a function of releases.
         released: what every step released.
         noise_source: where the noise came from.
+        ledger: the privacy ledger in words: charges, runs, head; None without one.
         warnings: what the reader must know.
     """
 
@@ -52,6 +53,7 @@ class PrivacyReport:
     max_grad_norm: float
     released: list[str]
     noise_source: str
+    ledger: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +81,7 @@ class PrivacyReport:
             f"{self.noise_source}",
             f"  clipping        {self.clip_policy}, next C = {self.max_grad_norm:.4g}",
             f"  released        {'; '.join(self.released)}",
+            *([f"  ledger          {self.ledger}"] if self.ledger is not None else []),
             *(f"  WARNING         {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
@@ -93,11 +96,11 @@ def make_report(
     accountant: str,
     history: list[tuple[float, float, int]],
     unknown_batches: int = 0,
+    ledger: str | None = None,
 ) -> PrivacyReport:
     """Put together the statement of a run from its parts; nothing private enters."""
-    sizes = [rate * plan.sizes.dataset_size for _, rate, _ in history if plan.sampling == "poisson"]
+    sizes = [rate * plan.sizes.dataset_size for _, rate, _ in history if plan.sampling != "shuffled"]
     sizes = sizes or [plan.sizes.expected(0)]
-    secret = optimizer.mechanism.stream.secret
     return PrivacyReport(
         epsilon=epsilon,
         delta=delta,
@@ -114,7 +117,8 @@ def make_report(
         clip_policy=optimizer.policy.name,
         max_grad_norm=optimizer.max_grad_norm,
         released=_released(optimizer),
-        noise_source="secret entropy of the operating system" if secret else "SEEDED generator (for tests)",
+        noise_source=optimizer.mechanism.stream.description,
+        ledger=ledger,
         warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches),
     )
 

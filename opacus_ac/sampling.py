@@ -19,6 +19,12 @@ from opacus_ac.randomness import RandomStream
 
 RateSchedule = Callable[[int], float] | Sequence[float]
 
+SAMPLING = ("poisson", "truncated_poisson", "fixed_size", "shuffled")
+"""Ways to draw batches for which a bound is known."""
+
+_UNIFORMS = 2.0**53
+"""Number of values of a float64 uniform draw."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -50,16 +56,20 @@ class BatchSizes:
         dataset_size: N, a public constant.
         batch_size: expected batch size without a schedule.
         schedule: ``step -> expected batch size`` (steps from 0), or a sequence whose last entry holds from then on.
-            It may depend on the step only, never on data.
+            It may depend on the step and on what was released, never on data.
+        whole: batch sizes must be whole numbers.
 
     Raises:
-        ValueError: an expected batch size outside (0, N].
+        ValueError: an expected batch size outside (0, N], or not whole.
     """
 
-    def __init__(self, dataset_size: int, batch_size: float, schedule: RateSchedule | None = None) -> None:
+    def __init__(
+        self, dataset_size: int, batch_size: float, schedule: RateSchedule | None = None, *, whole: bool = False
+    ) -> None:
         self.dataset_size = dataset_size
         self._constant = batch_size
         self._schedule = schedule
+        self._whole = whole
         self.expected(0)
         if isinstance(schedule, Sequence):
             for step in range(len(schedule)):
@@ -84,6 +94,8 @@ class BatchSizes:
                 f"the expected batch size of step {step} is {size!r}; it must be > 0 and at most the number of "
                 f"records ({self.dataset_size}), or the sample rate would exceed 1"
             )
+        if self._whole and size != int(size):
+            raise ValueError(f"the batch size of step {step} is {size!r}: batches of a fixed size need a whole number")
         return float(size)
 
     def rate(self, step: int) -> float:
@@ -96,12 +108,25 @@ class SamplingPlan:
 
     Args:
         sizes: expected batch sizes.
-        sampling: "poisson", or "shuffled" (each record at most once per pass).
+        sampling: a kind of :data:`SAMPLING`.
         steps_per_pass: number of logical batches in one pass of the loader.
+        max_batch_size: largest logical batch, of "truncated_poisson" only.
+
+    Raises:
+        ValueError: settings that do not go together.
     """
 
-    def __init__(self, sizes: BatchSizes, sampling: str, steps_per_pass: int) -> None:
+    def __init__(
+        self, sizes: BatchSizes, sampling: str, steps_per_pass: int, max_batch_size: int | None = None
+    ) -> None:
+        if (sampling == "truncated_poisson") != (max_batch_size is not None):
+            raise ValueError(
+                'max_batch_size belongs to sampling="truncated_poisson", which needs it: give both or none'
+            )
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size!r}")
         self.sizes, self.sampling, self.steps_per_pass = sizes, sampling, steps_per_pass
+        self.max_batch_size = max_batch_size
         self.step = 0
         self.passes = 0
         self._batches = 0
@@ -133,11 +158,10 @@ class SamplingPlan:
         self._current = None
         return self.step
 
-    def emit(self, step_in_pass: int, start: int, sizes: Sequence[int]) -> None:
-        """Announce the physical batches, of ``sizes`` records, of the next logical batch."""
+    def emit(self, step_in_pass: int, expected: float, sizes: Sequence[int]) -> None:
+        """Announce the physical batches, of ``sizes`` records, of the next logical batch, ``expected`` records large."""
         self._batches += 1
-        expected = self.sizes.expected(start + step_in_pass)
-        rate = expected / self.sizes.dataset_size if self.sampling == "poisson" else 1.0
+        rate = 1.0 if self.sampling == "shuffled" else expected / self.sizes.dataset_size
         for i, records in enumerate(sizes):
             last = i == len(sizes) - 1
             self._emitted.append(Draw(self._batches, rate, expected, records, last, self.passes, step_in_pass))
@@ -173,10 +197,19 @@ class SamplingPlan:
         A batch of unknown origin (``draw`` None) gets no amplification: it is charged at rate 1.
         """
         if draw is None:
-            return Event(noise_multiplier, 1.0, self.sampling)
-        if self.sampling == "poisson":
-            return Event(noise_multiplier, draw.sample_rate, "poisson")
-        return self._epochs.charge(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
+            return Event(noise_multiplier, 1.0, "shuffled" if self.sampling == "shuffled" else "poisson")
+        if self.sampling == "shuffled":
+            return self._epochs.charge(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
+        return self.event(noise_multiplier, draw.sample_rate)
+
+    def event(self, noise_multiplier: float, sample_rate: float) -> Event:
+        """Return what one step at ``sample_rate`` costs (of "shuffled" batches, what one pass costs)."""
+        if self.sampling == "shuffled":
+            return Event(noise_multiplier, 1.0, "shuffled")
+        if self.sampling == "truncated_poisson":
+            sizes = {"dataset_size": self.sizes.dataset_size, "max_batch_size": self.max_batch_size}
+            return Event(noise_multiplier, sample_rate, self.sampling, **sizes)
+        return Event(noise_multiplier, sample_rate, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the public counters."""
@@ -214,13 +247,14 @@ class PrivateBatchSampler(Sampler[list[int]]):
                 "batch_size_schedule. Iterate over the loader itself and set max_physical_batch_size in make_private"
             )
         start = self.plan.begin_pass()
-        for step, indices in enumerate(self._logical_batches(start)):
+        for step, (expected, indices) in enumerate(self._logical_batches(start)):
             size = limit or max(len(indices), 1)
             chunks = [indices[i : i + size] for i in range(0, len(indices), size)] or [[]]
-            self.plan.emit(step, start, [len(chunk) for chunk in chunks])
+            self.plan.emit(step, expected, [len(chunk) for chunk in chunks])
             yield from chunks
 
-    def _logical_batches(self, start: int) -> Iterator[list[int]]:
+    def _logical_batches(self, start: int) -> Iterator[tuple[float, list[int]]]:
+        """Yield (expected batch size, indices) of the logical batches of a pass that begins at step ``start``."""
         raise NotImplementedError
 
 
@@ -228,7 +262,7 @@ class PoissonBatchSampler(PrivateBatchSampler):
     """Draws every record independently with the rate of the step.
 
     Guarantees:
-        The probability is the accounted rate to 2^-53 (float64 uniforms).
+        The probability is the accounted rate rounded down to a multiple of 2^-53: never above it.
     """
 
     def __init__(self, plan: SamplingPlan, stream: RandomStream, max_physical_batch_size: int | None = None) -> None:
@@ -240,11 +274,38 @@ class PoissonBatchSampler(PrivateBatchSampler):
         """Rate of the step that comes next."""
         return self.plan.sizes.rate(self.plan.step)
 
-    def _logical_batches(self, start: int) -> Iterator[list[int]]:
-        sizes = self.plan.sizes
+    def _logical_batches(self, start: int) -> Iterator[tuple[float, list[int]]]:
         for step in range(self.plan.steps_per_pass):
-            drawn = self.stream.uniform(sizes.dataset_size) < sizes.rate(start + step)
-            yield drawn.nonzero().reshape(-1).tolist()
+            expected = self.plan.sizes.expected(start + step)
+            yield expected, self._draw(expected / self.plan.sizes.dataset_size)
+
+    def _draw(self, rate: float) -> list[int]:
+        """Return the indices of one logical batch."""
+        uniform = self.stream.uniform(self.plan.sizes.dataset_size)
+        drawn = uniform < math.floor(rate * _UNIFORMS) / _UNIFORMS
+        indices: list[int] = drawn.nonzero().reshape(-1).tolist()
+        return indices
+
+
+class TruncatedPoissonBatchSampler(PoissonBatchSampler):
+    """Poisson batches of at most ``plan.max_batch_size`` records: a uniformly random subset where more were drawn."""
+
+    def _draw(self, rate: float) -> list[int]:
+        uniform = self.stream.uniform(self.plan.sizes.dataset_size)
+        drawn = (uniform < math.floor(rate * _UNIFORMS) / _UNIFORMS).nonzero().reshape(-1)
+        assert self.plan.max_batch_size is not None
+        # Below the rate the numbers are uniform again, so the least of them belong to a random subset.
+        kept = drawn[uniform[drawn].argsort()[: self.plan.max_batch_size]]
+        return sorted(int(i) for i in kept)
+
+
+class FixedSizeBatchSampler(PoissonBatchSampler):
+    """Draws exactly B of the N records without replacement, afresh for each step."""
+
+    def _draw(self, rate: float) -> list[int]:
+        size = round(rate * self.plan.sizes.dataset_size)
+        uniform = self.stream.uniform(self.plan.sizes.dataset_size)
+        return sorted(int(i) for i in uniform.argsort()[:size])
 
 
 class ShuffledBatchSampler(PrivateBatchSampler):
@@ -254,5 +315,6 @@ class ShuffledBatchSampler(PrivateBatchSampler):
         super().__init__(plan, max_physical_batch_size)
         self.batches = batches
 
-    def _logical_batches(self, start: int) -> Iterator[list[int]]:
-        return iter(self.batches)
+    def _logical_batches(self, start: int) -> Iterator[tuple[float, list[int]]]:
+        for indices in self.batches:
+            yield self.plan.sizes.expected(start), indices

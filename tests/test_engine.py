@@ -1,5 +1,6 @@
 """PrivacyEngine: what it refuses, what it reports, and that a run continues exactly from its checkpoint."""
 
+import copy
 import json
 import math
 
@@ -8,11 +9,13 @@ import opacus
 import pytest
 import torch
 from helpers import classifier, dataset, loader, train
+from opacus.schedulers import ExponentialNoise
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
+from opacus_ac.checkpoint import digest
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
@@ -190,7 +193,7 @@ def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"secure_mode": True}, "secure_mode"), ({"ledger": "x.jsonl"}, "ledger"), ({"accountant": "vpld"}, "vpld")],
+    [({"accountant": "moments"}, "moments")],
 )
 def test_what_this_version_does_not_have_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -362,31 +365,87 @@ def other_model(state):
 
 MISFITS = {
     "no optimizer": (lambda state: state.pop("optimizer_state_dict"), "optimizer_state_dict"),
+    "no digest": (lambda state: state.pop("digest"), "digest"),
     "of Opacus": (lambda state: state["optimizer_state_dict"].pop("opacus_ac"), "opacus_ac"),
     "other model": (other_model, "0.weight"),
     "other accountant": (lambda state: state["privacy_accountant_state_dict"].update(mechanism="prv"), "prv"),
     "other policy": (lambda s: s["optimizer_state_dict"]["opacus_ac"]["policy"].update(name="fixed"), "clip_policy"),
     "other version": (lambda s: s["optimizer_state_dict"]["opacus_ac"].update(version=99), "version"),
     "other EMA": (lambda s: s["optimizer_state_dict"]["opacus_ac"].update(ema=None), "ema_decay"),
+    "other noise": (lambda s: s["privacy_settings"].update(noise_multiplier=0.1), "noise_multiplier = 0.1"),
+    "other N": (lambda s: s["privacy_settings"].update(dataset_size=10), "dataset_size = 10"),
+    "other sampling": (lambda s: s["privacy_settings"].update(sampling="shuffled"), "sampling = 'shuffled'"),
+    "other optimizer": (lambda s: s["privacy_settings"].update(inner_optimizer="Adam"), "inner_optimizer = 'Adam'"),
+    "of a ledger": (lambda s: s.update(ledger={"lines": 3, "hash": "x"}), "ledger"),
+}
+TAMPERED = {
+    "a weight": lambda state: state["module_state_dict"]["0.bias"].add_(1e-6),
+    "the account": lambda state: state["privacy_accountant_state_dict"].update(history=[]),
+    "the step count": lambda state: state["optimizer_state_dict"]["opacus_ac"].update(steps_taken=0),
+    "a name": lambda state: state.update(note=5),
 }
 
 
-@pytest.mark.parametrize("name", MISFITS)
-def test_checkpoint_that_does_not_fit_is_refused_before_anything_changes(name, tmp_path):
-    spoil, message = MISFITS[name]
+def refused_without_a_trace(tmp_path, spoil, message, sign):
+    """Write a checkpoint, spoil it, and load it into a fresh engine, whose state must stay as it was."""
     engine, model, optimizer, batches = make()
     train(model, optimizer, batches)
     engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
     state = torch.load(tmp_path / "run.pt", weights_only=True)
     spoil(state)
+    if sign and "digest" in state:
+        state["digest"] = digest(state)
     torch.save(state, tmp_path / "spoilt.pt")
     fresh_engine, fresh_model, fresh_optimizer, _ = make()
     before = [p.detach().clone() for p in fresh_model.parameters()]
+    inner = copy.deepcopy(fresh_optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         fresh_engine.load_checkpoint(path=tmp_path / "spoilt.pt", module=fresh_model, optimizer=fresh_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, fresh_model.parameters(), strict=True))
+    assert digest(inner) == digest(fresh_optimizer.state_dict())
     assert len(fresh_engine.accountant) == 0
     assert fresh_optimizer.steps_taken == 0
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_checkpoint_that_does_not_fit_is_refused_before_anything_changes(name, tmp_path):
+    refused_without_a_trace(tmp_path, *MISFITS[name], sign=True)
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_checkpoint_that_was_changed_is_refused(name, tmp_path):
+    refused_without_a_trace(tmp_path, TAMPERED[name], "changed after it was written", sign=False)
+
+
+def test_a_checkpoint_without_what_a_scheduler_needs_loads_nothing(tmp_path):
+    engine, model, optimizer, batches = make()
+    train(model, optimizer, batches)
+    engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    fresh_engine, fresh_model, fresh_optimizer, _ = make()
+    scheduler = ExponentialNoise(fresh_optimizer, gamma=0.9)
+    with pytest.raises(ValueError, match="noise_scheduler_state_dict"):
+        fresh_engine.load_checkpoint(
+            path=tmp_path / "run.pt", module=fresh_model, optimizer=fresh_optimizer, noise_scheduler=scheduler
+        )
+    assert len(fresh_engine.accountant) == fresh_optimizer.steps_taken == 0
+
+
+def test_what_an_engine_spent_stays_spent_when_it_loads_a_checkpoint(tmp_path):
+    """Going back to an old checkpoint does not take back what was released since; foreign steps are added."""
+    engine, model, optimizer, batches = make()
+    train(model, optimizer, batches)
+    engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    train(model, optimizer, batches)
+    engine.load_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    assert (optimizer.steps_taken, engine.accountant.history) == (4, [(1.0, 0.25, 8)])
+    other, model, optimizer, batches = make(data_loader=loader(64, 8))
+    train(model, optimizer, batches)
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    state["privacy_settings"]["expected_batch_size"] = 8.0
+    torch.save({**state, "digest": digest(state)}, tmp_path / "other.pt")
+    with pytest.warns(UserWarning, match="sum of both"):
+        other.load_checkpoint(path=tmp_path / "other.pt", module=model, optimizer=optimizer)
+    assert other.accountant.history == [(1.0, 0.25, 4), (1.0, 0.125, 8)]
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):

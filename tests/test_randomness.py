@@ -17,8 +17,9 @@ from helpers import by_hand
 from scipy import stats
 from torch import nn
 
-from opacus_ac import gaussian, randomness
+from opacus_ac import gaussian, key_stream, randomness
 from opacus_ac.gaussian import BLOCK, GaussianSampler
+from opacus_ac.key_stream import KeyStream
 from opacus_ac.mechanism import GaussianMechanism
 from opacus_ac.randomness import SecretStream, SeededStream
 
@@ -62,19 +63,21 @@ def independent(blocks: torch.Tensor) -> bool:
 
 
 @pytest.mark.statistical
+@pytest.mark.parametrize("hardened", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_is_gaussian(dtype):
+def test_noise_is_gaussian(dtype, hardened):
     """Kolmogorov-Smirnov on 2e6 draws at 1e-7, and once more for a planted error of 2 % in the std."""
-    draws = noise(SecretStream(), 2_000_000, dtype).double().numpy()
+    draws = noise(SecretStream(hardened), 2_000_000, dtype).double().numpy()
     assert stats.kstest(draws, "norm").pvalue > 1e-7
     assert stats.kstest(draws * 1.02, "norm").pvalue < 1e-7
 
 
 @pytest.mark.statistical
-def test_moments_and_tails():
+@pytest.mark.parametrize("hardened", [False, True])
+def test_moments_and_tails(hardened):
     """2e7 draws: four moments |z| < 5.5 (4e-8 each); counts beyond 3, 4 and 5 std, either side, at 1e-8 each."""
     size = 20_000_000
-    draws = noise(SecretStream(), size).numpy()
+    draws = noise(SecretStream(hardened), size).numpy()
     variances = [1, 2, 15, 96]  # of the average of x, x^2, x^3 and x^4, times the number of draws
     for power, (mean, variance) in enumerate(zip([0, 1, 0, 3], variances, strict=True), start=1):
         assert abs(np.mean(draws**power) - mean) < 5.5 * math.sqrt(variance / size), power
@@ -89,16 +92,13 @@ def test_moments_and_tails():
 
 
 class Given:
-    """Stands in for a generator: uniform and exponential draws are given."""
+    """Stands in for a key stream: the words of the angle and those of the radius are given."""
 
-    def __init__(self, uniform, exponential):
-        self.uniform, self.exponential = uniform, exponential
+    def __init__(self, *words):
+        self.words = iter(words)
 
-    def random(self, out):
-        out[:] = self.uniform
-
-    def standard_exponential(self, out):
-        out[:] = self.exponential
+    def fill(self, words):
+        words[:] = next(self.words)
 
 
 def test_draws_are_box_and_muller_to_float64():
@@ -106,14 +106,98 @@ def test_draws_are_box_and_muller_to_float64():
     steps = np.arange(gaussian._DIRECTIONS) / gaussian._DIRECTIONS
     half = 0.5 / gaussian._DIRECTIONS
     rng = np.random.default_rng(0)
-    uniform = np.concatenate(
-        [steps, steps + half, steps + half * (1 - 1e-12), [1 - 2.0**-53, 2.0**-53], rng.random(99)]
-    )
-    exponential = rng.standard_exponential(uniform.size)
-    drawn = GaussianSampler(Given(uniform, exponential)).draw(2 * uniform.size, 1.7)
-    radius = 1.7 * np.sqrt(2 * exponential)
+    turns = np.concatenate([steps, steps + half, steps + half * (1 - 1e-12), [1 - 2.0**-53, 2.0**-53], rng.random(99)])
+    angles = (turns * 2.0**53).astype(np.uint64)
+    # The radius, too, from its largest value to its smallest: uniform numbers in (0, 1].
+    radii = rng.integers(0, 2**53, angles.size, dtype=np.uint64)
+    radii[:4] = 0, 1, 2**53 - 1, 2**53 - 2
+    low = rng.integers(0, 2**11, (2, angles.size), dtype=np.uint64)  # the bits that are not used
+    words = (angles << np.uint64(11)) | low[0], (radii << np.uint64(11)) | low[1]
+    drawn = GaussianSampler(Given(*words)).draw(2 * angles.size, 1.7)
+    assert np.isfinite(drawn).all()
+    radius = 1.7 * np.sqrt(-2 * np.log((radii + np.uint64(1)) * 2.0**-53))
+    assert radius.max() == pytest.approx(1.7 * 8.572, rel=1e-4)
     for part, function in zip(np.split(drawn, 2), (np.cos, np.sin), strict=True):
-        assert np.max(np.abs(part / radius - function(2 * math.pi * uniform))) < 2e-15
+        exact = radius * function(2 * math.pi * angles * 2.0**-53)
+        assert np.max(np.abs(part - exact) / np.maximum(radius, 1e-300) * (radius > 0)) < 2e-15
+
+
+def test_four_draws_make_one_in_secure_mode():
+    """The mean of four independent Gaussians times two, to the bit; one alone, or one four times, is something else."""
+    rng = np.random.default_rng(1)
+    words = [rng.integers(0, 2**64, 50, dtype=np.uint64) for _ in range(8)]
+    single = GaussianSampler(Given(*words))
+    parts = [single.draw(100, 1.5).copy() for _ in range(4)]
+    drawn = GaussianSampler(Given(*words), 4).draw(100, 3.0)
+    np.testing.assert_array_equal(drawn, ((parts[0] + parts[1]) + parts[2]) + parts[3])
+    assert SecretStream(hardened=True)._hardened
+    target = torch.zeros(10)
+    stream = SecretStream(hardened=True)
+    stream.add_normal([target], 1.0)
+    assert [sampler._summed for sampler in stream._samplers] == [4]
+    for other in (stream.fork(1), copy.deepcopy(stream)):
+        other.normal(3)
+        assert [sampler._summed for sampler in other._samplers] == [4]
+
+
+# NIST SP 800-38A, F.5.5: key, first counter, and key stream ("output block") of AES-256 in counter mode.
+NIST_KEY = "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4"
+NIST_COUNTER = "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"
+NIST_STREAM = (
+    "0bdf7df1591716335e9a8b15c860c502" "5a6e699d536119065433863c8f657b94"
+    "1bc12c9c01610d5d0d8bd6a3378eca62" "2956e1c8693536b1bee99c73a31576b6"
+)  # fmt: skip
+
+
+def test_the_key_stream_is_aes_256_in_counter_mode(monkeypatch):
+    given = {32: bytes.fromhex(NIST_KEY), 16: bytes.fromhex(NIST_COUNTER)}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "urandom", given.__getitem__)
+        stream = KeyStream()
+    words = np.empty(8, np.uint64)
+    stream.fill(words[:3])
+    stream.fill(words[3:])
+    assert words.tobytes().hex() == NIST_STREAM
+
+
+def test_a_key_serves_for_a_bounded_number_of_bytes(monkeypatch):
+    monkeypatch.setattr(key_stream, "_LIMIT", 1000)
+    keys, urandom = [], os.urandom
+
+    def counted(size):
+        keys.append(size)
+        return urandom(size)
+
+    monkeypatch.setattr(os, "urandom", counted)
+    stream, words = KeyStream(), np.empty(100, np.uint64)
+    for _ in range(5):
+        stream.fill(words)
+    assert keys == [32, 16] * 5
+
+
+@pytest.mark.statistical
+def test_uniform_draws_are_uniform():
+    """Kolmogorov-Smirnov on 1e6 draws at 1e-7; 53 bits, of which the last is as often 1 as 0 (z < 5.5)."""
+    draws = SecretStream().uniform(1_000_000).numpy()
+    assert stats.kstest(draws, "uniform").pvalue > 1e-7
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    integers = draws * 2.0**53
+    assert (integers == np.floor(integers)).all()
+    assert abs((integers % 2).mean() - 0.5) < 5.5 * 0.5 / 1000
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("hardened", [False, True])
+def test_streams_are_independent(hardened):
+    """A stream, its fork, a copy, one resumed from its state, and another (each 2^17 draws): no pair correlated, below 1e-8."""
+    stream = SecretStream(hardened)
+    resumed = SecretStream(hardened)
+    resumed.load_state_dict(stream.state_dict())
+    streams = [stream, stream.fork(1), copy.deepcopy(stream), resumed, SecretStream(hardened)]
+    draws = torch.stack([noise(s, BLOCK) for s in streams] + [s.normal(BLOCK) for s in streams])
+    assert independent(draws)
+    assert not independent(torch.cat([draws, draws[:1]]))
 
 
 @pytest.mark.statistical
@@ -125,7 +209,8 @@ def test_threads_draw_independently(threads):
 
 
 def test_threads_with_one_key_are_caught(threads, monkeypatch):
-    monkeypatch.setattr(randomness, "_secret_generator", lambda: np.random.Generator(np.random.PCG64DXSM(1)))
+    given = {32: bytes(32), 16: bytes(16)}
+    monkeypatch.setattr(os, "urandom", given.__getitem__)
     assert not independent(noise(SecretStream(), 4 * THREADS * BLOCK).view(-1, BLOCK))
 
 
@@ -155,7 +240,15 @@ def test_no_thread_repeats_its_draws_after_a_fork(threads):
     noise(stream, size)
     draws = [from_child(lambda: noise(stream, size)) for _ in range(2)] + [noise(stream, size)]
     assert independent(torch.cat(draws).view(-1, BLOCK))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("hardened", [False, True])
+def test_a_forked_child_draws_its_own(hardened):
+    stream = SecretStream(hardened)
     for draw in (stream.normal, stream.uniform):
+        draw(4)
         values = torch.cat([from_child(lambda draw=draw: draw(4)), draw(4)])
         assert values.unique().numel() == 8
 

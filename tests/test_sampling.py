@@ -9,13 +9,16 @@ import torch
 from helpers import classifier, dataset, loader, loss_of, train
 from opacus.data_loader import DPDataLoader
 from opacus.utils.batch_memory_manager import BatchMemoryManager
+from scipy import stats
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from opacus_ac import PrivacyEngine
+from opacus_ac.accounting import ADJACENCY, Event
 from opacus_ac.data import constant_like, private_loader
 from opacus_ac.errors import SamplingWarning
+from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.randomness import SecretStream, SeededStream
-from opacus_ac.sampling import BatchSizes
+from opacus_ac.sampling import SAMPLING, BatchSizes
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
 
@@ -26,7 +29,7 @@ def seeded(seed=0):
 
 def private(**kwargs):
     model = classifier()
-    engine = PrivacyEngine()
+    engine = kwargs.pop("engine", None) or PrivacyEngine()
     data_loader = kwargs.pop("data_loader", None) or loader(64, 16)
     arguments = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **kwargs}
     made = engine.make_private(
@@ -40,7 +43,7 @@ def private(**kwargs):
 def test_every_record_is_drawn_independently_with_the_stated_rate(make):
     """400 passes x 4 batches, N = 64, q = 0.24: per-record counts and pair covariance within 4.5 sigma."""
     data = DataLoader(list(range(64)), batch_size=15)
-    private_batches = private_loader(data, poisson=True, stream=make())
+    private_batches = private_loader(data, sampling="poisson", stream=make())
     drawn = np.zeros((2000, 64))
     for row, batch in enumerate(b for _ in range(400) for b in private_batches):
         if private_batches.plan.current().records:
@@ -52,6 +55,111 @@ def test_every_record_is_drawn_independently_with_the_stated_rate(make):
     assert np.abs(correlation).max() < 5.5 / math.sqrt(2000)
     sizes = drawn.sum(1)
     assert sizes.var() == pytest.approx(64 * rate * (1 - rate), rel=0.15)
+
+
+def drawn_by(sampling, passes=500, batch_size=12, **kwargs):
+    """0/1 matrix of who was in which batch: ``4 * passes`` batches of 48 records."""
+    batches = private_loader(
+        DataLoader(list(range(48)), batch_size=batch_size), sampling=sampling, stream=SecretStream(), **kwargs
+    )
+    drawn = np.zeros((passes * len(batches), 48))
+    for row, batch in enumerate(b for _ in range(passes) for b in batches):
+        if batches.plan.current().records:
+            assert len(set(batch.tolist())) == len(batch)
+            drawn[row, batch.numpy()] = 1
+    return drawn
+
+
+@pytest.mark.statistical
+def test_fixed_size_batches_are_uniform_subsets():
+    """2,000 batches of 12 of 48: every record (z < 4.8) and every pair (z < 5.5) as often as in a random subset."""
+    drawn = drawn_by("fixed_size")
+    assert (drawn.sum(1) == 12).all()
+    assert np.abs(drawn.mean(0) - 0.25).max() < 4.8 * math.sqrt(0.25 * 0.75 / 2000)
+    pairs = (drawn.T @ drawn / 2000)[np.triu_indices(48, 1)]
+    both = 12 * 11 / (48 * 47)
+    assert np.abs(pairs - both).max() < 5.5 * math.sqrt(both * (1 - both) / 2000)
+
+
+@pytest.mark.statistical
+def test_truncated_poisson_batches_are_poisson_batches_cut_at_random():
+    """2,000 batches of rate 1/4 of 48, at most 13: sizes as min(Binomial, 13) (chi-square at 1e-6), records exchangeable."""
+    drawn = drawn_by("truncated_poisson", max_batch_size=13)
+    sizes = drawn.sum(1).astype(int)
+    probabilities = stats.binom.pmf(np.arange(13), 48, 0.25)
+    expected = np.append(probabilities, 1 - probabilities.sum()) * 2000
+    observed = np.bincount(sizes, minlength=14)
+    assert observed.size == 14
+    usual = expected > 5
+    statistic = ((observed - expected)[usual] ** 2 / expected[usual]).sum()
+    assert stats.chi2.sf(statistic, usual.sum() - 1) > 1e-6
+    full = drawn[sizes == 13]
+    share = 13 / 48
+    assert np.abs(full.mean(0) - share).max() < 4.8 * math.sqrt(share * (1 - share) / len(full))
+
+
+@pytest.mark.parametrize("rate", [0.3, 1 / 3, 1e-6, 0.7, 1.0])
+def test_a_record_is_never_drawn_more_often_than_is_accounted(rate):
+    """A uniform draw is k / 2^53: the largest k below the rate must stay out unless k + 1 of 2^53 are accounted."""
+
+    class Just:
+        def uniform(self, size):
+            return torch.full((size,), math.floor(rate * 2.0**53) / 2.0**53, dtype=torch.float64)
+
+    data = DataLoader(list(range(4)), batch_size=4)
+    batches = private_loader(data, sampling="poisson", stream=Just(), schedule=[4 * rate])
+    assert batches.plan.sizes.rate(0) == rate
+    assert next(batches.plan.current().records for _ in batches) == 0
+
+
+@pytest.mark.parametrize("accountant", ["vrdp", "vpld"])
+@pytest.mark.parametrize(
+    ("arguments", "event"),
+    [
+        ({"sampling": "poisson"}, Event(1.0, 0.25)),
+        ({"sampling": "fixed_size"}, Event(1.0, 0.25, "fixed_size")),
+        (
+            {"sampling": "truncated_poisson", "max_batch_size": 20},
+            Event(1.0, 0.25, "truncated_poisson", dataset_size=64, max_batch_size=20),
+        ),
+        ({"sampling": "shuffled"}, Event(1.0, 1.0, "shuffled")),
+    ],
+)
+def test_every_kind_is_charged_for_what_it_is(arguments, event, accountant, tmp_path):
+    """Through the engine: the ledger has the event itself, replay gives the same epsilon, the report names the kind."""
+    ledger = tmp_path / "ledger.jsonl"
+    engine, model, optimizer, batches = private(engine=PrivacyEngine(accountant=accountant, ledger=ledger), **arguments)
+    train(model, optimizer, batches)
+    assert set(PrivacyLedger(ledger).charges) == {event}
+    report = engine.privacy_report(1e-3)
+    assert report.sampling == arguments["sampling"]
+    assert report.adjacency == ADJACENCY[event.sampling]
+    assert PrivacyEngine(accountant=accountant, ledger=ledger).get_epsilon(1e-3) == engine.get_epsilon(1e-3) > 0
+    bounds = {kind: engine.accountant.__class__() for kind in ("own", "poisson")}
+    bounds["own"].step_event(event)
+    bounds["poisson"].step_event(Event(1.0, event.sample_rate))
+    assert bounds["own"].get_epsilon(1e-3) >= bounds["poisson"].get_epsilon(1e-3) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sampling": "weighted"}, "sampling='weighted'"),
+        ({"sampling": "poisson", "poisson_sampling": False}, "give one"),
+        ({"sampling": "truncated_poisson"}, "max_batch_size"),
+        ({"sampling": "poisson", "max_batch_size": 20}, "max_batch_size"),
+        ({"sampling": "truncated_poisson", "max_batch_size": 0}, "at least 1"),
+        ({"sampling": "fixed_size", "batch_size_schedule": [8.5]}, "whole number"),
+        ({"sampling": "shuffled", "batch_size_schedule": [8]}, "batch_size_schedule"),
+        ({"sampling": "fixed_size", "engine": "rdp"}, "vrdp"),
+        ({"sampling": "truncated_poisson", "max_batch_size": 20, "engine": "prv"}, "vrdp"),
+    ],
+)
+def test_samplings_that_cannot_be_accounted_are_refused(arguments, message):
+    if "engine" in arguments:
+        arguments = {**arguments, "engine": PrivacyEngine(accountant=arguments["engine"])}
+    with pytest.raises(ValueError, match=message):
+        private(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +208,7 @@ def test_two_steps_on_one_batch_lose_the_amplification():
 @pytest.mark.parametrize("split", [None, 4])
 def test_workers_and_splits_keep_draws_and_batches_together(workers, split):
     data = DataLoader(list(range(64)), batch_size=8, num_workers=workers)
-    batches = private_loader(data, poisson=True, stream=seeded(), max_physical_batch_size=split)
+    batches = private_loader(data, sampling="poisson", stream=seeded(), max_physical_batch_size=split)
     logical, records = set(), 0
     for batch in batches:
         draw = batches.plan.current()
@@ -230,7 +338,7 @@ def test_shuffled_batches_under_batch_memory_manager_are_charged_per_pass():
 def test_a_loader_that_is_poisson_already_keeps_its_rate():
     _, _, _, batches = private(data_loader=DPDataLoader.from_data_loader(loader(64, 16)))
     assert (batches.sample_rate, len(batches)) == (0.25, 4)
-    again = private_loader(batches, poisson=True, stream=seeded())
+    again = private_loader(batches, sampling="poisson", stream=seeded())
     assert (again.sample_rate, len(again)) == (0.25, 4)
 
 
@@ -243,7 +351,7 @@ class Odd(RandomSampler):
     pass
 
 
-@pytest.mark.parametrize("poisson", [True, False])
+@pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -256,9 +364,14 @@ class Odd(RandomSampler):
         (lambda d: DataLoader(Endless()), "IterableDataset"),
     ],
 )
-def test_samplers_without_a_bound_are_refused(poisson, make, message):
+def test_samplers_without_a_bound_are_refused(sampling, make, message):
     with pytest.raises(ValueError, match=message):
-        private_loader(make(dataset(64)), poisson=poisson, stream=seeded())
+        private_loader(
+            make(dataset(64)),
+            sampling=sampling,
+            stream=seeded(),
+            max_batch_size=32 if sampling == "truncated_poisson" else None,
+        )
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,9 @@ class ParameterBook:
         total = self._total.cpu()
         doubtful = total < CANCELLATION * self._trace.cpu()
         if self._extreme is not None:
-            doubtful |= self._extreme.cpu()
+            extreme = self._extreme.cpu()
+            doubtful |= extreme
+            self._extreme = extreme if bool(extreme.any()) else None
         for record in doubtful.nonzero().reshape(-1).tolist():
             total[record] = self._exact_square(record)
         return total
@@ -307,11 +309,23 @@ class ParameterBook:
             rows = weights.pick(self.rows)
             torch.mv(rows.reshape(rows.shape[0], -1).to(out.dtype).t(), factors, out=out.view(-1))
             return
+        if self._extreme is not None and bool(weights.pick(self._extreme.to(weights.values.device)).any()):
+            # The factor times one side might overflow, and infinity times the other side, zero, is no number.
+            exact = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
+            self._add_terms(weights, exact, weights.values.to(exact).view(-1, 1, 1))
+            out.copy_(exact)
+        else:
+            self._add_terms(weights, out, factors.view(-1, 1, 1))
+
+    def _add_terms(self, weights: Weights, out: Tensor, factors: Tensor) -> None:
+        """Write the weighted sum of all outer products into ``out``; factors ``[kept, 1, 1]`` in its type."""
         if not self.dense:
             out.zero_()
-        factors = factors.view(-1, 1, 1)
         for i, d in enumerate(self.dense):
-            _add_product(out, wide(weights.pick(d.left)), wide(weights.pick(d.right)), factors, first=i == 0)
+            left, right = wide(weights.pick(d.left)), wide(weights.pick(d.right))
+            if out.dtype == torch.float64:
+                left, right = left.double(), right.double()
+            _add_product(out, left, right, factors, first=i == 0)
         for entry in self.lookups:
             values = wide(weights.pick(entry.right)).to(out.dtype) * factors
             out.index_add_(0, weights.pick(entry.ids).reshape(-1), values.reshape(-1, out.shape[-1]))

@@ -1,0 +1,72 @@
+"""Throughput of the noise against ``torch.randn`` in float64, one core and all, in one interleaved run.
+
+    python examples/benchmark_noise.py
+
+Prints millions of normal values per second (medians of the rounds) and the ratio to ``torch.randn``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from opacus_ac.gaussian import BLOCK, GaussianSampler
+from opacus_ac.key_stream import KeyStream
+from opacus_ac.randomness import SecretStream
+
+
+def drawing(summed: int) -> Callable[[], object]:
+    """One block from the sampler of one thread, nothing added to it."""
+    sampler = GaussianSampler(KeyStream(), summed)
+    return lambda: sampler.draw(BLOCK, 1.0)
+
+
+def adding(hardened: bool, size: int) -> Callable[[], object]:
+    """Noise added to float32 values, in all threads, as a training step does it."""
+    stream, target = SecretStream(hardened), torch.zeros(size)
+    return lambda: stream.add_normal([target], 1.0, 0.5)
+
+
+def rows(size: int) -> dict[str, tuple[int, int, Callable[[], object]]]:
+    """Name -> (threads, values per call, call)."""
+    cores = os.cpu_count() or 1
+    given = torch.empty(BLOCK, dtype=torch.float64)
+    return {
+        "torch.randn, float64, one core": (1, BLOCK, given.normal_),
+        "AES-256-CTR, one core": (1, BLOCK, drawing(1)),
+        "AES-256-CTR, sums of four, one core": (1, BLOCK, drawing(4)),
+        f"added to float32, {cores} threads": (cores, size, adding(False, size)),
+        f"added to float32, sums of four, {cores} threads": (cores, size, adding(True, size)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", type=int, default=13_000_000, help="values of the rows that add (default: 13 million)")
+    arguments = parser.parse_args()
+    table = rows(arguments.size)
+    rates: dict[str, list[float]] = {name: [] for name in table}
+    for _ in range(arguments.rounds):
+        for name, (threads, values, call) in table.items():
+            torch.set_num_threads(threads)
+            repeats = max(1, 2_000_000 // values)
+            call()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            rates[name].append(repeats * values / (time.perf_counter() - start) / 1e6)
+    base = statistics.median(rates["torch.randn, float64, one core"])
+    print(f"{'':50} million/s   of torch.randn")
+    for name, measured in rates.items():
+        rate = statistics.median(measured)
+        print(f"{name:50} {rate:9.1f} {rate / base:12.2f}   ({min(measured):.0f} to {max(measured):.0f})")
+
+
+if __name__ == "__main__":
+    main()
