@@ -78,7 +78,7 @@ def test_bad_plans_are_refused(change, match):
 def test_events_are_values():
     assert Event(1, np.float32(0.25)) == Event(1.0, 0.25, "poisson")
     assert type(Event(1, 0).sample_rate) is float
-    assert set(ADJACENCY) == {"poisson", "shuffled"}
+    assert set(ADJACENCY) == {"poisson", "shuffled", "fixed_size", "truncated_poisson"}
     with pytest.raises(ValueError, match="sampling"):
         Event(1.0, 0.1, "fixed")
     with pytest.raises(ValueError, match="not amplified"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from dataclasses import astuple
+from typing import Any
 
 import numpy as np
-from opacus.accountants import RDPAccountant, create_accountant, register_accountant
+from opacus.accountants import RDPAccountant
 
+from opacus_ac.accounting.divergence import rdp_event
 from opacus_ac.accounting.events import (
     Event,
     check_count,
@@ -15,27 +17,18 @@ from opacus_ac.accounting.events import (
     check_noise_multiplier,
     check_sample_rate,
 )
-from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp, rdp_poisson_gaussian
+from opacus_ac.accounting.history import (
+    HistorySnapshot,
+    Run,
+    append_run,
+    check_event,
+    checked_others,
+    checked_runs,
+    parsed_others,
+    summed,
+)
+from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp
 from opacus_ac.accounting.table import RDPTable
-
-Run = tuple[float, float, int]  # (noise_multiplier, sample_rate, steps)
-
-
-def _refuse_mutation(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    raise TypeError(
-        "accountant.history is a snapshot: a change made in place would not be accounted. Call accountant.step(...) or "
-        "assign a whole list: accountant.history = [(noise_multiplier, sample_rate, steps), ...]"
-    )
-
-
-class _HistorySnapshot(list[Run]):
-    """A list that refuses to change; copies and pickles of it are plain lists."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(self),)
-
-    append = extend = insert = pop = remove = clear = sort = reverse = _refuse_mutation
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse_mutation
 
 
 class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ignore]
@@ -47,8 +40,11 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
     Guarantees:
         Epsilon is never negative and never below the exact Rényi bound on its orders. The first 256 distinct
         ``(noise_multiplier, sample_rate)`` pairs are exact; rates of later ones are rounded up to a 1 % grid (see
-        ``RDPTable``). ``history`` always keeps the true values. With rates or noise chosen from past releases the sum is
-        a valid privacy filter (stop before a preset budget is exceeded), not an odometer.
+        ``RDPTable``). ``history`` always keeps the true values. With rates or noise chosen from past releases the sum
+        at one preset order is a valid privacy filter (see ``RenyiFilter``); the best order chosen afterwards is not.
+
+    ``history`` holds Poisson steps and shuffled passes (which cost what a step at rate 1 costs). Events of other kinds
+    have no such triple; they are in ``other_events``, and in the state dict under that name when there are any.
 
     References:
         arXiv 1908.10530 (subsampled Gaussian), 1905.09982 theorem 21 (conversion), 2008.11193 and 2103.01379
@@ -66,6 +62,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
     def __init__(self) -> None:
         self._table = RDPTable(DEFAULT_ORDERS)
         self._runs: list[Run] = []
+        self._others: dict[Event, int] = {}
         self._rdp: FloatArray = np.zeros_like(self._table.orders)
         super().__init__()  # assigns history = []
 
@@ -75,8 +72,8 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return "vrdp"
 
     def __len__(self) -> int:
-        """Number of runs of equal consecutive steps, as in Opacus's RDP accountant; 0 before the first step."""
-        return len(self._runs)
+        """Number of runs of equal consecutive steps, as in Opacus's, and of distinct other events; 0 at first."""
+        return len(self._runs) + len(self._others)
 
     @property
     def history(self) -> list[Run]:
@@ -88,18 +85,45 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Raises:
             ValueError: On assignment of anything but triples of valid values.
         """
-        return _HistorySnapshot(self._runs)
+        return HistorySnapshot(self._runs)
 
     @history.setter
     def history(self, runs: Iterable[Sequence[Any]]) -> None:
-        checked = _checked_runs(runs)
+        self._replace(checked_runs(runs), self._others)
+
+    @property
+    def other_events(self) -> dict[Event, int]:
+        """Events that the triples of ``history`` cannot hold, and how often each happened; a copy.
+
+        Assigning replaces them, leaves ``history`` alone and recomputes the divergences.
+
+        Raises:
+            ValueError: On assignment of anything but such events and counts; nothing changes then.
+        """
+        return dict(self._others)
+
+    @other_events.setter
+    def other_events(self, counts: Mapping[Event, int]) -> None:
+        self._replace(self._runs, checked_others(counts))
+
+    def counts(self) -> dict[Event, int]:
+        """Every event accounted and how often.
+
+        A shuffled pass comes back as a Poisson step at rate 1, which costs the same.
+        """
+        counts = {
+            Event(*pair): steps for pair, steps in summed(((run[0], run[1]), run[2]) for run in self._runs).items()
+        }
+        return {**counts, **self._others}
+
+    def _replace(self, runs: list[Run], others: dict[Event, int]) -> None:
+        """Take over a whole validated history."""
         self._table.forget()
-        counts: dict[tuple[float, float], int] = {}
-        for noise_multiplier, sample_rate, steps in checked:
-            pair = self._table.resolve(noise_multiplier, sample_rate)
-            counts[pair] = counts.get(pair, 0) + steps
-        self._rdp = self._table.total(counts)
-        self._runs = checked
+        pairs = summed((self._table.resolve(run[0], run[1]), run[2]) for run in runs)
+        rdp = self._table.total(pairs)
+        for event, steps in others.items():
+            rdp += steps * self._table.event_row(event)
+        self._runs, self._others, self._rdp = runs, others, rdp
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
         """Account one step.
@@ -111,18 +135,52 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Raises:
             ValueError: If a value is out of range; nothing is accounted then.
         """
-        noise, rate = check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate)
-        self._rdp += self._table.row(self._table.resolve(noise, rate))
-        _append_run(self._runs, noise, rate, 1)
+        self._account(check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate), 1)
 
-    def step_event(self, event: Event) -> None:
-        """Account one event; a shuffled pass counts as one step at rate 1.
+    def _account(self, noise: float, rate: float, steps: int) -> None:
+        self._rdp += steps * self._table.row(self._table.resolve(noise, rate))
+        append_run(self._runs, noise, rate, steps)
+
+    def step_event(self, event: Event, steps: int = 1) -> None:
+        """Account events of any kind; a shuffled pass counts as one step at rate 1.
+
+        Args:
+            event: what was released.
+            steps: how many such events.
 
         Raises:
-            ValueError: If ``event`` is not an ``Event``.
+            ValueError: If ``event`` is not an ``Event``, or ``steps`` no count; nothing is accounted then.
         """
-        _check_event(event)
-        self.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+        check_event(event)
+        if check_count(steps, "steps") == 0:
+            return
+        if event.is_plain:
+            self._account(event.noise_multiplier, event.sample_rate, int(steps))
+            return
+        self._account_other(event, int(steps))
+
+    def _account_other(self, event: Event, steps: int) -> None:
+        self._rdp += steps * self._table.event_row(event)
+        self._others[event] = self._others.get(event, 0) + steps
+
+    def spent_rdp(self, order: float) -> float:
+        """Rényi divergence of one order spent so far, in nats.
+
+        Args:
+            order: above 1; one of ``DEFAULT_ALPHAS`` costs nothing, another is computed from all events.
+
+        Raises:
+            ValueError: If the order is out of range.
+        """
+        found = np.flatnonzero(self._table.orders == order)
+        return float(self._rdp[found[0]]) if found.size else float(self._rdp_at([order])[0])
+
+    def _rdp_at(self, orders: Sequence[float]) -> FloatArray:
+        """Exact divergences at other orders, [n]."""
+        rdp = np.zeros(len(orders))
+        for event, steps in self.counts().items():
+            rdp += steps * rdp_event(event, orders)
+        return rdp
 
     def get_privacy_spent(self, *, delta: float, alphas: Sequence[float] | None = None) -> tuple[float, float]:
         """Epsilon spent so far, and the Rényi order that gives it.
@@ -138,18 +196,12 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Raises:
             ValueError: If ``delta`` is negative or an order is not above 1.
         """
-        if not self._runs:
+        if not len(self):
             check_delta(delta)
             return 0.0, 0.0
         if alphas is None:
             return epsilon_from_rdp(self._rdp, self._table.orders, delta)
-        counts: dict[tuple[float, float], int] = {}
-        for noise_multiplier, sample_rate, steps in self._runs:
-            counts[noise_multiplier, sample_rate] = counts.get((noise_multiplier, sample_rate), 0) + steps
-        rdp = np.zeros(len(alphas))
-        for (noise_multiplier, sample_rate), steps in counts.items():
-            rdp += steps * rdp_poisson_gaussian(noise_multiplier, sample_rate, alphas)
-        return epsilon_from_rdp(rdp, alphas, delta)
+        return epsilon_from_rdp(self._rdp_at(alphas), alphas, delta)
 
     def get_epsilon(self, delta: float, alphas: Sequence[float] | None = None, **kwargs: Any) -> float:
         """Epsilon spent so far, under the adjacency of the events accounted (see ``ADJACENCY``).
@@ -175,11 +227,21 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Raises:
             ValueError: If an argument is out of range.
         """
-        _check_event(event)
+        check_event(event)
         if check_count(steps, "steps") == 0:
             return self.get_epsilon(delta)
-        pair = self._table.resolve(event.noise_multiplier, event.sample_rate, remember=False)
-        return epsilon_from_rdp(self._rdp + int(steps) * self._table.row(pair), self._table.orders, delta)[0]
+        return epsilon_from_rdp(self._rdp_after(event, int(steps)), self._table.orders, delta)[0]
+
+    def _rdp_after(self, event: Event, steps: int) -> FloatArray:
+        after: FloatArray = self._rdp + steps * self._table.event_row(event, remember=False)
+        return after
+
+    def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Opacus's state, and ``"other_events"`` (plain lists) if there are events that ``history`` cannot hold."""
+        state: dict[str, Any] = super().state_dict(destination)
+        if self._others:
+            state["other_events"] = [[*astuple(event), steps] for event, steps in self._others.items()]
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Replace the history by a saved one.
@@ -190,12 +252,19 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Raises:
             ValueError: If it is empty, incomplete, invalid or of another accountant; nothing changes then.
         """
-        if state_dict and "history" in state_dict and state_dict.get("mechanism") == "rdp":
+        theirs = state_dict.get("mechanism") if state_dict else None
+        if theirs in ("rdp", "vrdp", "vpld") and theirs != self.mechanism() and "history" in state_dict:
             raise ValueError(
-                "state_dict of the 'rdp' accountant cannot be loaded into 'vrdp'; its history can be taken over with "
-                "accountant.history = state_dict['history']"
+                f"state_dict of the {theirs!r} accountant cannot be loaded into {self.mechanism()!r}; its history can be "
+                "taken over with accountant.history = state_dict['history']"
             )
-        super().load_state_dict(state_dict)
+        others = parsed_others(state_dict.get("other_events", [])) if state_dict else {}
+        before, self._others = self._others, others  # the setter of history computes both
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self._others = before
+            raise
 
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[Any], None]:
         """A hook for ``DPOptimizer.attach_step_hook`` that accounts each step.
@@ -226,48 +295,3 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
             self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=rate)
 
         return hook_fn
-
-
-def register() -> None:
-    """Make "vrdp" known to Opacus, so that ``create_accountant("vrdp")`` works; calling it again changes nothing.
-
-    Raises:
-        ValueError: If another class already has that name.
-    """
-    name = VariableRateRDPAccountant.mechanism()
-    try:
-        known = type(create_accountant(name))
-    except ValueError:
-        known = None
-    if known is not VariableRateRDPAccountant:
-        register_accountant(name, VariableRateRDPAccountant)
-
-
-def _check_event(event: Event) -> None:
-    if not isinstance(event, Event):
-        raise ValueError(f"event={event!r} must be an opacus_ac.accounting.Event")
-
-
-def _checked_runs(runs: Iterable[Sequence[Any]]) -> list[Run]:
-    """Validated runs, as plain floats and ints, without empty runs and with equal neighbours joined."""
-    checked: list[Run] = []
-    for index, run in enumerate(runs):
-        try:
-            noise_multiplier, sample_rate, count = run
-        except (TypeError, ValueError):
-            raise ValueError(f"history[{index}]={run!r} must be (noise_multiplier, sample_rate, steps)") from None
-        noise, rate = check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate)
-        steps = check_count(count, f"history[{index}] steps")
-        if steps:
-            _append_run(checked, noise, rate, steps)
-    return checked
-
-
-def _append_run(runs: list[Run], noise: float, rate: float, steps: int) -> None:
-    """Add steps at the end, joined to the last run if it is equal."""
-    if runs:
-        last_noise, last_rate, last_steps = runs[-1]
-        if last_noise == noise and last_rate == rate:
-            runs[-1] = (noise, rate, last_steps + steps)
-            return
-    runs.append((noise, rate, steps))

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+_ADD_REMOVE = "add/remove one record"
+_ZERO_OUT = "zero-out (one record's contribution removed)"
+
 #: What "neighbouring datasets" means in the guarantee of each kind of sampling; reports print it beside epsilon.
 ADJACENCY: dict[str, str] = {
-    "poisson": "add/remove one record",
-    "shuffled": "zero-out (one record's contribution removed)",
+    "poisson": _ADD_REMOVE,
+    "shuffled": _ZERO_OUT,
+    "fixed_size": _ZERO_OUT,
+    "truncated_poisson": _ZERO_OUT,
+}
+
+# The relations under which the bound of a kind holds, the strongest claim first. A Poisson bound also holds under
+# zero-out: sums are divided by public numbers, so a record that adds nothing and a record that is not there give the
+# same release. The converse fails for the others: their batches are filled up from a dataset whose size is public.
+_RELATIONS: dict[str, tuple[str, ...]] = {
+    kind: (_ADD_REMOVE, _ZERO_OUT) if relation == _ADD_REMOVE else (relation,) for kind, relation in ADJACENCY.items()
 }
 
 
@@ -22,8 +35,12 @@ class Event:
             is a release that holds no data.
         sample_rate: probability with which each record enters the batch. It is a public parameter of the sampler,
             never a realised batch size over the number of records.
-        sampling: ``"poisson"`` (independent draws, amplified by sampling) or ``"shuffled"`` (each record at most once a
-            pass, not amplified: ``sample_rate`` must be 1).
+        sampling: ``"poisson"`` (independent draws), ``"shuffled"`` (each record at most once a pass, not amplified:
+            ``sample_rate`` must be 1), ``"fixed_size"`` (exactly B of N records without replacement, drawn afresh each
+            step: ``sample_rate`` is B/N) or ``"truncated_poisson"`` (independent draws at ``sample_rate``, of which a
+            uniformly random subset of ``max_batch_size`` is kept when there are more).
+        dataset_size: number of records N, public; for ``"truncated_poisson"`` only.
+        max_batch_size: largest batch; for ``"truncated_poisson"`` only.
 
     Raises:
         ValueError: If a field is out of range; the message names it, its value and the remedy.
@@ -35,17 +52,74 @@ class Event:
     noise_multiplier: float
     sample_rate: float
     sampling: str = "poisson"
+    dataset_size: int | None = None
+    max_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noise_multiplier", check_noise_multiplier(self.noise_multiplier))
         object.__setattr__(self, "sample_rate", check_sample_rate(self.sample_rate))
-        if self.sampling not in ADJACENCY:
-            raise ValueError(f"sampling={self.sampling!r} is unknown; use one of {sorted(ADJACENCY)}")
+        _check_sampling(self.sampling)
         if self.sampling == "shuffled" and self.sample_rate != 1.0:
             raise ValueError(
                 f"sample_rate={self.sample_rate!r} with sampling='shuffled': shuffled batches are not amplified by "
                 "sampling; charge one event at sample_rate=1.0 per pass over the data (see ShuffledEpochs)"
             )
+        for name in ("dataset_size", "max_batch_size"):
+            object.__setattr__(self, name, self._checked_size(name))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``(noise_multiplier, sample_rate)`` says what it costs (poisson and shuffled events)."""
+        return self.sampling in ("poisson", "shuffled")
+
+    def __repr__(self) -> str:
+        sizes = ("dataset_size", "max_batch_size")
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in sizes]
+        shown += [f"{name}={getattr(self, name)!r}" for name in sizes if getattr(self, name) is not None]
+        return f"Event({', '.join(shown)})"
+
+    def _checked_size(self, name: str) -> int | None:
+        value = getattr(self, name)
+        if self.sampling == "truncated_poisson":
+            if value is None:
+                raise ValueError(f"{name} is missing: the bound of sampling='truncated_poisson' depends on it; give it")
+            return check_count(value, name, minimum=1)
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} with sampling={self.sampling!r}: that bound depends on the sample rate only; leave it out"
+            )
+        return None
+
+
+def common_adjacency(samplings: Iterable[str]) -> str:
+    """The adjacency under which one epsilon holds for steps of several kinds.
+
+    Poisson bounds hold under add/remove and, because sums are divided by public numbers, also under zero-out; those of
+    the other kinds hold under zero-out only.
+
+    Args:
+        samplings: kinds of sampling, as in ``Event.sampling``.
+
+    Raises:
+        ValueError: If there is no kind, an unknown one, or no relation that holds for all.
+
+    >>> common_adjacency(["poisson", "fixed_size"])
+    "zero-out (one record's contribution removed)"
+    """
+    kinds = sorted(set(samplings))
+    if not kinds:
+        raise ValueError("samplings is empty: name at least one kind of sampling")
+    for kind in kinds:
+        _check_sampling(kind)
+    for relation in _RELATIONS[kinds[0]]:
+        if all(relation in _RELATIONS[kind] for kind in kinds):
+            return relation
+    raise ValueError(f"samplings={kinds}: no adjacency holds for all of them; account them apart")
+
+
+def _check_sampling(sampling: str) -> None:
+    if sampling not in ADJACENCY:
+        raise ValueError(f"sampling={sampling!r} is unknown; use one of {sorted(ADJACENCY)}")
 
 
 def check_noise_multiplier(value: Any) -> float:

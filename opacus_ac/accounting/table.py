@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opacus_ac.accounting.divergence import rdp_pair
+from opacus_ac.accounting.events import Event
+from opacus_ac.accounting.grid import noise_below, rate_above
+from opacus_ac.accounting.pairs import Pair, PairRounding, dominating_pairs
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, rdp_poisson_gaussian
 
-#: Relative spacing of the geometric grids to which parameters are rounded once they take too many values.
-RATE_STEP = 0.01
-NOISE_STEP = 0.005
-
-_LOG_RATE = math.log1p(RATE_STEP)
-_LOG_NOISE = math.log1p(NOISE_STEP)
+#: How many distinct pairs have exact rows: of Poisson and shuffled events, and of the other kinds.
+MAX_PLAIN, MAX_OTHER = 256, 128
 
 
 class RDPTable:
@@ -32,6 +32,7 @@ class RDPTable:
         orders: Rényi orders, [n].
         max_exact: how many distinct pairs are kept exact.
         max_noise: how many distinct noise multipliers are kept exact on the grid of rates.
+        max_other: how many distinct pairs of events of other kinds are kept exact (see ``PairRounding``).
         max_rows: rows held in memory at most (``8 n`` bytes each); the oldest leaves first and is recomputed if needed.
     """
 
@@ -39,13 +40,15 @@ class RDPTable:
         self,
         orders: Sequence[float] | FloatArray = DEFAULT_ORDERS,
         *,
-        max_exact: int = 256,
+        max_exact: int = MAX_PLAIN,
         max_noise: int = 16,
+        max_other: int = MAX_OTHER,
         max_rows: int = 4096,
     ) -> None:
         self.orders: FloatArray = np.array(orders, dtype=np.float64)
         self._max_exact, self._max_noise, self._max_rows = max_exact, max_noise, max(1, max_rows)
-        self._rows: dict[tuple[float, float], FloatArray] = {}
+        self._max_other = max_other
+        self._rows: dict[tuple[float, float] | Pair, FloatArray] = {}
         self.forget()
 
     def __len__(self) -> int:
@@ -55,6 +58,7 @@ class RDPTable:
         """Forget which pairs were seen, so that the next ones are exact again; computed rows stay."""
         self._exact: set[tuple[float, float]] = set()
         self._noises: set[float] = set()
+        self._rounding = PairRounding(self._max_other)
 
     def resolve(self, noise_multiplier: float, sample_rate: float, *, remember: bool = True) -> tuple[float, float]:
         """The pair whose row stands for these parameters: themselves, or the next pair of the grid above their cost.
@@ -85,12 +89,30 @@ class RDPTable:
     def row(self, pair: tuple[float, float]) -> FloatArray:
         """The exact row of a resolved pair, [n]; read-only, computed once while it stays cached."""
         row = self._rows.get(pair)
-        if row is None:
-            row = rdp_poisson_gaussian(*pair, self.orders)
-            row.setflags(write=False)
-            if len(self._rows) >= self._max_rows:
-                del self._rows[next(iter(self._rows))]
-            self._rows[pair] = row
+        return self._kept(pair, rdp_poisson_gaussian(*pair, self.orders)) if row is None else row
+
+    def event_row(self, event: Event, *, remember: bool = True) -> FloatArray:
+        """The row that stands for one event of any kind, [n]: the best of the pairs that dominate it.
+
+        Args:
+            event: the event.
+            remember: whether it takes one of the exact places; False to ask what would happen.
+        """
+        if event.is_plain:
+            return self.row(self.resolve(event.noise_multiplier, event.sample_rate, remember=remember))
+        pairs = [self._rounding.resolve(pair, remember=remember) for pair in dominating_pairs(event)]
+        best: FloatArray = np.minimum.reduce([self._pair_row(pair) for pair in pairs])
+        return best
+
+    def _pair_row(self, pair: Pair) -> FloatArray:
+        row = self._rows.get(pair)
+        return self._kept(pair, rdp_pair(pair, self.orders)) if row is None else row
+
+    def _kept(self, key: tuple[float, float] | Pair, row: FloatArray) -> FloatArray:
+        row.setflags(write=False)
+        if len(self._rows) >= self._max_rows:
+            del self._rows[next(iter(self._rows))]
+        self._rows[key] = row
         return row
 
     def total(self, counts: dict[tuple[float, float], int]) -> FloatArray:
@@ -100,32 +122,3 @@ class RDPTable:
             if count:
                 total += count * self.row(pair)
         return total
-
-
-def rate_above(sample_rate: float) -> float:
-    """The least point of the grid ``1.01 ** -i`` that is not below a rate in (0, 1].
-
-    >>> 0.01 <= rate_above(0.01) <= 0.0101
-    True
-    """
-    # The slack keeps a grid point where it is; the loop makes sure that no rounding goes below the rate.
-    index = math.floor(-math.log(sample_rate) / _LOG_RATE + 1e-6)
-    rate = math.exp(-index * _LOG_RATE)
-    while rate < sample_rate:
-        index -= 1
-        rate = math.exp(-index * _LOG_RATE)
-    return min(rate, 1.0)
-
-
-def noise_below(noise_multiplier: float) -> float:
-    """The greatest point of the grid ``1.005 ** i`` that is not above a finite positive noise multiplier.
-
-    >>> 0.995 <= noise_below(1.0) <= 1.0
-    True
-    """
-    index = math.floor(math.log(noise_multiplier) / _LOG_NOISE + 1e-6)
-    noise = math.exp(index * _LOG_NOISE)
-    while noise > noise_multiplier:
-        index -= 1
-        noise = math.exp(index * _LOG_NOISE)
-    return noise

@@ -1,0 +1,24 @@
+"""Making the accountants known to Opacus; explicit, never a side effect of an import."""
+
+from __future__ import annotations
+
+from opacus.accountants import create_accountant, register_accountant
+
+from opacus_ac.accounting.accountant import VariableRateRDPAccountant
+from opacus_ac.accounting.pld_accountant import VariableRatePLDAccountant
+
+
+def register() -> None:
+    """Make "vrdp" and "vpld" known to Opacus's ``create_accountant``; calling it again changes nothing.
+
+    Raises:
+        ValueError: If another class already has one of these names.
+    """
+    for accountant in (VariableRateRDPAccountant, VariableRatePLDAccountant):
+        name = accountant.mechanism()
+        try:
+            known = type(create_accountant(name))
+        except ValueError:
+            known = None
+        if known is not accountant:
+            register_accountant(name, accountant)
