@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping
 
 from opacus.accountants import IAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
-from opacus_ac.accounting import Event, VariableRateRDPAccountant, calibrate_noise_multiplier
+from opacus_ac.accounting import (
+    Event,
+    RenyiFilter,
+    VariableRateRDPAccountant,
+    best_order,
+    calibrate_noise_multiplier,
+    epsilon_from_rdp,
+)
 from opacus_ac.errors import PrivacyBudgetExceeded
-from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.sampling import SamplingPlan
 
 _TOLERANCE = 1 + 1e-9
-
-Run = tuple[float, float, int]  # (noise multiplier, sample rate, steps)
 
 
 def spent(accountant: IAccountant, delta: float) -> float:
@@ -26,7 +28,7 @@ def spent(accountant: IAccountant, delta: float) -> float:
     history = accountant.history
     if any(sigma == 0 and rate > 0 for sigma, rate, _ in history):
         return math.inf
-    return float(accountant.get_epsilon(delta)) if history else 0.0
+    return float(accountant.get_epsilon(delta)) if len(accountant) else 0.0
 
 
 def epsilon_after(accountant: IAccountant, event: Event, delta: float, steps: int) -> float:
@@ -41,159 +43,97 @@ def epsilon_after(accountant: IAccountant, event: Event, delta: float, steps: in
 class BudgetGuard:
     """Refuses the step that would exceed a target (epsilon, delta).
 
+    Args:
+        accountant: the engine's accountant.
+        epsilon: target epsilon.
+        delta: target delta.
+        planned: events of the planned run, and how often each; the run may depart from them.
+
     Guarantees:
-        The choice of rates and noise of later steps may depend on earlier releases: stopping at a preset sum of
-        Renyi divergences is a valid privacy filter (Feldman and Zrnic 2021, arXiv 2008.11193).
+        With the accountant "vrdp" the guard is a privacy filter at one Renyi order, preset from the plan: rates and noise of
+        later steps, and the time of stopping, may depend on earlier releases. Other bounds are no filters; there the noise
+        must stay what was planned.
+
+    References:
+        Feldman and Zrnic 2021 (arXiv 2008.11193), theorem 4.3.
     """
 
-    def __init__(self, accountant: IAccountant, epsilon: float, delta: float) -> None:
+    def __init__(self, accountant: IAccountant, epsilon: float, delta: float, planned: Mapping[Event, int]) -> None:
         self.accountant, self.epsilon, self.delta = accountant, epsilon, delta
+        self._noises = {event.noise_multiplier for event in planned}
+        self._filter = _preset_filter(accountant, epsilon, delta, planned)
 
     def check(self, event: Event) -> None:
-        """Raise ``PrivacyBudgetExceeded`` when ``event`` does not fit any more; change nothing."""
+        """Raise when ``event`` does not fit any more; change nothing.
+
+        Raises:
+            PrivacyBudgetExceeded: it would exceed the target.
+            ValueError: its noise is another than planned, and the accountant is no filter.
+        """
+        if self._fits(event, 1):
+            return
         after = epsilon_after(self.accountant, event, self.delta, 1)
-        if after > self.epsilon * _TOLERANCE:
-            raise PrivacyBudgetExceeded(
-                f"the next step would reach epsilon {after:.4f} > {self.epsilon:g} at delta {self.delta:g}; it was "
-                "not taken and nothing of it was released"
+        raise PrivacyBudgetExceeded(
+            f"the next step would reach epsilon {after:.4f} and exceed the target {self.epsilon:g} at delta {self.delta:g}; "
+            "it was not taken and nothing of it was released"
+        )
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether rates, noise and stopping may depend on releases."""
+        return self._filter is not None
+
+    def bound(self, delta: float) -> float:
+        """Return the epsilon that the whole budget of the filter stands for at ``delta``; the target at its own delta."""
+        assert self._filter is not None
+        return epsilon_from_rdp([self._filter.budget], [self._filter.order], delta)[0]
+
+    def _fits(self, event: Event, steps: int) -> bool:
+        if isinstance(self.accountant, VariableRateRDPAccountant) and self._filter is not None:
+            return self._filter.fits(self.accountant.spent_rdp(self._filter.order), event, steps)
+        if event.noise_multiplier not in self._noises:
+            raise ValueError(
+                f"noise_multiplier changed to {event.noise_multiplier:g} during a run with a target epsilon: the accountant "
+                f'{self.accountant.mechanism()!r} is no privacy filter. Use PrivacyEngine(accountant="vrdp")'
             )
+        return epsilon_after(self.accountant, event, self.delta, steps) <= self.epsilon * _TOLERANCE
 
     def remaining(self, event: Event) -> int:
         """Return how many more of ``event`` fit."""
-
-        def fits(count: int) -> bool:
-            return epsilon_after(self.accountant, event, self.delta, count) <= self.epsilon * _TOLERANCE
-
         high = 1
-        while fits(high) and high < 1 << 40:
+        while self._fits(event, high) and high < 1 << 40:
             high *= 2
         low = high // 2  # fits, or is 0
         while low + 1 < high:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            low, high = (middle, high) if self._fits(event, middle) else (low, middle)
         return low
 
 
-def check_accountant(accountant: IAccountant, sampling: str) -> None:
-    """Raise ``ValueError`` when the accountant has no bound for a kind of sampling."""
-    if not isinstance(accountant, VariableRateRDPAccountant) and sampling not in ("poisson", "shuffled"):
-        raise ValueError(
-            f"sampling={sampling!r} has no bound in the accountant {accountant.mechanism()!r}, which knows Poisson batches "
-            'only: use PrivacyEngine(accountant="vrdp") or "vpld"'
-        )
+def _preset_filter(
+    accountant: IAccountant, epsilon: float, delta: float, planned: Mapping[Event, int]
+) -> RenyiFilter | None:
+    """Return the filter at the order that is best for what was spent and is planned; None without one."""
+    if type(accountant) is not VariableRateRDPAccountant:
+        return None
+    total = Counter(accountant.counts())
+    total.update(planned)
+    try:
+        return RenyiFilter(best_order(total, delta), epsilon, delta)
+    except ValueError:  # far too much was spent before: no step will fit
+        return RenyiFilter(best_order(planned, delta), epsilon, delta)
 
 
-def account_for(accountant: IAccountant, event: Event) -> None:
-    """Add ``event`` to an accountant of this package or of Opacus.
-
-    Raises:
-        ValueError: the accountant has no bound for this kind of sampling; nothing is added.
-    """
-    if isinstance(accountant, VariableRateRDPAccountant):
-        accountant.step_event(event)
-        return
-    check_accountant(accountant, event.sampling)
-    accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+def _planned_rates(plan: SamplingPlan, steps: int) -> list[float]:
+    """Return the sample rate of every charge of ``steps`` planned steps; shuffled passes are charged once, at rate 1."""
+    if plan.sampling == "shuffled":
+        return [1.0] * math.ceil(steps / plan.steps_per_pass)
+    return [plan.sizes.rate(step) for step in range(steps)]
 
 
-def _continues(history: Sequence[Run], earlier: Sequence[Run]) -> bool:
-    """Whether ``history`` begins with ``earlier``; runs of equal steps may have grown together."""
-    if len(earlier) > len(history):
-        return False
-    for position, (mine, theirs) in enumerate(zip(history, earlier, strict=False)):
-        grown = position == len(earlier) - 1 and mine[2] >= theirs[2]
-        if tuple(mine[:2]) != tuple(theirs[:2]) or not (grown or mine[2] == theirs[2]):
-            return False
-    return True
-
-
-class Account:
-    """What has been spent and what may be: accountant, ledger and target budget of one engine.
-
-    Args:
-        accountant: the engine's accountant; charges of an existing ledger are added to it.
-        ledger: path of the privacy ledger, or None.
-
-    Guarantees:
-        :meth:`charge` has written and accounted for an event before it returns, or raised and done neither; nothing may be
-        released before. The target is checked against all runs of the ledger, other processes' included.
-    """
-
-    def __init__(self, accountant: IAccountant, ledger: str | os.PathLike[str] | None = None) -> None:
-        self.accountant = accountant
-        self.guard: BudgetGuard | None = None
-        self.ledger = None if ledger is None else PrivacyLedger(ledger)
-        self.settings: dict[str, Any] | None = None
-        for event in self.ledger.charges if self.ledger is not None else []:
-            account_for(accountant, event)
-
-    def check_dataset(self, dataset_size: int) -> None:
-        """Raise ``LedgerError`` when the ledger is about another dataset."""
-        if self.ledger is not None:
-            self.ledger.check_dataset(dataset_size)
-
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Prepare for the charges of a run; ``settings`` are public and noted in the ledger."""
-        self.settings = settings
-
-    @property
-    def ledger_head(self) -> dict[str, Any] | None:
-        """Head of the ledger, for a checkpoint; None without a ledger."""
-        return None if self.ledger is None else self.ledger.head
-
-    def check_checkpoint(self, head: Mapping[str, Any] | None) -> None:
-        """Raise ``ValueError`` unless a checkpoint with this head belongs to this engine's ledger, or both have none."""
-        if head is not None and self.ledger is None:
-            raise ValueError(
-                "the checkpoint was written under a privacy ledger: build the engine with ledger=<its path>"
-            )
-        if head is None and self.ledger is not None:
-            raise ValueError(
-                "the checkpoint was written without a ledger, so its steps are not in this one: load it with an engine "
-                "without ledger="
-            )
-        if head is not None and self.ledger is not None:
-            self.ledger.check_head(head)
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Take over an accountant's saved state; what this engine has spent itself stays spent."""
-        if self.ledger is not None:
-            return  # every charge of the checkpoint is in it
-        if len(self.accountant) == 0:
-            self.accountant.load_state_dict(state)
-            return
-        saved = type(self.accountant)()
-        saved.load_state_dict(state)
-        if _continues(self.accountant.history, saved.history):
-            return
-        warnings.warn(
-            "this engine has accounted for steps that the checkpoint does not know: the sum of both is kept",
-            stacklevel=4,
-        )
-        self.accountant.history = [*saved.history, *self.accountant.history]
-
-    def charge(self, event: Event | None) -> None:
-        """Account for a step that is about to be released; None is a step that has been paid for.
-
-        Raises:
-            PrivacyBudgetExceeded: the step does not fit into the target; nothing was charged.
-        """
-        if event is None:
-            return
-        if self.ledger is None:
-            self._check(event)
-        else:
-            with self.ledger.locked() as others:
-                for other in others:
-                    account_for(self.accountant, other)
-                self._check(event)
-                assert self.settings is not None
-                self.ledger.charge(event, dataset_size=self.settings["dataset_size"], settings=self.settings)
-        account_for(self.accountant, event)
-
-    def _check(self, event: Event) -> None:
-        if self.guard is not None:
-            self.guard.check(event)
+def planned_events(plan: SamplingPlan, steps: int, noise_multiplier: float) -> dict[Event, int]:
+    """Return what ``steps`` planned steps cost: events, and how often each."""
+    return dict(Counter(plan.event(noise_multiplier, rate) for rate in _planned_rates(plan, steps)))
 
 
 def noise_for_target(
@@ -202,26 +142,35 @@ def noise_for_target(
     """Return the noise multiplier with which ``steps`` steps of ``plan`` spend at most the target.
 
     Raises:
-        ValueError: a schedule with an accountant that calibrates constant rates only; an impossible budget.
+        ValueError: a schedule with an accountant that cannot follow it; an impossible budget.
     """
-    rate: float | list[float] = plan.sizes.rate(0)
-    if plan.sampling == "shuffled":
-        # Each pass over the data is one release per record, without amplification.
-        rate, steps = 1.0, math.ceil(steps / plan.steps_per_pass)
-    elif plan.sizes.varies:
-        rate = [plan.sizes.rate(step) for step in range(steps)]
+    filters = type(accountant) is VariableRateRDPAccountant
+    if plan.sizes.is_function and not filters:
+        raise ValueError(
+            "batch_size_schedule as a function may depend on past releases, and with a target epsilon only accountant='vrdp' "
+            "is a privacy filter: use it, or give a sequence"
+        )
+    rates = _planned_rates(plan, steps)
+    constant = min(rates) == max(rates)
     if isinstance(accountant, VariableRateRDPAccountant):
         return calibrate_noise_multiplier(
-            target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=rate, steps=steps
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=rates[0] if constant else rates,
+            steps=len(rates),
+            sampling="poisson" if plan.sampling == "shuffled" else plan.sampling,
+            dataset_size=plan.sizes.dataset_size if plan.max_batch_size is not None else None,
+            max_batch_size=plan.max_batch_size,
+            method="rdp" if filters else "pld",
         )
-    if isinstance(rate, list):
-        raise ValueError("batch_size_schedule with a target epsilon needs accountant='vrdp'")
+    if not constant:
+        raise ValueError("batch_size_schedule with a target epsilon needs accountant='vrdp' or 'vpld'")
     return float(
         get_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
-            sample_rate=rate,
-            steps=steps,
+            sample_rate=rates[0],
+            steps=len(rates),
             accountant=accountant.mechanism(),
         )
     )

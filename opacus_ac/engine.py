@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from opacus_ac import accounting, checkpoint
-from opacus_ac.budget import Account, BudgetGuard, noise_for_target, spent
+from opacus_ac.account import Account
+from opacus_ac.budget import BudgetGuard, noise_for_target, planned_events, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
@@ -321,7 +322,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier, **kwargs
         )
         if made[1].policy.is_private:
-            self._account.guard = BudgetGuard(self.accountant, target_epsilon, target_delta)
+            planned = planned_events(template.plan, steps, noise_multiplier)
+            self._account.guard = BudgetGuard(self.accountant, target_epsilon, target_delta, planned)
         return made
 
     # ---------------------------------------------------------------- budget
@@ -350,6 +352,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
     def privacy_report(self, delta: float | None = None) -> PrivacyReport:
         """Return the privacy statement of the run so far.
 
+        Its epsilon is the smallest that holds: beside the accountant's, with "vrdp", that of the privacy loss
+        distribution, which takes up to some seconds to compute.
+
         Args:
             delta: delta to report at; by default the target's.
 
@@ -362,15 +367,18 @@ class PrivacyEngine(opacus.PrivacyEngine):
             if self._account.guard is None:
                 raise ValueError("privacy_report needs delta=... when no target was set")
             delta = self._account.guard.delta
+        plan, account = self._loader.plan, self._account
+        own_rule = plan.sizes.is_function or self._optimizer.mechanism.noise_multiplier != account.noise_multiplier
         return make_report(
             self._optimizer,
-            self._loader.plan,
-            epsilon=self.get_epsilon(delta),
+            plan,
+            bounds=account.bounds(delta, own_rule),
             delta=delta,
-            accountant=self.accountant.mechanism(),
-            history=[(float(s), float(q), int(n)) for s, q, n in self.accountant.history],
+            adjacency=account.adjacency(plan.sampling),
+            history=account.history,
+            adaptive=own_rule and not account.is_filtered,
             unknown_batches=self._unknown_batches,
-            ledger=None if self._account.ledger is None else self._account.ledger.summary,
+            ledger=None if account.ledger is None else account.ledger.summary,
         )
 
     # ---------------------------------------------------------------- taking hooks off

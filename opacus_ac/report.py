@@ -7,7 +7,6 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from opacus_ac.accounting import ADJACENCY
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling import SamplingPlan
 
@@ -19,7 +18,8 @@ class PrivacyReport:
     Attributes:
         epsilon: privacy loss spent so far; infinity when no bound holds.
         delta: the delta it holds at.
-        accountant: accounting method.
+        accountant: method that gives this epsilon: an accountant, or the privacy loss distribution of its history.
+        bounds: every epsilon that holds, by method.
         unit: what one record is.
         adjacency: which datasets are neighbours.
         sampling: how batches were drawn.
@@ -40,6 +40,7 @@ class PrivacyReport:
     epsilon: float
     delta: float
     accountant: str
+    bounds: dict[str, float]
     unit: str
     adjacency: str
     sampling: str
@@ -58,8 +59,13 @@ class PrivacyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values as JSON has them; an infinite epsilon becomes the string "infinity"."""
-        epsilon = "infinity" if math.isinf(self.epsilon) else self.epsilon
-        values: dict[str, Any] = json.loads(json.dumps({**asdict(self), "epsilon": epsilon}, allow_nan=False))
+
+        def finite(epsilon: float) -> float | str:
+            return "infinity" if math.isinf(epsilon) else epsilon
+
+        bounds = {name: finite(epsilon) for name, epsilon in self.bounds.items()}
+        plain = {**asdict(self), "epsilon": finite(self.epsilon), "bounds": bounds}
+        values: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
         return values
 
     def to_json(self) -> str:
@@ -71,8 +77,9 @@ class PrivacyReport:
         size = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         rates = [q for _, q, _ in self.history] or [low / self.dataset_size]
         rate = f"{rates[0]:.6g}" if min(rates) == max(rates) else f"{min(rates):.6g} to {max(rates):.6g}"
+        others = "".join(f"; {name}: {e:.4f}" for name, e in self.bounds.items() if name != self.accountant)
         lines = [
-            f"({self.epsilon:.4f}, {self.delta:g})-differential privacy by {self.accountant} accounting",
+            f"({self.epsilon:.4f}, {self.delta:g})-differential privacy by {self.accountant} accounting{others}",
             f"  protects        {self.unit}",
             f"  neighbours      {self.adjacency}",
             f"  sampling        {self.sampling}, N = {self.dataset_size}, expected batch {size}, rate q = {rate}",
@@ -91,22 +98,37 @@ def make_report(
     optimizer: AdaptiveClipDPOptimizer,
     plan: SamplingPlan,
     *,
-    epsilon: float,
+    bounds: dict[str, float],
     delta: float,
-    accountant: str,
+    adjacency: str,
     history: list[tuple[float, float, int]],
+    adaptive: bool = False,
     unknown_batches: int = 0,
     ledger: str | None = None,
 ) -> PrivacyReport:
-    """Put together the statement of a run from its parts; nothing private enters."""
+    """Put together the statement of a run from its parts; nothing private enters.
+
+    Args:
+        optimizer: the private optimizer.
+        plan: its sampling plan.
+        bounds: every epsilon that holds at ``delta``, by method.
+        delta: delta.
+        adjacency: neighbouring relation under which they hold.
+        history: accounted (noise multiplier, sample rate, steps).
+        adaptive: rates or noise may have followed from releases, and no preset budget covers that.
+        unknown_batches: steps on batches of unknown origin.
+        ledger: the ledger in words.
+    """
+    accountant = min(bounds, key=lambda name: bounds[name])
     sizes = [rate * plan.sizes.dataset_size for _, rate, _ in history if plan.sampling != "shuffled"]
     sizes = sizes or [plan.sizes.expected(0)]
     return PrivacyReport(
-        epsilon=epsilon,
+        epsilon=bounds[accountant],
         delta=delta,
         accountant=accountant,
+        bounds=bounds,
         unit="one record (a row of the dataset)",
-        adjacency=ADJACENCY[plan.sampling],
+        adjacency=adjacency,
         sampling=plan.sampling,
         dataset_size=plan.sizes.dataset_size,
         expected_batch_size=(min(sizes), max(sizes)),
@@ -119,7 +141,7 @@ def make_report(
         released=_released(optimizer),
         noise_source=optimizer.mechanism.stream.description,
         ledger=ledger,
-        warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches),
+        warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches, adaptive),
     )
 
 
@@ -137,7 +159,9 @@ def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
     return released
 
 
-def _warnings(optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int) -> list[str]:
+def _warnings(
+    optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int, adaptive: bool
+) -> list[str]:
     """Say what a reader of the claim must know."""
     found = []
     if not optimizer.policy.is_private:
@@ -148,6 +172,11 @@ def _warnings(optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, un
         found.append("the noise multiplier is 0: nothing is protected")
     if delta >= 1 / records:
         found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
+    if adaptive:
+        found.append(
+            "the noise multiplier or the batch size changed by a rule of yours: epsilon holds if the rule knows the number "
+            "of the step only. A rule that looks at releases needs a target budget (make_private_with_epsilon, vrdp)"
+        )
     if unknown_batches:
         found.append(f"{unknown_batches} steps on batches of unknown origin were charged at sample rate 1")
     return found

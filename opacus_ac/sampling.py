@@ -76,6 +76,11 @@ class BatchSizes:
                 self.expected(step)
 
     @property
+    def is_function(self) -> bool:
+        """Whether the rate follows a function, which may depend on past releases."""
+        return callable(self._schedule)
+
+    @property
     def varies(self) -> bool:
         """Whether the rate follows a schedule."""
         return self._schedule is not None

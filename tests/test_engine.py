@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
+from opacus_ac.accounting import Event, pld_epsilon
 from opacus_ac.checkpoint import digest
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
@@ -221,11 +222,13 @@ def test_report_states_the_claim():
     engine, model, optimizer, batches = make(loss_bound=None)
     train(model, optimizer, batches)
     report = engine.privacy_report(1e-2)
-    assert report.epsilon == engine.get_epsilon(1e-2)
+    assert report.bounds["vrdp"] == engine.get_epsilon(1e-2) > report.epsilon > 0
+    assert report.accountant == "privacy loss distribution"
+    assert report.epsilon == pld_epsilon({Event(1.0, 0.25): 4}, 1e-2)
     assert (report.dataset_size, report.steps, report.history) == (64, 4, [(1.0, 0.25, 4)])
     assert report.gradient_noise_multiplier == pytest.approx(math.sqrt(1.0412))
     text = str(report)
-    for phrase in ("add/remove one record", "poisson", "N = 64", "q = 0.25", "histogram of gradient norms", "secret"):
+    for phrase in ("add/remove one record", "poisson", "N = 64", "q = 0.25", "histogram of gradient norms", "AES-256"):
         assert phrase in text
     assert not report.warnings
     assert any("1/N" in warning for warning in engine.privacy_report(0.1).warnings)
@@ -235,14 +238,17 @@ def test_report_states_the_claim():
         PrivacyEngine().privacy_report(1e-3)
 
 
-@pytest.mark.parametrize("accountant", ["vrdp", "rdp"])
-@pytest.mark.parametrize("poisson", [True, False])
-def test_budget_is_spent_and_not_exceeded(accountant, poisson):
+BUDGETS = [(a, s) for a in ("vrdp", "vpld") for s in ("poisson", "shuffled", "fixed_size", "truncated_poisson")]
+
+
+@pytest.mark.parametrize(("accountant", "sampling"), [*BUDGETS, ("rdp", "poisson"), ("rdp", "shuffled")])
+def test_budget_is_spent_and_not_exceeded(accountant, sampling):
     model = classifier()
     engine = PrivacyEngine(accountant=accountant)
     model, optimizer, batches = engine.make_private_with_epsilon(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(64, 16, shuffle=True),
-        target_epsilon=3.0, target_delta=1e-3, epochs=2, max_grad_norm=1.0, poisson_sampling=poisson,
+        target_epsilon=3.0, target_delta=1e-3, epochs=2, max_grad_norm=1.0, sampling=sampling,
+        max_batch_size=24 if sampling == "truncated_poisson" else None,
     )  # fmt: skip
     planned = engine.remaining_steps()
     assert planned >= 8
@@ -257,6 +263,94 @@ def test_budget_is_spent_and_not_exceeded(accountant, poisson):
     assert 2.9 < engine.get_epsilon(1e-3) <= 3.0
     assert engine.remaining_steps() == 0
     assert engine.privacy_report().delta == 1e-3
+
+
+def with_target(accountant="vrdp", **kwargs):
+    engine, model = PrivacyEngine(accountant=accountant), classifier()
+    arguments = {"target_epsilon": 3.0, "target_delta": 1e-3, "steps": 12, "max_grad_norm": 1.0, **kwargs}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return (
+        engine,
+        *engine.make_private_with_epsilon(module=model, optimizer=optimizer, data_loader=loader(), **arguments),
+    )
+
+
+def until_the_budget_is_spent(model, optimizer, batches):
+    def for_long():
+        for _ in range(1000):
+            train(model, optimizer, batches)
+
+    with pytest.raises(PrivacyBudgetExceeded):
+        for_long()
+
+
+def test_a_schedule_that_follows_releases_is_under_a_privacy_filter():
+    """Batches grow when the released clip rate is high: the Renyi divergence at the preset order stays in its budget."""
+    made = []
+
+    def follow(step):
+        released = made[0][2].released if made else None
+        return 16 if released is None or released.clip_rate < 0.9 else 24
+
+    made.append(with_target(batch_size_schedule=follow))
+    engine, model, optimizer, batches = made[0]
+    until_the_budget_is_spent(model, optimizer, batches)
+    limit = engine._account.guard._filter
+    assert {rate for _, rate, _ in engine.accountant.history} == {16 / 64, 24 / 64}
+    assert 0.85 * limit.budget < engine.accountant.spent_rdp(limit.order) <= limit.budget * (1 + 1e-9)
+    report = engine.privacy_report()
+    assert report.epsilon == pytest.approx(3.0)
+    assert "filter" in report.accountant
+    assert not report.warnings
+
+
+def test_noise_that_changes_is_under_the_filter_or_refused():
+    engine, model, optimizer, batches = with_target()
+    train(model, optimizer, batches)
+    optimizer.noise_multiplier *= 1.5
+    until_the_budget_is_spent(model, optimizer, batches)
+    assert engine.privacy_report().epsilon == pytest.approx(3.0)
+    engine, model, optimizer, batches = with_target("vpld")
+    train(model, optimizer, batches)
+    optimizer.noise_multiplier *= 1.5
+    with pytest.raises(ValueError, match="no privacy filter"):
+        train(model, optimizer, batches)
+
+
+@pytest.mark.parametrize("accountant", ["vpld", "rdp"])
+def test_a_schedule_that_may_follow_releases_needs_the_filter(accountant):
+    with pytest.raises(ValueError, match="privacy filter"):
+        with_target(accountant, batch_size_schedule=lambda step: 16)
+
+
+def test_rules_without_a_target_are_reported_with_a_warning():
+    engine, model, optimizer, batches = make(batch_size_schedule=lambda step: 16)
+    train(model, optimizer, batches)
+    assert any("rule" in warning for warning in engine.privacy_report(1e-3).warnings)
+    engine, model, optimizer, batches = make()
+    train(model, optimizer, batches)
+    optimizer.noise_multiplier = 2.0
+    train(model, optimizer, batches)
+    assert any("rule" in warning for warning in engine.privacy_report(1e-3).warnings)
+
+
+def test_a_tighter_accountant_needs_less_noise():
+    noises = [with_target(accountant, epochs=None)[2].noise_multiplier for accountant in ("vrdp", "vpld")]
+    assert 0.6 < noises[1] / noises[0] < 0.98
+
+
+def test_a_second_run_under_a_spent_budget_stops_at_once():
+    engine, model, optimizer, batches = with_target()
+    until_the_budget_is_spent(model, optimizer, batches)
+    again = classifier()
+    with pytest.warns(UserWarning, match="spent already"):
+        _, optimizer, batches = engine.make_private_with_epsilon(
+            module=again, optimizer=torch.optim.SGD(again.parameters(), lr=0.1), data_loader=loader(),
+            target_epsilon=1.0, target_delta=1e-3, steps=12,
+        )  # fmt: skip
+    assert engine.remaining_steps() == 0
+    until_the_budget_is_spent(again, optimizer, batches)
+    assert optimizer.steps_taken == 0
 
 
 def test_refused_step_releases_nothing():
@@ -445,7 +539,7 @@ def test_what_an_engine_spent_stays_spent_when_it_loads_a_checkpoint(tmp_path):
     torch.save({**state, "digest": digest(state)}, tmp_path / "other.pt")
     with pytest.warns(UserWarning, match="sum of both"):
         other.load_checkpoint(path=tmp_path / "other.pt", module=model, optimizer=optimizer)
-    assert other.accountant.history == [(1.0, 0.25, 4), (1.0, 0.125, 8)]
+    assert other.accountant.history == [(1.0, 0.125, 8), (1.0, 0.25, 4)]
 
 
 def test_a_checkpoint_that_runs_code_is_refused(tmp_path):

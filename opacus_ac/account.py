@@ -1,0 +1,190 @@
+"""The account of an engine: accountant, ledger and target budget, charged together and before every release."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opacus.accountants import IAccountant
+
+from opacus_ac.accounting import Event, VariableRateRDPAccountant, common_adjacency, pld_epsilon
+from opacus_ac.budget import BudgetGuard, spent
+from opacus_ac.ledger import PrivacyLedger
+
+Run = tuple[float, float, int]  # (noise multiplier, sample rate, steps)
+
+
+def check_accountant(accountant: IAccountant, sampling: str) -> None:
+    """Raise ``ValueError`` when the accountant has no bound for a kind of sampling."""
+    if not isinstance(accountant, VariableRateRDPAccountant) and sampling not in ("poisson", "shuffled"):
+        raise ValueError(
+            f"sampling={sampling!r} has no bound in the accountant {accountant.mechanism()!r}, which knows Poisson batches "
+            'only: use PrivacyEngine(accountant="vrdp") or "vpld"'
+        )
+
+
+def account_for(accountant: IAccountant, event: Event) -> None:
+    """Add ``event`` to an accountant of this package or of Opacus.
+
+    Raises:
+        ValueError: the accountant has no bound for this kind of sampling; nothing is added.
+    """
+    if isinstance(accountant, VariableRateRDPAccountant):
+        accountant.step_event(event)
+        return
+    check_accountant(accountant, event.sampling)
+    accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+
+
+def _continues(history: Sequence[Run], earlier: Sequence[Run]) -> bool:
+    """Whether ``history`` begins with ``earlier``; runs of equal steps may have grown together."""
+    if len(earlier) > len(history):
+        return False
+    for position, (mine, theirs) in enumerate(zip(history, earlier, strict=False)):
+        grown = position == len(earlier) - 1 and mine[2] >= theirs[2]
+        if tuple(mine[:2]) != tuple(theirs[:2]) or not (grown or mine[2] == theirs[2]):
+            return False
+    return True
+
+
+class Account:
+    """What has been spent and what may be: accountant, ledger and target budget of one engine.
+
+    Args:
+        accountant: the engine's accountant; charges of an existing ledger are added to it.
+        ledger: path of the privacy ledger, or None.
+
+    Guarantees:
+        :meth:`charge` has written and accounted for an event before it returns, or raised and done neither; nothing may be
+        released before. The target is checked against all runs of the ledger, other processes' included.
+    """
+
+    def __init__(self, accountant: IAccountant, ledger: str | os.PathLike[str] | None = None) -> None:
+        self.accountant = accountant
+        self.guard: BudgetGuard | None = None
+        self.ledger = None if ledger is None else PrivacyLedger(ledger)
+        self.settings: dict[str, Any] | None = None
+        self._samplings: set[str] = set()
+        for event in self.ledger.charges if self.ledger is not None else []:
+            self._add(event)
+
+    def check_dataset(self, dataset_size: int) -> None:
+        """Raise ``LedgerError`` when the ledger is about another dataset."""
+        if self.ledger is not None:
+            self.ledger.check_dataset(dataset_size)
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Prepare for the charges of a run; ``settings`` are public and noted in the ledger."""
+        self.settings = settings
+
+    @property
+    def ledger_head(self) -> dict[str, Any] | None:
+        """Head of the ledger, for a checkpoint; None without a ledger."""
+        return None if self.ledger is None else self.ledger.head
+
+    def check_checkpoint(self, head: Mapping[str, Any] | None) -> None:
+        """Raise ``ValueError`` unless a checkpoint with this head belongs to this engine's ledger, or both have none."""
+        if head is not None and self.ledger is None:
+            raise ValueError(
+                "the checkpoint was written under a privacy ledger: build the engine with ledger=<its path>"
+            )
+        if head is None and self.ledger is not None:
+            raise ValueError(
+                "the checkpoint was written without a ledger, so its steps are not in this one: load it with an engine "
+                "without ledger="
+            )
+        if head is not None and self.ledger is not None:
+            self.ledger.check_head(head)
+
+    def adjacency(self, sampling: str) -> str:
+        """Return the neighbouring relation that holds for all that was charged, and for batches drawn by ``sampling``."""
+        others = getattr(self.accountant, "other_events", {})
+        return common_adjacency({sampling, *self._samplings, *(event.sampling for event in others)})
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """The noise multiplier that the run began with."""
+        return None if self.settings is None else self.settings["noise_multiplier"]
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether a privacy filter covers rates and noise that follow from releases."""
+        return self.guard is not None and self.guard.is_filter
+
+    @property
+    def history(self) -> list[tuple[float, float, int]]:
+        """Accounted (noise multiplier, sample rate, steps), of every kind of sampling."""
+        runs = [(float(noise), float(rate), int(steps)) for noise, rate, steps in self.accountant.history]
+        others: Mapping[Event, int] = getattr(self.accountant, "other_events", {})
+        return runs + [(event.noise_multiplier, event.sample_rate, steps) for event, steps in others.items()]
+
+    def bounds(self, delta: float, own_rule: bool = False) -> dict[str, float]:
+        """Return every epsilon that holds for what was spent, by method.
+
+        Args:
+            delta: delta.
+            own_rule: rates or noise may have followed from releases. Under a privacy filter the bound is then its whole
+                budget, whatever of it was spent.
+        """
+        name = self.accountant.mechanism()
+        found = {name: spent(self.accountant, delta)}
+        if own_rule and self.guard is not None and self.guard.is_filter:
+            return {f"{name} (privacy filter)": self.guard.bound(delta)}
+        if type(self.accountant) is VariableRateRDPAccountant and 0 < found[name] < math.inf and not own_rule:
+            found["privacy loss distribution"] = pld_epsilon(self.accountant.counts(), delta)
+        return found
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take over an accountant's saved state; what this engine has spent itself stays spent."""
+        if self.ledger is not None:
+            return  # every charge of the checkpoint is in it
+        if len(self.accountant) == 0:
+            self.accountant.load_state_dict(state)
+            return
+        saved = type(self.accountant)()
+        saved.load_state_dict(state)
+        others = Counter(getattr(saved, "other_events", {}))
+        if _continues(self.accountant.history, saved.history) and others <= Counter(
+            getattr(self.accountant, "other_events", {})
+        ):
+            return
+        warnings.warn(
+            "this engine has accounted for steps that the checkpoint does not know: the sum of both is kept",
+            stacklevel=4,
+        )
+        if isinstance(self.accountant, VariableRateRDPAccountant):
+            for event, steps in saved.counts().items():
+                self.accountant.step_event(event, steps)
+        else:
+            self.accountant.history = [*saved.history, *self.accountant.history]
+
+    def charge(self, event: Event | None) -> None:
+        """Account for a step that is about to be released; None is a step that has been paid for.
+
+        Raises:
+            PrivacyBudgetExceeded: the step does not fit into the target; nothing was charged.
+        """
+        if event is None:
+            return
+        if self.ledger is None:
+            self._check(event)
+        else:
+            with self.ledger.locked() as others:
+                for other in others:
+                    self._add(other)
+                self._check(event)
+                assert self.settings is not None
+                self.ledger.charge(event, dataset_size=self.settings["dataset_size"], settings=self.settings)
+        self._add(event)
+
+    def _add(self, event: Event) -> None:
+        account_for(self.accountant, event)
+        self._samplings.add(event.sampling)
+
+    def _check(self, event: Event) -> None:
+        if self.guard is not None:
+            self.guard.check(event)
