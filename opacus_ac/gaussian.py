@@ -7,6 +7,7 @@ has in vectorised form; its angle comes from a table of directions turned by the
 from __future__ import annotations
 
 import math
+import os
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 # Values in a block: its work space (3.3 MB a thread) stays in the shared cache. Smaller blocks fit into that of a core,
 # but every call of numpy ends with the threads waiting for the interpreter in turn, which costs more.
 BLOCK = 1 << 17
-# Values that torch works on in the calling thread; more of them it would share with threads of its own.
+# Values whose logarithm is taken at once, as measured with one thread and with two.
 _LOG_PIECE = 1 << 14
+_IMPORTED_BY = os.getpid()
 _DIRECTIONS = 1 << 12
 _ANGLE = 2 * math.pi / _DIRECTIONS
 # One more than a turn: a fraction of a turn rounds to 0 ... _DIRECTIONS, both ends included.
@@ -130,6 +132,10 @@ class GaussianSampler:
         np.right_shift(words, np.uint64(11), out=words)
         np.add(words, np.uint64(1), out=words)
         np.multiply(words, 2.0**-53, out=out, casting="unsafe")
+        if os.getpid() != _IMPORTED_BY:
+            # A forked child: torch would wait for ever for the threads that its parent had.
+            np.log(out, out=out)
+            return
         for piece in torch.from_numpy(out).split(_LOG_PIECE):
             piece.log_()
 

@@ -6,6 +6,8 @@ Tests on secret draws cannot fix a seed: their thresholds make a false alarm rar
 import copy
 import math
 import os
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from itertools import combinations
@@ -262,6 +264,31 @@ def test_a_stream_that_did_not_notice_the_fork_is_caught(monkeypatch):
     noise(stream, BLOCK)
     child = from_child(lambda: noise(stream, BLOCK))
     assert not independent(torch.stack([child, noise(stream, BLOCK)]))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_does_not_wait_for_threads_of_its_parent():
+    """The parent's torch has worked in two threads, which a child does not have; any torch call of this size would hang."""
+    code = """
+import os, signal, torch
+from opacus_ac.randomness import SecretStream
+torch.set_num_threads(2)
+stream, target = SecretStream(), torch.zeros(600_000)
+torch.rand(3_000_000).log()
+stream.add_normal([target], 1.0)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    target.numpy()[:] = 0
+    stream.add_normal([target], 1.0)
+    os._exit(0 if 590_000 < (target.numpy() ** 2).sum() < 610_000 else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "0", run.stderr
 
 
 def test_a_copy_is_a_new_stream():
