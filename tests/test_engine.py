@@ -8,7 +8,7 @@ import numpy as np
 import opacus
 import pytest
 import torch
-from helpers import classifier, dataset, loader, train
+from helpers import classifier, dataset, loader, loss_of, train
 from opacus.schedulers import ExponentialNoise
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
@@ -199,6 +199,32 @@ def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
 def test_what_this_version_does_not_have_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PrivacyEngine(**arguments)
+
+
+def test_secure_mode_hardens_gradient_histogram_and_loss():
+    """All Gaussians of a step are sums of four; draws of batches come from the same kind of stream."""
+    engine, model, optimizer, batches = make(PrivacyEngine(secure_mode=True), loss_bound=5.0)
+    for batch in batches:
+        optimizer.zero_grad()
+        losses = loss_of(model, batch, "none")
+        losses.mean().backward()
+        optimizer.record_losses(losses)
+        optimizer.step()
+    streams = [optimizer.mechanism.stream, optimizer.mechanism._statistics_stream, batches.batch_sampler.stream]
+    assert all("AES-256-CTR" in s.description and "sums of four" in s.description for s in streams)
+    assert all(sampler._summed == 4 for stream in streams[:2] for sampler in stream._samplers)
+    assert "sums of four" in str(engine.privacy_report(1e-3))
+    assert "sums of four" not in make()[2].mechanism.stream.description
+
+
+def test_secure_mode_with_a_seeded_generator_is_refused():
+    with pytest.raises(ValueError, match="noise_generator"):
+        make(PrivacyEngine(secure_mode=True), noise_generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="secure_mode"):
+        AdaptiveClipDPOptimizer(
+            torch.optim.SGD(classifier().parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0,
+            expected_batch_size=4, secure_mode=True, generator=torch.Generator(),
+        )  # fmt: skip
 
 
 def test_raw_rule_reports_infinity_and_says_why():
