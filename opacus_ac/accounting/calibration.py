@@ -154,18 +154,19 @@ class _Plan:
         self._losses = _rounded(events, PairRounding(MAX_EXACT))
         self._coarse = _rounded(events, PairRounding(0, rate_step=0.1)) if self.many_rates else self._losses
 
-    def _rdp(self, noise: float) -> FloatArray:
+    @staticmethod
+    def _rdp(counts: Counts, noise: float) -> FloatArray:
         rdp = np.zeros_like(DEFAULT_ORDERS)
-        for choices, count in self._renyi.items():
+        for choices, count in counts.items():
             if count:
                 rdp += count * np.minimum.reduce([rdp_pair(Pair(noise, parts), DEFAULT_ORDERS) for parts in choices])
         return rdp
 
     def epsilon(self, noise: float, delta: float) -> float:
-        return epsilon_from_rdp(self._rdp(noise), DEFAULT_ORDERS, delta)[0]
+        return epsilon_from_rdp(self._rdp(self._renyi, noise), DEFAULT_ORDERS, delta)[0]
 
     def pld_epsilon(self, noise: float, delta: float, *, coarse: bool = False) -> float:
-        rdp = self._rdp(noise)
+        rdp = self._rdp(self._coarse if coarse else self._renyi, noise)
         bound = epsilon_from_rdp(rdp, DEFAULT_ORDERS, delta)[0]
         if not 0.0 < bound < math.inf:
             return bound
