@@ -27,7 +27,8 @@ _EPS = float(np.finfo(np.float64).eps)
 _MIN_LOG_SIZE, _MAX_LOG_SIZE = 12, 18
 _MAX_LOSS = 300.0  # beyond, e^loss and the Chernoff factors leave floating point's reach
 _WRAPPED = 1e-4  # share of delta that the grid is planned to lose over its top
-_FINENESS = 0.07  # spacing over the root mean square of one step's loss: epsilon grows by some 0.05 %
+_FINENESS = 0.05  # spacing over the root mean square of one step's loss: epsilon grows by some 0.03 %
+_COARSER = 1.5  # a grid may be so much coarser before it is planned anew
 _MARGIN = 1.1
 # Exponents of the Chernoff bound, times the grid's top: two sequences that double, so that squares save exponentials.
 _FIRST_TILTS = np.array([2.0, 2.0 * math.sqrt(2.0)])
@@ -79,7 +80,7 @@ class Grid:
 
     def serves(self, needed: Grid) -> bool:
         """Whether a run that needs that grid may stay on this one."""
-        return self.top >= needed.needed * (1.0 - 1e-6) and self.spacing <= 2.5 * needed.spacing
+        return self.top >= needed.needed * (1.0 - 1e-6) and self.spacing <= _COARSER * needed.spacing
 
 
 class Composition:
