@@ -27,10 +27,13 @@ _EPS = float(np.finfo(np.float64).eps)
 _MIN_LOG_SIZE, _MAX_LOG_SIZE = 12, 18
 _MAX_LOSS = 300.0  # beyond, e^loss and the Chernoff factors leave floating point's reach
 _WRAPPED = 1e-4  # share of delta that the grid is planned to lose over its top
-_FINENESS = 0.07  # spacing over the root mean square of one step's loss: epsilon grows by some 0.05 %
+_FINENESS = 0.05  # spacing over the root mean square of one step's loss: epsilon grows by some 0.03 %
+_COARSER = 1.5  # a grid may be so much coarser before it is planned anew
 _MARGIN = 1.1
-#: Exponents of the Chernoff bound, times the grid's largest loss.
-_TILTS = np.geomspace(2.0, 300.0, 24)
+# Exponents of the Chernoff bound, times the grid's top: two sequences that double, so that squares save exponentials.
+_FIRST_TILTS = np.array([2.0, 2.0 * math.sqrt(2.0)])
+_DOUBLINGS = 8
+_TILTS = np.concatenate([_FIRST_TILTS * 2.0**k for k in range(_DOUBLINGS)])
 _CACHED_ROWS = 64
 
 
@@ -77,7 +80,7 @@ class Grid:
 
     def serves(self, needed: Grid) -> bool:
         """Whether a run that needs that grid may stay on this one."""
-        return self.top >= needed.needed and self.spacing <= 2.5 * needed.spacing
+        return self.top >= needed.needed * (1.0 - 1e-6) and self.spacing <= _COARSER * needed.spacing
 
 
 class Composition:
@@ -181,10 +184,14 @@ class Composition:
     def _log_moment(self, atoms: Atoms) -> FloatArray:
         """Log of E[e^{tilt * loss}] over the finite losses, for each tilt."""
         filled = np.flatnonzero(atoms.masses)
-        losses = (atoms.start + filled) * self.grid.spacing
-        exponents = np.multiply.outer(_TILTS / self.grid.top, losses - losses[-1])
-        moments: FloatArray = np.log(np.exp(exponents) @ atoms.masses[filled])
-        return moments + _TILTS * (losses[-1] / self.grid.top)
+        losses, masses = (atoms.start + filled) * self.grid.spacing, atoms.masses[filled]
+        factors = np.exp(np.multiply.outer(_FIRST_TILTS / self.grid.top, losses - losses[-1]))
+        moments = np.empty(len(_TILTS))
+        for k in range(_DOUBLINGS):
+            moments[2 * k : 2 * k + 2] = factors @ masses
+            np.square(factors, out=factors)
+        result: FloatArray = np.log(moments) + _TILTS * (losses[-1] / self.grid.top)
+        return result
 
 
 def _power(row: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:

@@ -17,7 +17,7 @@ from opacus_ac.accounting.pairs import Component, Pair, dominating_pairs
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, rdp_poisson_gaussian
 
 _TAIL = 9.5  # standard deviations kept on either side
-_MAX_CELLS = 1 << 22  # nodes times orders of one quadrature
+_MAX_CELLS = 1 << 20  # nodes times orders of one quadrature
 _SERIES_TERMS = 12
 _SERIES_LIMIT = 0.05
 

@@ -103,7 +103,7 @@ def pld_epsilon(counts: Mapping[Event, int], delta: float) -> float:
 
     Guarantees:
         Never below the true epsilon, if rates and noise were fixed in advance (not chosen from releases). For constant
-        rates some 0.05 % above it; with many distinct rates, which are rounded up, some 0.5 %.
+        rates some 0.03 % above it; with many distinct rates, which are rounded up, some 0.5 %.
 
     Raises:
         ValueError: If delta is negative or a count is not a whole number.
