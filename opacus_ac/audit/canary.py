@@ -100,6 +100,7 @@ class _Auditor:
         optimizer: the private optimizer around plain gradient descent with learning rate 1.
         holds_canary: whether this process' data hold the canary.
         sum_over_ranks: adds up a vector over the processes of a distributed run.
+        noise_multiplier: z, the claim; what the optimizer says of itself is not asked.
     """
 
     def __init__(
@@ -109,8 +110,10 @@ class _Auditor:
         optimizer: AdaptiveClipDPOptimizer,
         holds_canary: bool,
         sum_over_ranks: Callable[[FloatArray], FloatArray],
+        noise_multiplier: float,
     ) -> None:
         self.optimizer, self.sum_over_ranks = optimizer, sum_over_ranks
+        self.std = noise_multiplier * optimizer.statistics.sensitivity
         self.parameters = dict(bare.named_parameters())
         self.start = self._weights()
         grads = task.gradients()
@@ -140,8 +143,10 @@ class _Auditor:
 
     def observe(self, release: StepRelease, members: Indices, factors: FloatArray) -> None:
         """Compare what a step published with what its batch, known to the auditor, adds up to."""
-        bound, std = release.max_grad_norm, release.gradient_noise_multiplier
-        scale = release.lr_multiplier / release.expected_batch_size
+        bound, std = release.max_grad_norm, self.std
+        scale = release.lr_multiplier
+        if self.optimizer.loss_reduction == "mean":
+            scale /= release.expected_batch_size
         if self.optimizer.normalize:
             scale *= self.optimizer.policy.initial_bound / bound
         published = (self.start - self._weights()) / (scale * bound)
@@ -317,7 +322,7 @@ def canary_audit(
         noise_multiplier=noise_multiplier,
         **settings,
     )
-    auditor = _Auditor(task, bare, optimizer, holds_canary, sum_over_ranks)
+    auditor = _Auditor(task, bare, optimizer, holds_canary, sum_over_ranks, noise_multiplier)
     _train(task, model, optimizer, loader, auditor, steps)
     notes = () if optimizer.policy.is_private else ("the clip policy reads raw norms; this audit does not look at C",)
     return AuditResult(
@@ -334,4 +339,5 @@ def canary_audit(
 def describe(noise_multiplier: float, settings: dict[str, Any]) -> str:
     """Return what is audited, in words."""
     chosen = {"grad_sample_mode": "bk", "clipping": "adaptive", **settings}
-    return f"noise multiplier {noise_multiplier:g}, " + ", ".join(f"{k}={v}" for k, v in chosen.items())
+    stated = [f"{k}={v}" for k, v in chosen.items() if v is not None and v is not False]
+    return f"noise multiplier {noise_multiplier:g}, {', '.join(stated)}"
