@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from opacus_ac.loss import per_record_causal_lm_loss
 from opacus_ac.testing import check_norms, check_records_independent, per_sample_gradients, select_records
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -125,6 +126,87 @@ def test_a_model_that_couples_records_is_caught(per_record: bool) -> None:
     check_records_independent(nn.Linear(3, 2), x, loss)
     with pytest.raises(AssertionError, match=r"linear\.weight"):
         check_records_independent(Centred(), x, loss)
+
+
+def mean_classification(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(1), batch[1])
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(4), nn.BatchNorm2d(2), nn.SyncBatchNorm(2)], ids=lambda n: type(n).__name__
+)
+def test_batch_normalisation_is_caught(norm: nn.Module) -> None:
+    """With one value per channel and record, a record alone cannot even be normalised."""
+    x = torch.randn(3, 4) if isinstance(norm, nn.BatchNorm1d) else torch.randn(3, 2, 2, 1)
+    model = nn.Sequential(nn.Linear(x.shape[-1], x.shape[-1]), norm).train()
+    batch = (x, torch.tensor([0, 1, 2]))
+    alone = "cannot be computed without" if isinstance(norm, nn.BatchNorm1d) else "depends on the other records"
+    with pytest.raises(AssertionError, match=alone):
+        check_records_independent(model, batch, mean_classification)
+    model[1] = nn.GroupNorm(1, x.shape[1])
+    check_records_independent(model, batch, mean_classification)
+
+
+def test_an_error_of_the_loss_itself_stays_what_it_is() -> None:
+    def broken(model: nn.Module, batch: Tensor) -> Tensor:
+        raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="my own mistake"):
+        check_records_independent(nn.Linear(3, 2), torch.randn(3, 3), broken)
+
+
+@pytest.mark.parametrize("per_record", [True, False])
+def test_in_batch_negatives_are_caught(per_record: bool) -> None:
+    """A contrastive loss compares each record with the others; with fixed negatives it does not."""
+    model, negatives = nn.Linear(3, 4), torch.randn(5, 4)
+    pairs = Pair(torch.randn(3, 3), torch.randn(3, 3))
+
+    def contrastive(model: nn.Module, batch: Pair) -> Tensor:
+        logits = model(batch.x) @ model(batch.y).T
+        losses = F.cross_entropy(logits, torch.arange(len(logits)), reduction="none")
+        return losses if per_record else losses.mean()
+
+    def against_fixed(model: nn.Module, batch: Pair) -> Tensor:
+        anchors, positives = model(batch.x), model(batch.y)
+        logits = torch.cat([(anchors * positives).sum(1, keepdim=True), anchors @ negatives.T], 1)
+        losses = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none")
+        return losses if per_record else losses.mean()
+
+    check_records_independent(model, pairs, against_fixed)
+    with pytest.raises(AssertionError, match="record 0 depends on the other records"):
+        check_records_independent(model, pairs, contrastive)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_load_balancing_of_experts_is_caught(balanced: bool) -> None:
+    """The router's auxiliary loss is a product of two means over the tokens of the batch."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=tiny_models.VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, num_local_experts=3, output_router_logits=balanced,
+        router_aux_loss_coef=0.1, use_cache=False, pad_token_id=None, experts_implementation="eager",
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).double()
+    batch = tiny_models.token_batch(3, 5, padded=False)  # of one length, so that the token mean couples nothing
+    if balanced:
+        with pytest.raises(AssertionError, match="depends on the other records"):
+            check_records_independent(model, batch, token_mean_loss)
+    else:
+        check_records_independent(model, batch, token_mean_loss)
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama"])
+def test_a_proper_causal_model_passes(name: str) -> None:
+    model = tiny_models.build(name)
+    batch = tiny_models.token_batch(4, 6)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        return per_record_causal_lm_loss(logits, batch["labels"])
+
+    check_records_independent(model, batch, loss)
+    check_records_independent(model, batch, lambda m, b: loss(m, b).mean())
 
 
 def test_reduction() -> None:
