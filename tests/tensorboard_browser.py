@@ -48,6 +48,7 @@ def serve(logdir: Path, path: str, *options: str) -> Iterator[int]:
         process = subprocess.Popen(
             [*command, "--reload_interval", "1", *options],
             env={**os.environ, "PYTHONPATH": path},
+            cwd=logdir.parent,  # not the checkout, which would come before PYTHONPATH
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -77,8 +78,10 @@ def chromium(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[A
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
+    if not (CHROMIUM and DRIVER):
+        raise RuntimeError("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM or ""
+    options.binary_location = CHROMIUM
     for flag in (*FLAGS, f"--window-size={width},{height}", f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -87,6 +90,11 @@ def chromium(profile: Path, width: int = 1400, height: int = 1000) -> Iterator[A
         yield driver
     finally:
         driver.quit()
+
+
+def next_second() -> None:
+    """Sleep into the next second: readers sort event files by name, which has the second and then a count without zeros."""
+    time.sleep(1.01 - time.time() % 1)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30.0, pause: float = 0.05) -> Any:
@@ -108,7 +116,7 @@ def open_tab(driver: Any, port: int) -> None:
     """Open the Privacy tab and switch into its frame, once curves are drawn."""
     # Another fragment of the same address would not load the page again.
     driver.get("about:blank")
-    driver.get(f"http://127.0.0.1:{port}/#{'opacus_ac'}")
+    driver.get(f"http://127.0.0.1:{port}/#opacus_ac")
     frame = wait_for(lambda: driver.execute_script(FIND_FRAME))
     driver.switch_to.frame(frame)
     wait_for(lambda: points(driver, "max_grad_norm"))

@@ -158,6 +158,7 @@ def measure() -> None:
                 wait_until_loaded(port)
                 label = f"{tags_count()} tags x 10,000 steps {' '.join(options)}"
                 print(f"page load to curves, {label}: {times(lambda: open_tab(driver, port), 5)}")
+                print(f"  of which the tab itself: {spread([tab_seconds(driver, port) for _ in range(5)])}")
                 print(f"  answer of /series: {fetch_series(driver)}")
 
 
@@ -187,9 +188,9 @@ def shown(driver: Any, folder: Path) -> list[float]:
         wait_for(lambda: step in points(driver, "max_grad_norm"), pause=0.02)
         if step > 2:  # the run itself must be found first
             waits.append(time.perf_counter() - start)
-        time.sleep(0.37)  # so that writes do not fall into step with the page's polls
+        time.sleep(step * 0.618 % 1)  # so that writes do not fall into step with flushes, reloads and polls
 
-    train(folder, 12, wait_for_point, planned=400)
+    train(folder, 22, wait_for_point, planned=400)
     return waits
 
 
@@ -199,6 +200,13 @@ def wait_until_loaded(port: int) -> None:
 
     address = f"http://127.0.0.1:{port}/data/plugin/opacus_ac/series?run=run"
     wait_for(lambda: b"10000" in urlopen(address).read(), seconds=120, pause=0.5)
+
+
+def tab_seconds(driver: Any, port: int) -> float:
+    """Return the time from the start of the tab's frame to its curves, without TensorBoard's own page."""
+    open_tab(driver, port)
+    milliseconds: float = driver.execute_script("return performance.getEntriesByName('privacy-curves')[0].startTime")
+    return milliseconds / 1000
 
 
 def fetch_series(driver: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import custom_scalars
 
 from opacus_ac.engine import PrivacyEngine
 from opacus_ac.mechanism import StepRelease
@@ -171,7 +172,7 @@ class PrivacyDashboard:
         if steps == 0 and any(Path(given).glob("*tfevents*")):
             raise ValueError(
                 f"{given} holds the events of another run: choose another folder; to continue that run load its "
-                "checkpoint first; to replace it pass SummaryWriter(folder, purge_step=0)"
+                "checkpoint first; to replace it delete its event files"
             )
         # What an interrupted run wrote after its checkpoint is hidden.
         return SummaryWriter(str(given), purge_step=steps + 1 if steps else None, flush_secs=int(FLUSH_SECONDS))
@@ -184,8 +185,7 @@ class PrivacyDashboard:
     def _begin(self, report: PrivacyReport) -> None:
         """Write what is known before the first step."""
         self._update_meta(report)
-        self._open_writer().add_custom_scalars(tags.LAYOUT)
-        for summary in hparams_summaries(self._optimizer, self._meta):
+        for summary in (custom_scalars(tags.LAYOUT), *hparams_summaries(self._optimizer, self._meta)):
             self._add_summary(summary, self._step)
         self._add_statement(report)
         if self._step == 0:

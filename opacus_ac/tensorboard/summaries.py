@@ -105,7 +105,9 @@ def hparams_summaries(optimizer: AdaptiveClipDPOptimizer, meta: dict[str, Any]) 
         "optimizer": type(optimizer.original_optimizer).__name__,
         "lr": optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]),
     }
-    known = {name: value for name, value in values.items() if value is not None}
+    # torch writes a bool as the number 1.0.
+    shown = {name: str(value) if isinstance(value, bool) else value for name, value in values.items()}
+    known = {name: value for name, value in shown.items() if value is not None}
     # The values of the metrics are the last ones of the curves of these names.
     written: tuple[Any, ...] = hparams(known, {"privacy/epsilon": 0.0, "privacy/noisy_loss": 0.0})
     return written

@@ -1,10 +1,11 @@
-// The Privacy tab: asks for runs and curves every other second and draws what has changed.
+// The Privacy tab: asks for runs and curves about once a second and draws what has changed.
 
 import { Chart, element } from "./chart.js";
 import { content, describe, PANELS } from "./panels.js";
 import { alerts, card, selector, statement } from "./summary.js";
 
-const POLL_MS = 2000;
+const POLL_MS = 1000;
+const REST = 5; // times the length of the last answer: many long runs are asked for less often
 
 async function read(path) {
   const answer = await fetch(new URL(path, import.meta.url));
@@ -132,6 +133,7 @@ class App {
   drawCharts(runs) {
     for (const chart of this.charts) chart.draw(content(chart.panel, runs), describe(chart.panel, runs));
     if (this.at) this.cursor(...this.at);
+    performance.mark("privacy-curves");
   }
 
   cursor(owner, step, speak) {
@@ -165,8 +167,9 @@ export async function render() {
   await styled;
   const app = new App();
   const loop = async () => {
+    const start = performance.now();
     if (visible()) await app.refresh();
-    setTimeout(loop, POLL_MS);
+    setTimeout(loop, Math.max(POLL_MS, REST * (performance.now() - start)));
   };
   let width = 0;
   new ResizeObserver(() => {
