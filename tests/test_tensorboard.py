@@ -10,51 +10,21 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard_browser import next_second
-from torch.utils.data import DataLoader
+from tensorboard_runs import DELTA, private, resumed, steps
 from torch.utils.tensorboard import SummaryWriter
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.tensorboard import PrivacyDashboard, tags
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-OWN_PAGES = {"custom_scalars__config__", "_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
-DELTA = 1e-3
-
-
-def private(*, target=8.0, steps=50, batch_size=16, **options):
-    """Return (engine, model, optimizer, loader) of a small run."""
-    engine, model = PrivacyEngine(), helpers.classifier()
-    arguments = {
-        "module": model,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),
-        "data_loader": DataLoader(helpers.dataset(), batch_size=batch_size),
-        **options,
-    }
-    if "noise_multiplier" in options:
-        return engine, *engine.make_private(**arguments)
-    return engine, *engine.make_private_with_epsilon(
-        **arguments, target_epsilon=target, target_delta=DELTA, steps=steps
-    )
-
-
-def steps(run, dashboard, count, losses=False):
-    """Take ``count`` logical steps, log each, and return the releases."""
-    _, model, optimizer, loader = run
-    end, releases = optimizer.steps_taken + count, []
-    while optimizer.steps_taken < end:
-        for inputs, targets in loader:
-            optimizer.zero_grad()
-            rows = torch.nn.functional.cross_entropy(model(inputs), targets, reduction="none")
-            if losses:
-                optimizer.record_losses(rows)
-            rows.mean().backward()
-            optimizer.step()
-            if dashboard.log_step():
-                releases.append(optimizer.released)
-            if optimizer.steps_taken == end:
-                break
-    return releases
+OWN_PAGES = {
+    "custom_scalars__config__",
+    "_hparams_/experiment",
+    "_hparams_/session_start_info",
+    "_hparams_/session_end_info",
+}
 
 
 def read(folder):
@@ -273,20 +243,19 @@ def test_physical_batches_and_repeated_calls_write_once_per_step(tmp_path):
     assert [e.step for e in curve] == [1, 2, 3]
 
 
+def shown_by_tensorboard(folder, tag):
+    """Return the steps of a curve as TensorBoard's own reader has them, which hides less than ``EventAccumulator``."""
+    multiplexer = EventMultiplexer(size_guidance={"tensors": 0})
+    multiplexer.AddRun(str(folder), "run")
+    multiplexer.Reload()
+    return [event.step for event in multiplexer.Tensors("run", tag)]
+
+
 def test_resuming_continues_the_steps_and_hides_what_the_checkpoint_lacks(tmp_path):
-    logs, saved = tmp_path / "logs", tmp_path / "saved.pt"
-    run = private()
-    with PrivacyDashboard(logs, run[0], run[2]) as dashboard:
-        steps(run, dashboard, 3)
-        run[0].save_checkpoint(path=saved, module=run[1], optimizer=run[2])
-        steps(run, dashboard, 4)
-    again = private()
-    next_second()
-    again[0].load_checkpoint(path=saved, module=again[1], optimizer=again[2])
-    with PrivacyDashboard(logs, again[0], again[2]) as dashboard:
-        steps(again, dashboard, 2)
-    assert [e.step for e in read(logs).Scalars("privacy/max_grad_norm")] == [1, 2, 3, 4, 5]
-    assert [e.step for e in read(logs).Scalars("privacy/epsilon")] == [0, 1, 2, 3, 4, 5]
+    logs = tmp_path / "logs"
+    resumed(logs, tmp_path / "saved.pt", next_second)
+    assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3, 4, 5]
+    assert shown_by_tensorboard(logs, "privacy/epsilon") == [0, 1, 2, 3, 4, 5]
 
 
 def test_loading_an_earlier_checkpoint_hides_the_later_steps(tmp_path):
@@ -298,7 +267,7 @@ def test_loading_an_earlier_checkpoint_hides_the_later_steps(tmp_path):
         steps(run, dashboard, 3)
         run[0].load_checkpoint(path=saved, module=run[1], optimizer=run[2])
         steps(run, dashboard, 1)
-    assert [e.step for e in read(logs).Scalars("privacy/max_grad_norm")] == [1, 2, 3]
+    assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3]
 
 
 def test_a_writer_of_the_caller_stays_open_with_its_own_tags(tmp_path):

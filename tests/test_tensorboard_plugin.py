@@ -15,6 +15,7 @@ import tensorboard_browser
 from tensorboard.backend import application
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard_runs import resumed
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
@@ -28,8 +29,8 @@ META = {"version": 1, "private": True, "delta": 1e-5, "released": ["the sum of c
 EVIL = "<img src=x onerror=alert(1)>"
 
 
-def write(folder, meta=META, steps=range(1, 4), tag="privacy/epsilon", value=lambda step: step / 10, purge=None):
-    with SummaryWriter(str(folder), purge_step=purge) as writer:
+def write(folder, meta=META, steps=range(1, 4), tag="privacy/epsilon", value=lambda step: step / 10):
+    with SummaryWriter(str(folder)) as writer:
         if meta is not None:
             writer._get_file_writer().add_summary(meta_summary(meta), 0)
         for step in steps:
@@ -166,7 +167,9 @@ def test_the_page_interprets_no_text_and_loads_nothing_from_elsewhere(path):
 def test_the_plugin_is_light():
     code = "import sys; import opacus_ac.tensorboard.loader, opacus_ac.tensorboard.plugin, opacus_ac.tensorboard as t; dir(t)"
     code += "; print([m for m in ('torch', 'opacus', 'scipy', 'tensorflow') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    )
 
 
 def test_lazy_names():
@@ -184,7 +187,9 @@ def test_a_plugin_that_cannot_be_imported_or_built_is_left_out(monkeypatch, capl
     assert PrivacyLoader().load(None) is None
     monkeypatch.setitem(sys.modules, "opacus_ac.tensorboard.plugin", None)
     assert PrivacyLoader().load(context) is None
-    assert [record.message.split(":")[0] for record in caplog.records] == ["the Privacy tab of opacus_ac is left out"] * 2
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "the Privacy tab of opacus_ac is left out"
+    ] * 2
 
 
 def test_the_loader_is_what_tensorboard_accepts():
@@ -198,7 +203,17 @@ def test_the_package_has_its_entry_point_and_its_page(tmp_path):
         [sys.executable, "-c", code], env={"PYTHONPATH": f"{folder}:{ROOT}"}, check=True, capture_output=True, text=True
     )
     assert "opacus_ac.tensorboard.loader:PrivacyLoader" in found.stdout
-    build = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "-d", str(tmp_path / "b")]
+    build = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+        "build_py",
+        "-d",
+        str(tmp_path / "b"),
+    ]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     built = tmp_path / "b" / "opacus_ac" / "tensorboard" / "static"
     assert {path.name for path in built.iterdir()} == {path.name for path in STATIC.iterdir()}
@@ -216,20 +231,19 @@ def fetch(port, path):
 def test_both_data_servers_answer_alike(options, tmp_path):
     logs = tmp_path / "logs"
     write(logs / "long", steps=range(20_000))
-    write(logs / "resumed", steps=range(1, 9))
-    tensorboard_browser.next_second()
-    write(logs / "resumed", steps=range(4, 6), purge=4, meta={**META, "private": False})
+    resumed(logs / "resumed", tmp_path / "saved.pt", tensorboard_browser.next_second)
     with tensorboard_browser.serve(logs, tensorboard_browser.entry_points(tmp_path), *options) as port:
         listing = lambda: fetch(port, "plugins_listing")[0].get("opacus_ac", {}).get("enabled")  # noqa: E731
         tensorboard_browser.wait_for(listing)
         series = lambda name: fetch(port, f"plugin/opacus_ac/series?run={name}")  # noqa: E731
         tensorboard_browser.wait_for(lambda: series("long")[0]["long"]["epsilon"][0][-1] == 19_999)
-        tensorboard_browser.wait_for(lambda: series("resumed")[0]["resumed"]["epsilon"][0] == [1, 2, 3, 4, 5])
+        tensorboard_browser.wait_for(lambda: series("resumed")[0]["resumed"]["max_grad_norm"][0] == [1, 2, 3, 4, 5])
         answer, zipped = series("long")
         assert zipped
         assert 900 <= len(answer["long"]["epsilon"][0]) <= POINTS
         metas = {run["run"]: run["meta"] for run in fetch(port, "plugin/opacus_ac/runs")[0]["runs"]}
-        assert metas == {"long": META, "resumed": {**META, "private": False}}
+        assert metas["long"] == META
+        assert metas["resumed"]["dataset_size"] == 64
 
 
 def test_tensorboard_starts_without_the_tab_when_the_tab_is_broken(tmp_path):

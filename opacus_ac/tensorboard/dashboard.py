@@ -99,6 +99,8 @@ class PrivacyDashboard:
         self._time = self._flushed = time.time()
         self._step = self._accounted = optimizer.steps_taken
         self._meta: dict[str, Any] = {}
+        if self._step > 0:
+            self._hide_from(self._step + 1)  # what an interrupted run wrote after its checkpoint
         self._begin(report)
 
     # ---------------------------------------------------------------- writing
@@ -117,7 +119,7 @@ class PrivacyDashboard:
         if release is None or release.step == self._step:
             return False
         if release.step < self._step:
-            self._restart(release.step)
+            self._hide_from(release.step)  # an earlier checkpoint was loaded in between
         self._step = release.step
         for tag, value in scalars_of(release, self._optimizer).items():
             self.add_scalar(tag, value, release.step)
@@ -174,8 +176,7 @@ class PrivacyDashboard:
                 f"{given} holds the events of another run: choose another folder; to continue that run load its "
                 "checkpoint first; to replace it delete its event files"
             )
-        # What an interrupted run wrote after its checkpoint is hidden.
-        return SummaryWriter(str(given), purge_step=steps + 1 if steps else None, flush_secs=int(FLUSH_SECONDS))
+        return SummaryWriter(str(given), flush_secs=int(FLUSH_SECONDS))
 
     def _open_writer(self) -> SummaryWriter:
         if self._writer is None:
@@ -235,11 +236,15 @@ class PrivacyDashboard:
         text = "\n".join(f"    {line}" for line in lines)
         self._open_writer().add_text(tags.STATEMENT_TAG, text, self._step, walltime=self._time)
 
-    def _restart(self, step: int) -> None:
-        """Hide what was written from ``step`` on: an earlier checkpoint was loaded in between."""
-        if self._owned:
-            event = Event(step=step, wall_time=self._time, session_log=SessionLog(status=SessionLog.START))
-            self._open_writer()._get_file_writer().add_event(event)
+    def _hide_from(self, step: int) -> None:
+        """Hide what the folder holds from ``step`` on; a writer of the caller's may have other tags and steps."""
+        if not self._owned:
+            return
+        # Twice: TensorBoard's Python reader takes the first such mark of a run for its beginning and hides nothing, which
+        # is why the purge_step of SummaryWriter would not do.
+        for _ in range(2):
+            event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+            self._open_writer()._get_file_writer().add_event(event, walltime=self._time)
 
     def _flush(self) -> None:
         if time.time() - self._flushed >= FLUSH_SECONDS:

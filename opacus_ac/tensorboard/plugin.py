@@ -85,7 +85,10 @@ class PrivacyPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             if run.run_name in records
         }
         order = sorted(records, key=lambda run: (-started.get(run, 0.0), run))
-        return {"max_runs": MAX_RUNS, "runs": [{"run": run, "meta": read_meta(records[run][META_TAG])} for run in order]}
+        return {
+            "max_runs": MAX_RUNS,
+            "runs": [{"run": run, "meta": read_meta(records[run][META_TAG])} for run in order],
+        }
 
     def _series(self, context: Any, request: Any) -> dict[str, Any]:
         """Return ``{run: {tag: [steps, values]}}`` of the runs asked for, at most ``POINTS`` points each."""
