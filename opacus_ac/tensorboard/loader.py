@@ -10,7 +10,7 @@ from tensorboard.plugins import base_plugin
 logger = logging.getLogger(__name__)
 
 
-class PrivacyLoader(base_plugin.TBLoader):  # type: ignore[misc]
+class PrivacyLoader(base_plugin.TBLoader):
     """Loads the Privacy tab, or leaves it out and says why: TensorBoard itself imports plugins without a guard."""
 
     def load(self, context: Any) -> Any:

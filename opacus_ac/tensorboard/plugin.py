@@ -39,7 +39,7 @@ FILES = {
 }
 
 
-class PrivacyPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
+class PrivacyPlugin(base_plugin.TBPlugin):
     """The Privacy tab; it appears as soon as a run has written its privacy record."""
 
     plugin_name = PLUGIN_NAME

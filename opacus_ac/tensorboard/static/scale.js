@@ -35,7 +35,8 @@ export function logTicks(low, high) {
       if (tick >= low * 0.999 && tick <= high * 1.001) ticks.push(tick);
     }
   }
-  return ticks;
+  // Within a decade there may be one such value or none.
+  return ticks.length > 1 ? ticks : linearTicks(low, high, 4).filter((tick) => tick > 0);
 }
 
 // A little room around the values; a flat line gets an axis as well.
