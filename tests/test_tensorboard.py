@@ -218,6 +218,34 @@ def test_epsilon_every_so_many_steps_and_at_the_end(tmp_path):
     assert written["privacy/epsilon"][7] == pytest.approx(run[0].get_epsilon(DELTA))
 
 
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({}, 1), ({"batch_size_schedule": [16] * 4 + [24]}, 2), ({"poisson_sampling": False}, 8)],
+    ids=["constant rate", "two rates", "passes"],
+)
+def test_remaining_steps_are_asked_again_only_when_rate_or_noise_change(options, asked, tmp_path, monkeypatch):
+    run = private(**options)
+    engine, count, calls = run[0], run[0].remaining_steps, []
+    monkeypatch.setattr(engine, "remaining_steps", lambda: calls.append(1) or count())
+    expected = {0: count()}
+    with PrivacyDashboard(tmp_path, engine, run[2]) as dashboard:
+        for step in range(1, 8):
+            steps(run, dashboard, 1)
+            expected[step] = count()
+    assert scalars(tmp_path)["privacy/remaining_steps"] == expected
+    assert len(calls) == asked
+
+
+def test_a_change_of_noise_is_priced_anew(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        steps(run, dashboard, 2)
+        run[2].noise_multiplier *= 2
+        steps(run, dashboard, 1)
+        expected = run[0].remaining_steps()
+    assert scalars(tmp_path)["privacy/remaining_steps"][3] == expected > 50
+
+
 def test_the_budget_ends_the_run_and_the_last_epsilon_is_there(tmp_path):
     run = private(target=2.0, steps=4)
     with (

@@ -29,6 +29,40 @@ from opacus_ac.tensorboard.summaries import (
 FLUSH_SECONDS = 1.0
 
 
+class _RemainingSteps:
+    """Steps that still fit the target: asked of the engine once, then counted down while rate and noise stay."""
+
+    def __init__(self, engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer) -> None:
+        self._engine, self._optimizer = engine, optimizer
+        self._count: int | None = None
+        self._step = 0
+        self._priced: tuple[float, float] | None = None
+
+    def _next(self) -> tuple[float, float] | None:
+        """Return (noise multiplier, rate) of the next step; None without Poisson sampling, where passes are counted."""
+        plan = self._optimizer.plan
+        if plan is None or plan.sampling != "poisson":
+            return None
+        return self._optimizer.noise_multiplier, plan.sizes.rate(plan.step)
+
+    def pass_step(self, release: StepRelease) -> None:
+        """Take note of a step that was taken."""
+        follows = self._priced is not None and release.step == self._step + 1
+        same = follows and (release.noise_multiplier, release.sample_rate) == self._priced == self._next()
+        self._count = self._count - 1 if same and self._count else None
+        self._step = release.step
+
+    def value(self) -> int:
+        """Return how many steps fit at the next step's rate and noise."""
+        if self._count is None:
+            self._count, self._priced, self._step = (
+                self._engine.remaining_steps(),
+                self._next(),
+                self._optimizer.steps_taken,
+            )
+        return self._count
+
+
 class PrivacyDashboard:
     """Writes epsilon, C, noisy clip rate and the rest of each step's release for TensorBoard and its Privacy tab.
 
@@ -38,8 +72,9 @@ class PrivacyDashboard:
         engine: the engine that made ``optimizer`` private.
         optimizer: the private optimizer; after resuming, with its checkpoint loaded already.
         delta: delta to report epsilon at; by default the target's.
-        every: epsilon and remaining steps are computed every so many steps, and at the end. RDP takes well under a
-            millisecond; Opacus's "prv" a tenth of a second or more.
+        every: epsilon and remaining steps are written every so many steps, and at the end. "vrdp" computes epsilon in
+            well under a millisecond; Opacus's "prv" takes tenths of a second, and some seconds for the remaining steps,
+            which are counted down until rate or noise change.
         histograms: write the noisy histogram of gradient norms, where one is released.
 
     Guarantees:
@@ -96,6 +131,7 @@ class PrivacyDashboard:
         report = engine.privacy_report(self._delta)
         self._owned = not isinstance(writer_or_logdir, SummaryWriter)
         self._writer: SummaryWriter | None = self._open(writer_or_logdir)
+        self._remaining = _RemainingSteps(engine, optimizer)
         self._time = self._flushed = time.time()
         self._step = self._accounted = optimizer.steps_taken
         self._meta: dict[str, Any] = {}
@@ -121,6 +157,7 @@ class PrivacyDashboard:
         if release.step < self._step:
             self._hide_from(release.step)  # an earlier checkpoint was loaded in between
         self._step = release.step
+        self._remaining.pass_step(release)
         for tag, value in scalars_of(release, self._optimizer).items():
             self.add_scalar(tag, value, release.step)
         if self._histograms:
@@ -219,7 +256,7 @@ class PrivacyDashboard:
         if self._target is not None:
             self.add_scalar("privacy/epsilon_target", self._target, step)
             if private:
-                self.add_scalar("privacy/remaining_steps", self._engine.remaining_steps(), step)
+                self.add_scalar("privacy/remaining_steps", self._remaining.value(), step)
 
     def _add_histogram(self, release: StepRelease) -> None:
         if release.histogram is not None:
