@@ -23,10 +23,10 @@ from chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, h
 from chat_model import ModelUnavailableError, load_model
 from tone_dialogues import TONES, tone_score, train_and_heldout
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine, StepRelease
+from opacus_ac.tensorboard import PrivacyDashboard
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message="Full backward hook is firing")  # torch, about inputs that need no gradient
@@ -122,8 +122,12 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any]:
 class Journal:
     """Writes the releases of every step: TensorBoard, a JSON-lines file, and the progress bar."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(
+        self, folder: Path, steps: int, engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer, delta: float
+    ) -> None:
+        for old in (folder / "tensorboard").glob("*tfevents*"):  # a second run replaces the first, here as below
+            old.unlink()
+        self.dashboard = PrivacyDashboard(folder / "tensorboard", engine, optimizer, delta=delta)
         self.file = (folder / "releases.jsonl").open("w", encoding="utf-8")
         self.bar = tqdm(total=steps, unit="step")
 
@@ -137,8 +141,7 @@ class Journal:
             "sample_rate": release.sample_rate,
         }
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        for name, value in known.items():
-            self.writer.add_scalar(f"privacy/{name}", value, release.step)
+        self.dashboard.log_step()
         self.file.write(json.dumps({"step": release.step, **known}) + "\n")
         self.file.flush()
         shown = {"eps": epsilon, "C": release.max_grad_norm, "clip": release.clip_rate, "loss": release.loss}
@@ -148,7 +151,7 @@ class Journal:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-        self.writer.close()
+        self.dashboard.close()
 
 
 def train(
@@ -173,7 +176,7 @@ def train(
         **({"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {}),
     )
     planned = steps if steps is not None else math.ceil(args.epochs * len(loader))
-    journal = Journal(args.output, planned)
+    journal = Journal(args.output, planned, engine, optimizer, args.delta)
     while optimizer.steps_taken < planned:
         for batch in loader:
             optimizer.zero_grad()
@@ -261,6 +264,7 @@ def save(folder: Path, model: Any, tokenizer: Any, result: dict[str, Any]) -> No
     (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     print(f"\nSaved {target} with privacy_report.json; {result['seconds']['total']:.0f} s in all")
     print(f"Curves of every release:  tensorboard --logdir {folder / 'tensorboard'} --host 127.0.0.1")
+    print("                          and its Privacy tab at http://127.0.0.1:6006/#opacus_ac")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""The server side of the Privacy tab: which runs have a privacy record, and their curves.
+
+Imports tensorboard and werkzeug only. Everything in an event file is untrusted text here; the page shows it as text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tensorboard import plugin_util
+from tensorboard.backend import http_util
+from tensorboard.data import provider
+from tensorboard.plugins import base_plugin
+from werkzeug import wrappers
+
+from opacus_ac.tensorboard.tags import META_TAG, META_VERSION, PLUGIN_NAME, SCALARS
+
+POINTS = 1000
+"""Most points of a curve that are sent."""
+
+MAX_RUNS = 8
+"""Most runs whose curves are sent at once; the page has as many colours."""
+
+META_BYTES = 65_536
+"""Largest privacy record that is read."""
+
+STATIC = Path(__file__).parent / "static"
+FILES = {
+    "/index.js": "text/javascript",
+    "/panels.js": "text/javascript",
+    "/chart.js": "text/javascript",
+    "/scale.js": "text/javascript",
+    "/summary.js": "text/javascript",
+    "/style.css": "text/css",
+}
+
+
+class PrivacyPlugin(base_plugin.TBPlugin):
+    """The Privacy tab; it appears as soon as a run has written its privacy record."""
+
+    plugin_name = PLUGIN_NAME
+
+    def __init__(self, context: Any) -> None:
+        self._provider = context.data_provider
+
+    def is_active(self) -> bool:
+        """Return False: asked only while no run has a privacy record."""
+        return False
+
+    def frontend_metadata(self) -> Any:
+        """Return where the page's module is, and the name of the tab."""
+        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Privacy")
+
+    def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
+        """Return the routes: fixed files, ``/runs`` and ``/series``; no path comes from the URL."""
+        files = {route: _file(STATIC / route[1:], kind) for route, kind in FILES.items()}
+        return {**files, "/runs": self._application(self._runs), "/series": self._application(self._series)}
+
+    def _application(self, answer: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+        @wrappers.Request.application
+        def application(request: Any) -> Any:
+            content = json.dumps(answer(plugin_util.context(request.environ), request), allow_nan=False)
+            return http_util.Respond(request, content, "application/json")
+
+        wrapped: Callable[..., Any] = application
+        return wrapped
+
+    def _runs(self, context: Any, request: Any) -> dict[str, Any]:
+        """Return every run that has a privacy record, latest first, with that record and its last values."""
+        experiment = plugin_util.experiment_id(request.environ)
+        records = self._provider.read_tensors(
+            context,
+            experiment_id=experiment,
+            plugin_name=PLUGIN_NAME,
+            downsample=1,
+            run_tag_filter=provider.RunTagFilter(tags=[META_TAG]),
+        )
+        started = {
+            run.run_name: run.start_time or 0.0
+            for run in self._provider.list_runs(context, experiment_id=experiment)
+            if run.run_name in records
+        }
+        order = sorted(records, key=lambda run: (-started.get(run, 0.0), run))
+        return {
+            "max_runs": MAX_RUNS,
+            "runs": [{"run": run, "meta": read_meta(records[run][META_TAG])} for run in order],
+        }
+
+    def _series(self, context: Any, request: Any) -> dict[str, Any]:
+        """Return ``{run: {tag: [steps, values]}}`` of the runs asked for, at most ``POINTS`` points each."""
+        runs = request.args.getlist("run")[:MAX_RUNS]
+        if not runs:
+            return {}
+        found = self._provider.read_scalars(
+            context,
+            experiment_id=plugin_util.experiment_id(request.environ),
+            plugin_name="scalars",
+            downsample=POINTS,
+            run_tag_filter=provider.RunTagFilter(runs=runs, tags=list(SCALARS)),
+        )
+        return {
+            run: {tag.removeprefix("privacy/"): columns(points) for tag, points in tags.items()}
+            for run, tags in found.items()
+        }
+
+
+def columns(points: Iterable[Any]) -> list[list[Any]]:
+    """Return ``[steps, values]`` of scalar points."""
+    known = list(points)
+    return [[point.step for point in known], [plain(point.value) for point in known]]
+
+
+def plain(value: float) -> float | str | None:
+    """Return ``value`` as JSON has it: seven digits (event files hold 32-bit floats), "infinity", or None for NaN."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "infinity" if value > 0 else "-infinity"
+    return float(f"{value:.7g}")
+
+
+def read_meta(points: Iterable[Any]) -> dict[str, Any]:
+    """Return the newest privacy record, or only a warning when it cannot be read."""
+    content = list(points)[-1].numpy.item()
+    try:
+        if len(content) > META_BYTES:
+            raise ValueError("it is too long")
+        meta = json.loads(content)
+        if not isinstance(meta, dict) or meta.get("version") != META_VERSION:
+            raise ValueError(f"it is not of version {META_VERSION}")
+    except (ValueError, RecursionError) as error:
+        return {"version": META_VERSION, "unreadable": f"the privacy record of this run cannot be read: {error}"}
+    return finite(meta)
+
+
+def finite(meta: Any) -> Any:
+    """Return ``meta`` with its non-finite numbers as text: JSON from a file may hold them, an answer must not."""
+    if isinstance(meta, dict):
+        return {key: finite(value) for key, value in meta.items()}
+    if isinstance(meta, list):
+        return [finite(value) for value in meta]
+    return plain(meta) if isinstance(meta, float) and not math.isfinite(meta) else meta
+
+
+def _file(path: Path, content_type: str) -> Callable[..., Any]:
+    """Return an application that serves one file of this package."""
+
+    @wrappers.Request.application
+    def application(request: Any) -> Any:
+        return http_util.Respond(request, path.read_text(encoding="utf-8"), content_type)
+
+    wrapped: Callable[..., Any] = application
+    return wrapped

@@ -1,0 +1,112 @@
+// Run selector, figures of each run, alerts, and the statement of what was released. All text is set as text.
+
+import { element } from "./chart.js";
+import { last, projection } from "./panels.js";
+import { format } from "./scale.js";
+
+const words = (value) => (Array.isArray(value) ? value.map(String) : []);
+
+function isPrivate(run) {
+  return run.meta.private === true && last(run.series, "epsilon")?.value !== "infinity";
+}
+
+export function selector(runs, selected, limit, onToggle) {
+  const box = element("fieldset", { class: "runs" });
+  box.append(element("legend", {}, `Runs (at most ${limit} at once)`));
+  for (const run of runs) {
+    const slot = selected.get(run.run);
+    const label = element("label", { class: slot === undefined ? "run" : `run run-${slot}` });
+    const input = element("input", { type: "checkbox" });
+    input.checked = slot !== undefined;
+    input.disabled = slot === undefined && selected.size >= limit;
+    input.addEventListener("change", () => onToggle(run.run, input.checked));
+    label.append(input, element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.run));
+    box.append(label);
+  }
+  return box;
+}
+
+// One loud line for each run whose guarantee is void, and one for each warning of its record.
+export function alerts(runs) {
+  return runs.flatMap((run) => {
+    const found = [];
+    const notes = words(run.meta.warnings);
+    if (run.meta.unreadable) found.push(element("p", { class: "alert" }, `${run.name}: ${run.meta.unreadable}`));
+    else if (!isPrivate(run)) {
+      const reason = notes.length ? notes.join("; ") : "no finite bound holds";
+      found.push(element("p", { class: "alert loud" }, `${run.name} is NOT PRIVATE, epsilon = infinity: ${reason}`));
+    } else for (const note of notes) found.push(element("p", { class: "alert" }, `${run.name}: ${note}`));
+    return found;
+  });
+}
+
+function figure(label, value, detail, name) {
+  const item = element("div", { class: "figure" });
+  item.append(element("dt", {}, label), element("dd", { "data-figure": name }, value));
+  if (detail) item.append(element("dd", { class: "detail" }, detail));
+  return item;
+}
+
+function epsilonFigure(run) {
+  const spent = last(run.series, "epsilon");
+  const target = last(run.series, "epsilon_target");
+  const at = spent ? `delta ${format(run.meta.delta)}, after step ${format(spent.step)}` : "no value yet";
+  const of = target ? ` of ${format(target.value)}` : "";
+  return figure("epsilon spent", `${spent ? format(spent.value) : "–"}${of}`, at, "epsilon");
+}
+
+function meter(run) {
+  const spent = last(run.series, "epsilon")?.value;
+  const target = last(run.series, "epsilon_target")?.value;
+  if (typeof spent !== "number" || typeof target !== "number" || !(target > 0)) return null;
+  const share = Math.min(1, spent / target);
+  return element("progress", { max: 1, value: share, "aria-label": `${Math.round(share * 100)} % of epsilon spent` });
+}
+
+export function card(run) {
+  const box = element("section", { class: `card run-${run.slot}`, "aria-label": run.name });
+  const title = element("h2");
+  title.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.name));
+  const list = element("dl");
+  const remaining = last(run.series, "remaining_steps");
+  const ahead = projection(run.series);
+  const end = ahead ? `projection: target reached at step ${format(ahead.to.step)}` : "";
+  const bound = last(run.series, "max_grad_norm");
+  const rate = last(run.series, "noisy_clip_rate");
+  const loss = last(run.series, "noisy_loss");
+  list.append(epsilonFigure(run));
+  if (isPrivate(run) && remaining) list.append(figure("remaining steps", format(remaining.value), end, "remaining"));
+  if (bound) list.append(figure("clipping norm C", format(bound.value), `step ${format(bound.step)}`, "bound"));
+  if (rate) list.append(figure("noisy clip rate", format(rate.value, 3), "", "rate"));
+  if (loss) list.append(figure("noisy loss", format(loss.value), lossBound(run), "loss"));
+  const bar = meter(run);
+  box.append(title, ...(bar ? [bar] : []), list);
+  return box;
+}
+
+function lossBound(run) {
+  return typeof run.meta.loss_bound === "number" ? `each record's clipped to ${format(run.meta.loss_bound)}` : "";
+}
+
+const ROWS = [
+  ["protects", "unit"], ["neighbours", "adjacency"], ["sampling", "sampling"], ["N (taken as public)", "dataset_size"],
+  ["accounting", "accountant"], ["clip rule", "clip_policy"], ["noise", "noise_source"],
+];
+
+export function statement(run) {
+  const box = element("details", { class: `statement run-${run.slot}`, "data-run": run.name });
+  const spent = last(run.series, "epsilon");
+  const claim = isPrivate(run)
+    ? `(${format(spent?.value ?? NaN, 6)}, ${format(run.meta.delta)})-differential privacy after ${format(spent?.step ?? NaN)} steps`
+    : "NOT PRIVATE: epsilon = infinity";
+  box.append(element("summary", {}, `${run.name}: what was released, and the claim`), element("p", { class: "claim" }, claim));
+  const list = element("dl");
+  for (const [label, key] of ROWS) {
+    if (run.meta[key] !== undefined) list.append(element("dt", {}, label), element("dd", {}, String(run.meta[key])));
+  }
+  list.append(element("dt", {}, "every step releases"));
+  for (const item of words(run.meta.released)) list.append(element("dd", {}, item));
+  for (const item of words(run.meta.warnings)) list.append(element("dt", {}, "WARNING"), element("dd", {}, item));
+  box.append(list);
+  return box;
+}

@@ -1,0 +1,383 @@
+"""What the dashboard writes: the releases and nothing else, where it belongs, and loudly when nothing is private."""
+
+import json
+import math
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard_browser import next_second
+from tensorboard_runs import DELTA, private, resumed, steps
+from torch.utils.tensorboard import SummaryWriter
+
+from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
+from opacus_ac.tensorboard import PrivacyDashboard, tags
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OWN_PAGES = {
+    "custom_scalars__config__",
+    "_hparams_/experiment",
+    "_hparams_/session_start_info",
+    "_hparams_/session_end_info",
+}
+
+
+def read(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder):
+    events = read(folder)
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def raw_events(folder):
+    return [event for path in Path(folder).glob("*tfevents*") for event in EventFileLoader(str(path)).Load()]
+
+
+def metas(folder):
+    return [json.loads(e.tensor_proto.string_val[0]) for e in read(folder).Tensors(tags.META_TAG)]
+
+
+def statements(folder):
+    return [e.tensor_proto.string_val[0].decode() for e in read(folder).Tensors(f"{tags.STATEMENT_TAG}/text_summary")]
+
+
+def test_every_value_is_that_of_the_release_or_a_public_constant(tmp_path):
+    run = private(loss_bound=3.0, batch_size_schedule=[16, 16, 24])
+    engine, _, optimizer, _ = run
+    epsilons = {}
+    with PrivacyDashboard(tmp_path, engine, optimizer) as dashboard:
+        releases = []
+        for _ in range(5):
+            releases += steps(run, dashboard, 1, losses=True)
+            epsilons[optimizer.steps_taken] = (engine.get_epsilon(DELTA), engine.remaining_steps())
+    written = scalars(tmp_path)
+    assert set(written) == set(tags.SCALARS)
+    for release in releases:
+        expected = {
+            "epsilon": epsilons[release.step][0],
+            "epsilon_target": 8.0,
+            "remaining_steps": epsilons[release.step][1],
+            "max_grad_norm": release.max_grad_norm,
+            "noisy_clip_rate": release.clip_rate,
+            "target_clip_rate": 0.9,
+            "clip_rate_low": 0.8,
+            "clip_rate_high": 1.0,
+            "lr_multiplier": release.lr_multiplier,
+            "noisy_loss": release.loss,
+            "sample_rate": release.sample_rate,
+            "noise_multiplier": release.noise_multiplier,
+        }
+        for name, value in expected.items():
+            # Event files hold 32-bit floats.
+            assert written[f"privacy/{name}"][release.step] == pytest.approx(value, rel=1e-6), name
+    assert [written["privacy/sample_rate"][s] * 64 for s in (1, 2, 3, 5)] == [16, 16, 24, 24]
+    assert written["privacy/epsilon"][0] == 0
+    assert len(list(tmp_path.iterdir())) == 1  # one event file: no second one for hyperparameters
+
+
+def test_all_tags_are_on_the_list(tmp_path):
+    run = private(loss_bound=3.0)
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        steps(run, dashboard, 2, losses=True)
+    found = {v.tag.removesuffix("/text_summary") for e in raw_events(tmp_path) if e.summary for v in e.summary.value}
+    assert found == tags.ALLOWED | OWN_PAGES
+
+
+def test_private_state_of_the_step_is_not_read(tmp_path):
+    """Sentinels in everything that is private after a step reach no event."""
+    run = private(loss_bound=3.0)
+    _, _, optimizer, _ = run
+    with PrivacyDashboard(tmp_path, run[0], optimizer) as dashboard:
+        steps(run, dashboard, 1, losses=True)
+        steps(run, type("Silent", (), {"log_step": lambda self: False})(), 1, losses=True)
+        optimizer.statistics._counts[:] = 777
+        optimizer.statistics._loss_sum = 777.0
+        for p in optimizer.params:
+            p.summed_grad = torch.full_like(p, 777.0)
+        optimizer.record_losses(torch.full((16,), 777.0))
+        assert dashboard.log_step()
+    histogram = read(tmp_path).Histograms(tags.HISTOGRAM_TAG)[-1]
+    assert histogram.step == 2
+    assert not np.isin(777, histogram.histogram_value.bucket)
+    assert all(777 not in curve.values() for curve in scalars(tmp_path).values())
+
+
+def test_event_times_do_not_tell_how_long_a_step_took(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        steps(run, dashboard, 3)
+    assert len({e.wall_time for e in raw_events(tmp_path) if e.summary.value}) == 1
+
+
+def test_histogram_is_the_released_one_without_negative_counts(tmp_path):
+    run = private(target=0.5)
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        releases = steps(run, dashboard, 6)
+    events = read(tmp_path).Histograms(tags.HISTOGRAM_TAG)
+    assert [e.step for e in events] == [r.step for r in releases]
+    assert any((r.histogram.counts < 0).any() for r in releases)
+    for event, release in zip(events, releases, strict=True):
+        edges = np.log10(release.histogram.window.edges)
+        value = event.histogram_value
+        np.testing.assert_allclose(value.bucket_limit, [*edges, edges[-1] + 0.2], atol=1e-9)
+        np.testing.assert_allclose([value.min, value.max], [edges[0] - 0.2, edges[-1] + 0.2], atol=1e-9)
+        np.testing.assert_allclose(value.bucket, np.maximum(release.histogram.counts, 0))
+
+
+def test_without_histogram_loss_target_or_control_their_tags_are_absent(tmp_path):
+    run = private(noise_multiplier=1.0, clipping="flat", lr_control=False)
+    with PrivacyDashboard(tmp_path, run[0], run[2], delta=DELTA) as dashboard:
+        steps(run, dashboard, 2)
+    names = {"epsilon", "max_grad_norm", "lr_multiplier", "sample_rate", "noise_multiplier"}
+    assert set(scalars(tmp_path)) == {f"privacy/{name}" for name in names}
+    assert tags.HISTOGRAM_TAG not in read(tmp_path).Tags()["histograms"]
+
+
+def test_histograms_can_be_left_out(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path, run[0], run[2], histograms=False) as dashboard:
+        steps(run, dashboard, 1)
+    assert tags.HISTOGRAM_TAG not in read(tmp_path).Tags()["histograms"]
+
+
+NOT_PRIVATE = {
+    "raw percentile": ({"noise_multiplier": 1.0, "clip_policy": "raw_percentile"}, "un-noised"),
+    "seeded": ({"noise_generator": torch.Generator().manual_seed(3)}, "seeded"),
+    "no noise": ({"noise_multiplier": 0.0}, "nothing is protected"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PRIVATE)
+def test_a_run_that_is_not_private_says_infinity(case, tmp_path):
+    options, reason = NOT_PRIVATE[case]
+    run = private(**options)
+    with PrivacyDashboard(tmp_path, run[0], run[2], delta=DELTA) as dashboard:
+        steps(run, dashboard, 2)
+    written = scalars(tmp_path)
+    assert set(written["privacy/epsilon"].values()) == {math.inf}
+    assert "privacy/remaining_steps" not in written
+    (meta,) = metas(tmp_path)
+    assert meta["private"] is False
+    assert any(reason in warning for warning in meta["warnings"])
+    assert all(text.strip().startswith("NOT PRIVATE: epsilon = infinity") for text in statements(tmp_path))
+
+
+def test_noise_that_was_off_for_one_step_is_infinity_from_then_on(tmp_path):
+    run = private(noise_multiplier=1.0)
+    with PrivacyDashboard(tmp_path, run[0], run[2], delta=DELTA) as dashboard:
+        steps(run, dashboard, 1)
+        run[2].noise_multiplier = 0.0
+        steps(run, dashboard, 1)
+        run[2].noise_multiplier = 1.0
+        steps(run, dashboard, 1)
+    epsilons = scalars(tmp_path)["privacy/epsilon"]
+    assert [math.isfinite(epsilons[step]) for step in (0, 1, 2, 3)] == [True, True, False, False]
+    assert [meta["private"] for meta in metas(tmp_path)][-1] is False
+
+
+def test_a_private_run_has_its_statement_at_start_and_end(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        steps(run, dashboard, 2)
+    first, last = statements(tmp_path)
+    assert "steps           0" in first
+    assert last.split() == str(run[0].privacy_report()).split()
+    (meta,) = metas(tmp_path)
+    assert meta["private"] is True
+    assert (meta["target_epsilon"], meta["delta"], meta["dataset_size"]) == (8.0, DELTA, 64)
+
+
+def test_a_new_warning_reaches_the_record(tmp_path):
+    run = private(noise_multiplier=1.0)
+    engine, model, optimizer, _ = run
+    with PrivacyDashboard(tmp_path, engine, optimizer, delta=DELTA) as dashboard:
+        steps(run, dashboard, 1)
+        helpers.train(model, optimizer, helpers.loader(16))  # not the private loader: charged at rate 1
+        assert dashboard.log_step()
+    before, after = metas(tmp_path)
+    assert before["warnings"] == []
+    assert "unknown origin" in after["warnings"][0]
+
+
+def test_epsilon_every_so_many_steps_and_at_the_end(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path, run[0], run[2], every=3) as dashboard:
+        steps(run, dashboard, 7)
+    written = scalars(tmp_path)
+    assert list(written["privacy/epsilon"]) == [0, 3, 6, 7]
+    assert list(written["privacy/max_grad_norm"]) == list(range(1, 8))
+    assert written["privacy/epsilon"][7] == pytest.approx(run[0].get_epsilon(DELTA))
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({}, 1), ({"batch_size_schedule": [16] * 4 + [24]}, 2), ({"poisson_sampling": False}, 8)],
+    ids=["constant rate", "two rates", "passes"],
+)
+def test_remaining_steps_are_asked_again_only_when_rate_or_noise_change(options, asked, tmp_path, monkeypatch):
+    run = private(**options)
+    engine, count, calls = run[0], run[0].remaining_steps, []
+    monkeypatch.setattr(engine, "remaining_steps", lambda: calls.append(1) or count())
+    expected = {0: count()}
+    with PrivacyDashboard(tmp_path, engine, run[2]) as dashboard:
+        for step in range(1, 8):
+            steps(run, dashboard, 1)
+            expected[step] = count()
+    assert scalars(tmp_path)["privacy/remaining_steps"] == expected
+    assert len(calls) == asked
+
+
+def test_a_change_of_noise_is_priced_anew(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        steps(run, dashboard, 2)
+        run[2].noise_multiplier *= 2
+        steps(run, dashboard, 1)
+        expected = run[0].remaining_steps()
+    assert scalars(tmp_path)["privacy/remaining_steps"][3] == expected > 50
+
+
+def test_the_budget_ends_the_run_and_the_last_epsilon_is_there(tmp_path):
+    run = private(target=2.0, steps=4)
+    with (
+        pytest.raises(PrivacyBudgetExceeded),
+        PrivacyDashboard(tmp_path, run[0], run[2], every=100) as dashboard,
+    ):
+        steps(run, dashboard, 100)
+    written = scalars(tmp_path)
+    end = run[2].steps_taken
+    assert written["privacy/remaining_steps"][end] == 0
+    assert written["privacy/epsilon"][end] == pytest.approx(run[0].get_epsilon(DELTA))
+    assert "NOT PRIVATE" not in statements(tmp_path)[-1]
+
+
+def test_physical_batches_and_repeated_calls_write_once_per_step(tmp_path):
+    run = private(max_physical_batch_size=4)
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        assert dashboard.log_step() is False
+        releases = steps(run, dashboard, 3)
+        assert dashboard.log_step() is False
+    assert [r.step for r in releases] == [1, 2, 3]
+    curve = read(tmp_path).Scalars("privacy/max_grad_norm")
+    assert [e.step for e in curve] == [1, 2, 3]
+
+
+def shown_by_tensorboard(folder, tag):
+    """Return the steps of a curve as TensorBoard's own reader has them, which hides less than ``EventAccumulator``."""
+    multiplexer = EventMultiplexer(size_guidance={"tensors": 0})
+    multiplexer.AddRun(str(folder), "run")
+    multiplexer.Reload()
+    return [event.step for event in multiplexer.Tensors("run", tag)]
+
+
+def test_resuming_continues_the_steps_and_hides_what_the_checkpoint_lacks(tmp_path):
+    logs = tmp_path / "logs"
+    resumed(logs, tmp_path / "saved.pt", next_second)
+    assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3, 4, 5]
+    assert shown_by_tensorboard(logs, "privacy/epsilon") == [0, 1, 2, 3, 4, 5]
+
+
+def test_loading_an_earlier_checkpoint_hides_the_later_steps(tmp_path):
+    logs, saved = tmp_path / "logs", tmp_path / "saved.pt"
+    run = private()
+    with PrivacyDashboard(logs, run[0], run[2]) as dashboard:
+        steps(run, dashboard, 2)
+        run[0].save_checkpoint(path=saved, module=run[1], optimizer=run[2])
+        steps(run, dashboard, 3)
+        run[0].load_checkpoint(path=saved, module=run[1], optimizer=run[2])
+        steps(run, dashboard, 1)
+    assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3]
+
+
+def test_a_writer_of_the_caller_stays_open_with_its_own_tags(tmp_path):
+    run = private()
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("eval/public_loss", 1.0, 10)
+        with PrivacyDashboard(writer, run[0], run[2]) as dashboard:
+            steps(run, dashboard, 2)
+        writer.add_scalar("eval/public_loss", 2.0, 20)
+    written = scalars(tmp_path)
+    assert written["eval/public_loss"] == {10: 1.0, 20: 2.0}
+    assert list(written["privacy/max_grad_norm"]) == [1, 2]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_hyperparameters_are_public_settings(tmp_path):
+    run = private(target_clip_rate=0.7)
+    with PrivacyDashboard(tmp_path, run[0], run[2]):
+        pass
+    (start,) = (
+        v.metadata.plugin_data.content
+        for e in raw_events(tmp_path)
+        for v in e.summary.value
+        if v.tag == "_hparams_/session_start_info"
+    )
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    found = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert found["target_epsilon"].number_value == 8.0
+    assert found["target_clip_rate"].number_value == 0.7
+    assert found["optimizer"].string_value == "AdamW"
+    assert found["normalize"].string_value == "True"
+
+
+@pytest.mark.parametrize("tag", ["loss", "train/loss", "privacy/clip_rate", "privacy/grad_norm", "eval/loss"])
+def test_other_tags_are_refused_by_name(tag, tmp_path):
+    run = private()
+    with (
+        PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard,
+        pytest.raises(ValueError, match=rf"{tag}.*SummaryWriter of your own"),
+    ):
+        dashboard.add_scalar(tag, 1.0, 1)
+    assert tag not in scalars(tmp_path)
+
+
+REFUSED = {
+    "every": ({"every": 0}, "every must be"),
+    "every as float": ({"every": 2.5}, "every must be"),
+    "no delta": ({"options": {"noise_multiplier": 1.0}}, "delta="),
+    "other writer": ({"where": object()}, "builtins.object"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused_and_nothing_is_written(case, tmp_path):
+    arguments, message = REFUSED[case]
+    arguments = dict(arguments)
+    run = private(**arguments.pop("options", {}))
+    with pytest.raises(ValueError, match=message):
+        PrivacyDashboard(arguments.pop("where", tmp_path / "logs"), run[0], run[2], **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_of_another_engine_is_refused(tmp_path):
+    first, second = private(), private()
+    for engine, optimizer in ((first[0], second[2]), (PrivacyEngine(), None)):
+        with pytest.raises(ValueError, match="does not account for this optimizer"):
+            PrivacyDashboard(tmp_path, engine, optimizer)
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path):
+    run = private()
+    PrivacyDashboard(tmp_path, run[0], run[2]).close()
+    with pytest.raises(ValueError, match="holds the events of another run"):
+        PrivacyDashboard(tmp_path, run[0], run[2])
+
+
+def test_a_closed_dashboard_refuses_and_closing_twice_is_harmless(tmp_path):
+    run = private()
+    dashboard = PrivacyDashboard(tmp_path, run[0], run[2])
+    dashboard.close()
+    dashboard.close()
+    for call in (dashboard.log_step, lambda: dashboard.add_scalar("privacy/epsilon", 1.0, 1)):
+        with pytest.raises(ValueError, match="closed"):
+            call()
