@@ -332,6 +332,12 @@ class PrivacyEngine(opacus.PrivacyEngine):
         """Return the epsilon spent so far at ``delta``; infinity when no bound holds."""
         return spent(self.accountant, delta)
 
+    @property
+    def target_budget(self) -> tuple[float, float] | None:
+        """The target (epsilon, delta); None without one."""
+        guard = self._account.guard
+        return None if guard is None else (guard.epsilon, guard.delta)
+
     def remaining_steps(self) -> int:
         """Return how many more steps the target budget allows at the next step's rate and noise.
 
@@ -364,9 +370,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if self._optimizer is None or self._loader is None:
             raise ValueError("nothing to report: call make_private first")
         if delta is None:
-            if self._account.guard is None:
+            if self.target_budget is None:
                 raise ValueError("privacy_report needs delta=... when no target was set")
-            delta = self._account.guard.delta
+            delta = self.target_budget[1]
         plan, account = self._loader.plan, self._account
         own_rule = plan.sizes.is_function or self._optimizer.mechanism.noise_multiplier != account.noise_multiplier
         return make_report(

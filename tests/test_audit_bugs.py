@@ -128,8 +128,8 @@ def test_record_drawn_twice_into_a_batch(monkeypatch, mode):
     draws = PoissonBatchSampler._logical_batches
 
     def doubled(self, start):
-        for indices in draws(self, start):
-            yield indices + indices
+        for expected, indices in draws(self, start):
+            yield expected, indices + indices
 
     monkeypatch.setattr(PoissonBatchSampler, "_logical_batches", doubled)
     result = canary(grad_sample_mode=mode, clipping="flat")
@@ -140,9 +140,9 @@ def test_rate_above_the_one_that_is_accounted(monkeypatch):
     draws = PoissonBatchSampler._logical_batches
 
     def more(self, start):
-        for indices in draws(self, start):
+        for expected, indices in draws(self, start):
             again = self.stream.uniform(self.plan.sizes.dataset_size) < 0.3
-            yield sorted({*indices, *again.nonzero().reshape(-1).tolist()})
+            yield expected, sorted({*indices, *again.nonzero().reshape(-1).tolist()})
 
     monkeypatch.setattr(PoissonBatchSampler, "_logical_batches", more)
     caught(canary(), "sampling rate")

@@ -124,10 +124,11 @@ class PrivacyDashboard:
                 "make_private returned"
             )
         self._engine, self._optimizer, self._every, self._histograms = engine, optimizer, every, histograms
-        self._target = None if engine._budget is None else engine._budget.epsilon
-        if delta is None and engine._budget is None:
+        target = engine.target_budget
+        if delta is None and target is None:
             raise ValueError("the dashboard needs delta=... when no target was set (make_private without epsilon)")
-        self._delta = engine._budget.delta if delta is None and engine._budget is not None else delta
+        self._target = None if target is None else target[0]
+        self._delta = target[1] if delta is None and target is not None else delta
         report = engine.privacy_report(self._delta)
         self._owned = not isinstance(writer_or_logdir, SummaryWriter)
         self._writer: SummaryWriter | None = self._open(writer_or_logdir)
