@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import helpers
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine, StepRelease
-from opacus_ac.tensorboard import PrivacyDashboard
+from opacus_ac.tensorboard import PrivacyDashboard, tags
 
 DELTA = 1e-3
 
@@ -61,3 +65,26 @@ def resumed(folder: Any, saved: Any, pause: Any) -> None:
     again[0].load_checkpoint(path=saved, module=again[1], optimizer=again[2])
     with PrivacyDashboard(folder, again[0], again[2]) as dashboard:
         steps(again, dashboard, 2)
+
+
+def read(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder):
+    events = read(folder)
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def raw_events(folder):
+    return [event for path in Path(folder).glob("*tfevents*") for event in EventFileLoader(str(path)).Load()]
+
+
+def metas(folder):
+    return [json.loads(e.tensor_proto.string_val[0]) for e in read(folder).Tensors(tags.META_TAG)]
+
+
+def statements(folder):
+    return [e.tensor_proto.string_val[0].decode() for e in read(folder).Tensors(f"{tags.STATEMENT_TAG}/text_summary")]

@@ -1,21 +1,15 @@
 """What the dashboard writes: the releases and nothing else, where it belongs, and loudly when nothing is private."""
 
-import json
 import math
-from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
-from tensorboard_browser import next_second
-from tensorboard_runs import DELTA, private, resumed, steps
+from tensorboard_runs import DELTA, metas, private, raw_events, read, scalars, statements, steps
 from torch.utils.tensorboard import SummaryWriter
 
-from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
+from opacus_ac import PrivacyEngine
 from opacus_ac.tensorboard import PrivacyDashboard, tags
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -25,29 +19,6 @@ OWN_PAGES = {
     "_hparams_/session_start_info",
     "_hparams_/session_end_info",
 }
-
-
-def read(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "histograms": 0})
-    events.Reload()
-    return events
-
-
-def scalars(folder):
-    events = read(folder)
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-
-
-def raw_events(folder):
-    return [event for path in Path(folder).glob("*tfevents*") for event in EventFileLoader(str(path)).Load()]
-
-
-def metas(folder):
-    return [json.loads(e.tensor_proto.string_val[0]) for e in read(folder).Tensors(tags.META_TAG)]
-
-
-def statements(folder):
-    return [e.tensor_proto.string_val[0].decode() for e in read(folder).Tensors(f"{tags.STATEMENT_TAG}/text_summary")]
 
 
 def test_every_value_is_that_of_the_release_or_a_public_constant(tmp_path):
@@ -206,96 +177,6 @@ def test_a_new_warning_reaches_the_record(tmp_path):
     before, after = metas(tmp_path)
     assert before["warnings"] == []
     assert "unknown origin" in after["warnings"][0]
-
-
-def test_epsilon_every_so_many_steps_and_at_the_end(tmp_path):
-    run = private()
-    with PrivacyDashboard(tmp_path, run[0], run[2], every=3) as dashboard:
-        steps(run, dashboard, 7)
-    written = scalars(tmp_path)
-    assert list(written["privacy/epsilon"]) == [0, 3, 6, 7]
-    assert list(written["privacy/max_grad_norm"]) == list(range(1, 8))
-    assert written["privacy/epsilon"][7] == pytest.approx(run[0].get_epsilon(DELTA))
-
-
-@pytest.mark.parametrize(
-    ("options", "asked"),
-    [({}, 1), ({"batch_size_schedule": [16] * 4 + [24]}, 2), ({"poisson_sampling": False}, 8)],
-    ids=["constant rate", "two rates", "passes"],
-)
-def test_remaining_steps_are_asked_again_only_when_rate_or_noise_change(options, asked, tmp_path, monkeypatch):
-    run = private(**options)
-    engine, count, calls = run[0], run[0].remaining_steps, []
-    monkeypatch.setattr(engine, "remaining_steps", lambda: calls.append(1) or count())
-    expected = {0: count()}
-    with PrivacyDashboard(tmp_path, engine, run[2]) as dashboard:
-        for step in range(1, 8):
-            steps(run, dashboard, 1)
-            expected[step] = count()
-    assert scalars(tmp_path)["privacy/remaining_steps"] == expected
-    assert len(calls) == asked
-
-
-def test_a_change_of_noise_is_priced_anew(tmp_path):
-    run = private()
-    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
-        steps(run, dashboard, 2)
-        run[2].noise_multiplier *= 2
-        steps(run, dashboard, 1)
-        expected = run[0].remaining_steps()
-    assert scalars(tmp_path)["privacy/remaining_steps"][3] == expected > 50
-
-
-def test_the_budget_ends_the_run_and_the_last_epsilon_is_there(tmp_path):
-    run = private(target=2.0, steps=4)
-    with (
-        pytest.raises(PrivacyBudgetExceeded),
-        PrivacyDashboard(tmp_path, run[0], run[2], every=100) as dashboard,
-    ):
-        steps(run, dashboard, 100)
-    written = scalars(tmp_path)
-    end = run[2].steps_taken
-    assert written["privacy/remaining_steps"][end] == 0
-    assert written["privacy/epsilon"][end] == pytest.approx(run[0].get_epsilon(DELTA))
-    assert "NOT PRIVATE" not in statements(tmp_path)[-1]
-
-
-def test_physical_batches_and_repeated_calls_write_once_per_step(tmp_path):
-    run = private(max_physical_batch_size=4)
-    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
-        assert dashboard.log_step() is False
-        releases = steps(run, dashboard, 3)
-        assert dashboard.log_step() is False
-    assert [r.step for r in releases] == [1, 2, 3]
-    curve = read(tmp_path).Scalars("privacy/max_grad_norm")
-    assert [e.step for e in curve] == [1, 2, 3]
-
-
-def shown_by_tensorboard(folder, tag):
-    """Return the steps of a curve as TensorBoard's own reader has them, which hides less than ``EventAccumulator``."""
-    multiplexer = EventMultiplexer(size_guidance={"tensors": 0})
-    multiplexer.AddRun(str(folder), "run")
-    multiplexer.Reload()
-    return [event.step for event in multiplexer.Tensors("run", tag)]
-
-
-def test_resuming_continues_the_steps_and_hides_what_the_checkpoint_lacks(tmp_path):
-    logs = tmp_path / "logs"
-    resumed(logs, tmp_path / "saved.pt", next_second)
-    assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3, 4, 5]
-    assert shown_by_tensorboard(logs, "privacy/epsilon") == [0, 1, 2, 3, 4, 5]
-
-
-def test_loading_an_earlier_checkpoint_hides_the_later_steps(tmp_path):
-    logs, saved = tmp_path / "logs", tmp_path / "saved.pt"
-    run = private()
-    with PrivacyDashboard(logs, run[0], run[2]) as dashboard:
-        steps(run, dashboard, 2)
-        run[0].save_checkpoint(path=saved, module=run[1], optimizer=run[2])
-        steps(run, dashboard, 3)
-        run[0].load_checkpoint(path=saved, module=run[1], optimizer=run[2])
-        steps(run, dashboard, 1)
-    assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3]
 
 
 def test_a_writer_of_the_caller_stays_open_with_its_own_tags(tmp_path):
