@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     before = evaluate(model, sets, collate)
     print("\nReplies before:")
     replies_before = show_replies(model, tokenizer, tone)
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant="vpld")
     clock = time.perf_counter()
     optimizer = train(args, engine, model, dataset, collate)
     seconds = time.perf_counter() - clock

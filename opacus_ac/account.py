@@ -122,19 +122,21 @@ class Account:
         others: Mapping[Event, int] = getattr(self.accountant, "other_events", {})
         return runs + [(event.noise_multiplier, event.sample_rate, steps) for event, steps in others.items()]
 
-    def bounds(self, delta: float, own_rule: bool = False) -> dict[str, float]:
+    def bounds(self, delta: float, own_rule: bool = False, tight: bool = True) -> dict[str, float]:
         """Return every epsilon that holds for what was spent, by method.
 
         Args:
             delta: delta.
             own_rule: rates or noise may have followed from releases. Under a privacy filter the bound is then its whole
                 budget, whatever of it was spent.
+            tight: also compute the privacy loss distribution, where it may be smaller.
         """
         name = self.accountant.mechanism()
         found = {name: spent(self.accountant, delta)}
         if own_rule and self.guard is not None and self.guard.is_filter:
             return {f"{name} (privacy filter)": self.guard.bound(delta)}
-        if type(self.accountant) is VariableRateRDPAccountant and 0 < found[name] < math.inf and not own_rule:
+        rdp_only = type(self.accountant) is VariableRateRDPAccountant
+        if tight and rdp_only and 0 < found[name] < math.inf and not own_rule:
             found["privacy loss distribution"] = pld_epsilon(self.accountant.counts(), delta)
         return found
 

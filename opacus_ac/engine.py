@@ -355,14 +355,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
 
     # ---------------------------------------------------------------- report
 
-    def privacy_report(self, delta: float | None = None) -> PrivacyReport:
+    def privacy_report(self, delta: float | None = None, *, tight: bool = True) -> PrivacyReport:
         """Return the privacy statement of the run so far.
-
-        Its epsilon is the smallest that holds: beside the accountant's, with "vrdp", that of the privacy loss
-        distribution, which takes up to some seconds to compute.
 
         Args:
             delta: delta to report at; by default the target's.
+            tight: state the smallest epsilon that holds: beside the accountant's, with "vrdp", that of the privacy loss
+                distribution, which takes up to some seconds to compute. False states the accountant's.
 
         Raises:
             ValueError: nothing was made private yet, or ``delta`` is missing.
@@ -378,7 +377,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         return make_report(
             self._optimizer,
             plan,
-            bounds=account.bounds(delta, own_rule),
+            bounds=account.bounds(delta, own_rule, tight),
             delta=delta,
             adjacency=account.adjacency(plan.sampling),
             history=account.history,

@@ -10,6 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_chat import save_chat_model
 from tone_dialogues import dialogues, write_jsonl
 
+from opacus_ac.tensorboard.tags import SCALARS
+
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 SMALL = ["--records", "120", "--expected-batch-size", "12", "--max-length", "120", "--delta", "1e-3"]
 
@@ -42,11 +44,11 @@ def test_a_private_run_stays_in_its_budget_and_saves_its_report(full, model, tmp
     assert len(result["replies"]["after"]) == 4
     releases = [json.loads(line) for line in (out / "releases.jsonl").read_text().splitlines()]
     assert [r["step"] for r in releases] == [1, 2, 3, 4]
-    assert releases[-1]["epsilon"] == pytest.approx(result["privacy"]["epsilon"])
+    assert releases[-1]["epsilon"] == pytest.approx(result["privacy"]["epsilon"], rel=2e-3)
     plot_run.draw(out, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "differential privacy by vrdp accounting" in printed
+    assert "differential privacy by vpld accounting" in printed
     assert "tensorboard --logdir" in printed
 
 
@@ -54,8 +56,7 @@ def test_event_files_hold_released_values_only(model, tmp_path):
     run(model, tmp_path)
     events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()
-    tags = {"epsilon", "max_grad_norm", "noisy_clip_rate", "noisy_loss", "lr_multiplier", "sample_rate"}
-    assert set(events.Tags()["scalars"]) == {f"privacy/{tag}" for tag in tags}
+    assert set(events.Tags()["scalars"]) == set(SCALARS)
 
 
 def test_the_published_rule_reports_infinity(model, tmp_path, capsys):

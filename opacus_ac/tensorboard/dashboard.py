@@ -249,11 +249,12 @@ class PrivacyDashboard:
 
     def _add_budget(self, step: int) -> None:
         """Write epsilon, its target and the remaining steps."""
-        report = self._engine.privacy_report(self._delta)
+        report = self._engine.privacy_report(self._delta, tight=False)
         private = self._is_private(report)
         self._accounted = step
         self._update_meta(report)
-        self.add_scalar("privacy/epsilon", report.epsilon if private else math.inf, step)
+        assert self._delta is not None
+        self.add_scalar("privacy/epsilon", self._engine.get_epsilon(self._delta) if private else math.inf, step)
         if self._target is not None:
             self.add_scalar("privacy/epsilon_target", self._target, step)
             if private:
