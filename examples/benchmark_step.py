@@ -41,7 +41,6 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import inspect
 import json
 import math
 import multiprocessing
@@ -67,8 +66,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import opacus_ac
-from opacus_ac import PrivacyEngine, loss
+from opacus_ac import PrivacyEngine
 from opacus_ac.grad_sample import register_rules
+from opacus_ac.loss import fused_causal_lm_loss
 
 Batch = dict[str, Tensor]
 MIB = 2**20
@@ -237,7 +237,7 @@ class Trial:
 
     def _fused_loss(self) -> Tensor:
         logits = self.model(input_ids=self.batch["input_ids"]).logits
-        result: Tensor = _offered(loss, "fused_causal_lm_loss")(logits, self.batch["labels"]).mean()
+        result: Tensor = fused_causal_lm_loss(logits, self.batch["labels"]).mean()
         return result
 
     def _ghost_loss(self) -> Any:
@@ -251,11 +251,7 @@ class Trial:
 
     def _make_private(self, shape: Shape, variant: Variant) -> None:
         arguments: dict[str, Any] = {"ema_decay": 0.999 if self.options.ema else None}
-        if variant.fused_loss:
-            _offered(loss, "fused_causal_lm_loss")
         if variant.fused_step:
-            if "fused_step" not in inspect.signature(PrivacyEngine.make_private).parameters:
-                raise NotImplementedError(f"opacus_ac {opacus_ac.__version__} does not offer make_private(fused_step=)")
             arguments["fused_step"] = True
         self.model, self.optimizer, _ = PrivacyEngine().make_private(
             module=self.model,
@@ -335,13 +331,6 @@ class Trial:
         level = resident("VmRSS")
         self.step()
         return resident("VmHWM") - level, level
-
-
-def _offered(module: Any, name: str) -> Any:
-    """Return ``module.name``, or say that this version of the package does not have it."""
-    if not hasattr(module, name):
-        raise NotImplementedError(f"opacus_ac {opacus_ac.__version__} does not offer {module.__name__}.{name}")
-    return getattr(module, name)
 
 
 # ---------------------------------------------------------------- memory of a process

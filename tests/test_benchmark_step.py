@@ -98,10 +98,3 @@ def test_a_variant_that_cannot_run_by_its_nature_says_why():
     assert table["opacus-ghost"][-1] == "Opacus's ghost mode refuses tied weights"
     assert table["plain"] == ["1000", "1000 / 1000 / 1000", "1.00", "1.00", "-", "-", "-", "-"]
     assert not not_applicable("opacus-ghost", SHAPES["a-untied"])
-
-
-@pytest.mark.parametrize("name", ["bk-fused-loss", "bk-fused-step"])
-def test_what_the_package_does_not_offer_is_an_error(name, monkeypatch):
-    monkeypatch.delattr(benchmark_step.loss, "fused_causal_lm_loss", raising=False)
-    with pytest.raises(NotImplementedError, match=r"does not offer opacus_ac\.loss\.fused_causal_lm_loss"):
-        benchmark_step.Trial(SHAPES["tiny"], VARIANTS[name], Options())

@@ -19,7 +19,7 @@ def test_the_loop_of_the_readme(capsys):
     exec(code, scope)
     printed = capsys.readouterr().out
     assert "StepRelease" in printed
-    assert "differential privacy by vrdp accounting" in printed
+    assert "differential privacy by privacy loss distribution accounting; vrdp: " in printed
     assert scope["engine"].get_epsilon(1e-5) <= 8.0
 
 
