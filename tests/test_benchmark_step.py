@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import benchmark_step
-from benchmark_step import SHAPES, VARIANTS, Figures, Options, Variant, groups, new_model, not_applicable, report
+from benchmark_step import SHAPES, VARIANTS, Figures, Variant, groups, new_model, not_applicable, report
 
 FAST = ["--shapes", "tiny", "--rounds", "2", "--memory-rounds", "1", "--threads", "1"]
 
