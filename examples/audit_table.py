@@ -1,6 +1,7 @@
 """Claimed epsilon against audited lower bound, per step, for this package, the published rule and Opacus's clippers.
 
     python examples/audit_table.py --steps 10000
+    python examples/audit_table.py --power        # how many observations a canary audit needs
 
 Every mechanism claims noise multiplier z. Given the other records of a batch, one step then claims to be a Gaussian
 mechanism with mu = 1 / z; the sampler's coin puts a canary into each batch or not, and the test is the same for all. Where
@@ -225,17 +226,59 @@ def show(rows: list[Row], z: float) -> None:
         print(f"| {r.mechanism} | {r.observed} | {claim:.2f} | >= {r.threshold:.2f} | {means} | {refuted} |")
 
 
+SIZES = (100, 200, 300, 500, 700, 1000, 1500, 2000, 3000, 5000, 7000, 10_000, 15_000, 20_000, 30_000)
+
+
+def observations_needed(mu: float, error: float, bound: Callable[[Any, Any], float], seed: int) -> int | None:
+    """Return the first of ``SIZES`` at which 95 of 100 simulated audits find more than the claim ``mu``."""
+    rng = np.random.default_rng(seed)
+    for size in SIZES:
+        refuted = 0
+        for _ in range(100):
+            coins = rng.random(size) < 0.5
+            values = coins + rng.standard_normal(size) / (mu * error)
+            refuted += bound(values[coins], values[~coins]) > mu
+        if refuted >= 95:
+            return size
+    return None
+
+
+def power(seed: int, alpha: float) -> None:
+    """Print the observations that a canary audit needs to refute noise that is too small."""
+
+    def by_threshold(ins: Any, outs: Any) -> float:
+        return mu_from_errors(int((outs > 0.5).sum()), outs.size, int((ins <= 0.5).sum()), ins.size, alpha)
+
+    def by_means(ins: Any, outs: Any) -> float:
+        return mu_from_means(ins, outs, alpha)
+
+    print("| Claimed mu | noise half as large: threshold, means | noise variance half as large: threshold, means |")
+    print("|---|---|---|")
+    for mu in (2.0, 1.0, 0.5, 0.3):
+        cells = [
+            ", ".join(str(observations_needed(mu, error, bound, seed)) for bound in (by_threshold, by_means))
+            for error in (2.0, math.sqrt(2))
+        ]
+        print(f"| {mu:g} | {cells[0]} | {cells[1]} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--noise-multiplier", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--confidence", type=float, default=0.999)
+    parser.add_argument(
+        "--power", action="store_true", help="print the observations that a canary audit needs, and stop"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     z, steps, seed, confidence = options.noise_multiplier, options.steps, options.seed, options.confidence
     alpha = (1 - confidence) / 4  # as in canary_audit
+    if options.power:
+        power(seed, alpha)
+        return
     made: list[Callable[[], Row]] = [
         lambda: ours(z, steps, seed, confidence, "opacus_ac, percentile"),
         lambda: ours(z, steps, seed, confidence, "opacus_ac, geometric, hooks", clip_policy="geometric", grad_sample_mode="hooks"),
