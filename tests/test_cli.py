@@ -18,7 +18,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["audit", "--help"], ["audit", "--steps", "many"], []]
+    "arguments", [["--help"], ["--version"], ["audit", "--help"], ["audit", "--steps", "many"], ["plan", "--help"], []]
 )
 def test_help_and_usage_errors_load_neither_torch_nor_opacus(arguments):
     code = (

@@ -1,0 +1,51 @@
+"""Command line ``opacus-ac``: a tree of subcommands, each one row of a table and one function.
+
+Nothing here imports torch or opacus before a subcommand needs it, so that help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from opacus_ac._version import __version__
+from opacus_ac.cli import audit, plans, show
+from opacus_ac.cli.command import BAD_USAGE, OK, REFUTED, Command
+
+__all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", "main"]
+
+COMMANDS: tuple[Command, ...] = (*plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with a subparser for every row of :data:`COMMANDS`."""
+    parser = argparse.ArgumentParser(
+        prog="opacus-ac",
+        description="DP-Adam-AC for Opacus.",
+        epilog=f"exit codes: {OK} fine, {REFUTED} a claim was refuted, {BAD_USAGE} bad usage or input",
+    )
+    parser.add_argument("--version", action="version", version=f"opacus_ac {__version__}")
+    children = parser.add_subparsers(title="commands", required=True, metavar="command")
+    for command in COMMANDS:
+        child = children.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.arguments(child)
+        child.set_defaults(command=command, parser=child)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; argparse itself exits with 2 on bad usage."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.command.run(options)
+    except (ValueError, OSError) as error:
+        print(f"{options.parser.prog}: error: {error}", file=sys.stderr)
+        return BAD_USAGE
+    return code

@@ -1,0 +1,39 @@
+"""What a subcommand is, and the options that several of them share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+OK, REFUTED, BAD_USAGE = 0, 1, 2
+"""Exit codes: nothing refuted, a claim refuted, bad usage or bad input."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: a row of :data:`COMMANDS`.
+
+    Attributes:
+        name: what the user types.
+        summary: one line of help.
+        arguments: adds the options to the subcommand's parser.
+        run: does the work and returns the exit code; a ``ValueError`` is shown as bad usage.
+    """
+
+    name: str
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Add ``--some-name``, which may also be spelled ``--some_name``."""
+    spellings = [f"--{name}"] + ([f"--{name.replace('-', '_')}"] if "-" in name else [])
+    parser.add_argument(*spellings, **settings)
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add ``--format text|json``."""
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="output (default text)")

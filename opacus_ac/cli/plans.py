@@ -1,0 +1,196 @@
+"""``epsilon``, ``calibrate`` and ``plan``: what a run would cost, before there is one. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import Any
+
+from opacus_ac.cli.command import OK, Command, add_format, add_option
+
+_METHODS = {"vrdp": "rdp", "vpld": "pld"}
+_HISTOGRAM = math.sqrt(1.0412)  # noise of the gradient over that of the release, with the default histogram
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    add_option(parser, "dataset-size", type=int, help="number of records N, a public constant")
+    add_option(parser, "batch-size", type=float, help="expected batch size B")
+    add_option(parser, "sample-rate", type=float, help="B / N, instead of both")
+    add_option(parser, "steps", type=int, help="number of steps")
+    add_option(parser, "epochs", type=float, help="passes over the data, instead of steps")
+    add_option(parser, "delta", type=float, required=True, help="delta, well below 1 / N")
+    add_option(
+        parser,
+        "sampling",
+        choices=("poisson", "fixed_size", "truncated_poisson", "shuffled"),
+        default="poisson",
+        help="how batches are drawn (default poisson)",
+    )
+    add_option(parser, "max-batch-size", type=int, help="largest batch, of truncated_poisson")
+    _accountant_option(parser)
+    add_format(parser)
+
+
+def _accountant_option(parser: argparse.ArgumentParser) -> None:
+    add_option(
+        parser,
+        "accountant",
+        choices=tuple(_METHODS),
+        default="vpld",
+        help="vpld (privacy loss distribution, tighter, default) or vrdp (Renyi, a privacy filter)",
+    )
+
+
+def _rate(options: argparse.Namespace) -> float:
+    if options.sample_rate is not None:
+        if options.batch_size is not None:
+            raise ValueError("give --sample-rate, or --dataset-size and --batch-size, not all")
+        return float(options.sample_rate)
+    if options.dataset_size is None or options.batch_size is None:
+        raise ValueError("give --sample-rate, or both --dataset-size and --batch-size")
+    if not 0 < options.batch_size <= options.dataset_size:
+        raise ValueError(
+            f"--batch-size {options.batch_size:g} must be > 0 and at most --dataset-size {options.dataset_size}"
+        )
+    return float(options.batch_size / options.dataset_size)
+
+
+def _steps(options: argparse.Namespace, rate: float) -> int:
+    if (options.steps is None) == (options.epochs is None):
+        raise ValueError("give either --steps or --epochs")
+    steps = options.steps if options.steps is not None else math.ceil(options.epochs / rate - 1e-9)
+    if steps < 1:
+        raise ValueError(f"a plan of {steps} steps costs nothing: give --steps or --epochs > 0")
+    return int(steps)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the accounting functions that the options stand for."""
+    rate = _rate(options)
+    steps = _steps(options, rate)
+    truncated = options.sampling == "truncated_poisson"
+    if truncated and (options.dataset_size is None or options.max_batch_size is None):
+        raise ValueError("--sampling truncated_poisson needs --dataset-size and --max-batch-size")
+    if options.max_batch_size is not None and not truncated:
+        raise ValueError("--max-batch-size belongs to --sampling truncated_poisson")
+    if options.sampling == "shuffled":
+        steps, rate = math.ceil(steps * rate - 1e-9), 1.0  # a pass is one charge at rate 1
+    return {
+        "sample_rate": rate,
+        "steps": steps,
+        "sampling": "poisson" if options.sampling == "shuffled" else options.sampling,
+        "dataset_size": options.dataset_size if truncated else None,
+        "max_batch_size": options.max_batch_size,
+        "method": _METHODS[options.accountant],
+    }
+
+
+def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) -> int:
+    """Print the values and the plan they belong to."""
+    from opacus_ac.accounting import ADJACENCY
+
+    facts = {
+        **values,
+        "delta": options.delta,
+        "accountant": options.accountant,
+        "sampling": options.sampling,
+        "sample_rate": plan["sample_rate"],
+        "charges": plan["steps"],
+        "neighbours": ADJACENCY[options.sampling],
+    }
+    if options.format == "json":
+        print(json.dumps({k: "infinity" if v == math.inf else v for k, v in facts.items()}, indent=2))
+    else:
+        for name, value in facts.items():
+            print(f"{name.replace('_', ' '):18} {value if isinstance(value, str | int) else format(value, '.6g')}")
+    return OK
+
+
+def _epsilon_arguments(parser: argparse.ArgumentParser) -> None:
+    add_option(parser, "noise-multiplier", type=float, required=True, help="std of the noise over the sensitivity")
+    _sampling_options(parser)
+
+
+def _epsilon(options: argparse.Namespace) -> int:
+    from opacus_ac.accounting import plan_epsilon
+
+    plan = _plan(options)
+    epsilon = plan_epsilon(options.noise_multiplier, delta=options.delta, **plan)
+    return _stated(options, plan, epsilon=epsilon, noise_multiplier=options.noise_multiplier)
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    add_option(parser, "target-epsilon", type=float, required=True, help="epsilon not to be exceeded")
+    _sampling_options(parser)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from opacus_ac.accounting import calibrate_noise_multiplier, plan_epsilon
+
+    plan = _plan(options)
+    noise = calibrate_noise_multiplier(target_epsilon=options.target_epsilon, target_delta=options.delta, **plan)
+    epsilon = plan_epsilon(noise, delta=options.delta, **plan)
+    return _stated(options, plan, noise_multiplier=noise, epsilon=epsilon, target_epsilon=options.target_epsilon)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_option(parser, "dataset-size", type=int, required=True, help="number of records N, a public constant")
+    add_option(parser, "batch-size", type=int, nargs="+", required=True, help="expected batch sizes B to compare")
+    add_option(parser, "target-epsilon", type=float, nargs="+", required=True, help="budgets to compare")
+    add_option(parser, "delta", type=float, required=True, help="delta, well below 1 / N")
+    add_option(parser, "epochs", type=float, nargs="+", default=[3.0], help="passes over the data (default 3)")
+    _accountant_option(parser)
+    add_format(parser)
+
+
+def _plan_table(options: argparse.Namespace) -> int:
+    """Print noise multiplier and noise-to-signal for every combination."""
+    from opacus_ac.accounting import calibrate_noise_multiplier
+
+    rows = []
+    for epsilon in options.target_epsilon:
+        for epochs in options.epochs:
+            for size in options.batch_size:
+                if not 0 < size <= options.dataset_size:
+                    raise ValueError(
+                        f"--batch-size {size} must be > 0 and at most --dataset-size {options.dataset_size}"
+                    )
+                rate = size / options.dataset_size
+                steps = max(1, math.ceil(epochs / rate - 1e-9))
+                noise = calibrate_noise_multiplier(
+                    target_epsilon=epsilon,
+                    target_delta=options.delta,
+                    sample_rate=rate,
+                    steps=steps,
+                    method=_METHODS[options.accountant],
+                )
+                rows.append(
+                    {
+                        "target_epsilon": epsilon,
+                        "epochs": epochs,
+                        "batch_size": size,
+                        "steps": steps,
+                        "noise_multiplier": noise,
+                        "noise_to_signal": noise * _HISTOGRAM / size,
+                    }
+                )
+    if options.format == "json":
+        print(json.dumps(rows, indent=2))
+        return OK
+    print(f"N = {options.dataset_size}, delta = {options.delta:g}, Poisson batches, {options.accountant}")
+    print(f"{'epsilon':>8} {'epochs':>7} {'batch':>7} {'steps':>7} {'noise':>9} {'noise / signal':>15}")
+    for row in rows:
+        print(
+            f"{row['target_epsilon']:8g} {row['epochs']:7g} {row['batch_size']:7d} {row['steps']:7d} "
+            f"{row['noise_multiplier']:9.4f} {row['noise_to_signal']:15.6f}"
+        )
+    print("noise / signal: std of the noise on a coordinate of the mean gradient, in units of C")
+    return OK
+
+
+COMMANDS = (
+    Command("epsilon", "what a planned run costs", _epsilon_arguments, _epsilon),
+    Command("calibrate", "how much noise a budget needs", _calibrate_arguments, _calibrate),
+    Command("plan", "compare batch sizes, epochs and budgets", _plan_arguments, _plan_table),
+)
