@@ -357,6 +357,5 @@ class PrivateTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        trainer_checkpoint.check_step(Path(checkpoint), self.state.global_step)
         super()._load_optimizer_and_scheduler(checkpoint)
         trainer_checkpoint.load(self.engine, Path(checkpoint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,15 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
     wrong = sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name))
     if wrong:
         raise ValueError(f"{folder / wrong[0]} is missing, new or changed since the checkpoint was written")
+    progress = folder / "trainer_state.json"
+    step = json.loads(progress.read_text(encoding="utf-8"))["global_step"] if progress.is_file() else None
+    if step != state["step"]:
+        raise ValueError(f"{progress} is of step {step}, {PRIVACY_STATE} of step {state['step']}: one of them was replaced")
 
 
 def load(engine: PrivacyEngine, folder: Path) -> None:
     """Take over what the checkpoint has spent; call it after :func:`verify`."""
     engine.load_checkpoint(path=folder / PRIVACY_STATE, module=nn.Identity())
-
-
-def check_step(folder: Path, step: int) -> None:
-    """Raise ``ValueError`` when ``trainer_state.json`` is of another step than the privacy state."""
-    saved = _read(folder)["step"]
-    if saved != step:
-        raise ValueError(
-            f"{folder / PRIVACY_STATE} is of step {saved}, trainer_state.json of step {step}: one of them was replaced"
-        )
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -64,8 +60,8 @@ def _read(folder: Path) -> dict[str, Any]:
 def _digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of weights and states."""
     return {
-        path.name: _digest(path)
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): _digest(path)
+        for path in sorted(folder.rglob("*"))
         if path.suffix in _SUFFIXES and path.name not in (PRIVACY_STATE, "training_args.bin")
     }
 
