@@ -18,7 +18,7 @@ RANK = {
     "statistics": 1, "mechanism": 2, "clipping": 3, "control": 3, "grad_sample": 1, "sampling": 1, "data": 2,
     "ledger": 1, "budget": 2, "fused_step": 1, "optimizer": 4, "report": 5, "checkpoint": 5, "integrations": 5, "preparation": 6, "engine": 7,
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
-    "integrations.trainer_arguments": 5, "integrations.trainer_checks": 6, "integrations.trainer_callback": 6,
+    "integrations.trainer_arguments": 5, "integrations.trainer_checks": 6, "integrations.trainer_callback": 6, "integrations.trainer_silent": 6,
     "integrations.trainer_checkpoint": 8, "integrations.trainer": 9,
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from opacus_ac.data import LogicalBatches, PrivateDataLoader
@@ -24,7 +24,8 @@ from opacus_ac.integrations import trainer_checkpoint
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.integrations.trainer_callback import PrivacyCallback, release_values
 from opacus_ac.integrations.trainer_checks import raise_for, refusals, refuse_bases, refused_evaluation
-from opacus_ac.integrations.transformers import use_record_loss
+from opacus_ac.integrations.trainer_silent import LOSS_KEYS, PRIVATE_KEYS, SilentTrainer
+from opacus_ac.integrations.transformers import has_record_losses, use_record_loss
 from opacus_ac.loss import LossTape
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import public_settings
@@ -32,15 +33,8 @@ from opacus_ac.report import PrivacyReport
 
 PRIVACY_REPORT = "privacy_report.json"
 
-# What the Trainer would log of private batches: the un-noised gradient norm, and counts and times that follow their sizes.
-_PRIVATE_KEYS = (
-    "grad_norm", "total_flos", "num_input_tokens_seen", "train_tokens_per_second", "train_runtime",
-    "train_samples_per_second", "train_steps_per_second",
-)  # fmt: skip
-_LOSS_KEYS = ("loss", "train_loss")
 
-
-class PrivateTrainer(Trainer):
+class PrivateTrainer(SilentTrainer):
     """``transformers.Trainer`` with DP-Adam-AC: a Trainer step is one Poisson batch, one accounted release.
 
     The expected batch size is ``per_device_train_batch_size * gradient_accumulation_steps``; the first factor alone is what
@@ -71,11 +65,6 @@ class PrivateTrainer(Trainer):
     References:
         arXiv 2510.05288.
     """
-
-    model: Any
-    optimizer: Any
-    train_dataset: Any
-    loss_is_scaled_for_ga = True  # a mean over records, which no number of accumulation steps divides
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -229,17 +218,6 @@ class PrivateTrainer(Trainer):
         self.control.should_training_stop = True
         return self._finalize_training(None, 0, started)
 
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: every trial is a release of its own.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "hyperparameter_search trains on the private data once per trial, and each costs its epsilon: train one "
-            "PrivateTrainer per trial with the same ledger=, which adds them up, or search on public data"
-        )
-
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Take the forward and backward passes of a logical batch; the Trainer then steps the optimizer.
 
@@ -252,20 +230,22 @@ class PrivateTrainer(Trainer):
             optimizer.zero_grad()
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._prepare_inputs(batch))
+            self._check_loss(optimizer)
             self.accelerator.backward(loss)
             if not last:
                 optimizer.step()
         return torch.zeros((), device=self.args.device)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
-        """Return None: the number of labelled tokens of the batch would couple its records."""
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Return None: the gradient is not noised yet where the Trainer asks."""
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0: the count follows the number of private tokens."""
-        return 0
+    def _check_loss(self, optimizer: AdaptiveClipDPOptimizer) -> None:
+        """Refuse a loss that did not come from the model's loss per record, where it has one."""
+        losses = optimizer.tape.take()
+        if losses is not None:
+            optimizer.record_losses(losses)
+        elif has_record_losses(self.model):
+            raise ValueError(
+                f"compute_loss of {type(self).__name__} bypassed the model's loss per record: call the model with labels and "
+                "return its .loss, or give a loss per record [B] to private_optimizer.record_losses and return its mean"
+            )
 
     # ---------------------------------------------------------------- evaluation, logs
 
@@ -303,7 +283,7 @@ class PrivateTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what is public: the values of the last release join the training log, private ones leave every log."""
-        for key in (*_PRIVATE_KEYS, *(() if self.privacy.loss_bound is not None else _LOSS_KEYS)):
+        for key in PRIVATE_KEYS if self.privacy.loss_bound is not None else PRIVATE_KEYS + LOSS_KEYS:
             logs.pop(key, None)
         if self.private_optimizer is not None and "learning_rate" in logs:
             logs.update(release_values(self.private_optimizer.released, self.get_epsilon()))
@@ -343,9 +323,6 @@ class PrivateTrainer(Trainer):
         """Save the optimizer, whose state has C, window and averages, and last what proves that all belongs together."""
         super()._save_optimizer_and_scheduler(output_dir)
         trainer_checkpoint.save(self.engine, Path(output_dir), self.state.global_step)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save nothing: how far the global generator got tells how many private tokens dropout has seen."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, once the whole folder has been found to be one checkpoint of this run."""

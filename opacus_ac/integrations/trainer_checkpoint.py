@@ -38,7 +38,9 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
     progress = folder / "trainer_state.json"
     step = json.loads(progress.read_text(encoding="utf-8"))["global_step"] if progress.is_file() else None
     if step != state["step"]:
-        raise ValueError(f"{progress} is of step {step}, {PRIVACY_STATE} of step {state['step']}: one of them was replaced")
+        raise ValueError(
+            f"{progress} is of step {step}, {PRIVACY_STATE} of step {state['step']}: one of them was replaced"
+        )
 
 
 def load(engine: PrivacyEngine, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
-from opacus_ac.integrations.transformers import gives_record_losses
+from opacus_ac.integrations.transformers import has_record_losses
 
 _DEFAULT_MAX_GRAD_NORM = 1.0  # of TrainingArguments: nobody asked for it
 
@@ -177,7 +177,7 @@ def _about_model(privacy: PrivacyArguments, model: nn.Module) -> list[str]:
             f"{narrow[0]} and {len(narrow) - 1} more are trained in {model.get_parameter(narrow[0]).dtype}: sums of clipped "
             "gradients would round beyond C. Load the model in float32 and use bf16=True (frozen weights may be bfloat16)"
         )
-    if privacy.loss_bound is not None and not gives_record_losses(model):
+    if privacy.loss_bound is not None and has_record_losses(model) is False:
         found.append(
             f"loss_bound={privacy.loss_bound:g}: the losses of single records are not known for {type(model).__name__}, so "
             "no noisy loss can be released. Use loss_bound=None (0 on a command line)"

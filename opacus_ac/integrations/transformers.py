@@ -32,13 +32,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'opacus_ac.integrations.transformers' has no attribute {name!r}")
 
 
-def gives_record_losses(module: nn.Module) -> bool:
-    """Whether the losses of single records are known of every transformers model inside ``module``, for a noisy loss."""
+def has_record_losses(module: nn.Module) -> bool | None:
+    """Say whether the losses of single records are known of the transformers models inside ``module``; None without any."""
     transformers = sys.modules.get("transformers")
     models = (
         [] if transformers is None else [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
     )
-    return not any(getattr(model, "loss_type", None) in _RECORD_LOSSES for model in models)
+    return not any(getattr(m, "loss_type", None) in _RECORD_LOSSES for m in models) if models else None
 
 
 class RecordLoss:
