@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class PrivateDataLoader(DataLoader[Any]):
         """Sampling rate of the next step, expected batch size / N."""
         return self.plan.sizes.rate(self.plan.step)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]
         self.plan.open()
         try:
             for batch in super().__iter__():
@@ -101,6 +102,45 @@ class PrivateDataLoader(DataLoader[Any]):
                 yield batch
         finally:
             self.plan.close()
+
+
+class LogicalBatches:
+    """A private loader seen a logical batch at a time, for loops that take one optimizer step per item.
+
+    Each item yields the pairs (physical batch, whether it is the last of its logical batch). ``optimizer.step()`` has to
+    follow each physical batch before the next one is asked for.
+
+    Args:
+        loader: the loader that ``make_private`` returned.
+    """
+
+    def __init__(self, loader: PrivateDataLoader) -> None:
+        self.loader = loader
+        self.dataset = loader.dataset
+        self._open: Generator[Any, None, None] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of logical batches of a pass."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Iterator[tuple[Any, bool]]]:
+        if self._open is not None:
+            self._open.close()  # a pass that an error interrupted must not close this one later
+        self._open = batches = iter(self.loader)
+        try:
+            for _ in range(len(self)):
+                yield self._physical(batches)
+        finally:
+            batches.close()
+
+    def _physical(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        last = False
+        while not last:
+            batch = next(batches)
+            draw = self.loader.plan.current()
+            assert draw is not None
+            last = draw.last
+            yield batch, last
 
 
 def private_loader(
@@ -111,6 +151,7 @@ def private_loader(
     max_physical_batch_size: int | None = None,
     schedule: RateSchedule | None = None,
     max_batch_size: int | None = None,
+    dataset_size: int | None = None,
 ) -> PrivateDataLoader:
     """Return a private loader over the records of ``loader``.
 
@@ -122,12 +163,21 @@ def private_loader(
         max_physical_batch_size: largest batch that reaches the model.
         schedule: expected batch size per step (not for "shuffled").
         max_batch_size: largest logical batch, for "truncated_poisson".
+        dataset_size: public N, from which rate and length of a pass follow; the number of records by default. It may differ
+            from that number for "poisson" only.
 
     Raises:
         ValueError: a dataset or sampler for which no sampling bound is known.
     """
     batch_size, steps = _check(loader, drawn=sampling != "shuffled")
     records = len(loader.dataset)  # type: ignore[arg-type]
+    if dataset_size is not None and dataset_size != records:
+        if sampling != "poisson":
+            raise ValueError(
+                f"dataset_size={dataset_size} is not the number of records, which sampling={sampling!r} needs: leave it "
+                'out, or use sampling="poisson"'
+            )
+        return _public_size_loader(loader, batch_size, dataset_size, stream, max_physical_batch_size, schedule)
     if schedule is not None and sampling == "shuffled":
         raise ValueError("batch_size_schedule needs poisson_sampling=True, or another sampling that draws batches")
     sizes = BatchSizes(records, batch_size, schedule, whole=sampling == "fixed_size")
@@ -138,6 +188,22 @@ def private_loader(
         sampler = ShuffledBatchSampler(plan, loader.batch_sampler, max_physical_batch_size)
     else:
         sampler = _DRAWING[sampling](plan, stream, max_physical_batch_size)
+    return PrivateDataLoader(loader, sampler)
+
+
+def _public_size_loader(
+    loader: DataLoader[Any],
+    batch_size: float,
+    dataset_size: int,
+    stream: RandomStream,
+    max_physical_batch_size: int | None,
+    schedule: RateSchedule | None,
+) -> PrivateDataLoader:
+    """Return a loader whose rate and length follow from a public N, whatever the number of records is."""
+    sizes = BatchSizes(dataset_size, batch_size, schedule)
+    plan = SamplingPlan(sizes, "poisson", math.ceil(dataset_size / batch_size))
+    sampler = PoissonBatchSampler(plan, stream, max_physical_batch_size)
+    sampler.records = len(loader.dataset)  # type: ignore[arg-type]
     return PrivateDataLoader(loader, sampler)
 
 

@@ -114,6 +114,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         poisson_sampling: bool = True,
         sampling: str | None = None,
         max_batch_size: int | None = None,
+        dataset_size: int | None = None,
         clipping: str = "adaptive",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "bk",
@@ -150,6 +151,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 batch_size records drawn without replacement at each step; "shuffled", as ``poisson_sampling=False``. Each has
                 a bound of its own, which the report names. By default as ``poisson_sampling`` says.
             max_batch_size: largest logical batch, for ``sampling="truncated_poisson"``.
+            dataset_size: public N for Poisson sampling, where the number of records itself is not to be public.
             clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
             grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
@@ -194,6 +196,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             max_physical_batch_size=max_physical_batch_size,
             schedule=batch_size_schedule,
             max_batch_size=max_batch_size,
+            dataset_size=dataset_size,
         )
         self._account.check_dataset(loader.plan.sizes.dataset_size)
         expected = loader.plan.sizes.expected(0)
@@ -307,6 +310,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             stream=SecretStream(),
             schedule=kwargs.get("batch_size_schedule"),
             max_batch_size=kwargs.get("max_batch_size"),
+            dataset_size=kwargs.get("dataset_size"),
         )
         if steps is None:
             assert epochs is not None

@@ -273,6 +273,8 @@ class PoissonBatchSampler(PrivateBatchSampler):
     def __init__(self, plan: SamplingPlan, stream: RandomStream, max_physical_batch_size: int | None = None) -> None:
         super().__init__(plan, max_physical_batch_size)
         self.stream = stream
+        self.records = plan.sizes.dataset_size
+        """Number of records that are there; private where it differs from the public N of the plan."""
 
     @property
     def sample_rate(self) -> float:
@@ -286,7 +288,7 @@ class PoissonBatchSampler(PrivateBatchSampler):
 
     def _draw(self, rate: float) -> list[int]:
         """Return the indices of one logical batch."""
-        uniform = self.stream.uniform(self.plan.sizes.dataset_size)
+        uniform = self.stream.uniform(self.records)
         drawn = uniform < math.floor(rate * _UNIFORMS) / _UNIFORMS
         indices: list[int] = drawn.nonzero().reshape(-1).tolist()
         return indices

@@ -2,6 +2,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import chat_data as cd
 import pytest
@@ -67,6 +68,11 @@ def test_generation_masks_agree_with_the_prefix_rule(tokenizer, messages):
 def test_template_that_rewrites_earlier_turns_is_refused():
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         cd.encode(TWO, byte_tokenizer(REWRITES), 300)
+
+
+def test_a_record_that_cannot_be_encoded_is_numbered():
+    with pytest.raises(ValueError, match="record 1: the chat template rewrites"):
+        cd.ChatDataset([CHAT[:1], TWO], byte_tokenizer(REWRITES), 300)
 
 
 def test_tokenizer_without_template_is_refused():
@@ -186,5 +192,5 @@ def test_empty_file_is_refused(tmp_path):
 
 def test_opacus_is_not_imported():
     code = "import sys, chat_data, chat_model, tone_dialogues; assert 'opacus' not in sys.modules, 'opacus imported'"
-    folder = str(cd.Path(cd.__file__).parent)
+    folder = str(Path(cd.__file__).parent)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,24 @@ _TOKEN_LOSSES = {
 }
 # Losses that are a mean over records already.
 _RECORD_LOSSES = {"ForSequenceClassification", "ForMultipleChoice", "ForImageClassification", "ForVideoClassification"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in (
+        "PrivacyArguments",
+        "PrivateTrainer",
+    ):  # on first use: the engine imports this module, the Trainer the engine
+        return getattr(importlib.import_module("opacus_ac.integrations"), name)
+    raise AttributeError(f"module 'opacus_ac.integrations.transformers' has no attribute {name!r}")
+
+
+def has_record_losses(module: nn.Module) -> bool | None:
+    """Say whether the losses of single records are known of the transformers models inside ``module``; None without any."""
+    transformers = sys.modules.get("transformers")
+    models = (
+        [] if transformers is None else [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
+    )
+    return not any(getattr(m, "loss_type", None) in _RECORD_LOSSES for m in models) if models else None
 
 
 class RecordLoss:

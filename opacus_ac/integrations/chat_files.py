@@ -1,0 +1,157 @@
+"""Reads dialogues from local files; nothing is copied to a cache, and an error names file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+Messages = list[dict[str, str]]
+ROLES = ("system", "user", "assistant")
+
+
+def read_dialogues(path: str | os.PathLike[str]) -> list[Messages]:
+    """Read the dialogues of a ``.jsonl``, ``.csv`` or ``.parquet`` file, one per row.
+
+    A row has ``messages``, a list of objects with ``role`` and ``content`` (in CSV as JSON text), or ``prompt`` and
+    ``response``. Other columns are ignored. The files are read without the ``datasets`` library, which leaves an Arrow copy of
+    all rows in its cache, also with ``keep_in_memory=True``; see :func:`private_cache_dir` if you need it.
+
+    Args:
+        path: a local file in UTF-8.
+
+    Returns:
+        The list of messages of each dialogue, with ``role`` and ``content`` only.
+
+    Raises:
+        ValueError: another kind of file, no dialogue in it, or a row that is not a dialogue that ends with a reply; the message
+            starts with ``file:line`` (for Parquet ``file:row``, from 1).
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"{path}: no known kind of file: give {', '.join(sorted(_READERS))}")
+    return _read(path, reader)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[Messages]:
+    """Read a file of JSON lines as :func:`read_dialogues` does, whatever its name; blank lines are skipped."""
+    return _read(Path(path), _json_lines)
+
+
+def private_cache_dir(folder: str | os.PathLike[str]) -> str:
+    """Make ``folder/private_cache``, which its owner alone can read, for ``datasets.load_dataset(cache_dir=...)``.
+
+    Raises:
+        ValueError: it is there already, and open to others.
+    """
+    cache = Path(folder) / "private_cache"
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mode = cache.stat().st_mode & 0o777
+    if os.name == "posix" and mode & 0o077:
+        raise ValueError(f"{cache} has mode {mode:o}: others could read copies of private rows. chmod 700 {cache}")
+    return str(cache)
+
+
+Rows = Iterator[tuple[int, Callable[[], Any]]]
+"""Number of the line, and a function that gives the row or raises ``ValueError``."""
+
+
+def _read(path: Path, reader: Callable[[Path], Rows]) -> list[Messages]:
+    records: list[Messages] = []
+    for number, row in reader(path):
+        try:
+            records.append(_dialogue(row()))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    if not records:
+        raise ValueError(f"{path}: no dialogues in this file")
+    return records
+
+
+def _json_lines(path: Path) -> Rows:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield number, partial(_json, line)
+
+
+def _json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
+
+
+def _csv_rows(path: Path) -> Rows:
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        while True:
+            try:
+                header = reader.fieldnames  # read now, so that the first row starts on the line after it
+                number = reader.line_num + 1
+                row = next(reader, None) if header else None
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}:{reader.line_num + 1}: not valid CSV in UTF-8: {error}") from None
+            if row is None:
+                return
+            yield number, partial(_csv_row, row)
+
+
+def _csv_row(row: dict[Any, Any]) -> dict[Any, Any]:
+    if None in row or None in row.values():
+        raise ValueError("this row has another number of fields than the header")
+    return {**row, "messages": _json(row["messages"])} if "messages" in row else row
+
+
+def _parquet_rows(path: Path) -> Rows:
+    from pyarrow import ArrowInvalid, parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, partial(dict, row)
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}:{number + 1}: not valid Parquet: {error}") from None
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _dialogue(record: Any) -> Messages:
+    """Return the messages of a row, checked."""
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    if "messages" not in record and {"prompt", "response"} <= record.keys():
+        pair = {"user": record["prompt"], "assistant": record["response"]}
+        record = {"messages": [{"role": role, "content": text} for role, text in pair.items()]}
+    if "messages" not in record:
+        raise ValueError('"messages" is missing (or "prompt" and "response")')
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('"messages" must be a list that is not empty')
+    for index, message in enumerate(messages, start=1):
+        _check_message(index, message)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the last message must be a reply of the assistant")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _check_message(index: int, message: Any) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {index} is not an object")
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f'message {index}: "{key}" is missing')
+        if not isinstance(message[key], str):
+            raise ValueError(f'message {index}: "{key}" must be a string')
+    if message["role"] not in ROLES:
+        raise ValueError(f"message {index}: role must be one of {', '.join(ROLES)}, got {message['role']!r}")
