@@ -10,12 +10,13 @@ from opacus.accountants import IAccountant
 from opacus.accountants.utils import get_noise_multiplier
 
 from opacus_ac.accounting import (
+    DEFAULT_ORDERS,
     Event,
     RenyiFilter,
     VariableRateRDPAccountant,
-    best_order,
     calibrate_noise_multiplier,
     epsilon_from_rdp,
+    roomiest_order,
 )
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.sampling import SamplingPlan
@@ -113,15 +114,11 @@ class BudgetGuard:
 def _preset_filter(
     accountant: IAccountant, epsilon: float, delta: float, planned: Mapping[Event, int]
 ) -> RenyiFilter | None:
-    """Return the filter at the order that is best for what was spent and is planned; None without one."""
+    """Return the filter at the order that leaves the most room for the plan after what was spent; None without one."""
     if type(accountant) is not VariableRateRDPAccountant:
         return None
-    total = Counter(accountant.counts())
-    total.update(planned)
-    try:
-        return RenyiFilter(best_order(total, delta), epsilon, delta)
-    except ValueError:  # far too much was spent before: no step will fit
-        return RenyiFilter(best_order(planned, delta), epsilon, delta)
+    spent_before = [accountant.spent_rdp(order) for order in DEFAULT_ORDERS]
+    return RenyiFilter(roomiest_order(planned, epsilon, delta, spent_before), epsilon, delta)
 
 
 def _planned_rates(plan: SamplingPlan, steps: int) -> list[float]:

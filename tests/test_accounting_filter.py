@@ -13,6 +13,7 @@ from opacus_ac.accounting import (
     best_order,
     epsilon_from_rdp,
     rdp_event,
+    roomiest_order,
 )
 
 DELTA = 1e-5
@@ -110,3 +111,29 @@ def test_bad_questions_are_refused():
     with pytest.raises(ValueError, match="costs nothing"):
         best_order({Event(1.0, 0.0): 5}, DELTA)
     assert best_order(PLAN, DELTA) in np.asarray(DEFAULT_ORDERS)
+
+
+@pytest.mark.parametrize("before", [{}, {Event(0.7, 0.02): 150}, {Event(2.0, 0.3): 40}])
+def test_roomiest_order_fits_the_most_further_steps(before):
+    """Against trying every order, with and without an earlier run in the account."""
+    accountant = VariableRateRDPAccountant()
+    for event, steps in before.items():
+        accountant.step_event(event, steps)
+    event = Event(1.0, 0.01)
+    spent = [accountant.spent_rdp(order) for order in DEFAULT_ORDERS]
+    chosen = roomiest_order({event: 100}, 4.0, DELTA, spent)
+
+    def fitting(order):
+        try:
+            return RenyiFilter(float(order), 4.0, DELTA).remaining(accountant.spent_rdp(order), event)
+        except ValueError:  # this order's conversion spends everything
+            return -1
+
+    assert fitting(chosen) == max(fitting(order) for order in DEFAULT_ORDERS) > 0
+
+
+def test_roomiest_order_refuses_a_budget_that_holds_nothing():
+    with pytest.raises(ValueError, match="costs nothing"):
+        roomiest_order({Event(1.0, 0.0): 5}, 4.0, DELTA)
+    with pytest.raises(ValueError, match="conversion"):
+        roomiest_order({Event(1.0, 0.1): 5}, 1e-4, DELTA)

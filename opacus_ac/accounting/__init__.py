@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from opacus_ac.accounting.calibration import calibrate_noise_multiplier, plan_epsilon
 from opacus_ac.accounting.divergence import rdp_event
 from opacus_ac.accounting.events import ADJACENCY, Event, common_adjacency
-from opacus_ac.accounting.filters import RenyiFilter, best_order
+from opacus_ac.accounting.filters import RenyiFilter, best_order, roomiest_order
 from opacus_ac.accounting.pld import pld_epsilon
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, epsilon_from_rdp, rdp_poisson_gaussian
 from opacus_ac.accounting.shuffled import ShuffledEpochs
@@ -40,6 +40,7 @@ __all__ = [
     "rdp_event",
     "rdp_poisson_gaussian",
     "register",
+    "roomiest_order",
 ]
 
 _LAZY = {

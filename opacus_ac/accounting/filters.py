@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from opacus_ac.accounting.divergence import rdp_event
 from opacus_ac.accounting.events import Event, check_count, check_delta
-from opacus_ac.accounting.rdp import DEFAULT_ORDERS, epsilon_from_rdp
+from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp
 from opacus_ac.accounting.table import RDPTable
 
 _SLACK = 1e-12  # relative; a plan that uses its budget up to rounding fits
@@ -116,6 +116,40 @@ def best_order(counts: Mapping[Event, int], delta: float) -> float:
     if not rdp.any():
         raise ValueError("counts is a plan that costs nothing: no order is better than another")
     return epsilon_from_rdp(rdp, table.orders, delta)[1]
+
+
+def roomiest_order(
+    planned: Mapping[Event, int], epsilon: float, delta: float, spent: Sequence[float] | FloatArray | None = None
+) -> float:
+    """The Rényi order at which a budget holds the most repetitions of a plan, after what was spent before.
+
+    Args:
+        planned: planned events and how often each.
+        epsilon: total epsilon.
+        delta: total delta, in (0, 1).
+        spent: divergence spent before the plan at each of ``DEFAULT_ORDERS``, [n]; nothing by default.
+
+    Returns:
+        One of ``DEFAULT_ORDERS`` whose conversion leaves room within epsilon, to preset in :class:`RenyiFilter`.
+
+    Raises:
+        ValueError: If the plan costs nothing, or the conversion alone costs more than epsilon at every order.
+
+    >>> roomiest_order({Event(1.0, 0.01): 1000}, epsilon=2.2, delta=1e-5)
+    7.7
+    """
+    table = RDPTable(DEFAULT_ORDERS)
+    cost = np.zeros_like(table.orders)
+    for event, count in planned.items():
+        cost += check_count(count, f"planned[{event}]") * table.event_row(event)
+    if not cost.any():
+        raise ValueError("the plan costs nothing: no order is better than another")
+    budget = epsilon - np.array([_conversion(float(order), delta) for order in table.orders])
+    if not (budget > 0.0).any():
+        raise ValueError(f"epsilon={epsilon!r} is spent by the conversion alone at delta={delta!r}: allow a larger one")
+    left = budget - (0.0 if spent is None else np.asarray(spent, dtype=np.float64))
+    room = np.where(budget > 0.0, left / cost, -np.inf)
+    return float(table.orders[int(np.argmax(room))])
 
 
 def _conversion(order: float, delta: float) -> float:
