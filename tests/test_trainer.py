@@ -1,6 +1,7 @@
 """PrivateTrainer: a Trainer step is one private step, in every shape that the Trainer can take."""
 
 import copy
+import gc
 import inspect
 import json
 import math
@@ -11,8 +12,11 @@ import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_trainer import arguments, batch, generator, privacy, rows, trainer, weights
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
+from opacus_ac.data import LogicalBatches
+from opacus_ac.engine import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
 from opacus_ac.integrations.transformers import use_record_loss
@@ -128,7 +132,7 @@ def test_the_trainers_own_loss_would_couple_them(tmp_path):
         labels = batch(data)["labels"]
         labels[1:] = -100  # what remains is the share of record 0
         loss = plain.compute_loss(model, {**batch(data), "labels": labels}, num_items_in_batch=count)
-        losses.append(float(loss) * len(data))
+        losses.append(float(loss.detach()) * len(data))
     assert losses[0] != pytest.approx(losses[1], rel=0.01)
 
 
@@ -363,3 +367,53 @@ def test_the_trainer_still_has_every_seam():
     for name, wanted in seams.items():
         assert list(inspect.signature(getattr(Trainer, name)).parameters)[1:] == wanted, name
         assert getattr(PrivateTrainer, name) is not getattr(Trainer, name), name
+
+
+def test_an_interrupted_pass_does_not_disturb_the_next(tmp_path):
+    """An error leaves the old iterator alive in its traceback; when it goes, the new pass must not end with it."""
+
+    class Fail(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not kept:
+                raise RuntimeError("on purpose")
+
+    kept = []
+    made = trainer(tmp_path, options={"callbacks": [Fail()]})
+    with pytest.raises(RuntimeError, match="on purpose") as error:
+        made.train()
+    kept.append(error._excinfo)  # traceback, frames, iterator
+    del error
+
+    class Drop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                kept[0] = None
+                gc.collect()
+
+    made.add_callback(Drop())
+    assert made.train().global_step == 3
+    assert made.engine.accountant.history == [(1.0, 0.25, 4)]  # one step before the error, three after
+
+
+def test_logical_batches_group_the_physical_ones():
+    data = rows(12)
+    loader = DataLoader(data, batch_size=6, collate_fn=batch)
+    model = tiny_models.build("llama").float()
+    _, optimizer, private = PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader, noise_multiplier=1.0,
+        max_physical_batch_size=2, noise_generator=generator(),
+    )  # fmt: skip
+    logical = LogicalBatches(private)
+    assert len(logical) == 2
+    for _ in range(2):
+        for step, parts in enumerate(logical):
+            flags = []
+            for inputs, last in parts:
+                optimizer.zero_grad()
+                model(**inputs).loss.backward()
+                optimizer.step()
+                flags.append(last)
+            assert flags == [False] * (len(flags) - 1) + [True]
+            if step == 0:
+                break  # and the next pass starts afresh
+    assert optimizer.steps_taken == 2

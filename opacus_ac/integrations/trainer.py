@@ -97,6 +97,7 @@ class PrivateTrainer(SilentTrainer):
         )
         self.private_optimizer: AdaptiveClipDPOptimizer | None = None
         self._private_loader: PrivateDataLoader | None = None
+        self._batches: LogicalBatches | None = None
         self._noise_generator = noise_generator
         self._saving_checkpoint = False
         super().__init__(args=args, processing_class=processing_class, **parts, **options)
@@ -170,7 +171,10 @@ class PrivateTrainer(SilentTrainer):
 
     def get_train_dataloader(self) -> Any:
         """Return the private draws: an item is a logical batch, which :meth:`training_step` takes."""
-        return LogicalBatches(self._make_private()[1])
+        loader = self._make_private()[1]
+        if self._batches is None:
+            self._batches = LogicalBatches(loader)  # one, which ends the pass of a run that an error ended
+        return self._batches
 
     def num_examples(self, dataloader: Any) -> int:
         """Return the public N for the training data, as in ``Trainer`` for others."""
@@ -228,6 +232,7 @@ class PrivateTrainer(SilentTrainer):
         model.train()
         for batch, last in inputs:
             optimizer.zero_grad()
+            optimizer.tape.take()  # losses that an interrupted step left behind
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, self._prepare_inputs(batch))
             self._check_loss(optimizer)

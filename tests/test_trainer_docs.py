@@ -1,0 +1,42 @@
+"""The page for Trainer users: its code runs as printed, and what it says is refused is what the table refuses."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_chat import save_chat_model
+from tone_dialogues import dialogues, write_jsonl
+
+from opacus_ac.integrations import trainer_checks
+
+PAGE = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
+    save_chat_model(tmp_path / "model")
+    write_jsonl(tmp_path / "mails.jsonl", dialogues("loving", 60, seed=3))
+    write_jsonl(tmp_path / "public.jsonl", dialogues("loving", 4, seed=4))
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    printed = capsys.readouterr().out
+    assert "differential privacy by vrdp accounting" in printed
+    assert "'eval_loss'" in printed
+    trainer = scope["trainer"]
+    assert trainer.state.global_step == 8
+    assert 7.9 < trainer.get_epsilon() <= 8.0
+    for file in ("checkpoint-5/privacy_state.pt", "final/model.safetensors", "final/privacy_report.json"):
+        assert (tmp_path / "out" / file).is_file()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 8
+    for name in set(logged[0]) - {"step"}:
+        assert f"`{name}`" in PAGE.split("## What is logged")[1].split("##")[0]
+
+
+def test_every_refused_argument_is_on_the_page():
+    table = PAGE.split("## What is refused")[1].split("## Data")[0]
+    said_in_words = {"world_size", "n_gpu", "deepspeed", "fsdp", "lr_scheduler_type", "optim"}
+    for name, *_ in trainer_checks._ARGUMENTS:
+        assert name in said_in_words or f"`{name}" in table, name
