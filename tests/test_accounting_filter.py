@@ -113,7 +113,7 @@ def test_bad_questions_are_refused():
     assert best_order(PLAN, DELTA) in np.asarray(DEFAULT_ORDERS)
 
 
-@pytest.mark.parametrize("before", [{}, {Event(0.7, 0.02): 150}, {Event(2.0, 0.3): 40}])
+@pytest.mark.parametrize("before", [{}, {Event(0.7, 0.02): 20}, {Event(2.0, 0.3): 5}])
 def test_roomiest_order_fits_the_most_further_steps(before):
     """Against trying every order, with and without an earlier run in the account."""
     accountant = VariableRateRDPAccountant()
