@@ -136,6 +136,38 @@ def test_the_trainers_own_loss_would_couple_them(tmp_path):
     assert losses[0] != pytest.approx(losses[1], rel=0.01)
 
 
+class Coupled(torch.nn.Module):
+    """Subtracts from every position what the batch has there on average, as batch normalisation does."""
+
+    def forward(self, hidden):
+        return hidden - hidden.mean(0, keepdim=True)
+
+
+def test_a_model_that_couples_records_is_refused_before_the_first_step(tmp_path):
+    """Found by comparing the loss of two records with their losses alone."""
+    model = tiny_models.build("qwen2-tied").float()
+    model.model.norm = torch.nn.Sequential(model.model.norm, Coupled())
+    coupled = trainer(tmp_path, model=model)
+    with pytest.raises(ValueError, match="couples records"):
+        coupled.train()
+    assert len(coupled.engine.accountant) == 0
+    assert coupled.private_optimizer.steps_taken == 0
+
+
+def test_a_loss_over_the_tokens_of_the_batch_is_refused_before_the_first_step(tmp_path):
+    class TokenMean(PrivateTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            losses = torch.nn.functional.cross_entropy(
+                outputs.logits[:, :-1].transpose(1, 2), inputs["labels"][:, 1:], reduction="none"
+            )
+            self.private_optimizer.record_losses(losses.sum(1))
+            return losses.sum() / (inputs["labels"][:, 1:] != -100).sum()
+
+    with pytest.raises(ValueError, match="couples records"):
+        trainer(tmp_path, cls=TokenMean).train()
+
+
 def test_the_seed_of_the_arguments_has_no_part_in_the_noise(tmp_path):
     first, second = (trainer(tmp_path, seed=42, data_seed=42) for _ in range(2))
     start = weights(first.model)

@@ -23,13 +23,20 @@ from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import trainer_checkpoint
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.integrations.trainer_callback import PrivacyCallback, release_values
-from opacus_ac.integrations.trainer_checks import raise_for, refusals, refuse_bases, refused_evaluation
+from opacus_ac.integrations.trainer_checks import (
+    of_different_lengths,
+    raise_for,
+    refusals,
+    refuse_bases,
+    refused_evaluation,
+)
 from opacus_ac.integrations.trainer_silent import LOSS_KEYS, PRIVATE_KEYS, SilentTrainer
 from opacus_ac.integrations.transformers import has_record_losses, use_record_loss
 from opacus_ac.loss import LossTape
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import public_settings
 from opacus_ac.report import PrivacyReport
+from opacus_ac.testing import check_losses_add_up
 
 PRIVACY_REPORT = "privacy_report.json"
 
@@ -100,6 +107,7 @@ class PrivateTrainer(SilentTrainer):
         self._batches: LogicalBatches | None = None
         self._noise_generator = noise_generator
         self._saving_checkpoint = False
+        self._independent = False
         super().__init__(args=args, processing_class=processing_class, **parts, **options)
         self.add_callback(PrivacyCallback(self))
 
@@ -229,6 +237,7 @@ class PrivateTrainer(SilentTrainer):
             0: the noisy loss is known after the optimizer's step, and added then.
         """
         optimizer, _ = self._make_private()
+        self._check_independence(model, optimizer)
         model.train()
         for batch, last in inputs:
             optimizer.zero_grad()
@@ -240,6 +249,24 @@ class PrivateTrainer(SilentTrainer):
             if not last:
                 optimizer.step()
         return torch.zeros((), device=self.args.device)
+
+    def _check_independence(self, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
+        """Refuse, before the first step, a loss or model that couples the records of a batch."""
+        if self._independent or len(self.train_dataset) < 2:
+            return
+        collate = self._make_private()[1].collate_fn
+        batch = self._prepare_inputs(of_different_lengths(collate([self.train_dataset[0], self.train_dataset[1]])))
+        model.eval()
+        try:
+            with self.compute_loss_context_manager():
+                check_losses_add_up(
+                    lambda part: self.compute_loss(model, part), batch, rtol=2e-2 if self.args.bf16 else 1e-3
+                )
+        except AssertionError as error:
+            raise ValueError(f"{type(model).__name__} cannot be made private: {error}") from None
+        finally:
+            optimizer.tape.take()
+        self._independent = True
 
     def _check_loss(self, optimizer: AdaptiveClipDPOptimizer) -> None:
         """Refuse a loss that did not come from the model's loss per record, where it has one."""

@@ -200,3 +200,14 @@ def refuse_bases(cls: type) -> None:
                 "private batch and packs rows: inherit from PrivateTrainer alone, and prepare the rows with "
                 "opacus_ac.integrations.chat_data"
             )
+
+
+def of_different_lengths(batch: Any) -> Any:
+    """Return a batch of token ids with half of the first record's labels masked: a token mean would couple its records."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if labels is None or labels.dim() != 2:
+        return batch
+    labels = labels.clone()
+    labelled = (labels[0] != -100).nonzero().reshape(-1)
+    labels[0, labelled[: labelled.numel() // 2]] = -100
+    return {**batch, "labels": labels}
