@@ -449,3 +449,14 @@ def test_logical_batches_group_the_physical_ones():
             if step == 0:
                 break  # and the next pass starts afresh
     assert optimizer.steps_taken == 2
+
+
+def test_both_modules_export_the_names():
+    from opacus_ac import integrations
+    from opacus_ac.integrations import transformers
+
+    for name in ("PrivacyArguments", "PrivateTrainer"):
+        assert getattr(transformers, name) is getattr(integrations, name)
+    for module in (transformers, integrations):
+        with pytest.raises(AttributeError, match="nonsense"):
+            module.nonsense  # noqa: B018

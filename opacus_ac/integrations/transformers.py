@@ -24,10 +24,8 @@ _RECORD_LOSSES = {"ForSequenceClassification", "ForMultipleChoice", "ForImageCla
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "PrivacyArguments",
-        "PrivateTrainer",
-    ):  # on first use: the engine imports this module, the Trainer the engine
+    # On first use, because the Trainer imports the engine, and the engine this module.
+    if name in ("PrivacyArguments", "PrivateTrainer"):
         return getattr(importlib.import_module("opacus_ac.integrations"), name)
     raise AttributeError(f"module 'opacus_ac.integrations.transformers' has no attribute {name!r}")
 
