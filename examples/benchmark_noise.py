@@ -48,7 +48,9 @@ def rows(size: int) -> dict[str, tuple[int, int, Callable[[], object]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--size", type=int, default=13_000_000, help="values of the rows that add (default: 13 million)")
+    parser.add_argument(
+        "--size", type=int, default=13_000_000, help="values of the rows that add (default: 13 million)"
+    )
     arguments = parser.parse_args()
     table = rows(arguments.size)
     rates: dict[str, list[float]] = {name: [] for name in table}

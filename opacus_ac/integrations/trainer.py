@@ -252,10 +252,11 @@ class PrivateTrainer(SilentTrainer):
 
     def _check_independence(self, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
         """Refuse, before the first step, a loss or model that couples the records of a batch."""
-        if self._independent or len(self.train_dataset) < 2:
+        loader = self._make_private()[1]
+        if self._independent or len(loader.dataset) < 2:
             return
-        collate = self._make_private()[1].collate_fn
-        batch = self._prepare_inputs(of_different_lengths(collate([self.train_dataset[0], self.train_dataset[1]])))
+        batch = of_different_lengths(loader.collate_fn([loader.dataset[0], loader.dataset[1]]))
+        batch = self._prepare_inputs(batch)
         model.eval()
         try:
             with self.compute_loss_context_manager():
