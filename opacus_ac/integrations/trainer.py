@@ -253,7 +253,7 @@ class PrivateTrainer(SilentTrainer):
     def _check_independence(self, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
         """Refuse, before the first step, a loss or model that couples the records of a batch."""
         loader = self._make_private()[1]
-        if self._independent or len(loader.dataset) < 2:
+        if self._independent or len(loader.dataset) < 2:  # type: ignore[arg-type]
             return
         batch = of_different_lengths(loader.collate_fn([loader.dataset[0], loader.dataset[1]]))
         batch = self._prepare_inputs(batch)
