@@ -1,25 +1,21 @@
 """Gaussian noise in float64, made and added a block at a time while the block is in cache.
 
-Box and Muller's transform has no branches that a processor could predict wrongly. Its radius needs a logarithm, which torch
-has in vectorised form; its angle comes from a table of directions turned by the rest of the angle.
+Box and Muller's transform has no branches that a processor could predict wrongly. Its angle comes from a table of directions
+turned by the rest of the angle, because ``numpy`` has no vectorised float64 sine on most processors. torch's logarithm is
+vectorised, but it works in threads of its own, which the threads here would wait for.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 # Values in a block: its work space (3.3 MB a thread) stays in the shared cache. Smaller blocks fit into that of a core,
 # but every call of numpy ends with the threads waiting for the interpreter in turn, which costs more.
 BLOCK = 1 << 17
-# Values whose logarithm is taken at once, as measured with one thread and with two.
-_LOG_PIECE = 1 << 14
-_IMPORTED_BY = os.getpid()
 _DIRECTIONS = 1 << 12
 _ANGLE = 2 * math.pi / _DIRECTIONS
 # One more than a turn: a fraction of a turn rounds to 0 ... _DIRECTIONS, both ends included.
@@ -132,12 +128,7 @@ class GaussianSampler:
         np.right_shift(words, np.uint64(11), out=words)
         np.add(words, np.uint64(1), out=words)
         np.multiply(words, 2.0**-53, out=out, casting="unsafe")
-        if os.getpid() != _IMPORTED_BY:
-            # A forked child: torch would wait for ever for the threads that its parent had.
-            np.log(out, out=out)
-            return
-        for piece in torch.from_numpy(out).split(_LOG_PIECE):
-            piece.log_()
+        np.log(out, out=out)
 
     def add_to(self, block: npt.NDArray[np.floating], std: float, scale: float) -> None:
         """Set ``block [n]``, ``n <= BLOCK``, to ``(block + N(0, std^2)) * scale``, rounded once; std 0 draws nothing."""
