@@ -131,7 +131,7 @@ def test_every_chart_has_the_points_of_every_run(tab, logs):
     for chart in CHARTS:
         extra = 1 if chart in ("epsilon", "remaining_steps") else 0  # they are known before the first step
         assert sorted(points(tab, chart)) == sorted([count + extra, 3 + extra]), chart
-    assert points(tab, "epsilon", "projection") == [2, 2]
+    wait_for(lambda: points(tab, "epsilon", "projection") == [2, 2])
     assert len(points(tab, "epsilon", "target")) >= 1
     assert points(tab, "clip_rate", "target")
     assert tab.execute_script("return document.querySelectorAll('#panel-clip_rate .band').length") >= 1
@@ -192,7 +192,7 @@ def test_untrusted_text_is_shown_as_text(tab):
     assert sum(SCRIPT in text for text in shown) >= 3
     assert tab.execute_script("return document.querySelectorAll('img, b, main script').length") == 0
     assert tab.execute_script("return window.pwned === undefined && window.parent.pwned === undefined")
-    assert points(tab, "max_grad_norm") == [2]  # NaN is a gap
+    wait_for(lambda: points(tab, "max_grad_norm") == [2])  # NaN is a gap
 
 
 def test_the_statement_stays_unfolded_while_the_run_goes_on(tab, logs):
@@ -268,7 +268,7 @@ def test_a_server_that_does_not_answer_is_said_and_waited_for(tab, logs):
     choose(tab, "first")
     tab.execute_script("window.kept = window.fetch; window.fetch = () => Promise.reject(new Error('gone'))")
     wait_for(lambda: texts(tab, ".status") == ["No answer (gone); trying again"])
-    assert points(tab, "max_grad_norm") == [logs.run[2].steps_taken]
+    wait_for(lambda: points(tab, "max_grad_norm") == [logs.run[2].steps_taken])
     tab.execute_script("window.fetch = window.kept")
     wait_for(lambda: texts(tab, ".status")[0].startswith("live, step"))
 
