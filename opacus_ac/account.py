@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from opacus.accountants import IAccountant
@@ -14,8 +14,6 @@ from opacus.accountants import IAccountant
 from opacus_ac.accounting import Event, VariableRateRDPAccountant, common_adjacency, pld_epsilon
 from opacus_ac.budget import BudgetGuard, spent
 from opacus_ac.ledger import PrivacyLedger
-
-Run = tuple[float, float, int]  # (noise multiplier, sample rate, steps)
 
 
 def check_accountant(accountant: IAccountant, sampling: str) -> None:
@@ -40,17 +38,6 @@ def account_for(accountant: IAccountant, event: Event) -> None:
     accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
 
 
-def _continues(history: Sequence[Run], earlier: Sequence[Run]) -> bool:
-    """Whether ``history`` begins with ``earlier``; runs of equal steps may have grown together."""
-    if len(earlier) > len(history):
-        return False
-    for position, (mine, theirs) in enumerate(zip(history, earlier, strict=False)):
-        grown = position == len(earlier) - 1 and mine[2] >= theirs[2]
-        if tuple(mine[:2]) != tuple(theirs[:2]) or not (grown or mine[2] == theirs[2]):
-            return False
-    return True
-
-
 class Account:
     """What has been spent and what may be: accountant, ledger and target budget of one engine.
 
@@ -69,6 +56,7 @@ class Account:
         self.ledger = None if ledger is None else PrivacyLedger(ledger)
         self.settings: dict[str, Any] | None = None
         self._samplings: set[str] = set()
+        self._known: set[str] = set()
         for event in self.ledger.charges if self.ledger is not None else []:
             self._add(event)
 
@@ -140,20 +128,28 @@ class Account:
             found["privacy loss distribution"] = pld_epsilon(self.accountant.counts(), delta)
         return found
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """Take over an accountant's saved state; what this engine has spent itself stays spent."""
-        if self.ledger is not None:
-            return  # every charge of the checkpoint is in it
+    def mark(self) -> str:
+        """Return a new name for a checkpoint of this moment, which :meth:`resume` will know."""
+        name = secrets.token_hex(16)
+        self._known.add(name)
+        return name
+
+    def resume(self, state: dict[str, Any], name: str) -> None:
+        """Take over an accountant's saved state; what this engine has spent itself stays spent.
+
+        Args:
+            state: the accountant's state.
+            name: the name of the checkpoint. One that this engine has written or read before is part of what it has spent.
+        """
+        known = name in self._known
+        self._known.add(name)
+        if known or self.ledger is not None:  # every charge of the checkpoint is in the ledger
+            return
         if len(self.accountant) == 0:
             self.accountant.load_state_dict(state)
             return
         saved = type(self.accountant)()
         saved.load_state_dict(state)
-        others = Counter(getattr(saved, "other_events", {}))
-        if _continues(self.accountant.history, saved.history) and others <= Counter(
-            getattr(self.accountant, "other_events", {})
-        ):
-            return
         warnings.warn(
             "this engine has accounted for steps that the checkpoint does not know: the sum of both is kept",
             stacklevel=4,

@@ -18,6 +18,7 @@ from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 DIGEST = "digest"
 SETTINGS = "privacy_settings"
 LEDGER = "ledger"
+NAME = "checkpoint_name"
 _ACCOUNTANT = "privacy_accountant_state_dict"
 
 
@@ -84,7 +85,7 @@ def check(
         settings: the engine's public settings; None before ``make_private``.
         extra: further entries that must be there.
     """
-    needed = ["module_state_dict", _ACCOUNTANT, SETTINGS, LEDGER, DIGEST, *extra]
+    needed = ["module_state_dict", _ACCOUNTANT, SETTINGS, LEDGER, NAME, DIGEST, *extra]
     if optimizer is not None:
         needed.append("optimizer_state_dict")
     missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]

@@ -444,6 +444,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         state["sampling_stream"] = {} if stream is None else stream.state_dict()
         state[checkpoint.SETTINGS] = self._account.settings
         state[checkpoint.LEDGER] = self._account.ledger_head
+        state[checkpoint.NAME] = self._account.mark()
         state[checkpoint.DIGEST] = checkpoint.digest(state)
         checkpoint.write(state, path, **(torch_save_kwargs or {}))
 
@@ -485,7 +486,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if optimizer is not None:
             optimizer.load_state_dict(state.pop("optimizer_state_dict"))
         module.load_state_dict(state.pop("module_state_dict"), **(module_load_dict_kwargs or {}))
-        self._account.resume(state.pop("privacy_accountant_state_dict"))
+        self._account.resume(state.pop("privacy_accountant_state_dict"), state.pop(checkpoint.NAME))
         for name, scheduler in schedulers.items():
             if scheduler is not None:
                 scheduler.load_state_dict(state.pop(f"{name}_state_dict"))

@@ -558,6 +558,13 @@ def test_what_an_engine_spent_stays_spent_when_it_loads_a_checkpoint(tmp_path):
     train(model, optimizer, batches)
     engine.load_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
     assert (optimizer.steps_taken, engine.accountant.history) == (4, [(1.0, 0.25, 8)])
+    twin, twin_model, twin_optimizer, twin_batches = make()  # as many steps of the same kind, but other ones
+    train(twin_model, twin_optimizer, twin_batches)
+    with pytest.warns(UserWarning, match="sum of both"):
+        twin.load_checkpoint(path=tmp_path / "run.pt", module=twin_model, optimizer=twin_optimizer)
+    assert twin.accountant.history == [(1.0, 0.25, 8)]
+    twin.load_checkpoint(path=tmp_path / "run.pt", module=twin_model, optimizer=twin_optimizer)
+    assert twin.accountant.history == [(1.0, 0.25, 8)]
     other, model, optimizer, batches = make(data_loader=loader(64, 8))
     train(model, optimizer, batches)
     state = torch.load(tmp_path / "run.pt", weights_only=True)

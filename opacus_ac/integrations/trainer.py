@@ -263,8 +263,12 @@ class PrivateTrainer(SilentTrainer):
                 check_losses_add_up(
                     lambda part: self.compute_loss(model, part), batch, rtol=2e-2 if self.args.bf16 else 1e-3
                 )
-        except AssertionError as error:
-            raise ValueError(f"{type(model).__name__} cannot be made private: {error}") from None
+        except AssertionError:  # its message has losses of records
+            raise ValueError(
+                f"{type(model).__name__} cannot be made private: its loss of a batch is not the mean of the losses of its "
+                "records alone. The loss or the model couples records, so clipping would not bound what one of them does: "
+                "make the loss a mean over records (see opacus_ac.testing.check_records_independent)"
+            ) from None
         finally:
             optimizer.tape.take()
         self._independent = True
