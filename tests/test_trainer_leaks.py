@@ -72,7 +72,7 @@ def numbers(value):
         return [float(number) for number in NUMBER.findall(value)]
     if isinstance(value, dict):
         # The states of seeded test streams, and hashes, are digits without meaning.
-        skipped = {"stream", "statistics_stream", "sampling_stream", "files", "digest", "output_dir"}
+        skipped = {"stream", "statistics_stream", "sampling_stream", "files", "digest", "checkpoint_name", "output_dir"}
         skipped |= {key for key in value if re.fullmatch(r"eval.\w*(runtime|per_second|_time)", str(key))}
         return [number for key, item in value.items() if key not in skipped for number in numbers(item)]
     return [number for item in value for number in numbers(item)] if isinstance(value, list | tuple | set) else []
