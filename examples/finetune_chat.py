@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 from chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss, read_jsonl, reply_losses
-from chat_model import ModelUnavailableError, load_model
 from tone_dialogues import TONES, tone_score, train_and_heldout
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine, StepRelease
+from opacus_ac.integrations.default_model import ModelUnavailableError
+from opacus_ac.integrations.lora import load_trainable
 from opacus_ac.tensorboard import PrivacyDashboard
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -82,41 +83,10 @@ def load_dialogues(args: argparse.Namespace) -> tuple[list[Any], dict[str, list[
     return [d["messages"] for d in private], messages
 
 
-def add_lora(model: Any, rank: int, layers: int) -> Any:
-    """Add adapters where the last layers write into the residual stream; their first factor stays at its start.
-
-    With the first factor frozen the update is linear in what is trained, and no noise goes into it (arXiv 2403.12313).
-    """
-    from peft import LoraConfig, get_peft_model
-
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    writers = ["v_proj", "o_proj", "down_proj"]
-    depth = model.config.num_hidden_layers
-    if set(writers) <= names:
-        chosen: dict[str, Any] = {
-            "target_modules": writers,
-            "layers_to_transform": list(range(max(0, depth - layers), depth)),
-        }
-    else:  # another architecture: all its linear layers
-        chosen = {"target_modules": "all-linear"}
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **chosen))
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
-    return model
-
-
 def prepare(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return model and tokenizer, ready to train."""
     torch.manual_seed(args.seed)
-    dtype = torch.float32 if args.full or not torch.cpu._is_avx512_bf16_supported() else torch.bfloat16
-    model, tokenizer = load_model(args.model, dtype=dtype)
-    if not args.full:
-        model = add_lora(model, args.lora_rank, args.lora_layers)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model.train(), tokenizer
+    return load_trainable(args.model, full=args.full, rank=args.lora_rank, layers=args.lora_layers)
 
 
 class Journal:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from opacus_ac.integrations import PrivateTrainer
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.tensorboard.tags import SCALARS
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")
 NUMBER = re.compile(r"[-+]?\d+\.?\d*(?:[eE][-+]?\d+)?")
@@ -208,12 +209,36 @@ def test_the_noisy_loss_is_the_training_loss_everywhere(tmp_path, monkeypatch, c
     assert logged == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], rel=1e-5)
     assert output.training_loss == output.metrics["train_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
     found = events(tmp_path)
-    public = {f"privacy/{name}" for name in (*RELEASES, "noisy_loss", "sample_rate")}
+    public = set(SCALARS) - {"privacy/epsilon_target", "privacy/remaining_steps"}
     rates = {f"train/{name}" for name in (*RELEASES, "loss", "learning_rate", "epoch", "train_loss")}
-    assert set(found) == public | rates
-    assert found["privacy/noisy_loss"] == pytest.approx([losses[1], losses[3]], rel=1e-6)
+    assert {tag for tag in found if not tag.startswith("hparam/")} == public | rates
+    assert found["privacy/noisy_loss"] == pytest.approx(losses, rel=1e-6)
+    assert found["privacy/max_grad_norm"] == pytest.approx([r.max_grad_norm for r in released], rel=1e-6)
+    assert len(found["privacy/epsilon"]) == 3  # before the run, and with each entry of the log
     assert found["privacy/epsilon"][-1] == pytest.approx(made.get_epsilon(), rel=1e-6)
-    assert found["privacy/max_grad_norm"] == pytest.approx([released[i].max_grad_norm for i in (1, 3)], rel=1e-6)
+
+
+def test_the_event_file_opens_the_privacy_tab_and_does_not_tell_the_time_of_a_step(tmp_path):
+    made = trainer(
+        tmp_path,
+        settings={"target_epsilon": 5.0, "noise_multiplier": None},
+        max_steps=4,
+        logging_steps=2,
+        report_to=["tensorboard"],
+    )
+    made.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(file))
+    accumulator.Reload()
+    meta = json.loads(accumulator.Tensors("privacy/meta")[-1].tensor_proto.string_val[0])
+    assert meta["private"] is True
+    assert meta["target_epsilon"] == 5.0
+    statement = accumulator.Tensors("privacy/statement/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert f"vrdp: {made.get_epsilon():.4f}" in statement
+    times = {event.wall_time for tag in accumulator.Tags()["scalars"] for event in accumulator.Scalars(tag)}
+    assert len(times) <= 2  # when the dashboard was opened, and when it took the clock away; not one per step
+    assert len(accumulator.Scalars("train/loss")) == 2
+    assert [event.value for event in accumulator.Scalars("privacy/remaining_steps")][-1] == 0
 
 
 def test_without_a_released_loss_none_is_shown(tmp_path):

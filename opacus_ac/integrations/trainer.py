@@ -109,7 +109,8 @@ class PrivateTrainer(SilentTrainer):
         self._saving_checkpoint = False
         self._independent = False
         super().__init__(args=args, processing_class=processing_class, **parts, **options)
-        self.add_callback(PrivacyCallback(self))
+        self._shows = PrivacyCallback(self)
+        self.add_callback(self._shows)
 
     # ---------------------------------------------------------------- making it private
 
@@ -327,6 +328,7 @@ class PrivateTrainer(SilentTrainer):
         super().log(logs, None)
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
+        self._shows.close()
         output = super()._finalize_training(*args)
         loss = output.training_loss if self.privacy.loss_bound is not None else math.nan
         return TrainOutput(output.global_step, loss, output.metrics)

@@ -9,7 +9,7 @@ from typing import Any
 _MODES = ("bk", "hooks")
 
 
-def _option(default: Any, text: str) -> Any:
+def option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
@@ -36,27 +36,27 @@ class PrivacyArguments:
     10.0
     """
 
-    target_epsilon: float | None = _option(None, "epsilon that the whole run may spend")
-    target_delta: float = _option(1e-5, "delta of the guarantee, well below 1 / N")
-    noise_multiplier: float | None = _option(None, "noise multiplier, instead of target_epsilon")
-    dataset_size: int | None = _option(None, "public number of records N (default: rows of the training data)")
-    per_sample_max_grad_norm: float | None = _option(None, "clipping norm C0 of the first step (default 1; paper: 3)")
-    clipping: str = _option("adaptive", "adaptive, flat (fixed C) or automatic (AUTO-S)")
-    clip_policy: str | None = _option(None, "rule for C with adaptive clipping (default percentile)")
-    target_clip_rate: float = _option(0.9, "fraction of records to be clipped")
-    normalize: bool = _option(True, "scale the gradient by C0 / C_t for the inner optimizer")
-    grad_sample_mode: str = _option("bk", "bk (one backward pass) or hooks (as in Opacus)")
-    fused_step: bool = _option(False, "hold no more gradients at a time than the largest one takes")
-    loss_bound: float | None = _option(10.0, "bound of a record's loss in the released noisy loss; 0 for no loss")
-    lr_control: bool = _option(True, "learning rate follows the released clip rate")
-    ema_decay: float | None = _option(0.999, "decay of the weight average; 0 for none")
-    average_weights: bool = _option(True, "evaluate and save the averaged weights")
-    preset: str | None = _option(None, '"paper" for the published constants')
-    sampling: str = _option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
-    accountant: str = _option("vrdp", "vrdp, or an accountant of Opacus: rdp, prv, gdp")
-    secure_mode: bool = _option(False, "harden the noise against floating-point attacks; slower")
-    ledger: str | None = _option(None, "path of the privacy ledger that all runs on this dataset share")
-    evaluation_is_public: bool = _option(False, "the evaluation data need no protection")
+    target_epsilon: float | None = option(None, "epsilon that the whole run may spend")
+    target_delta: float = option(1e-5, "delta of the guarantee, well below 1 / N")
+    noise_multiplier: float | None = option(None, "noise multiplier, instead of target_epsilon")
+    dataset_size: int | None = option(None, "public number of records N (default: rows of the training data)")
+    per_sample_max_grad_norm: float | None = option(None, "clipping norm C0 of the first step (default 1; paper: 3)")
+    clipping: str = option("adaptive", "adaptive, flat (fixed C) or automatic (AUTO-S)")
+    clip_policy: str | None = option(None, "rule for C with adaptive clipping (default percentile)")
+    target_clip_rate: float = option(0.9, "fraction of records to be clipped")
+    normalize: bool = option(True, "scale the gradient by C0 / C_t for the inner optimizer")
+    grad_sample_mode: str = option("bk", "bk (one backward pass) or hooks (as in Opacus)")
+    fused_step: bool = option(False, "hold no more gradients at a time than the largest one takes")
+    loss_bound: float | None = option(10.0, "bound of a record's loss in the released noisy loss; 0 for no loss")
+    lr_control: bool = option(True, "learning rate follows the released clip rate")
+    ema_decay: float | None = option(0.999, "decay of the weight average; 0 for none")
+    average_weights: bool = option(True, "evaluate and save the averaged weights")
+    preset: str | None = option(None, '"paper" for the published constants')
+    sampling: str = option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
+    accountant: str = option("vrdp", "vrdp, or an accountant of Opacus: rdp, prv, gdp")
+    secure_mode: bool = option(False, "harden the noise against floating-point attacks; slower")
+    ledger: str | None = option(None, "path of the privacy ledger that all runs on this dataset share")
+    evaluation_is_public: bool = option(False, "the evaluation data need no protection")
 
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -29,7 +30,7 @@ def release_values(release: StepRelease | None, epsilon: float) -> dict[str, flo
 
 
 class PrivacyCallback(TrainerCallback):
-    """Adds the noisy loss to the Trainer's, epsilon to its progress bar, and ``privacy/...`` curves to TensorBoard.
+    """Adds the noisy loss to the Trainer's, epsilon to its progress bar, and the Privacy tab to its event file.
 
     Args:
         trainer: the :class:`PrivateTrainer`.
@@ -38,12 +39,35 @@ class PrivacyCallback(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._shown = -math.inf
+        self._dashboards: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open a dashboard on each event file of the Trainer, which are opened by now, and a checkpoint loaded."""
+        writers = [c.tb_writer for c in self._others(TensorBoardCallback) if c.tb_writer is not None]
+        tensorboard = sys.modules.get("torch.utils.tensorboard")
+        for writer in writers:
+            if tensorboard is not None and isinstance(writer, tensorboard.SummaryWriter):
+                self._dashboards.append(self._dashboard(writer, max(1, int(state.logging_steps))))
+
+    def _dashboard(self, writer: Any, every: int) -> Any:
+        from opacus_ac.tensorboard import PrivacyDashboard, keep_time_out
+
+        keep_time_out(writer)
+        return PrivacyDashboard(
+            writer,
+            self.trainer.engine,
+            self.trainer.private_optimizer,
+            delta=self.trainer.privacy.target_delta,
+            every=every,
+        )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the released loss of the step to the running sum that the Trainer logs."""
+        """Add the released loss of the step to the running sum that the Trainer logs, and the release to TensorBoard."""
         released = self.trainer.private_optimizer.released
         if released.loss is not None:
             self.trainer._tr_loss += released.loss
+        for dashboard in self._dashboards:
+            dashboard.log_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epochs of a resumed run on from where it was, and show epsilon."""
@@ -54,19 +78,10 @@ class PrivacyCallback(TrainerCallback):
             for bar in bars:
                 bar.set_postfix(epsilon=f"{self.trainer.get_epsilon():.3f}", refresh=False)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write the last release to the event file of the Trainer."""
-        optimizer = self.trainer.private_optimizer
-        if optimizer is None or optimizer.released is None or "learning_rate" not in (logs or {}):
-            return
-        values = release_values(optimizer.released, self.trainer.get_epsilon())
-        values["sample_rate"] = optimizer.released.sample_rate
-        if optimizer.released.loss is not None:
-            values["noisy_loss"] = optimizer.released.loss
-        for writer in [c.tb_writer for c in self._others(TensorBoardCallback) if c.tb_writer is not None]:
-            for name, value in values.items():
-                writer.add_scalar(f"privacy/{name}", value, state.global_step)
-            writer.flush()
+    def close(self) -> None:
+        """Write the final privacy statement; the event files are the Trainer's to close, in its ``on_train_end``."""
+        while self._dashboards:
+            self._dashboards.pop().close()
 
     def _others(self, kind: type) -> list[Any]:
         return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, kind)]

@@ -8,16 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opacus_ac.tensorboard.dashboard import PrivacyDashboard
+    from opacus_ac.tensorboard.dashboard import PrivacyDashboard, keep_time_out
 
-__all__ = ["PrivacyDashboard"]
+__all__ = ["PrivacyDashboard", "keep_time_out"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PrivacyDashboard":
-        from opacus_ac.tensorboard.dashboard import PrivacyDashboard
+    if name in __all__:
+        from opacus_ac.tensorboard import dashboard
 
-        return PrivacyDashboard
+        return getattr(dashboard, name)
     raise AttributeError(f"module 'opacus_ac.tensorboard' has no attribute {name!r}")
 
 

