@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from opacus_ac._version import __version__
-from opacus_ac.cli import audit, plans, show
+from opacus_ac.cli import audit, finetune, plans, show
 from opacus_ac.cli.command import BAD_USAGE, OK, REFUTED, Command
 
 __all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", "main"]
 
-COMMANDS: tuple[Command, ...] = (*plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
+COMMANDS: tuple[Command, ...] = (*finetune.COMMANDS, *plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opacus-ac",
         description="DP-Adam-AC for Opacus.",
-        epilog=f"exit codes: {OK} fine, {REFUTED} a claim was refuted, {BAD_USAGE} bad usage or input",
+        epilog=f"exit codes: {OK} fine, {REFUTED} a claim was refuted, {BAD_USAGE} bad usage or input; finetune has more",
     )
     parser.add_argument("--version", action="version", version=f"opacus_ac {__version__}")
     children = parser.add_subparsers(title="commands", required=True, metavar="command")
@@ -42,6 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; argparse itself exits with 2 on bad usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for command in COMMANDS:
+        if command.parses_all and [command.name] == list(arguments[:1]):
+            return command.run(argparse.Namespace(rest=list(arguments[1:])))
     options = build_parser().parse_args(arguments)
     try:
         code: int = options.command.run(options)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-OK, REFUTED, BAD_USAGE = 0, 1, 2
-"""Exit codes: nothing refuted, a claim refuted, bad usage or bad input."""
+OK, REFUTED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: nothing refuted, a claim refuted, bad usage or bad input, interrupted."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Command:
         summary: one line of help.
         arguments: adds the options to the subcommand's parser.
         run: does the work and returns the exit code; a ``ValueError`` is shown as bad usage.
+        parses_all: the command has a parser of its own, and ``run`` gets all that follows its name as ``options.rest``.
     """
 
     name: str
     summary: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    parses_all: bool = False
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:

@@ -40,15 +40,23 @@ class DataArguments:
     train_file: str | None = option(
         None, 'PRIVATE dialogues, .jsonl, .csv or .parquet: "messages", or "prompt" and "response", per row'
     )
-    validation_file: str | None = option(
-        None, "PUBLIC dialogues to evaluate on, together with --evaluation_is_public"
-    )
+    validation_file: str | None = option(None, "PUBLIC dialogues to evaluate on, together with --evaluation_is_public")
     max_length: int = option(256, "tokens per dialogue, a public number; longer ones are cut")
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
 
+
+EXIT_CODES: dict[int, str] = {
+    0: "trained and saved",
+    2: "bad options",
+    3: "bad data, or a ledger of other data",
+    4: "the budget allows no step, or ended the run early (what was trained is saved)",
+    5: "this model or setting cannot be made private",
+    130: "interrupted after a whole step; a checkpoint to go on from is written (143 after SIGTERM)",
+}
+"""Exit codes of ``opacus-ac finetune``."""
 
 LEARNING_RATES = {"lora": 0.01, "full": 3e-4}
 

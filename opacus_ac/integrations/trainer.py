@@ -154,8 +154,8 @@ class PrivateTrainer(SilentTrainer):
             collate = self._get_collator_with_removed_columns(collate, description="training")
         if self.privacy.dataset_size is None:
             warnings.warn(
-                f"the number of rows, N = {len(dataset)}, is published as part of the guarantee: pass a public "
-                "PrivacyArguments(dataset_size=...) if it is not to be",
+                f"the number of rows, N = {len(dataset)}, is published as part of the guarantee: set a public dataset_size "
+                "in the PrivacyArguments if it is not to be",
                 stacklevel=2,
             )
         return DataLoader(

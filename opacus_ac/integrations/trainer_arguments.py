@@ -10,6 +10,7 @@ _MODES = ("bk", "hooks")
 
 
 def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with the help text that ``HfArgumentParser`` shows."""
     return field(default=default, metadata={"help": text})
 
 
@@ -53,7 +54,7 @@ class PrivacyArguments:
     average_weights: bool = option(True, "evaluate and save the averaged weights")
     preset: str | None = option(None, '"paper" for the published constants')
     sampling: str = option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
-    accountant: str = option("vrdp", "vrdp, or an accountant of Opacus: rdp, prv, gdp")
+    accountant: str = option("vrdp", "vrdp, vpld (tighter), or an accountant of Opacus: rdp, prv, gdp")
     secure_mode: bool = option(False, "harden the noise against floating-point attacks; slower")
     ledger: str | None = option(None, "path of the privacy ledger that all runs on this dataset share")
     evaluation_is_public: bool = option(False, "the evaluation data need no protection")

@@ -1,0 +1,101 @@
+"""``finetune``: fine-tune a chat model on private dialogues. Torch is loaded once the options are plausible."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+from opacus_ac.cli.command import INTERRUPTED, OK, Command, add_option
+from opacus_ac.integrations.finetune_arguments import EXIT_CODES, TRAINING_HELP, DataArguments, ModelArguments
+from opacus_ac.integrations.trainer_arguments import PrivacyArguments
+
+PROG = "opacus-ac finetune"
+USAGE = f"{PROG} --train_file FILE --output_dir DIR (--target_epsilon E | --noise_multiplier S) [options]"
+_GROUPS: tuple[tuple[str, Iterable[tuple[str, str]]], ...] = (
+    *(
+        (title, [(field.name, field.metadata["help"]) for field in fields(kind)])
+        for title, kind in (("data", DataArguments), ("model", ModelArguments), ("privacy", PrivacyArguments))
+    ),
+    ("training (transformers.TrainingArguments)", TRAINING_HELP.items()),
+)
+
+
+def _own_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
+    add_option(parser, "dry-run", action="store_true", help="say what the run would be and cost, and end")
+    add_option(parser, "help-all", action="store_true", help="show the other options of TrainingArguments too")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows an option without its value, which the help text describes."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return "" if action.nargs == "*" else super()._format_args(action, default_metavar)
+
+
+def light_parser() -> argparse.ArgumentParser:
+    """Return the parser of what needs no torch: help, the configuration file, and what is missing."""
+    codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=USAGE,
+        description="Fine-tune a chat model on private dialogues with DP-Adam-AC.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _own_options(parser)
+    for title, options in _GROUPS:
+        group = parser.add_argument_group(title)
+        for name, text in options:
+            # Looked at for their presence only: types are the full parser's, and a switch may stand alone.
+            group.add_argument(f"--{name}", nargs="*", help=text)
+            if "_" in name:
+                spelling = f"--{name.replace('_', '-')}"
+                group.add_argument(spelling, dest=name, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse lightly, then hand over to the full parser and the run; returns the exit code."""
+    parser = light_parser()
+    options = parser.parse_known_args(arguments)[0]
+    if options.config is None and not options.help_all:
+        missing = [name for name in ("train_file", "output_dir") if not getattr(options, name)]
+        if missing:
+            parser.error(f"--{missing[0]} is missing")
+        if options.target_epsilon is None and options.noise_multiplier is None:
+            parser.error("give --target_epsilon, or --noise_multiplier")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    _own_options(own)
+    try:
+        from opacus_ac.integrations import finetune
+
+        if options.help_all:
+            finetune.full_parser(PROG, USAGE).print_help()
+            return OK
+        job = finetune.parse(own.parse_known_args(arguments)[1], options.config, prog=PROG, usage=USAGE)
+        return finetune.run(job, dry_run=options.dry_run)
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None or options.debug:
+            raise
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return int(code)
+
+
+COMMANDS = (
+    Command(
+        "finetune",
+        "fine-tune a chat model on private dialogues",
+        lambda parser: None,
+        lambda options: run(options.rest),
+        parses_all=True,
+    ),
+)

@@ -1,0 +1,94 @@
+"""What a run on the command line shows, and how it ends when it is asked to."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption(TrainerCallback):
+    """Ends a run after the step in hand, with a checkpoint, when SIGINT or SIGTERM comes; a second one ends it at once.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """A context in which signals are heard; only the main thread can hear them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print(
+            "\nstopping after this step, with a checkpoint; once more stops at once (the step stays charged)",
+            file=sys.stderr,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end."""
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+
+class StepLines(TrainerCallback):
+    """Progress on stderr: a bar on a terminal, one line per log entry elsewhere; releases only.
+
+    Args:
+        trainer: the :class:`PrivateTrainer`.
+    """
+
+    _SHOWN = (("epsilon", "epsilon", ".3f"), ("loss", "noisy loss", ".3f"), ("noisy_clip_rate", "clip rate", ".2f"),
+              ("max_grad_norm", "C", ".3g"), ("eval_loss", "public loss", ".4f"))  # fmt: skip
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the values of a log entry."""
+        values = {title: format(logs[key], form) for key, title, form in self._SHOWN if key in (logs or {})}
+        if not values:
+            return
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix(values)
+        else:
+            shown = "  ".join(f"{title} {value}" for title, value in values.items())
+            print(f"step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
