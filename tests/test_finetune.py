@@ -216,6 +216,7 @@ REFUSED = {
     "no template": ({"model_name_or_path": plain_model}, 5, "no chat template"),
     "private evaluation": ({"validation_file": "chats"}, 5, "evaluation_is_public"),
     "a setting": ({"label_smoothing_factor": 0.1}, 5, "label_smoothing_factor"),
+    "few records": ({"gradient_accumulation_steps": 30}, 2, "a step expects 120 records"),
     "mode": ({"clipping": "sideways"}, 5, "clipping='sideways' is not available"),
 }
 

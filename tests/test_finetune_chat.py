@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_chat import save_chat_model
 from tone_dialogues import dialogues, write_jsonl
 
+from opacus_ac.integrations.lora import add_lora
 from opacus_ac.tensorboard.tags import SCALARS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -88,7 +89,7 @@ def test_a_broken_line_is_named(model, tmp_path):
 
 
 def test_adapters_of_another_architecture_train_their_second_factor_only():
-    model = finetune_chat.add_lora(tiny_models.build("gpt2").float(), rank=2, layers=1)
+    model = add_lora(tiny_models.build("gpt2").float(), rank=2, layers=1)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert all("lora_B" in name for name in trained)

@@ -21,7 +21,7 @@ RANK = {
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
     "integrations.trainer_arguments": 5, "integrations.trainer_checks": 6, "integrations.trainer_silent": 6,
     "integrations.trainer_checkpoint": 8, "integrations.trainer_callback": 9, "integrations.trainer": 10,
-    "integrations.finetune": 11, "integrations.finetune_arguments": 6, "integrations.finetune_callbacks": 6, "integrations.lora": 6, "integrations.default_model": 4, "cli": 12, "__main__": 13,
+    "integrations.finetune": 11, "integrations.finetune_arguments": 6, "integrations.finetune_callbacks": 6, "integrations.lora": 6, "integrations.lightning": 9, "integrations.default_model": 4, "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

@@ -235,7 +235,14 @@ def build_trainer(job: Job) -> PrivateTrainer:
     with _failing_with(5, ModelUnavailableError, ValueError, ImportError):
         model, tokenizer = load_trainable(job.model.model_name_or_path, **options)
         encode(_GREETING, tokenizer, job.data.max_length)
-    length = job.data.max_length
+    length, training = job.data.max_length, job.training
+    expected = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if expected > (job.privacy.dataset_size or len(private)):
+        raise FinetuneError(
+            f"a step expects {expected} records, {job.data.train_file} has fewer: lower --gradient_accumulation_steps (now "
+            f"{training.gradient_accumulation_steps}) or --per_device_train_batch_size",
+            2,
+        )
     with _failing_with(3, ValueError):
         train = ChatDataset(private, tokenizer, length)
         evaluation = None if public is None else ChatDataset(public, tokenizer, length)

@@ -1,0 +1,152 @@
+"""A Lightning callback: what a ``Trainer`` of Lightning has to leave alone, what it shows, and what its checkpoints need."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+
+from opacus_ac.data import PrivateDataLoader
+from opacus_ac.engine import PrivacyEngine
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+
+_PREFIX = "privacy/"
+
+
+class PrivacyCallback(lightning.Callback):
+    """Watches over a private run of ``lightning.Trainer``, whose automatic optimization takes the one private step.
+
+    Give the Trainer the loader and ``configure_optimizers`` the optimizer that ``make_private`` returned. The callback logs what
+    every step released (``privacy/epsilon``, ``privacy/noisy_loss``, ...) to all loggers, opens the Privacy tab in the files of a
+    ``TensorBoardLogger``, and puts the account into Lightning's checkpoints.
+
+    Args:
+        engine: the engine that made the model private.
+        optimizer: the private optimizer.
+        loader: the private loader.
+        delta: delta to report epsilon at; by default the target's.
+
+    Guarantees:
+        What the callback writes are releases and public constants. A ``training_step`` that logs something is refused before
+        a logger sees it: values of private batches have no noise.
+
+    Raises:
+        ValueError: no delta; when training starts, settings of the Trainer that break the private step, all at once; a
+            checkpoint without the account.
+    """
+
+    def __init__(
+        self,
+        engine: PrivacyEngine,
+        optimizer: AdaptiveClipDPOptimizer,
+        loader: PrivateDataLoader,
+        *,
+        delta: float | None = None,
+    ) -> None:
+        if delta is None and engine.target_budget is None:
+            raise ValueError("PrivacyCallback needs delta=... when no target was set (make_private without epsilon)")
+        self.engine, self.optimizer, self.loader = engine, optimizer, loader
+        self.delta: float = engine.target_budget[1] if delta is None and engine.target_budget else float(delta or 0)
+        self._dashboards: list[Any] = []
+        self._step = 0
+
+    # ---------------------------------------------------------------- refusals
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what would break the private step; open the Privacy tab."""
+        found = [reason for wrong, reason in self._problems(trainer) if wrong]
+        if found:
+            raise ValueError("\n  * ".join(["this training cannot be made private:", *found]))
+        self._step = self.optimizer.steps_taken
+        tensorboard = sys.modules.get("torch.utils.tensorboard")
+        for logger in trainer.loggers:
+            writer = getattr(logger, "experiment", None)
+            if tensorboard is not None and isinstance(writer, tensorboard.SummaryWriter):
+                from opacus_ac.tensorboard import PrivacyDashboard, keep_time_out
+
+                keep_time_out(writer)
+                self._dashboards.append(PrivacyDashboard(writer, self.engine, self.optimizer, delta=self.delta))
+
+    def _problems(self, trainer: Any) -> list[tuple[bool, str]]:
+        limit = getattr(self.loader.batch_sampler, "max_physical_batch_size", None)
+        return [
+            (trainer.world_size > 1, "several devices: use one (devices=1)"),
+            (trainer.accumulate_grad_batches != 1, "accumulate_grad_batches: choose the batch_size of the loader"),
+            (trainer.gradient_clip_val is not None, "gradient_clip_val clips the noised sum: set max_grad_norm"),
+            (trainer.precision == "16-mixed", "16-mixed: its loss scaler follows private gradients. Use bf16-mixed"),
+            (
+                limit is not None,
+                "max_physical_batch_size: Lightning ends a pass after len(loader) batches, amid a logical batch. Leave it out, "
+                "or take the steps by hand (automatic_optimization=False, opacus_ac.data.LogicalBatches)",
+            ),
+            (
+                trainer.train_dataloader is not self.loader,
+                "the Trainer has another training loader: pass the one that make_private returned",
+            ),
+            (
+                [getattr(o, "optimizer", o) for o in trainer.optimizers] != [self.optimizer],
+                "configure_optimizers returns another optimizer: return the one that make_private returned",
+            ),
+        ]
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Refuse values that ``training_step`` has just logged, before a logger sees them."""
+        logged = sorted(name for name in trainer.callback_metrics if not name.startswith(_PREFIX))
+        if trainer.training and logged:
+            raise ValueError(
+                f"training_step logs {', '.join(logged)} of a private batch without noise: leave self.log out of it. "
+                "PrivacyCallback logs the released values; loss_bound= in make_private adds a noisy loss"
+            )
+
+    # ---------------------------------------------------------------- what is shown
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Log what the step released."""
+        release = self.optimizer.released
+        if release is None or release.step == self._step:
+            return
+        self._step = release.step
+        values = {
+            "epsilon": self.engine.get_epsilon(self.delta),
+            "max_grad_norm": release.max_grad_norm,
+            "noisy_clip_rate": release.clip_rate,
+            "lr_multiplier": release.lr_multiplier,
+            "noisy_loss": release.loss,
+        }
+        for dashboard in self._dashboards:
+            dashboard.log_step()
+        shown = {_PREFIX + name: v for name, v in values.items() if v is not None and math.isfinite(v)}
+        for name, value in shown.items():
+            # To the loggers only where the dashboard does not write them already.
+            pl_module.log(name, value, prog_bar=name == "privacy/epsilon", logger=not self._dashboards, batch_size=1)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the final privacy statement."""
+        while self._dashboards:
+            self._dashboards.pop().close()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the account, with what proves that it belongs to this run."""
+        buffer = io.BytesIO()
+        self.engine.save_checkpoint(path=buffer, module=nn.Identity())
+        return {"account": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what the checkpoint's run has spent."""
+        content = io.BytesIO(bytes(state_dict["account"].tolist()))
+        self.engine.load_checkpoint(path=content, module=nn.Identity())
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint without an account."""
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            raise ValueError(
+                "the checkpoint was written without a PrivacyCallback: what its run has spent is not known, so it cannot be "
+                "resumed"
+            )
