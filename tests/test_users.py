@@ -109,6 +109,19 @@ def test_the_noisy_loss_is_the_mean_over_users():
     assert optimizer.released.loss == pytest.approx(want, rel=1e-6)
 
 
+def test_a_row_counts_where_it_predicts_a_token():
+    """The first token is predicted by nobody: a row labelled only there would halve the loss of its user."""
+    model, data = MODELS["llama"](), token_users()
+    batch = pad_tokens(data[:2])
+    batch["labels"][0, 0] = 5  # the left end of a row, with or without padding before it
+    batch["labels"][1] = -100
+    batch["labels"][1, 0] = 5
+    wrapped, _, loader = private(model, data, pad_tokens)
+    own = users.own_token_loss(model, data[0][:1])
+    with loader.users.suppose(MOST), torch.no_grad():
+        assert float(wrapped(**{k: v[:MOST] for k, v in batch.items()}).loss) == pytest.approx(float(own), rel=1e-6)
+
+
 # ---------------------------------------------------------------- sensitivity
 
 
@@ -150,7 +163,8 @@ extreme_row = st.tuples(st.lists(number, min_size=4, max_size=4), st.integers(0,
 
 def as_user(rows):
     return [
-        {"x": torch.tensor(x, dtype=torch.float64), "y": torch.tensor(y), "has": torch.tensor(has)} for x, y, has in rows
+        {"x": torch.tensor(x, dtype=torch.float64), "y": torch.tensor(y), "has": torch.tensor(has)}
+        for x, y, has in rows
     ]
 
 
@@ -269,7 +283,10 @@ def step_twice(wrapped, optimizer, loader, batch):
 def in_parts(wrapped, optimizer, loader, batch):
     """Each part has half of the users; taken for the whole, every user of it would be cut in two."""
     half = len(batch["y"]) // 2
-    loss = sum(nn.functional.cross_entropy(wrapped(x), y) for x, y in zip(batch["x"].split(half), batch["y"].split(half), strict=True))
+    loss = sum(
+        nn.functional.cross_entropy(wrapped(x), y)
+        for x, y in zip(batch["x"].split(half), batch["y"].split(half), strict=True)
+    )
     loss.backward()
     optimizer.step()
 
@@ -305,16 +322,19 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["bk", "hooks"])
+@pytest.mark.parametrize(("mode", "sampling"), [("bk", "poisson"), ("hooks", "poisson"), ("hooks", "shuffled")])
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_batch_whose_rows_nobody_can_assign_is_refused(name, mode):
+def test_a_batch_whose_rows_nobody_can_assign_is_refused(name, mode, sampling):
     counts, collate, use, words = LOOPS[name]
     data = [users.user_of(rows, seed=i) for i, rows in enumerate(counts)]
     model, engine = users.mlp(), PrivacyEngine()
     steps = 1 if name == "a batch used twice" else 0
 
     def run():
-        wrapped, optimizer, loader = private(model, data, collate, engine=engine, grad_sample_mode=mode)
+        wrapped, optimizer, loader = private(
+            model, data, collate, engine=engine, grad_sample_mode=mode, sampling=sampling,
+            poisson_sampling=sampling == "poisson",
+        )  # fmt: skip
         for batch in loader:
             optimizer.zero_grad()
             use(wrapped, optimizer, loader, batch)
@@ -327,12 +347,11 @@ def test_a_batch_whose_rows_nobody_can_assign_is_refused(name, mode):
 def test_opacus_batch_memory_manager_is_refused():
     """Its loader is not ours: nobody counts the rows that it hands out."""
     wrapped, optimizer, loader = private(users.mlp(), number_users(), pad)
-    with (
-        BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as batches,
-        pytest.raises(ValueError, match="just drawn"),
-    ):
-        for batch in batches:
-            nn.functional.cross_entropy(wrapped(batch["x"]), batch["y"]).backward()
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as batches:
+        batch = next(iter(batches))
+        loss = nn.functional.cross_entropy(wrapped(batch["x"]), batch["y"])
+        with pytest.raises(ValueError, match="just drawn"):
+            loss.backward()
 
 
 class Said(list):
@@ -373,21 +392,26 @@ def test_a_loss_that_averages_rows_is_refused():
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     wrapped, _, loader = private(model, data, collate)
+    batch = next(iter(loader))
     with pytest.raises(ValueError, match="ForSequenceClassification loss"):
-        for batch in loader:
-            wrapped(**batch)
+        wrapped(**batch)
 
 
 # ---------------------------------------------------------------- the account
 
 
-def take_a_step(engine, **changes):
+def made(engine, **changes):
     model = users.mlp()
     batches = torch.utils.data.DataLoader(number_users((1, 2, 1, 2)), batch_size=2, collate_fn=pad)
     wrapped, optimizer, loader = engine.make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=batches, noise_multiplier=1.0,
         **{"max_rows_per_user": MOST, **changes},
     )  # fmt: skip
+    return engine, model, optimizer, wrapped, loader
+
+
+def take_steps(engine, **changes):
+    engine, model, optimizer, wrapped, loader = made(engine, **changes)
     for batch in loader:
         optimizer.zero_grad()
         number_loss(wrapped, batch, loader.users.count).backward()
@@ -397,33 +421,34 @@ def take_a_step(engine, **changes):
 
 def test_a_ledger_of_rows_and_one_of_users_do_not_mix(tmp_path):
     path = tmp_path / "l.jsonl"
-    engine, _, _ = take_a_step(PrivacyEngine(ledger=path))
+    engine, _, _ = take_steps(PrivacyEngine(ledger=path))
     assert f'"unit":"one user with at most {MOST} rows"' in path.read_text()
     spent = engine.get_epsilon(1e-3)
     before = path.read_bytes()
     for other in (None, MOST - 1):
         with pytest.raises(LedgerError, match=rf"l\.jsonl:1: the ledger has unit 'one user with at most {MOST} rows'"):
-            take_a_step(PrivacyEngine(ledger=path), max_rows_per_user=other)
+            take_steps(PrivacyEngine(ledger=path), max_rows_per_user=other)
     assert path.read_bytes() == before
-    assert take_a_step(PrivacyEngine(ledger=path))[0].get_epsilon(1e-3) > spent
+    assert take_steps(PrivacyEngine(ledger=path))[0].get_epsilon(1e-3) > spent
 
 
 def test_one_engine_does_not_mix_units():
-    engine, _, _ = take_a_step(PrivacyEngine())
+    engine, _, _ = take_steps(PrivacyEngine())
     with pytest.raises(ValueError, match="protect one user with at most 3 rows, and this run protects one record"):
-        take_a_step(engine, max_rows_per_user=None)
-    take_a_step(engine)
+        take_steps(engine, max_rows_per_user=None)
+    take_steps(engine)
 
 
 def test_a_checkpoint_of_users_is_not_one_of_rows(tmp_path):
-    engine, model, optimizer = take_a_step(PrivacyEngine())
+    engine, model, optimizer = take_steps(PrivacyEngine())
     engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
-    other, fresh = PrivacyEngine(), users.mlp()
-    _, optimizer, _ = private(
-        fresh, number_users((1, 2, 1, 2)), pad, engine=other, noise_multiplier=1.0, max_rows_per_user=2
-    )
-    with pytest.raises(ValueError, match=r"max_rows_per_user|expected_batch_size|clip_policy"):
-        other.load_checkpoint(path=tmp_path / "run.pt", module=fresh, optimizer=optimizer)
+    for rows in (2, None):
+        other, fresh, optimizer = made(PrivacyEngine(), max_rows_per_user=rows)[:3]
+        with pytest.raises(ValueError, match=f"max_rows_per_user = 3, this run has {rows}"):
+            other.load_checkpoint(path=tmp_path / "run.pt", module=fresh, optimizer=optimizer)
+    other, fresh, optimizer = made(PrivacyEngine())[:3]
+    other.load_checkpoint(path=tmp_path / "run.pt", module=fresh, optimizer=optimizer)
+    assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def oracle(model: nn.Module, users: list[User], own_loss: Any) -> tuple[Tensor, 
     return torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt(), found
 
 
-def private(model: nn.Module, users: Any, collate: Any, *, bound: float = 0.5, engine: Any = None, **changes: Any) -> Any:
+def private(
+    model: nn.Module, users: Any, collate: Any, *, bound: float = 0.5, engine: Any = None, **changes: Any
+) -> Any:
     """``make_private`` for users: every one is in every batch, no noise, SGD of rate 1; wrapped model, optimizer, loader."""
     options = {
         "noise_multiplier": 0.0, "max_grad_norm": bound, "clip_policy": "fixed", "lr_control": False, "ema_decay": None,
@@ -113,7 +115,9 @@ def private(model: nn.Module, users: Any, collate: Any, *, bound: float = 0.5, e
     return engine.make_private(module=model, optimizer=optimizer, data_loader=batches, **options)
 
 
-def one_step(model: nn.Module, users: Any, collate: Any, loss_of: Any, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def one_step(
+    model: nn.Module, users: Any, collate: Any, loss_of: Any, **changes: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Norms ``[U]`` that a step saw, and the sum of clipped gradients that it released."""
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     wrapped, optimizer, loader = private(model, users, collate, **changes)
