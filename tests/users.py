@@ -44,7 +44,7 @@ def pad(users: list[User]) -> Row:
 
 
 def token_users(counts=(1, 3, 2, 0, 1), length: int = 7) -> list[User]:
-    """Users of token rows of different lengths; the last one has no labels, nor has a row of the second."""
+    """Users of token rows of different lengths; the last one has no labels, nor has a row of the second if that has three."""
     generator = torch.Generator().manual_seed(4)
     made = []
     for rows in counts:
@@ -54,7 +54,8 @@ def token_users(counts=(1, 3, 2, 0, 1), length: int = 7) -> list[User]:
             ids[1] = ids[0]
             own.append({"input_ids": ids, "labels": ids.clone()})
         made.append(own)
-    made[1][1]["labels"].fill_(-100)
+    if counts[1] > 2:
+        made[1][1]["labels"].fill_(-100)
     made[-1][0]["labels"].fill_(-100)
     return made
 

@@ -228,13 +228,17 @@ def check_two_records(
         check_losses_add_up(loss_of, batch, rtol=rtol)
         return
     rows = row_count(batch) // 2
-    batch = of_different_rows(batch, rows)
     with users.suppose(rows), torch.no_grad():
         check_losses_add_up(loss_of, batch, rtol=rtol, rows_per_record=rows)
         loss = float(loss_of(batch))
-    filled = with_filling_row(batch, rows)
+    labelled = _labelled_row(batch, rows)
+    if labelled is None:
+        return
     with users.suppose(rows + 1), torch.no_grad():
-        loss_of_filled = loss if filled is None else float(loss_of(filled))
+        # Of users with equally many labelled rows a mean over all rows would be a mean over users.
+        different = _with_one_row_more(batch, rows, labelled)
+        check_losses_add_up(loss_of, different, rtol=rtol, rows_per_record=rows + 1)
+        loss_of_filled = float(loss_of(_with_one_row_more(batch, rows)))
     if not abs(loss - loss_of_filled) <= rtol * max(abs(loss), abs(loss_of_filled)):
         raise AssertionError(
             "the loss of a user changes with the number of rows without labels that fill up the users of its batch: make it a "
@@ -248,24 +252,26 @@ def _labels(batch: Any) -> Any:
     return None if labels is None or labels.dim() != 2 else labels.clone()
 
 
-def of_different_rows(batch: Any, rows: int) -> Any:
-    """Return a batch of users, ``rows`` rows each, whose first user has one labelled row less, if more than one."""
+def _labelled_row(batch: Any, rows: int) -> int | None:
+    """Return a labelled row of the one of two users, ``rows`` rows each, who has more such rows; None without any."""
     labels = _labels(batch)
-    labelled = [] if labels is None else (labels[:rows] != -100).any(1).nonzero().reshape(-1).tolist()
-    if len(labelled) < 2:
-        return batch
-    labels[labelled[-1]] = -100
-    return {**batch, "labels": labels}
-
-
-def with_filling_row(batch: Any, rows: int) -> Any:
-    """Return a batch of two users, ``rows`` rows each, with one row more for each, without labels; None if it has none."""
-    if _labels(batch) is None:
+    labelled = torch.zeros(0) if labels is None else (labels != -100).any(1).view(2, rows)
+    if not bool(labelled.any()):
         return None
-    index = torch.tensor([row for user in (0, rows) for row in (*range(user, user + rows), user)])
-    filled = select_records(batch, index)
-    filled["labels"][rows :: rows + 1] = -100
-    return filled
+    more = int(labelled.sum(1).argmax())
+    return more * rows + int(labelled[more].nonzero()[0])
+
+
+def _with_one_row_more(batch: Any, rows: int, labelled: int | None = None) -> Any:
+    """Return a batch of two users, ``rows`` rows each, with a row more for each: without labels, but for a copy of ``labelled``."""
+    more = [0, rows]
+    if labelled is not None:
+        more[labelled // rows] = labelled
+    longer = select_records(batch, torch.tensor([*range(rows), more[0], *range(rows, 2 * rows), more[1]]))
+    for user in (0, 1):
+        if labelled is None or user != labelled // rows:
+            longer["labels"][user * (rows + 1) + rows] = -100
+    return longer
 
 
 def of_different_lengths(batch: Any) -> Any:
