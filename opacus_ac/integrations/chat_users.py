@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from opacus_ac.integrations.chat_data import IGNORE, Row, collate, encode
+from opacus_ac.integrations.chat_files import read_users
 
 Users = Mapping[Any, Sequence[Any]] | Sequence[Sequence[Any]]
 
@@ -116,4 +117,4 @@ class UserCollate:
         return collate(filled, self.pad_id, self.max_length, self.multiple)
 
 
-__all__ = ["UserCollate", "UserDataset", "choose_rows"]
+__all__ = ["UserCollate", "UserDataset", "choose_rows", "read_users"]
