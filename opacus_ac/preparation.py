@@ -199,7 +199,7 @@ def choose_source(
 ) -> GradientSource:
     """Return where the optimizer gets norms and clipped sums from; nothing is attached yet."""
     parameters, names = named_parameters(module, optimizer)
-    count = None if users is None else users.count
+    count = None if users is None else users.drawn
     if mode != "bk":
         return PerSampleSource(parameters, names, loss_reduction, count)
     if not batch_first:

@@ -24,7 +24,7 @@ class UserRows:
         max_rows: public K, the most rows of a user that reach the model.
 
     Guarantees:
-        :meth:`count` answers for the whole batch that the loader handed out last, before a step has used it, and for nothing
+        :meth:`drawn` answers for the whole batch that the loader handed out last, before a step has used it, and for nothing
         else.
 
     Raises:
@@ -63,13 +63,19 @@ class UserRows:
         self._noted = (draw, rows)
 
     def count(self, rows: int) -> int:
-        """Return the number of users whose ``rows`` rows went through the model; private.
+        """Return the number of users whose ``rows`` rows a loss is made of; private.
+
+        Raises:
+            ValueError: as :meth:`drawn`, unless :meth:`suppose` is under way.
+        """
+        return self.drawn(rows) if self._supposed is None else rows // self._supposed
+
+    def drawn(self, rows: int) -> int:
+        """Return the number of users whose ``rows`` rows went through the model, for their gradients; private.
 
         Raises:
             ValueError: the rows are not those of a whole batch that the private loader has just drawn.
         """
-        if self._supposed is not None:
-            return rows // self._supposed
         draw = self._fresh()
         if draw is None or self._noted is None or self._noted[0] is not draw:
             raise ValueError(
@@ -86,7 +92,7 @@ class UserRows:
 
     @contextmanager
     def suppose(self, rows_per_user: int) -> Iterator[None]:
-        """Take batches for users of ``rows_per_user`` rows each, to check a loss without a draw; for no gradient."""
+        """Let :meth:`count` take batches for users of ``rows_per_user`` rows each, to check a loss without a draw."""
         before, self._supposed = self._supposed, rows_per_user
         try:
             yield

@@ -154,11 +154,11 @@ def test_rows_are_evaluated_one_by_one(tmp_path):
     data = UserDataset([talks[i : i + 2] for i in range(8)], tokenizer, max_length=90, max_rows_per_user=2)
     public = ChatDataset(talks[:4], tokenizer, max_length=90)
     made = PrivateTrainer(
-        chat_model(tokenizer), arguments(tmp_path, per_device_eval_batch_size=4), train_dataset=data, eval_dataset=public,
+        chat_model(tokenizer), arguments(tmp_path, per_device_eval_batch_size=4, gradient_accumulation_steps=1),
+        train_dataset=data, eval_dataset=public,
         privacy=privacy(dataset_size=8, noise_multiplier=1.0, evaluation_is_public=True, clip_policy="fixed"),
         data_collator=UserCollate(tokenizer.pad_token_id, 90), noise_generator=generator(),
     )  # fmt: skip
-    made.expected_batch_size = 4
     made.train()
     with made.ema_weights(), torch.no_grad():
         alone = [float(made.model.eval()(**made.data_collator([row])).loss) for row in public.rows]

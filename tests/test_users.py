@@ -17,7 +17,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.errors import LedgerError
 from opacus_ac.grad_sample import terms
 from opacus_ac.loss import per_user_loss
-from opacus_ac.testing import check_norms
+from opacus_ac.testing import check_losses_add_up, check_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::FutureWarning")
 
@@ -60,6 +60,7 @@ MODELS = {
     "llama": partial(tiny_models.build, "llama"),
     "bitnet-tied": partial(tiny_models.build, "bitnet-tied"),
     "gpt2": partial(tiny_models.build, "gpt2"),
+    "opt": partial(tiny_models.build, "opt"),
     "lora": users.lora,
 }
 LANGUAGE = [
@@ -120,6 +121,10 @@ def test_a_row_counts_where_it_predicts_a_token():
     own = users.own_token_loss(model, data[0][:1])
     with loader.users.suppose(MOST), torch.no_grad():
         assert float(wrapped(**{k: v[:MOST] for k, v in batch.items()}).loss) == pytest.approx(float(own), rel=1e-6)
+
+
+def test_with_the_fused_step():
+    compare(users.mlp(), number_users(), pad, number_loss, users.own_number_loss, 1e-10, fused_step=True)
 
 
 # ---------------------------------------------------------------- sensitivity
@@ -449,6 +454,27 @@ def test_a_checkpoint_of_users_is_not_one_of_rows(tmp_path):
     other, fresh, optimizer = made(PrivacyEngine())[:3]
     other.load_checkpoint(path=tmp_path / "run.pt", module=fresh, optimizer=optimizer)
     assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+
+
+def test_a_supposition_counts_for_losses_alone():
+    wrapped, _, loader = private(users.mlp(), number_users(), pad)
+    batch = pad(number_users())
+    with loader.users.suppose(MOST):
+        loss = number_loss(wrapped, batch, loader.users.count)
+        with pytest.raises(ValueError, match="just drawn"):
+            loss.backward()
+
+
+def test_losses_of_users_add_up():
+    x = torch.tensor([1.0, 2.0, 4.0, 4.0])
+    check_losses_add_up(lambda rows: rows.view(-1, 2).prod(1).mean(), x, rows_per_record=2)
+    with pytest.raises(AssertionError, match="is not the mean of the losses of its records alone"):
+        check_losses_add_up(lambda rows: rows.prod(), x, rows_per_record=2)
+    for rows in (0, 3):
+        with pytest.raises(ValueError, match=f"rows_per_record={rows}"):
+            check_losses_add_up(torch.mean, x, rows_per_record=rows)
+    with pytest.raises(ValueError, match="at least two records"):
+        check_losses_add_up(torch.mean, x, rows_per_record=4)
 
 
 @pytest.mark.parametrize(
