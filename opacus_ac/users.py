@@ -50,7 +50,7 @@ class UserRows:
         Raises:
             ValueError: its rows cannot be as many for each user, at least one and at most ``max_rows``.
         """
-        draw = self._fresh()
+        draw = self._plan.current()
         assert draw is not None
         rows, users = row_count(batch), max(draw.records, 1)
         if rows % users or not 1 <= rows // users <= self.max_rows:
@@ -76,7 +76,7 @@ class UserRows:
         Raises:
             ValueError: the rows are not those of a whole batch that the private loader has just drawn.
         """
-        draw = self._fresh()
+        draw = self._plan.current()  # none once a step has used it
         if draw is None or self._noted is None or self._noted[0] is not draw:
             raise ValueError(
                 "max_rows_per_user is set, and without a batch that the private loader has just drawn nothing tells which rows "
@@ -98,11 +98,6 @@ class UserRows:
             yield
         finally:
             self._supposed = before
-
-    def _fresh(self) -> Draw | None:
-        """Return the draw of the batch that the loader handed out last, if no step has used it."""
-        draw = self._plan.current()
-        return draw if self._plan.delivered(draw) else None
 
 
 def row_count(batch: Any) -> int:
