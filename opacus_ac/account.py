@@ -13,7 +13,7 @@ from opacus.accountants import IAccountant
 
 from opacus_ac.accounting import Event, VariableRateRDPAccountant, common_adjacency, pld_epsilon
 from opacus_ac.budget import BudgetGuard, spent
-from opacus_ac.ledger import PrivacyLedger
+from opacus_ac.ledger import PrivacyLedger, privacy_unit
 
 
 def check_accountant(accountant: IAccountant, sampling: str) -> None:
@@ -60,10 +60,23 @@ class Account:
         for event in self.ledger.charges if self.ledger is not None else []:
             self._add(event)
 
-    def check_dataset(self, dataset_size: int) -> None:
-        """Raise ``LedgerError`` when the ledger is about another dataset."""
+    def check_dataset(self, dataset_size: int, max_rows_per_user: int | None = None) -> None:
+        """Raise ``ValueError`` when what was charged, here or in the ledger, is about another dataset or privacy unit."""
+        unit = privacy_unit(max_rows_per_user)
+        before = unit if self.settings is None or len(self.accountant) == 0 else self._unit
+        if before != unit:
+            raise ValueError(
+                f"this engine has accounted for steps that protect {before}, and this run protects {unit}: they do not add up. "
+                "Use a PrivacyEngine of its own for each"
+            )
         if self.ledger is not None:
-            self.ledger.check_dataset(dataset_size)
+            self.ledger.check_dataset(dataset_size, unit)
+
+    @property
+    def _unit(self) -> str:
+        """What the run protects."""
+        assert self.settings is not None
+        return privacy_unit(self.settings["max_rows_per_user"])
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Prepare for the charges of a run; ``settings`` are public and noted in the ledger."""
@@ -176,7 +189,8 @@ class Account:
                     self._add(other)
                 self._check(event)
                 assert self.settings is not None
-                self.ledger.charge(event, dataset_size=self.settings["dataset_size"], settings=self.settings)
+                size = self.settings["dataset_size"]
+                self.ledger.charge(event, dataset_size=size, unit=self._unit, settings=self.settings)
         self._add(event)
 
     def _add(self, event: Event) -> None:

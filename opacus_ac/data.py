@@ -21,6 +21,7 @@ from opacus_ac.sampling import (
     ShuffledBatchSampler,
     TruncatedPoissonBatchSampler,
 )
+from opacus_ac.users import UserRows
 
 _DRAWING: dict[str, type[PoissonBatchSampler]] = {
     "poisson": PoissonBatchSampler,
@@ -72,6 +73,9 @@ class PrivateDataLoader(DataLoader[Any]):
 
     ``len(loader)`` is the number of logical batches of a pass. With ``max_physical_batch_size`` a logical batch
     comes as several batches in a row; the optimizer knows and steps once.
+
+    Attributes:
+        users: tells, where a record is a user, how many users the rows of the batch in hand belong to; None otherwise.
     """
 
     def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
@@ -88,6 +92,8 @@ class PrivateDataLoader(DataLoader[Any]):
             persistent_workers=template.persistent_workers,
         )
         self.plan = batch_sampler.plan
+        limit = self.plan.max_rows_per_user
+        self.users = None if limit is None else UserRows(self.plan, limit)
 
     @property
     def sample_rate(self) -> float:
@@ -99,6 +105,8 @@ class PrivateDataLoader(DataLoader[Any]):
         try:
             for batch in super().__iter__():
                 self.plan.deliver()
+                if self.users is not None:
+                    self.users.note(batch)
                 yield batch
         finally:
             self.plan.close()
@@ -152,6 +160,7 @@ def private_loader(
     schedule: RateSchedule | None = None,
     max_batch_size: int | None = None,
     dataset_size: int | None = None,
+    max_rows_per_user: int | None = None,
 ) -> PrivateDataLoader:
     """Return a private loader over the records of ``loader``.
 
@@ -165,10 +174,12 @@ def private_loader(
         max_batch_size: largest logical batch, for "truncated_poisson".
         dataset_size: public N, from which rate and length of a pass follow; the number of records by default. It may differ
             from that number for "poisson" only.
+        max_rows_per_user: where an item of the dataset is a user, the most rows that one has; None where it is a row.
 
     Raises:
-        ValueError: a dataset or sampler for which no sampling bound is known.
+        ValueError: a dataset or sampler for which no sampling bound is known, or items that are other records than said.
     """
+    _check_records(loader.dataset, max_rows_per_user)
     batch_size, steps = _check(loader, drawn=sampling != "shuffled")
     records = len(loader.dataset)  # type: ignore[arg-type]
     if dataset_size is not None and dataset_size != records:
@@ -177,11 +188,15 @@ def private_loader(
                 f"dataset_size={dataset_size} is not the number of records, which sampling={sampling!r} needs: leave it "
                 'out, or use sampling="poisson"'
             )
-        return _public_size_loader(loader, batch_size, dataset_size, stream, max_physical_batch_size, schedule)
+        sizes = BatchSizes(dataset_size, batch_size, schedule)
+        plan = SamplingPlan(sizes, sampling, math.ceil(dataset_size / batch_size), max_rows_per_user=max_rows_per_user)
+        public = PoissonBatchSampler(plan, stream, max_physical_batch_size)
+        public.records = records
+        return PrivateDataLoader(loader, public)
     if schedule is not None and sampling == "shuffled":
         raise ValueError("batch_size_schedule needs poisson_sampling=True, or another sampling that draws batches")
     sizes = BatchSizes(records, batch_size, schedule, whole=sampling == "fixed_size")
-    plan = SamplingPlan(sizes, sampling, steps, max_batch_size)
+    plan = SamplingPlan(sizes, sampling, steps, max_batch_size, max_rows_per_user)
     sampler: PrivateBatchSampler
     if sampling == "shuffled":
         assert isinstance(loader.batch_sampler, BatchSampler)
@@ -191,20 +206,14 @@ def private_loader(
     return PrivateDataLoader(loader, sampler)
 
 
-def _public_size_loader(
-    loader: DataLoader[Any],
-    batch_size: float,
-    dataset_size: int,
-    stream: RandomStream,
-    max_physical_batch_size: int | None,
-    schedule: RateSchedule | None,
-) -> PrivateDataLoader:
-    """Return a loader whose rate and length follow from a public N, whatever the number of records is."""
-    sizes = BatchSizes(dataset_size, batch_size, schedule)
-    plan = SamplingPlan(sizes, "poisson", math.ceil(dataset_size / batch_size))
-    sampler = PoissonBatchSampler(plan, stream, max_physical_batch_size)
-    sampler.records = len(loader.dataset)  # type: ignore[arg-type]
-    return PrivateDataLoader(loader, sampler)
+def _check_records(dataset: Any, max_rows_per_user: int | None) -> None:
+    """Refuse a dataset that says of its items, as ``UserDataset`` does, that they are other records than asked for."""
+    said = getattr(dataset, "max_rows_per_user", None)
+    if said is not None and said != max_rows_per_user:
+        raise ValueError(
+            f"each item of {type(dataset).__name__} is a user with at most {said} rows, and max_rows_per_user="
+            f"{max_rows_per_user!r}: pass max_rows_per_user={said}"
+        )
 
 
 def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:

@@ -132,6 +132,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_bound: float | None = None,
         loss_weight: float | None = None,
         preset: str | None = None,
+        max_rows_per_user: int | None = None,
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
@@ -173,6 +174,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
             loss_weight: ``b`` of the loss; default sqrt(0.0412).
             preset: "paper" for the published constants.
+            max_rows_per_user: by default a record is a row. With a number K an item of the dataset is a user with at most K
+                rows, and what is drawn, clipped and protected is a user: N, batch sizes and the mean of the loss count
+                users, and the loss of a user is a function of that user's rows (see :mod:`opacus_ac.users`,
+                :func:`opacus_ac.loss.per_user_loss` and ``opacus_ac.integrations.chat_users``).
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
@@ -197,8 +202,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             schedule=batch_size_schedule,
             max_batch_size=max_batch_size,
             dataset_size=dataset_size,
+            max_rows_per_user=max_rows_per_user,
         )
-        self._account.check_dataset(loader.plan.sizes.dataset_size)
+        self._account.check_dataset(loader.plan.sizes.dataset_size, max_rows_per_user)
         expected = loader.plan.sizes.expected(0)
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
         private = AdaptiveClipDPOptimizer(
@@ -214,7 +220,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,
             fused_step=fused_step,
-            source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first),
+            source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users),
             plan=loader.plan,
             stream=noise_stream,
         )
@@ -225,6 +231,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             batch_first=batch_first,
             loss_reduction=loss_reduction,
             wrap_model=wrap_model,
+            users=loader.users,
         )
         if loader.plan.sampling != "shuffled" and grad_sample_mode != "bk":
             wrapped.forbid_grad_accumulation()
@@ -311,6 +318,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             schedule=kwargs.get("batch_size_schedule"),
             max_batch_size=kwargs.get("max_batch_size"),
             dataset_size=kwargs.get("dataset_size"),
+            max_rows_per_user=kwargs.get("max_rows_per_user"),
         )
         if steps is None:
             assert epochs is not None

@@ -31,6 +31,13 @@ RECORD = "one record (a row of the dataset)"
 """The privacy unit of ordinary training: what one neighbouring dataset has more than the other."""
 
 
+def privacy_unit(max_rows_per_user: int | None) -> str:
+    """Return what a run protects, in words: a row of the dataset, or a user with at most so many rows."""
+    if max_rows_per_user is None:
+        return RECORD
+    return f"one user with at most {max_rows_per_user} row{'' if max_rows_per_user == 1 else 's'}"
+
+
 def _canonical(entry: Mapping[str, Any]) -> str:
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
 

@@ -35,6 +35,38 @@ class LossTape:
         return torch.cat(taken) if taken else None
 
 
+def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int) -> torch.Tensor:
+    """Return the loss of each user: the mean over the user's rows that have labels.
+
+    Args:
+        row_losses: ``[R]``, the rows of a user one after the other, as many for each user.
+        has_labels: ``[R]`` booleans; the other rows, which fill up a user or have nothing to learn from, do not count.
+        users: number of users in the batch: ``loader.users.count(len(row_losses))`` for a batch of the private loader.
+
+    Returns:
+        ``[users]``; a user without labelled rows has loss 0.
+
+    Guarantees:
+        Entry u depends on the rows of user u alone, and not on how many rows fill it up. The plain mean over a user's rows does
+        not have this property: it shrinks when a user with more rows joins the batch.
+
+    Raises:
+        ValueError: shapes that do not fit, or rows that are not as many for each user.
+
+    >>> per_user_loss(torch.tensor([1.0, 3.0, 5.0, 0.0]), torch.tensor([True, True, True, False]), users=2).tolist()
+    [2.0, 5.0]
+    """
+    if row_losses.dim() != 1 or has_labels.shape != row_losses.shape:
+        raise ValueError(
+            f"expected row_losses [R] and has_labels [R], got {tuple(row_losses.shape)} and {tuple(has_labels.shape)}"
+        )
+    if users < 1 or row_losses.numel() % users or not row_losses.numel():
+        raise ValueError(f"{row_losses.numel()} rows are not as many for each of users={users}")
+    counted = has_labels.to(device=row_losses.device, dtype=torch.bool).view(users, -1)
+    # Dropped, not multiplied by zero: a row that does not count may have any loss.
+    return torch.where(counted, row_losses.view(users, -1), 0).sum(1) / counted.sum(1).clamp(min=1)
+
+
 def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """Return the mean cross entropy over each record's own labelled positions.
 

@@ -29,6 +29,7 @@ from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SAMPLING, SamplingPlan
 from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
+from opacus_ac.users import UserRows
 
 Undo = Callable[[], None]
 
@@ -131,6 +132,7 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         "dataset_size": plan.sizes.dataset_size,
         "expected_batch_size": plan.sizes.expected(0),
         "max_batch_size": plan.max_batch_size,
+        "max_rows_per_user": plan.max_rows_per_user,
     }
 
 
@@ -188,18 +190,24 @@ def choose_statistics(
 
 
 def choose_source(
-    module: nn.Module, optimizer: Optimizer, mode: str, loss_reduction: str, batch_first: bool
+    module: nn.Module,
+    optimizer: Optimizer,
+    mode: str,
+    loss_reduction: str,
+    batch_first: bool,
+    users: UserRows | None = None,
 ) -> GradientSource:
     """Return where the optimizer gets norms and clipped sums from; nothing is attached yet."""
     parameters, names = named_parameters(module, optimizer)
+    count = None if users is None else users.drawn
     if mode != "bk":
-        return PerSampleSource(parameters, names, loss_reduction)
+        return PerSampleSource(parameters, names, loss_reduction, count)
     if not batch_first:
         raise ValueError(
             'grad_sample_mode="bk" needs the records in the first dimension: pass batch_first=True, or '
             'grad_sample_mode="hooks"'
         )
-    return BookKeepingSource(module, parameters, names, loss_reduction)
+    return BookKeepingSource(module, parameters, names, loss_reduction, count)
 
 
 def attach(
@@ -210,6 +218,7 @@ def attach(
     batch_first: bool,
     loss_reduction: str,
     wrap_model: bool,
+    users: UserRows | None = None,
 ) -> tuple[Any, Undo]:
     """Attach loss, broadcast and gradient hooks to the model.
 
@@ -228,7 +237,7 @@ def attach(
     try:
         register_rules(module)
         check_model(module, mode=mode)
-        undo.append(use_record_loss(module, optimizer.tape, loss_reduction))
+        undo.append(use_record_loss(module, optimizer.tape, loss_reduction, users))
         undo.append(expand_broadcast_embeddings(module).remove)
         undo.append(lambda: _remove_opacus_hooks(module))
         if isinstance(optimizer.source, BookKeepingSource):

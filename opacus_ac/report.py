@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from opacus_ac.ledger import privacy_unit
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling import SamplingPlan
 
@@ -20,7 +21,7 @@ class PrivacyReport:
         delta: the delta it holds at.
         accountant: method that gives this epsilon: an accountant, or the privacy loss distribution of its history.
         bounds: every epsilon that holds, by method.
-        unit: what one record is.
+        unit: what one record is: a row, or a user with all rows.
         adjacency: which datasets are neighbours.
         sampling: how batches were drawn.
         dataset_size: N, taken as a public constant.
@@ -127,7 +128,7 @@ def make_report(
         delta=delta,
         accountant=accountant,
         bounds=bounds,
-        unit="one record (a row of the dataset)",
+        unit=privacy_unit(plan.max_rows_per_user),
         adjacency=adjacency,
         sampling=plan.sampling,
         dataset_size=plan.sizes.dataset_size,

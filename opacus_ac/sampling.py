@@ -116,13 +116,19 @@ class SamplingPlan:
         sampling: a kind of :data:`SAMPLING`.
         steps_per_pass: number of logical batches in one pass of the loader.
         max_batch_size: largest logical batch, of "truncated_poisson" only.
+        max_rows_per_user: where a record is a user, the most rows that one has; None where a record is a row.
 
     Raises:
         ValueError: settings that do not go together.
     """
 
     def __init__(
-        self, sizes: BatchSizes, sampling: str, steps_per_pass: int, max_batch_size: int | None = None
+        self,
+        sizes: BatchSizes,
+        sampling: str,
+        steps_per_pass: int,
+        max_batch_size: int | None = None,
+        max_rows_per_user: int | None = None,
     ) -> None:
         if (sampling == "truncated_poisson") != (max_batch_size is not None):
             raise ValueError(
@@ -131,7 +137,7 @@ class SamplingPlan:
         if max_batch_size is not None and max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size!r}")
         self.sizes, self.sampling, self.steps_per_pass = sizes, sampling, steps_per_pass
-        self.max_batch_size = max_batch_size
+        self.max_batch_size, self.max_rows_per_user = max_batch_size, max_rows_per_user
         self.step = 0
         self.passes = 0
         self._batches = 0

@@ -232,7 +232,9 @@ def check_records_independent(
             _compare_share(share, _alone(model, batch, loss_fn, params, record), record, rtol)
 
 
-def check_losses_add_up(loss_fn: Callable[[Any], Any], batch: Any, *, rtol: float = 1e-3) -> None:
+def check_losses_add_up(
+    loss_fn: Callable[[Any], Any], batch: Any, *, rtol: float = 1e-3, rows_per_record: int = 1
+) -> None:
     """Check, by forward passes alone, that the loss of a batch is the mean of the losses of its records.
 
     Cheaper than :func:`check_records_independent`, and also good for a model with hooks: it finds losses that are averaged over
@@ -242,10 +244,11 @@ def check_losses_add_up(loss_fn: Callable[[Any], Any], batch: Any, *, rtol: floa
         loss_fn: ``loss_fn(batch)`` gives a scalar; without dropout.
         batch: at least two records, as for :func:`per_sample_gradients`, different in what could couple them (length).
         rtol: tolerance relative to the losses.
+        rows_per_record: number of rows of each record, one record after the other, where a record is a user.
 
     Raises:
         AssertionError: the loss of the batch is another than the mean of the losses of each record alone.
-        ValueError: fewer than two records.
+        ValueError: fewer than two records, or rows that are not as many for each.
 
     Example:
         >>> import torch
@@ -255,12 +258,16 @@ def check_losses_add_up(loss_fn: Callable[[Any], Any], batch: Any, *, rtol: floa
         Traceback (most recent call last):
         AssertionError: the loss of a batch (2.25) is not the mean of the losses of its records alone (2.5): ...
     """
-    size = _batch_size(batch)
+    rows = _batch_size(batch)
+    if rows_per_record < 1 or rows % rows_per_record:
+        raise ValueError(f"the batch has {rows} rows, which are no records of rows_per_record={rows_per_record} each")
+    size = rows // rows_per_record
     if size < 2:
         raise ValueError(f"independence needs at least two records, not {size}")
     with torch.no_grad():
         together = float(loss_fn(batch))
-        alone = sum(float(loss_fn(select_records(batch, torch.tensor([i])))) for i in range(size)) / size
+        parts = torch.arange(rows).split(rows_per_record)
+        alone = sum(float(loss_fn(select_records(batch, part))) for part in parts) / size
     if not abs(together - alone) <= rtol * max(abs(together), abs(alone)):
         raise AssertionError(
             f"the loss of a batch ({together:.6g}) is not the mean of the losses of its records alone ({alone:.6g}): the loss "

@@ -96,6 +96,22 @@ def test_all_weights_and_another_accountant(place, tmp_path):
     assert "vrdp" in json.dumps(report(out))
 
 
+def test_users_instead_of_rows(place, tmp_path, capsys):
+    rows = [{**row, "user_id": number % 20} for number, row in enumerate(dialogues("loving", 60, 0))]
+    write_jsonl(tmp_path / "chats.jsonl", rows)
+    options = {
+        "train_file": tmp_path / "chats.jsonl",
+        "dataset_size": 20,
+        "group_by": "user_id",
+        "max_rows_per_user": 2,
+    }
+    assert cli.main(command(place, tmp_path / "out", max_steps=2, report_to="none", **options)) == 0
+    assert report(tmp_path / "out")["unit"] == "one user with at most 2 rows"
+    assert report(tmp_path / "out")["dataset_size"] == 20
+    assert cli.main(command(place, tmp_path / "other", **{**options, "group_by": "name"})) == 3
+    assert 'chats.jsonl:1: "name" is missing' in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(place, tmp_path, capsys):
     assert cli.main([*command(place, tmp_path / "out"), "--dry_run"]) == 0
     text = capsys.readouterr().out

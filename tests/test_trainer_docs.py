@@ -15,10 +15,12 @@ PAGE = (Path(__file__).parent.parent / "docs" / "trainer.md").read_text(encoding
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
     save_chat_model(tmp_path / "model")
-    write_jsonl(tmp_path / "mails.jsonl", dialogues("loving", 60, seed=3))
+    write_jsonl(
+        tmp_path / "mails.jsonl", [{**row, "user_id": i % 15} for i, row in enumerate(dialogues("loving", 60, seed=3))]
+    )
     write_jsonl(tmp_path / "public.jsonl", dialogues("loving", 4, seed=4))
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    code, code_for_users = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     scope = {}
     exec(code, scope)
     printed = capsys.readouterr().out
@@ -33,6 +35,11 @@ def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
     assert len(logged) == 8
     for name in set(logged[0]) - {"step"}:
         assert f"`{name}`" in PAGE.split("## What is logged")[1].split("##")[0]
+    exec(code_for_users, scope)
+    assert "protects        one user with at most 4 rows" in capsys.readouterr().out
+    assert scope["trainer"].state.global_step == 5
+    assert 7.9 < scope["trainer"].get_epsilon() <= 8.0
+    assert "eval_loss" in scope["trainer"].evaluate()
 
 
 def test_every_refused_argument_is_on_the_page():

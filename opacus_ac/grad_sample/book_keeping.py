@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.by_user import CountUsers, regroup
 from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
 from opacus_ac.grad_sample.sources import Place
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
@@ -24,6 +25,7 @@ class _Chunk:
 
     books: dict[int, ParameterBook] = field(default_factory=dict)
     model_passes: set[int] = field(default_factory=set)
+    rows: int = 0
     records: int = 0
 
 
@@ -39,6 +41,7 @@ class BookKeepingSource:
         parameters: the parameters that are trained, with a norm over all of them.
         names: their names, for messages.
         loss_reduction: "mean" or "sum" over the records, as the loop computes the loss.
+        users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
 
     Guarantees:
         Norms are in float32 or better whatever the type of the activations, and exact to rounding. A trained parameter
@@ -50,12 +53,18 @@ class BookKeepingSource:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], names: Sequence[str], loss_reduction: str = "mean"
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str],
+        loss_reduction: str = "mean",
+        users: CountUsers | None = None,
     ) -> None:
         self._model = model
         self._parameters, self._names = list(parameters), list(names)
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
         self._mean = loss_reduction == "mean"
+        self._users = users
         self._capture: Capture | None = None
         self._shared: Callable[[], None] = lambda: None
         self._reset()
@@ -91,23 +100,24 @@ class BookKeepingSource:
                 index = self._index.get(id(parameter))
                 if index is not None:
                     book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
-                    book.add(term, self._grams)
+                    book.add(term if self._users is None else regroup(term, chunk.records), self._grams)
             chunk.model_passes.add(use.model_pass)
         except BaseException:
             self._failed = True
             raise
 
-    @staticmethod
-    def _check_batch(chunk: _Chunk, use: Use, gradient: Tensor) -> None:
-        records = gradient.shape[0] if gradient.dim() > 1 else 0
+    def _check_batch(self, chunk: _Chunk, use: Use, gradient: Tensor) -> None:
+        rows = gradient.shape[0] if gradient.dim() > 1 else 0
         if not chunk.books:
-            chunk.records = records
-        if records != chunk.records or records == 0:
+            chunk.rows = rows
+        if rows != chunk.rows or rows == 0:
             raise ValueError(
                 f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of shape "
-                f"{tuple(gradient.shape)}, other layers have {chunk.records} records: the batch must be the first "
+                f"{tuple(gradient.shape)}, other layers have {chunk.rows} records: the batch must be the first "
                 "dimension of every layer's input and output"
             )
+        if not chunk.books:
+            chunk.records = rows if self._users is None else self._users(rows)
 
     # ---------------------------------------------------------------- GradientSource
 

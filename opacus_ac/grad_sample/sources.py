@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.by_user import CountUsers, sum_rows
 from opacus_ac.grad_sample.terms import squared_norms
 
 _SUM_TOLERANCE = 0.01
@@ -53,12 +54,6 @@ class GradientSource(Protocol):
         """Whether several forward passes of the model were taken for one, record by record."""
 
 
-def _rows(parameter: nn.Parameter) -> Tensor | None:
-    """Return the per-sample gradients ``[B, *shape]`` of ``parameter``, or None when it took no part."""
-    sample: Any = getattr(parameter, "grad_sample", None)
-    return torch.cat(sample) if isinstance(sample, list) else sample
-
-
 class PerSampleSource:
     """Reads the ``grad_sample`` tensors that Opacus's hooks leave on the parameters.
 
@@ -66,6 +61,7 @@ class PerSampleSource:
         parameters: trainable parameters of the optimizer.
         names: their names, for messages.
         loss_reduction: "mean" or "sum", as the per-sample gradients were scaled.
+        users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
 
     Guarantees:
         The first time that a parameter gets a gradient, its per-sample gradients must add up to what autograd
@@ -77,11 +73,28 @@ class PerSampleSource:
         parameters: Sequence[nn.Parameter],
         names: Sequence[str] | None = None,
         loss_reduction: str = "mean",
+        users: CountUsers | None = None,
     ) -> None:
         self._parameters = list(parameters)
         self._names = list(names) if names is not None else [f"parameter {i}" for i in range(len(self._parameters))]
         self._mean = loss_reduction == "mean"
+        self._users = users
         self._verified: set[int] = set()
+
+    def _rows(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""
+        sample: Any = getattr(parameter, "grad_sample", None)
+        if self._users is None or sample is None:
+            return torch.cat(sample) if isinstance(sample, list) else sample
+        if isinstance(sample, list):
+            raise ValueError(
+                "several backward passes went through one batch, so that nothing tells which rows are of one user: call "
+                "backward() once per batch of the private loader"
+            )
+        users = self._users(sample.shape[0])
+        summed = sum_rows(sample, users)
+        # Opacus has multiplied by the number of rows, and the loss is a mean over users.
+        return summed * (users / sample.shape[0]) if self._mean else summed
 
     def finish_batch(self) -> Tensor:
         """Return the gradient norm of each record, ``[B]`` float64.
@@ -93,7 +106,7 @@ class PerSampleSource:
         total: Tensor | None = None
         for name, parameter in zip(self._names, self._parameters, strict=True):
             self._check(name, parameter)
-            rows = _rows(parameter)
+            rows = self._rows(parameter)
             if rows is None:
                 continue
             squares = squared_norms(rows).cpu()
@@ -149,7 +162,7 @@ class PerSampleSource:
         kept = factors.nonzero().reshape(-1)
         everything = kept.numel() == factors.numel()
         for parameter in self._parameters:
-            rows = _rows(parameter)
+            rows = self._rows(parameter)
             if rows is None:
                 continue
             chosen = rows if everything else rows[kept.to(rows.device)]

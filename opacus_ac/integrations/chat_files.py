@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Messages = list[dict[str, str]]
+Parsed = TypeVar("Parsed")
 ROLES = ("system", "user", "assistant")
 
 
@@ -31,16 +32,31 @@ def read_dialogues(path: str | os.PathLike[str]) -> list[Messages]:
         ValueError: another kind of file, no dialogue in it, or a row that is not a dialogue that ends with a reply; the message
             starts with ``file:line`` (for Parquet ``file:row``, from 1).
     """
-    path = Path(path)
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise ValueError(f"{path}: no known kind of file: give {', '.join(sorted(_READERS))}")
-    return _read(path, reader)
+    return _read(_known(path), _dialogue)
+
+
+def read_users(path: str | os.PathLike[str], group_by: str = "user_id") -> dict[str, list[Messages]]:
+    """Read a file as :func:`read_dialogues` does, and gather the dialogues of each user.
+
+    Args:
+        path: a local file in UTF-8.
+        group_by: the column with the user's name, a string or an integer; 7 and "7" are one user.
+
+    Returns:
+        The dialogues of each user in file order, users in the order in which they first appear.
+
+    Raises:
+        ValueError: as :func:`read_dialogues`; or a row whose user is not named, with ``file:line``.
+    """
+    users: dict[str, list[Messages]] = {}
+    for user, messages in _read(_known(path), partial(_of_user, group_by=group_by)):
+        users.setdefault(user, []).append(messages)
+    return users
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Messages]:
     """Read a file of JSON lines as :func:`read_dialogues` does, whatever its name; blank lines are skipped."""
-    return _read(Path(path), _json_lines)
+    return _read((Path(path), _json_lines), _dialogue)
 
 
 def private_cache_dir(folder: str | os.PathLike[str]) -> str:
@@ -61,11 +77,21 @@ Rows = Iterator[tuple[int, Callable[[], Any]]]
 """Number of the line, and a function that gives the row or raises ``ValueError``."""
 
 
-def _read(path: Path, reader: Callable[[Path], Rows]) -> list[Messages]:
-    records: list[Messages] = []
+def _known(path: str | os.PathLike[str]) -> tuple[Path, Callable[[Path], Rows]]:
+    """Return a path and what reads this kind of file."""
+    path = Path(path)
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"{path}: no known kind of file: give {', '.join(sorted(_READERS))}")
+    return path, reader
+
+
+def _read(source: tuple[Path, Callable[[Path], Rows]], parse: Callable[[Any], Parsed]) -> list[Parsed]:
+    path, reader = source
+    records: list[Parsed] = []
     for number, row in reader(path):
         try:
-            records.append(_dialogue(row()))
+            records.append(parse(row()))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     if not records:
@@ -143,6 +169,17 @@ def _dialogue(record: Any) -> Messages:
     if messages[-1]["role"] != "assistant":
         raise ValueError("the last message must be a reply of the assistant")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _of_user(record: Any, group_by: str) -> tuple[str, Messages]:
+    """Return the user of a row, and its messages."""
+    messages = _dialogue(record)
+    user = record.get(group_by)
+    if user is None or user == "":  # an empty field of CSV; the rows of nobody would all be one user's
+        raise ValueError(f'"{group_by}" is missing')
+    if isinstance(user, bool) or not isinstance(user, str | int):
+        raise ValueError(f'"{group_by}" must be a string or an integer')
+    return str(user), messages
 
 
 def _check_message(index: int, message: Any) -> None:

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from opacus_ac.accounting import plan_epsilon
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations.chat_data import ChatDataset, PadCollate, encode, read_dialogues
+from opacus_ac.integrations.chat_users import UserCollate, UserDataset, read_users
 from opacus_ac.integrations.default_model import ModelUnavailableError
 from opacus_ac.integrations.finetune_arguments import (
     LEARNING_RATES,
@@ -228,7 +229,7 @@ def build_trainer(job: Job) -> PrivateTrainer:
         FinetuneError: either cannot be had, or this training cannot be made private.
     """
     with _failing_with(3, ValueError, OSError, ImportError):
-        private = read_dialogues(str(job.data.train_file))
+        private = _read(job.data)
         public = read_dialogues(job.data.validation_file) if job.data.validation_file else None
     torch.manual_seed(job.training.seed)
     options: dict[str, Any] = {"full": job.model.full, "rank": job.model.lora_r, "layers": job.model.lora_layers}
@@ -244,7 +245,7 @@ def build_trainer(job: Job) -> PrivateTrainer:
             2,
         )
     with _failing_with(3, ValueError):
-        train = ChatDataset(private, tokenizer, length)
+        train, collate = _records(job.data, private, tokenizer)
         evaluation = None if public is None else ChatDataset(public, tokenizer, length)
     with _failing_with(5, ValueError, NotImplementedError, UnsupportedModuleError):
         trainer = PrivateTrainer(
@@ -253,7 +254,7 @@ def build_trainer(job: Job) -> PrivateTrainer:
             privacy=job.privacy,
             train_dataset=train,
             eval_dataset=evaluation,
-            data_collator=PadCollate(tokenizer.pad_token_id, length),
+            data_collator=collate,
             processing_class=tokenizer,
         )
     for kind in (PrinterCallback, ProgressCallback):
@@ -262,6 +263,22 @@ def build_trainer(job: Job) -> PrivateTrainer:
     with _failing_with(5, ValueError, NotImplementedError, UnsupportedModuleError):
         trainer.create_optimizer()
     return trainer
+
+
+def _read(data: DataArguments) -> Any:
+    """Return the private dialogues, or those of each user."""
+    if data.group_by is None:
+        return read_dialogues(str(data.train_file))
+    return read_users(str(data.train_file), data.group_by)
+
+
+def _records(data: DataArguments, dialogues: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Return the dataset of what :func:`_read` returned, and its collate function."""
+    length = data.max_length
+    if data.group_by is None:
+        return ChatDataset(dialogues, tokenizer, length), PadCollate(tokenizer.pad_token_id, length)
+    users = UserDataset(dialogues, tokenizer, max_length=length, max_rows_per_user=data.max_rows_per_user)
+    return users, UserCollate(tokenizer.pad_token_id, length)
 
 
 def describe(trainer: PrivateTrainer) -> str:
@@ -278,6 +295,7 @@ def describe(trainer: PrivateTrainer) -> str:
     )
     trained = sum(p.numel() for p in optimizer.params)
     facts = {
+        "protects": trainer.privacy_report().unit,
         "records N": plan.sizes.dataset_size,
         "expected batch": f"{plan.sizes.expected(0):g} (sample rate {rate:.6g}, {plan.sampling})",
         "steps": steps,

@@ -42,10 +42,16 @@ class DataArguments:
     )
     validation_file: str | None = option(None, "PUBLIC dialogues to evaluate on, together with --evaluation_is_public")
     max_length: int = option(256, "tokens per dialogue, a public number; longer ones are cut")
+    group_by: str | None = option(
+        None, "column that names the user of a row: a user with all rows is then one record, and what is protected"
+    )
+    max_rows_per_user: int = option(8, "rows kept of a user with --group_by, a public number")
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        if self.max_rows_per_user < 1:
+            raise ValueError(f"max_rows_per_user must be at least 1, got {self.max_rows_per_user}")
 
 
 EXIT_CODES: dict[int, str] = {

@@ -24,7 +24,7 @@ from opacus_ac.integrations import trainer_checkpoint
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.integrations.trainer_callback import PrivacyCallback, release_values
 from opacus_ac.integrations.trainer_checks import (
-    of_different_lengths,
+    check_two_records,
     raise_for,
     refusals,
     refuse_bases,
@@ -36,9 +36,13 @@ from opacus_ac.loss import LossTape
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import public_settings
 from opacus_ac.report import PrivacyReport
-from opacus_ac.testing import check_losses_add_up
 
 PRIVACY_REPORT = "privacy_report.json"
+
+
+def _items(dataset: Any) -> str:
+    """Say what the items of a dataset are."""
+    return "rows" if getattr(dataset, "max_rows_per_user", None) is None else "users"
 
 
 class PrivateTrainer(SilentTrainer):
@@ -52,7 +56,8 @@ class PrivateTrainer(SilentTrainer):
         args: ``TrainingArguments``; a copy of them is used.
         privacy: privacy settings.
         data_collator: as in ``Trainer``.
-        train_dataset: the private records: one row is what is protected.
+        train_dataset: the private records: one row is what is protected, or, of a ``UserDataset``, one user with all rows; batch
+            sizes then count users.
         eval_dataset: public data; see ``PrivacyArguments.evaluation_is_public``.
         processing_class: as in ``Trainer``.
         noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
@@ -128,6 +133,7 @@ class PrivateTrainer(SilentTrainer):
                 max_physical_batch_size=self.args.per_device_train_batch_size,
                 noise_generator=self._noise_generator,
                 wrap_model=False,
+                max_rows_per_user=getattr(self.train_dataset, "max_rows_per_user", None),
             )
             if self.privacy.noise_multiplier is not None:
                 made = self.engine.make_private(noise_multiplier=self.privacy.noise_multiplier, **options)
@@ -154,7 +160,7 @@ class PrivateTrainer(SilentTrainer):
             collate = self._get_collator_with_removed_columns(collate, description="training")
         if self.privacy.dataset_size is None:
             warnings.warn(
-                f"the number of rows, N = {len(dataset)}, is published as part of the guarantee: set a public dataset_size "
+                f"the number of {_items(dataset)}, N = {len(dataset)}, is published as part of the guarantee: set a public dataset_size "
                 "in the PrivacyArguments if it is not to be",
                 stacklevel=2,
             )
@@ -256,14 +262,12 @@ class PrivateTrainer(SilentTrainer):
         loader = self._make_private()[1]
         if self._independent or len(loader.dataset) < 2:  # type: ignore[arg-type]
             return
-        batch = of_different_lengths(loader.collate_fn([loader.dataset[0], loader.dataset[1]]))
-        batch = self._prepare_inputs(batch)
+        batch = self._prepare_inputs(loader.collate_fn([loader.dataset[0], loader.dataset[1]]))
         model.eval()
         try:
             with self.compute_loss_context_manager():
-                check_losses_add_up(
-                    lambda part: self.compute_loss(model, part), batch, rtol=2e-2 if self.args.bf16 else 1e-3
-                )
+                rtol = 2e-2 if self.args.bf16 else 1e-3
+                check_two_records(lambda part: self.compute_loss(model, part), batch, loader.users, rtol=rtol)
         except AssertionError:  # its message has losses of records
             raise ValueError(
                 f"{type(model).__name__} cannot be made private: its loss of a batch is not the mean of the losses of its "

@@ -25,7 +25,7 @@ class PrivacyArguments:
         target_epsilon: epsilon of the whole run; the noise is chosen to spend it in the planned steps.
         noise_multiplier: the noise itself, instead of a target.
         target_delta: delta, well below 1 / N.
-        dataset_size: public N; by default the number of rows of the training data, which then counts as public.
+        dataset_size: public N; by default the number of rows, or users, of the training data, which then counts as public.
         loss_bound: public bound of a record's loss in the noisy loss; 0 for no loss.
         evaluation_is_public: whether the evaluation data need no protection; without it they are refused.
         average_weights: whether the weight average is what is evaluated and saved, where there is one.
@@ -40,7 +40,7 @@ class PrivacyArguments:
     target_epsilon: float | None = option(None, "epsilon that the whole run may spend")
     target_delta: float = option(1e-5, "delta of the guarantee, well below 1 / N")
     noise_multiplier: float | None = option(None, "noise multiplier, instead of target_epsilon")
-    dataset_size: int | None = option(None, "public number of records N (default: rows of the training data)")
+    dataset_size: int | None = option(None, "public number of records N (default: rows, or users, of the data)")
     per_sample_max_grad_norm: float | None = option(None, "clipping norm C0 of the first step (default 1; paper: 3)")
     clipping: str = option("adaptive", "adaptive, flat (fixed C) or automatic (AUTO-S)")
     clip_policy: str | None = option(None, "rule for C with adaptive clipping (default percentile)")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.loss import LossTape, per_record_causal_lm_loss, per_record_token_loss
+from opacus_ac.loss import LossTape, per_record_causal_lm_loss, per_record_token_loss, per_user_loss
+from opacus_ac.users import UserRows
 
 # Losses of transformers that average over all tokens of the batch, and what replaces them.
 _TOKEN_LOSSES = {
@@ -19,7 +20,7 @@ _TOKEN_LOSSES = {
     "ForMaskedLM": per_record_token_loss,
     "ForTokenClassification": per_record_token_loss,
 }
-# Losses that are a mean over records already.
+# Losses that are a mean over rows already.
 _RECORD_LOSSES = {"ForSequenceClassification", "ForMultipleChoice", "ForImageClassification", "ForVideoClassification"}
 
 
@@ -42,16 +43,25 @@ def has_record_losses(module: nn.Module) -> bool | None:
 class RecordLoss:
     """Loss function for transformers models: mean (or sum) over records of each record's mean token loss.
 
+    Where records are users, a user's loss is the mean over those of the user's rows that predict a token. In evaluation, whose
+    batches are not drawn, each row counts for itself.
+
     Guarantees:
         A record's gradient does not depend on the other records of its batch. The number of labelled tokens of the
         batch (``num_items_in_batch``) is ignored: it would couple the records.
     """
 
     def __init__(
-        self, per_record: Callable[..., Tensor], tape: LossTape, reduction: str, model: nn.Module, name: str
+        self,
+        per_record: Callable[..., Tensor],
+        tape: LossTape,
+        reduction: str,
+        model: nn.Module,
+        name: str,
+        users: UserRows | None = None,
     ) -> None:
         self.per_record, self.tape, self.reduction = per_record, tape, reduction
-        self.model, self.name = model, name
+        self.model, self.name, self.users = model, name, users
         self.called = False
 
     def __call__(
@@ -62,18 +72,25 @@ class RecordLoss:
             raise ValueError(f"{self.name} needs labels=, unshifted, to compute its loss per record")
         self.called = True
         losses = self.per_record(logits, labels.to(logits.device), ignore_index)
-        if self.model.training and torch.is_grad_enabled():
+        trains = self.model.training and torch.is_grad_enabled()
+        if self.users is not None and (trains or self.users.supposed):
+            predicted = labels[:, 1:] if self.per_record is per_record_causal_lm_loss else labels
+            losses = per_user_loss(losses, (predicted != ignore_index).any(1), self.users.count(len(losses)))
+        if trains:
             self.tape.record(losses)
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
 
-def use_record_loss(module: nn.Module, tape: LossTape, reduction: str = "mean") -> Callable[[], None]:
+def use_record_loss(
+    module: nn.Module, tape: LossTape, reduction: str = "mean", users: UserRows | None = None
+) -> Callable[[], None]:
     """Make ``model(**batch, labels=...).loss`` of every transformers model inside ``module`` a mean over records.
 
     Args:
         module: any module; those without a transformers model inside are left alone.
         tape: receives the per-record losses of each training forward.
         reduction: "mean" or "sum" over the records.
+        users: counts the users of a batch, where a record is a user of several rows.
 
     Returns:
         A function that puts the old losses back.
@@ -92,7 +109,7 @@ def use_record_loss(module: nn.Module, tape: LossTape, reduction: str = "mean") 
                 f"{type(model).__name__} adds a router loss over the whole batch (config.output_router_logits), "
                 "which couples records: set it to False"
             )
-    undoes = [_replace_loss(model, tape, reduction) for model in models]
+    undoes = [_replace_loss(model, tape, reduction, users) for model in models]
 
     def undo() -> None:
         for step in undoes:
@@ -101,15 +118,16 @@ def use_record_loss(module: nn.Module, tape: LossTape, reduction: str = "mean") 
     return undo
 
 
-def _replace_loss(model: Any, tape: LossTape, reduction: str) -> Callable[[], None]:
+def _replace_loss(model: Any, tape: LossTape, reduction: str, users: UserRows | None) -> Callable[[], None]:
     """Replace the loss of one model and watch that it is the one that runs."""
     # Without a loss type transformers falls back to the causal loss.
     kind = getattr(model, "loss_type", None) or "ForCausalLM"
-    if kind in _RECORD_LOSSES:
+    if kind in _RECORD_LOSSES and users is None:  # a mean over rows, of which it does not know whose they are
         return lambda: None
     name = type(model).__name__
     before = model.__dict__.get("_loss_function")
-    record = RecordLoss(_TOKEN_LOSSES[kind], tape, reduction, model, name) if kind in _TOKEN_LOSSES else None
+    known = kind in _TOKEN_LOSSES
+    record = RecordLoss(_TOKEN_LOSSES[kind], tape, reduction, model, name, users) if known else None
     if record is not None:
         model.loss_function = record
 

@@ -1,0 +1,127 @@
+"""Records that are users: which rows of the batch in hand belong to which of the users that were drawn.
+
+The rows of a user come one after the other, as many for each user of a batch; rows that fill up have no labels. How many
+users there are is what the loader drew, never what the batch looks like: a wrong number would put rows of several people
+under one clipping bound, or one person under several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from opacus_ac.sampling import Draw, SamplingPlan
+
+
+class UserRows:
+    """Tells how many users the rows of a batch belong to.
+
+    Args:
+        plan: sampling plan of the loader, whose draws are of users.
+        max_rows: public K, the most rows of a user that reach the model.
+
+    Guarantees:
+        :meth:`drawn` answers for the whole batch that the loader handed out last, before a step has used it, and for nothing
+        else.
+
+    Raises:
+        ValueError: ``max_rows`` is no whole number >= 1.
+    """
+
+    def __init__(self, plan: SamplingPlan, max_rows: int) -> None:
+        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
+            raise ValueError(f"max_rows_per_user must be a whole number >= 1, got {max_rows!r}")
+        self.max_rows = max_rows
+        self._plan = plan
+        self._noted: tuple[Draw, int] | None = None
+        self._supposed: int | None = None
+
+    @property
+    def supposed(self) -> bool:
+        """Whether :meth:`suppose` is under way."""
+        return self._supposed is not None
+
+    def note(self, batch: Any) -> None:
+        """Measure the batch that the loader is about to hand out.
+
+        Raises:
+            ValueError: its rows cannot be as many for each user, at least one and at most ``max_rows``.
+        """
+        draw = self._plan.current()
+        assert draw is not None
+        rows, users = row_count(batch), max(draw.records, 1)
+        if rows % users or not 1 <= rows // users <= self.max_rows:
+            raise ValueError(
+                f"the rows of a batch are not as many for each of its users, at least 1 and at most max_rows_per_user="
+                f"{self.max_rows}: let collate_fn fill up the users of a batch to the same number of rows, with rows that have "
+                "no labels (opacus_ac.integrations.chat_users.UserCollate), and let the dataset keep at most "
+                f"{self.max_rows} rows of a user"
+            )
+        self._noted = (draw, rows)
+
+    def count(self, rows: int) -> int:
+        """Return the number of users whose ``rows`` rows a loss is made of; private.
+
+        Raises:
+            ValueError: as :meth:`drawn`, unless :meth:`suppose` is under way.
+        """
+        return self.drawn(rows) if self._supposed is None else rows // self._supposed
+
+    def drawn(self, rows: int) -> int:
+        """Return the number of users whose ``rows`` rows went through the model, for their gradients; private.
+
+        Raises:
+            ValueError: the rows are not those of a whole batch that the private loader has just drawn.
+        """
+        draw = self._plan.current()  # none once a step has used it
+        if draw is None or self._noted is None or self._noted[0] is not draw:
+            raise ValueError(
+                "max_rows_per_user is set, and without a batch that the private loader has just drawn nothing tells which rows "
+                "are of one user. Take each batch from the loader that make_private returned, and one step per batch"
+            )
+        if rows != self._noted[1]:
+            raise ValueError(
+                "another number of rows went through the model than the loader's batch has, so that nothing tells which rows "
+                "are of one user. Pass each batch through the model whole, its rows first in every tensor; use "
+                "max_physical_batch_size for smaller ones"
+            )
+        return max(draw.records, 1)
+
+    @contextmanager
+    def suppose(self, rows_per_user: int) -> Iterator[None]:
+        """Let :meth:`count` take batches for users of ``rows_per_user`` rows each, to check a loss without a draw."""
+        before, self._supposed = self._supposed, rows_per_user
+        try:
+            yield
+        finally:
+            self._supposed = before
+
+
+def row_count(batch: Any) -> int:
+    """Return the number of rows of a batch: the first dimension of all of its tensors.
+
+    Raises:
+        ValueError: it has no tensors, or they disagree.
+    """
+    sizes = set(_sizes(batch))
+    if len(sizes) != 1:
+        raise ValueError(
+            f"the tensors of a batch have {len(sizes)} different first dimensions, and with max_rows_per_user all of them need "
+            "the rows of its users there: let collate_fn return tensors in dicts, lists or tuples, rows first"
+        )
+    return sizes.pop()
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor):
+        if batch.dim():
+            yield batch.shape[0]
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _sizes(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _sizes(value)
