@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import accounting, checkpoint
 from opacus_ac.account import Account
+from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.budget import BudgetGuard, noise_for_target, planned_events, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
@@ -27,6 +28,7 @@ from opacus_ac.preparation import (
     attach,
     check_choice,
     check_model_and_optimizer,
+    choose_allocation,
     choose_control,
     choose_policy,
     choose_sampling,
@@ -132,6 +134,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_bound: float | None = None,
         loss_weight: float | None = None,
         preset: str | None = None,
+        noise_allocation: NoiseAllocation | None = None,
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
@@ -173,6 +176,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
             loss_weight: ``b`` of the loss; default sqrt(0.0412).
             preset: "paper" for the published constants.
+            noise_allocation: spread the noise over groups of parameters by public weights, at the same epsilon
+                (:class:`opacus_ac.allocation.NoiseAllocation`); None for the same std everywhere.
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
@@ -217,6 +222,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first),
             plan=loader.plan,
             stream=noise_stream,
+            allocation=choose_allocation(module, inner, noise_allocation),
         )
         wrapped, undo = attach(
             module,

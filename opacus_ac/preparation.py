@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from opacus_ac.account import check_accountant
+from opacus_ac.allocation import GroupWeights, NoiseAllocation
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
@@ -131,6 +132,7 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         "dataset_size": plan.sizes.dataset_size,
         "expected_batch_size": plan.sizes.expected(0),
         "max_batch_size": plan.max_batch_size,
+        **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
     }
 
 
@@ -185,6 +187,19 @@ def choose_statistics(
         loss_bound=loss_bound,
         loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
     )
+
+
+def choose_allocation(
+    module: nn.Module, optimizer: Optimizer, noise_allocation: NoiseAllocation | None
+) -> GroupWeights | None:
+    """Return the weights that the run starts with; None for equal ones."""
+    if noise_allocation is None:
+        return None
+    if not isinstance(noise_allocation, NoiseAllocation):
+        raise ValueError(
+            f"noise_allocation={noise_allocation!r} is no NoiseAllocation: from opacus_ac.allocation import NoiseAllocation"
+        )
+    return noise_allocation.start(*named_parameters(module, optimizer))
 
 
 def choose_source(
