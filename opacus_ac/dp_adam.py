@@ -73,6 +73,18 @@ class DPAdamW(Optimizer):
             raise ValueError(f"std of the noise must be a finite number >= 0, got {std!r}")
         self._told[id(parameter)] = float(std)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            ValueError: it was written by another optimizer; nothing was changed.
+        """
+        if any("noise" not in state for state in state_dict["state"].values()):
+            raise ValueError(
+                "the state was not written by DPAdamW: how much noise is in its second moment is not known. Start anew"
+            )
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take a step on every parameter that has a gradient.
