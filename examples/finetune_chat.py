@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine, StepRelease
+from opacus_ac.integrations.peft import freeze_a
 from opacus_ac.tensorboard import PrivacyDashboard
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -100,9 +101,7 @@ def add_lora(model: Any, rank: int, layers: int) -> Any:
     else:  # another architecture: all its linear layers
         chosen = {"target_modules": "all-linear"}
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **chosen))
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
+    freeze_a(model)
     return model
 
 

@@ -25,6 +25,7 @@ from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, regi
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
+from opacus_ac.integrations.peft import check_peft
 from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
@@ -241,6 +242,7 @@ def attach(
             undo.pop()()
 
     try:
+        check_peft(module)
         register_rules(module)
         check_model(module, mode=mode)
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction))

@@ -205,7 +205,7 @@ def test_a_state_of_adamw_is_refused():
     for p in theirs:
         p.grad = torch.ones_like(p)
     reference.step()
-    with pytest.raises(ValueError, match="noise in its second moment"):
+    with pytest.raises(ValueError, match="noise is in its second moment"):
         DPAdamW(mine).load_state_dict(reference.state_dict())
 
 
