@@ -154,9 +154,14 @@ class Journal:
 
 
 def train(
-    args: argparse.Namespace, engine: PrivacyEngine, model: Any, dataset: ChatDataset, collate: PadCollate
+    args: argparse.Namespace,
+    engine: PrivacyEngine,
+    model: Any,
+    dataset: ChatDataset,
+    collate: PadCollate,
+    **options: Any,
 ) -> Any:
-    """Fine-tune ``model`` under the budget and return the private optimizer."""
+    """Fine-tune ``model`` under the budget and return the private optimizer; ``options`` are for ``make_private``."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     rate = args.lr or (3e-4 if args.full else 0.06)
     steps = args.steps or (14 if args.epochs is None else None)
@@ -173,6 +178,7 @@ def train(
         fused_step=args.full,
         loss_bound=LOSS_BOUND,
         **({"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {}),
+        **options,
     )
     planned = steps if steps is not None else math.ceil(args.epochs * len(loader))
     journal = Journal(args.output, planned, engine, optimizer, args.delta)
