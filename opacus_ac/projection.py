@@ -90,10 +90,12 @@ class RandomProjection:
             targets: patterns of module names.
 
         Raises:
-            ValueError: no layer fits; a layer's weight is tied, not float32 or float64, or not larger than the rank;
+            ValueError: no layer fits; there are projected layers already; a layer's weight is tied, not float32 or float64, or not larger than the rank;
                 nothing was changed.
         """
         patterns = tuple(targets)
+        if next(projected_layers(model), None) is not None:
+            raise ValueError("the model has projected layers already: give all targets at once")
         found = [
             (name, module)
             for name, module in model.named_modules()
@@ -139,7 +141,7 @@ class RandomProjection:
         layer.up.weight.data.copy_(torch.from_numpy(values))
 
     def refresh(self, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
-        """Fold what was learned into the weights and draw new projections; between two steps.
+        """Fold what was learned into the weights and draw new projections; after a step, before the next forward pass.
 
         The function that the model computes does not change. First moments of the inner optimizer, which belong to the old
         directions, start again from zero; second moments, which are the same for all directions on average, stay.

@@ -177,16 +177,20 @@ def test_importance_moves_noise_away_from_large_weights():
     assert weights.weights[0] / weights.weights[1] == pytest.approx(2.0, rel=1e-6)
 
 
-def test_weights_from_public_records_are_those_of_the_oracle():
+@pytest.mark.parametrize("groups", ["parameter", "layer"])
+def test_weights_from_public_records_are_those_of_the_oracle(groups):
     model = classifier()
     before = copy.deepcopy(model.state_dict())
     batch = next(iter(loader(12, 12)))
     rows = per_sample_gradients(model, batch, loss_of)
-    want = optimal_weights(
-        [p.numel() for p in model.parameters()],
-        [float(r.flatten(1).square().sum(1).mean().sqrt()) for r in rows.values()],
+    members = [[0], [1], [2], [3]] if groups == "parameter" else [[0, 1], [2, 3]]
+    sizes = [p.numel() for p in model.parameters()]
+    energies = [float(r.flatten(1).square().sum(1).mean()) for r in rows.values()]
+    by_group = optimal_weights(
+        [sum(sizes[i] for i in m) for m in members], [math.sqrt(sum(energies[i] for i in m)) for m in members]
     )
-    allocation = NoiseAllocation.from_public(model, batch, loss_of)
+    want = [w for w, m in zip(by_group, members, strict=True) for _ in m]
+    allocation = NoiseAllocation.from_public(model, batch, loss_of, groups=groups)
     assert allocation.start(list(model.parameters()), list(rows)).weights == pytest.approx(want, rel=1e-9)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match=r"public batch.*nan"):

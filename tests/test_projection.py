@@ -166,6 +166,16 @@ def test_layers_that_cannot_be_projected_are_refused_and_left_alone(make, target
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_second_projection_is_refused():
+    model = wide_classifier()
+    RandomProjection(2).apply(model, ("0",))
+    before = model[0].up.weight.detach().clone()
+    with pytest.raises(ValueError, match="already"):
+        RandomProjection(1).apply(model, ("2",))
+    assert torch.equal(model[0].up.weight, before)
+    assert type(model[2]) is nn.Linear
+
+
 def test_a_refresh_under_an_average_or_within_a_batch_is_refused():
     projection = RandomProjection(2)
     model, optimizer, _, _ = private(projection, ema_decay=0.9)
