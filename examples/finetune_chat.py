@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine, StepRelease
 from opacus_ac.integrations.default_model import ModelUnavailableError
-from opacus_ac.integrations.lora import load_trainable
+from opacus_ac.integrations.peft import load_trainable
 from opacus_ac.tensorboard import PrivacyDashboard
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -125,9 +125,14 @@ class Journal:
 
 
 def train(
-    args: argparse.Namespace, engine: PrivacyEngine, model: Any, dataset: ChatDataset, collate: PadCollate
+    args: argparse.Namespace,
+    engine: PrivacyEngine,
+    model: Any,
+    dataset: ChatDataset,
+    collate: PadCollate,
+    **options: Any,
 ) -> Any:
-    """Fine-tune ``model`` under the budget and return the private optimizer."""
+    """Fine-tune ``model`` under the budget and return the private optimizer; ``options`` are for ``make_private``."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     rate = args.lr or (3e-4 if args.full else 0.06)
     steps = args.steps or (14 if args.epochs is None else None)
@@ -144,6 +149,7 @@ def train(
         fused_step=args.full,
         loss_bound=LOSS_BOUND,
         **({"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {}),
+        **options,
     )
     planned = steps if steps is not None else math.ceil(args.epochs * len(loader))
     journal = Journal(args.output, planned, engine, optimizer, args.delta)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import accounting, checkpoint
 from opacus_ac.account import Account
+from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.budget import BudgetGuard, noise_for_target, planned_events, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
@@ -27,6 +28,7 @@ from opacus_ac.preparation import (
     attach,
     check_choice,
     check_model_and_optimizer,
+    choose_allocation,
     choose_control,
     choose_policy,
     choose_sampling,
@@ -133,6 +135,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_weight: float | None = None,
         preset: str | None = None,
         max_rows_per_user: int | None = None,
+        noise_allocation: NoiseAllocation | None = None,
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
@@ -178,6 +181,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 rows, and what is drawn, clipped and protected is a user: N, batch sizes and the mean of the loss count
                 users, and the loss of a user is a function of that user's rows (see :mod:`opacus_ac.users`,
                 :func:`opacus_ac.loss.per_user_loss` and ``opacus_ac.integrations.chat_users``).
+            noise_allocation: spread the noise over groups of parameters by public weights, at the same epsilon
+                (:class:`opacus_ac.allocation.NoiseAllocation`); None for the same std everywhere.
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
@@ -223,6 +228,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users),
             plan=loader.plan,
             stream=noise_stream,
+            allocation=choose_allocation(module, inner, noise_allocation),
         )
         wrapped, undo = attach(
             module,

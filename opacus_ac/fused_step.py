@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-ONE_BY_ONE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+from opacus_ac.dp_adam import DPAdamW
+
+ONE_BY_ONE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, DPAdamW)
 """Inner optimizers whose update of a parameter depends on nothing but this parameter, its gradient and its state."""
 
 
@@ -21,11 +23,14 @@ class FusedStep:
     Args:
         inner: the optimizer, one of :data:`ONE_BY_ONE`.
         parameters: the parameters that will come, for the size of the memory.
-        noise: releases sums in place, before they are applied.
+        noise: releases the sums of parameters in place, before they are applied.
     """
 
     def __init__(
-        self, inner: Optimizer, parameters: list[torch.nn.Parameter], noise: Callable[[list[Tensor]], None]
+        self,
+        inner: Optimizer,
+        parameters: list[torch.nn.Parameter],
+        noise: Callable[[list[torch.nn.Parameter], list[Tensor]], None],
     ) -> None:
         self._inner, self._noise = inner, noise
         self._owners = {id(p): group for group in inner.param_groups for p in group["params"]}
@@ -52,7 +57,7 @@ class FusedStep:
         waiting, self._waiting, self._used = self._waiting, [], 0
         if not waiting:
             return
-        self._noise([total for _, total in waiting])
+        self._noise([parameter for parameter, _ in waiting], [total for _, total in waiting])
         groups = self._inner.param_groups
         try:
             for parameter, total in waiting:

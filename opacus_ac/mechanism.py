@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class GaussianMechanism:
         self,
         parameters: Iterable[torch.nn.Parameter],
         sums: Iterable[torch.Tensor | None],
-        std: float,
+        std: float | Sequence[float],
         scale: float = 1.0,
     ) -> None:
         """Write ``(sum + N(0, std^2)) * scale`` into each parameter's ``grad``.
@@ -91,7 +92,8 @@ class GaussianMechanism:
             parameters: the trainable parameters.
             sums: summed clipped gradients, taken one by one; None is a sum of zero (and gets its noise). A sum in the
                 parameter's dtype becomes the ``grad`` itself, without a copy.
-            std: std of the noise per coordinate (of the sum, before division by the expected batch size).
+            std: std of the noise per coordinate (of the sum, before division by the expected batch size), or one for each
+                parameter.
             scale: public factor, such as one over the expected batch size.
         """
         named = list(parameters)
@@ -104,18 +106,22 @@ class GaussianMechanism:
         for parameter, grad in zip(named, grads, strict=True):
             parameter.grad = grad.view_as(parameter)
 
-    def noise_in_place(self, totals: Sequence[torch.Tensor], std: float, scale: float = 1.0) -> None:
+    def noise_in_place(self, totals: Sequence[torch.Tensor], std: float | Sequence[float], scale: float = 1.0) -> None:
         """Set sums of clipped gradients to ``(total + N(0, std^2)) * scale``.
 
         Args:
             totals: sums, each in its parameter's dtype.
-            std: std of the noise per coordinate (of the sum, before ``scale``).
+            std: std of the noise per coordinate (of the sum, before ``scale``), or one for each total.
             scale: public factor.
 
         Guarantees:
             Noise is drawn, added and scaled in float64; the result is rounded once, to the dtype of the sum.
         """
-        if std != 0:
+        if not isinstance(std, float | int):
+            # Neighbours of one std together: draws stay in the order of the totals.
+            for each, pairs in groupby(zip(std, totals, strict=True), key=lambda pair: pair[0]):
+                self.noise_in_place([total for _, total in pairs], each, scale)
+        elif std != 0:
             self.stream.add_normal(totals, std, scale)
         elif scale != 1:
             torch._foreach_mul_(list(totals), scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_ac.accounting import Event
+from opacus_ac.allocation import GroupWeights
 from opacus_ac.clipping import ClipPolicy, build_policy
 from opacus_ac.control import ClipRateControl, WeightEMA
 from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
@@ -50,6 +51,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         source: where per-sample gradients come from; None for Opacus's ``grad_sample``.
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
+        allocation: weights of the parameters, by which their gradients are scaled for clipping and noise; None for 1.
 
     Attributes:
         released: what the last step released, a :class:`StepRelease`; safe to look at.
@@ -84,6 +86,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         source: GradientSource | None = None,
         plan: SamplingPlan | None = None,
         stream: RandomStream | None = None,
+        allocation: GroupWeights | None = None,
         **kwargs: Any,
     ) -> None:
         if secure_mode and generator is not None:
@@ -114,6 +117,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.policy.bound = min(max(self.policy.initial_bound, self.policy.min_norm), self.policy.max_norm)
         self.source = source or PerSampleSource(self.params, loss_reduction=loss_reduction)
         self.plan = plan
+        self.allocation = allocation
         self.normalize = normalize
         self.fused_step = fused_step
         target = getattr(self.policy, "target_clip_rate", target_clip_rate)
@@ -127,7 +131,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.steps_taken = 0
         self.private_nonfinite_records = 0
         self._open_batch: int | None = None
-        self._open_bound = self.policy.bound
+        self._open_bound, self._open_weights = self.policy.bound, self._weights()
 
     # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
 
@@ -193,7 +197,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients and the statistics of the batch in hand to those of its logical batch."""
         draw = self.plan.current() if self.plan is not None else None
-        norms = self.source.finish_batch()
+        weights = self._weights()
+        norms = self.source.finish_batch() if weights is None else self.source.finish_batch(weights)
         losses = self.tape.take()
         self._check_records(draw, norms)
         self._begin(draw)
@@ -203,6 +208,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             # Part of the batch may be in the sums: were it retried, its records would count twice.
             self.statistics.finish()
             raise
+
+    def _weights(self) -> list[float] | None:
+        """Return the public weights of the parameters, by which the release is scaled; None for 1."""
+        return None if self.allocation is None else self.allocation.weights
 
     def _settle(self) -> None:
         """Turn the physical batch into sums before the next one comes."""
@@ -252,7 +261,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None
-        self._open_batch, self._open_bound = batch, self.policy.bound
+        self._open_batch, self._open_bound, self._open_weights = batch, self.policy.bound, self._weights()
         self.statistics.begin(self.policy.bound, self.policy.gradient_share)
 
     def _check_bound(self) -> None:
@@ -261,6 +270,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             raise ValueError(
                 f"max_grad_norm changed from {self._open_bound:g} to {self.policy.bound:g} within a logical batch: "
                 "step a grad clip scheduler only after optimizer.step() has taken a real step"
+            )
+        if self._weights() != self._open_weights:
+            raise ValueError(
+                "the weights of the noise allocation changed within a logical batch: its records were clipped by others. Load a "
+                "state, or update the allocation, only after optimizer.step() has taken a real step"
             )
 
     def _account(self, draw: Draw | None) -> None:
@@ -294,10 +308,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         bound, statistics = self.policy.bound, self.statistics
         multiplier = self.mechanism.gradient_multiplier(statistics)
         std, scale = multiplier * bound, self._gradient_scale()
-        if self.fused_step:
-            self._unreleased = (std, scale)
-        else:
-            self.mechanism.release_gradients(self.params, self.source.sums(), std, scale)
+        weights = self._weights()
+        stds = [std] * len(self.params) if weights is None else [std / w for w in weights]
+        self._noise = ({id(p): s for p, s in zip(self.params, stds, strict=True)}, scale, scale * self._denominator())
+        if not self.fused_step:
+            self.mechanism.release_gradients(self.params, self.source.sums(), std if weights is None else stds, scale)
         histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
@@ -350,22 +365,40 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             if self.fused_step:
                 self._fused_inner_step()
             else:
+                self._announce(self.params, [p.grad for p in self.params])
                 result = self.original_optimizer.step()
         if self.control is not None:
             self.control.update(self.policy.clip_rate(self.released))
+        if self.allocation is not None:
+            self.allocation.update()
         if self.ema is not None:
             self.ema.update()
         return result
 
     def _fused_inner_step(self) -> None:
         """Release gradients into one reused buffer and let the inner optimizer apply what is in it, time after time."""
-        std, scale = self._unreleased
-        applying = FusedStep(
-            self.original_optimizer, self.params, lambda totals: self.mechanism.noise_in_place(totals, std, scale)
-        )
+        (stds, scale, _), weights = self._noise, self._weights()
+
+        def release(parameters: list[torch.nn.Parameter], totals: list[Tensor]) -> None:
+            std = [stds[id(p)] for p in parameters]
+            self.mechanism.noise_in_place(totals, std[0] if weights is None else std, scale)
+            self._announce(parameters, totals)
+
+        applying = FusedStep(self.original_optimizer, self.params, release)
         for parameter, total in zip(self.params, self.source.sums(applying.place), strict=True):
             applying.add(parameter, total)
         applying.flush()
+
+    def _announce(self, parameters: list[torch.nn.Parameter], gradients: list[Any]) -> None:
+        """Show released gradients to the allocation, and tell an inner optimizer that asks the std of their noise."""
+        stds, scale, unit = self._noise
+        found = [stds[id(p)] * scale for p in parameters]
+        if self.allocation is not None:
+            self.allocation.observe(parameters, gradients, found, unit)
+        tell = getattr(self.original_optimizer, "noise_std", None)
+        if tell is not None:
+            for parameter, std in zip(parameters, found, strict=True):
+                tell(parameter, std)
 
     @contextmanager
     def _controlled_learning_rate(self) -> Iterator[None]:
@@ -401,6 +434,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "control": None if self.control is None else self.control.state_dict(),
                 "ema": None if self.ema is None else self.ema.state_dict(),
                 "plan": None if self.plan is None else self.plan.state_dict(),
+                "allocation": None if self.allocation is None else self.allocation.state_dict(),
             },
         }
 
@@ -423,12 +457,14 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             "statistics": self.statistics.configuration(),
             "lr_control": self.control is not None,
             "ema_decay": self.ema is not None,
+            "noise_allocation": self.allocation is not None,
         }
         theirs = {
             "clip_policy": state["policy"]["name"],
             "statistics": state["statistics"],
             "lr_control": state["control"] is not None,
             "ema_decay": state["ema"] is not None,
+            "noise_allocation": state.get("allocation") is not None,
         }
         for name in mine:
             if mine[name] != theirs[name]:
@@ -438,6 +474,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 )
         if self.ema is not None:
             self.ema.check_state(state["ema"])
+        if self.allocation is not None:
+            self.allocation.check_state(state["allocation"])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -451,5 +489,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self.control.load_state_dict(state["control"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        if self.allocation is not None:
+            self.allocation.load_state_dict(state["allocation"])
         if self.plan is not None and state["plan"] is not None:
             self.plan.load_state_dict(state["plan"])

@@ -18,12 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from opacus_ac.account import check_accountant
+from opacus_ac.allocation import GroupWeights, NoiseAllocation
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
+from opacus_ac.integrations.peft import check_peft
 from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
@@ -133,6 +135,7 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         "expected_batch_size": plan.sizes.expected(0),
         "max_batch_size": plan.max_batch_size,
         "max_rows_per_user": plan.max_rows_per_user,
+        **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
     }
 
 
@@ -189,6 +192,19 @@ def choose_statistics(
     )
 
 
+def choose_allocation(
+    module: nn.Module, optimizer: Optimizer, noise_allocation: NoiseAllocation | None
+) -> GroupWeights | None:
+    """Return the weights that the run starts with; None for equal ones."""
+    if noise_allocation is None:
+        return None
+    if not isinstance(noise_allocation, NoiseAllocation):
+        raise ValueError(
+            f"noise_allocation={noise_allocation!r} is no NoiseAllocation: from opacus_ac.allocation import NoiseAllocation"
+        )
+    return noise_allocation.start(*named_parameters(module, optimizer))
+
+
 def choose_source(
     module: nn.Module,
     optimizer: Optimizer,
@@ -235,6 +251,7 @@ def attach(
             undo.pop()()
 
     try:
+        check_peft(module)
         register_rules(module)
         check_model(module, mode=mode)
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction, users))

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_chat import save_chat_model
 from tone_dialogues import dialogues, write_jsonl
 
-from opacus_ac.integrations.lora import add_lora
+from opacus_ac.integrations.peft import add_lora
 from opacus_ac.tensorboard.tags import SCALARS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -121,8 +121,8 @@ class BookKeepingSource:
 
     # ---------------------------------------------------------------- GradientSource
 
-    def finish_batch(self) -> Tensor:
-        """Return the gradient norm of each record, ``[B]`` float64.
+    def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the gradient norm of each record, ``[B]`` float64; ``weights`` as in ``GradientSource``.
 
         Raises:
             ValueError: there was no backward pass, a part of the model was used outside of its rule, a backward pass
@@ -135,7 +135,7 @@ class BookKeepingSource:
         self._shared()
         self._grams = GramCache()
         with exact():
-            norms = [self._norms(chunk) for chunk in self._chunks]
+            norms = [self._norms(chunk, weights) for chunk in self._chunks]
         return torch.cat(norms)
 
     def _check(self) -> None:
@@ -160,10 +160,11 @@ class BookKeepingSource:
                 "backward through the model that make_private returned, in training mode, before optimizer.step()"
             )
 
-    def _norms(self, chunk: _Chunk) -> Tensor:
+    def _norms(self, chunk: _Chunk, weights: Sequence[float] | None) -> Tensor:
         total = torch.zeros(chunk.records, dtype=torch.float64)
         for index in sorted(chunk.books):
-            total += chunk.books[index].squares().cpu()
+            squares = chunk.books[index].squares().cpu()
+            total += squares if weights is None else squares * weights[index] ** 2
         return total.sqrt() * (chunk.records if self._mean else 1)
 
     def accumulate(self, factors: Tensor) -> None:

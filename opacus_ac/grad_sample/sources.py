@@ -26,8 +26,13 @@ Place = Callable[[nn.Parameter], Tensor | None]
 class GradientSource(Protocol):
     """What a way of computing per-sample gradients offers to the optimizer."""
 
-    def finish_batch(self) -> Tensor:
-        """Return the gradient norm of each record of the physical batch, ``[B]`` float64. Private."""
+    def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the gradient norm of each record of the physical batch, ``[B]`` float64. Private.
+
+        Args:
+            weights: one factor > 0 per parameter on its gradient; None for 1. The sums are those of the gradients as
+                they are.
+        """
 
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""
@@ -96,15 +101,15 @@ class PerSampleSource:
         # Opacus has multiplied by the number of rows, and the loss is a mean over users.
         return summed * (users / sample.shape[0]) if self._mean else summed
 
-    def finish_batch(self) -> Tensor:
-        """Return the gradient norm of each record, ``[B]`` float64.
+    def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the gradient norm of each record, ``[B]`` float64; ``weights`` as in :class:`GradientSource`.
 
         Raises:
             ValueError: no parameter has per-sample gradients, a parameter received an ordinary gradient without
                 one, batch sizes differ between parameters, or the gradients were not cleared.
         """
         total: Tensor | None = None
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        for index, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
             self._check(name, parameter)
             rows = self._rows(parameter)
             if rows is None:
@@ -116,6 +121,7 @@ class PerSampleSource:
                     f"{name} has per-sample gradients of {squares.shape[0]} records, other parameters of "
                     f"{total.shape[0]}: the batch must be the first dimension of every layer's input"
                 )
+            squares = squares if weights is None else squares * weights[index] ** 2
             total = squares if total is None else total + squares
         if total is None:
             raise ValueError(

@@ -166,6 +166,7 @@ def collate(rows: Sequence[Row], pad_id: int, max_length: int, multiple: int = 8
         batch["input_ids"][index, start:] = row["input_ids"]
         batch["attention_mask"][index, start:] = 1
         batch["labels"][index, start:] = row["labels"]
+        batch["labels"][index, start : start + 1] = IGNORE  # else padding would predict it, beside longer rows only
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return batch
 

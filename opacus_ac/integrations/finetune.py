@@ -35,7 +35,7 @@ from opacus_ac.integrations.finetune_arguments import (
     ModelArguments,
 )
 from opacus_ac.integrations.finetune_callbacks import Interruption, StepLines
-from opacus_ac.integrations.lora import load_trainable
+from opacus_ac.integrations.peft import load_trainable
 from opacus_ac.integrations.trainer import PrivateTrainer
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.ledger import LedgerError

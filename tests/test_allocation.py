@@ -1,0 +1,546 @@
+"""Noise allocation: the same guarantee in a scaled space, weights from public numbers alone, less error where it counts."""
+
+import copy
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import classifier, loader, loss_of, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from opacus_ac import PrivacyEngine
+from opacus_ac.allocation import MAX_CHANGE, NoiseAllocation, optimal_weights
+from opacus_ac.clipping import POLICIES, build_policy
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.statistics import StepStatistics
+from opacus_ac.testing import per_sample_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
+MODES = ["bk", "hooks", "functorch"]
+HISTORY = NoiseAllocation(warmup=2, decay=0.8)
+UNEVEN = NoiseAllocation("constant", weights={"0.weight": 3.0, "2.*": 0.25, "*": 1.0})
+
+
+def make(allocation, *, mode="bk", seed=3, batch_size=16, lr=0.01, **kwargs):
+    """Return (model, optimizer, loader, engine) on the small classifier, with seeded noise."""
+    torch.manual_seed(5)
+    engine = PrivacyEngine()
+    arguments = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "ema_decay": 0.9, "loss_bound": None, **kwargs}
+    made = engine.make_private(
+        module=(model := classifier()),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=lr),
+        data_loader=loader(64, batch_size),
+        grad_sample_mode=mode,
+        noise_generator=torch.Generator().manual_seed(seed),
+        noise_allocation=allocation,
+        **arguments,
+    )
+    return *made, engine
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+# ------------------------------------------------------------------ the rule
+
+
+@pytest.mark.parametrize(
+    ("sizes", "norms", "importance", "ratio"),
+    [
+        ([900, 100], [0.1, 1.0], None, 30**0.5 / 10**0.5 / 0.1**0.5),
+        ([10, 10], [1.0, 1.0], None, 1.0),
+        ([16, 1], [1.0, 1.0], None, 2.0),
+        ([1, 1], [1.0, 4.0], None, 2.0),
+        ([1, 1], [1.0, 1.0], [16.0, 1.0], 2.0),
+    ],
+)
+def test_optimal_weights_have_the_stated_form(sizes, norms, importance, ratio):
+    first, second = optimal_weights(sizes, norms, importance)
+    assert first / second == pytest.approx(ratio, rel=1e-9)
+    assert first * second == pytest.approx(1.0, rel=1e-9)
+
+
+def test_weights_are_clamped_with_geometric_mean_one():
+    weights = optimal_weights([1e9, 1, 1, 1], [1e-9, 1.0, 1.0, 2.0], clamp=4.0)
+    assert max(weights) == pytest.approx(4.0)
+    assert min(weights) >= 0.25
+    assert np.log(weights).mean() == pytest.approx(0.0, abs=1e-9)
+
+
+def noise_energy(weights, sizes, norms):
+    """Of the unscaled gradient, for C in proportion to the rms of the scaled norms."""
+    bound = sum((w * g) ** 2 for w, g in zip(weights, norms, strict=True))
+    return bound * sum(d / w**2 for w, d in zip(weights, sizes, strict=True))
+
+
+def test_no_other_weights_have_less_noise():
+    """n = 500 random deviations from the optimum."""
+    rng, sizes, norms = np.random.default_rng(0), [900, 100, 7], [0.1, 1.0, 0.4]
+    best = noise_energy(optimal_weights(sizes, norms, clamp=1e3), sizes, norms)
+    for _ in range(500):
+        other = np.exp(rng.normal(size=3)) * optimal_weights(sizes, norms, clamp=1e3)
+        assert noise_energy(other, sizes, norms) >= best * (1 - 1e-12)
+
+
+# ------------------------------------------------------------------ what it is for
+
+
+def release_error(weights, *, records=64, repeats=150):
+    """Mean squared error of the released mean gradient: d = (900, 100), G = (0.1, 1), noise multiplier 1, no clipping."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, norms = (900, 100), (0.1, 1.0)
+    parameters = [nn.Parameter(torch.zeros(d, dtype=torch.float64)) for d in sizes]
+    rows = [
+        torch.randn(records, d, generator=generator, dtype=torch.float64) * g / math.sqrt(d)
+        for d, g in zip(sizes, norms, strict=True)
+    ]
+    scaled = sum((w * g) ** 2 for w, g in zip(weights, norms, strict=True))
+    allocation = NoiseAllocation("constant", weights=dict(zip("ab", weights, strict=True))).start(
+        parameters, ["a", "b"]
+    )
+    optimizer = AdaptiveClipDPOptimizer(
+        torch.optim.SGD(parameters, lr=0.0), noise_multiplier=1.0, max_grad_norm=1.5 * math.sqrt(scaled),
+        expected_batch_size=records, clip_policy="fixed", lr_control=False, ema_decay=None, allocation=allocation,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    total = 0.0
+    for _ in range(repeats):
+        for parameter, row in zip(parameters, rows, strict=True):
+            parameter.grad_sample = row.clone()
+        optimizer.step()
+        total += float((flat(p.grad for p in parameters) - torch.cat([r.mean(0) for r in rows])).square().sum())
+        optimizer.zero_grad()
+    return total / repeats
+
+
+@pytest.mark.statistical
+def test_the_gradient_error_falls_as_the_theory_says():
+    """Theory: (sum G^2)(sum d) / (sum G sqrt(d))^2 = 1010 / 169 = 5.98.
+
+    150 releases of 1000 coordinates. 77 % of the second error lie in the 100 coordinates of group 2, which makes the relative
+    std of the ratio 0.77 sqrt(2 / 15,000) = 0.9 %, and 1 % in all: the tolerance is 10 of it. Seeded.
+    """
+    uniform = release_error([1.0, 1.0])
+    best = release_error(optimal_weights([900, 100], [0.1, 1.0], clamp=10.0))
+    assert uniform / best == pytest.approx(1010 / 169, rel=0.10)
+
+
+@pytest.mark.statistical
+def test_a_history_finds_the_weights():
+    """Groups with a clear signal: after the warm-up and a few releases the ratio is near the optimum, 5.48; seeded.
+
+    The signal's relative error per release is below 10 %, that of the ratio of roots of averages below 3 %: 20 % is safe.
+    """
+    parameters = [nn.Parameter(torch.zeros(d, dtype=torch.float64)) for d in (900, 100)]
+    weights = NoiseAllocation(warmup=5).start(parameters, ["a", "b"])
+    generator = torch.Generator().manual_seed(0)
+    signal = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    signal = [s * g / s.norm() for s, g in zip(signal, (0.1, 1.0), strict=True)]
+    seen = []
+    for _ in range(40):
+        stds = [0.003 / w for w in weights.weights]
+        noisy = [
+            s + std * torch.randn(s.shape, generator=generator, dtype=torch.float64)
+            for s, std in zip(signal, stds, strict=True)
+        ]
+        weights.observe(parameters, [3.0 * g for g in noisy], [3.0 * s for s in stds], 3.0)
+        weights.update()
+        seen.append(weights.weights[0] / weights.weights[1])
+    assert seen[:5] == [1.0] * 5
+    assert max(b / a for a, b in itertools.pairwise(seen)) <= MAX_CHANGE**2 * (1 + 1e-9)
+    assert seen[-1] == pytest.approx(5.477, rel=0.20)
+
+
+def test_without_a_signal_a_history_tends_to_the_rule_of_the_dimension():
+    """Releases whose energy is exactly that of their noise: the bound on what may hide in it sets the weights."""
+    parameters = [nn.Parameter(torch.zeros(d, dtype=torch.float64)) for d in (1600, 100)]
+    weights = NoiseAllocation(warmup=0, decay=0.5).start(parameters, ["a", "b"])
+    for _ in range(100):
+        stds = [1.0 / w for w in weights.weights]
+        weights.observe(parameters, [torch.full_like(p, s) for p, s in zip(parameters, stds, strict=True)], stds, 1.0)
+        weights.update()
+    assert weights.weights[0] / weights.weights[1] == pytest.approx(2.0, rel=0.01)
+
+
+def test_importance_moves_noise_away_from_large_weights():
+    parameters = [nn.Parameter(torch.full((50,), value, dtype=torch.float64)) for value in (16.0, 1.0)]
+    weights = NoiseAllocation(warmup=0, decay=0.0, importance="weights").start(parameters, ["a", "b"])
+    for _ in range(20):
+        weights.observe(parameters, [torch.ones_like(p) for p in parameters], [0.0, 0.0], 1.0)
+        weights.update()
+    assert weights.weights[0] / weights.weights[1] == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("groups", ["parameter", "layer"])
+def test_weights_from_public_records_are_those_of_the_oracle(groups):
+    model = classifier()
+    before = copy.deepcopy(model.state_dict())
+    batch = next(iter(loader(12, 12)))
+    rows = per_sample_gradients(model, batch, loss_of)
+    members = [[0], [1], [2], [3]] if groups == "parameter" else [[0, 1], [2, 3]]
+    sizes = [p.numel() for p in model.parameters()]
+    energies = [float(r.flatten(1).square().sum(1).mean()) for r in rows.values()]
+    by_group = optimal_weights(
+        [sum(sizes[i] for i in m) for m in members], [math.sqrt(sum(energies[i] for i in m)) for m in members]
+    )
+    want = [w for w, m in zip(by_group, members, strict=True) for _ in m]
+    allocation = NoiseAllocation.from_public(model, batch, loss_of, groups=groups)
+    assert allocation.start(list(model.parameters()), list(rows)).weights == pytest.approx(want, rel=1e-9)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"public batch.*nan"):
+        NoiseAllocation.from_public(model, (batch[0] * math.nan, batch[1]), loss_of)
+
+
+# ------------------------------------------------------------------ the guarantee
+
+
+class Shared(nn.Module):
+    """A weight that is an embedding and a head, with biases; the loss of a record is any multiple of its logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.tokens = nn.Embedding(3, 4)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, features, ids):
+        return self.head(self.inputs(features).unsqueeze(1) + self.tokens(ids))
+
+
+SHARED = NoiseAllocation("constant", weights={"inputs.*": 4.0, "*bias": 0.25, "*": 0.6})
+finite = st.floats(-1e6, 1e6, width=32)
+extreme = st.one_of(finite, st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e-30, 1e20, 3e38]))
+
+
+def scaled_release(optimizer, losses):
+    """What a step would release of these records without noise, in the scaled space and in units of C. ``[n]``"""
+    if losses.numel():
+        losses.mean().backward()
+    optimizer.clip_and_accumulate()
+    sums = zip(optimizer.params, optimizer.source.sums(), optimizer.allocation.weights, strict=True)
+    parts = [w * (torch.zeros_like(p) if s is None else s).double().reshape(-1) for p, s, w in sums]
+    statistics = torch.from_numpy(optimizer.statistics.vector())
+    optimizer.statistics.finish()
+    optimizer.zero_grad()
+    return torch.cat([torch.cat(parts) / optimizer.max_grad_norm, statistics])
+
+
+def shared_release(mode, policy, rows, ids, last=1.0):
+    torch.manual_seed(0)
+    model = Shared()
+    wrapped, optimizer, _ = PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(8, 4),
+        noise_multiplier=0.0, max_grad_norm=0.5, clip_policy=policy, grad_sample_mode=mode, lr_control=False,
+        ema_decay=None, noise_allocation=SHARED,
+    )  # fmt: skip
+    optimizer.plan = None
+    logits = wrapped(torch.tensor(rows, dtype=torch.float32), torch.tensor(ids).repeat(len(rows), 1))
+    weights = torch.ones(len(rows))
+    weights[-1] = last
+    return scaled_release(optimizer, logits.sum((1, 2)) * weights), optimizer.statistics.sensitivity
+
+
+@pytest.mark.parametrize(
+    ("mode", "policy"), [("bk", "fixed"), ("bk", "percentile"), ("hooks", "automatic"), ("functorch", "geometric")]
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    batch=st.lists(st.lists(finite, min_size=3, max_size=3), min_size=1, max_size=3),
+    extra=st.lists(extreme, min_size=3, max_size=3),
+    ids=st.lists(st.integers(0, 2), min_size=4, max_size=4),
+    weight=extreme,
+)
+def test_one_record_moves_the_scaled_release_by_at_most_the_sensitivity(mode, policy, batch, extra, ids, weight):
+    """Tied float32 weights, inputs and losses up to overflow, from the model's forward pass to the release."""
+    everybody, sensitivity = shared_release(mode, policy, [*batch, extra], ids, weight)
+    others, _ = shared_release(mode, policy, batch, ids)
+    assert bool(torch.isfinite(everybody).all())
+    assert float((everybody - others).norm()) <= sensitivity * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bound_is_attained_in_the_scaled_space(mode):
+    """One clipped record has scaled norm C: not more, and no noise is wasted."""
+    release, sensitivity = shared_release(mode, "percentile", [[50.0, -3.0, 7.0]], [0, 1, 2, 2])
+    assert float(release.norm()) == pytest.approx(sensitivity, rel=1e-5)
+
+
+def test_the_battery_trips_when_the_norms_forget_the_weights(monkeypatch):
+    """Planted: noise is scaled, norms are not."""
+    from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+
+    whole = BookKeepingSource.finish_batch
+    monkeypatch.setattr(BookKeepingSource, "finish_batch", lambda self, weights=None: whole(self))
+    release, sensitivity = shared_release("bk", "fixed", [[50.0, -3.0, 7.0]], [0, 1, 2, 2])
+    assert float(release.norm()) > 1.5 * sensitivity
+
+
+CASES = [(policy, histogram) for policy in POLICIES for histogram in (True, False) if histogram or not POLICIES[policy].needs_histogram]  # fmt: skip
+rows_of_five = st.lists(st.floats(-1e6, 1e6), min_size=5, max_size=5)
+
+
+@pytest.mark.parametrize(("policy", "histogram"), CASES)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch=st.lists(rows_of_five, max_size=3),
+    extra=st.lists(st.one_of(st.floats(-1e6, 1e6), extreme), min_size=5, max_size=5),
+    bound=st.floats(1e-4, 1e4),
+    weights=st.lists(st.floats(0.01, 100.0), min_size=2, max_size=2),
+)
+def test_sensitivity_for_any_weights_and_policy(policy, histogram, batch, extra, bound, weights):
+    def release(rows):
+        values = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+        parameters = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 3)]
+        spec = NoiseAllocation("constant", weights={"a": weights[0], "b": weights[1]})
+        optimizer = AdaptiveClipDPOptimizer(
+            torch.optim.SGD(parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=1,
+            clip_policy=build_policy(policy, bound, 0.5, 16), statistics=StepStatistics(histogram=histogram),
+            lr_control=False, allocation=spec.start(parameters, ["a", "b"]),
+        )  # fmt: skip
+        parameters[0].grad_sample, parameters[1].grad_sample = values[:, :2].clone(), values[:, 2:].clone()
+        return scaled_release(optimizer, torch.zeros(0)), optimizer.statistics.sensitivity
+
+    (everybody, sensitivity), (others, _) = release([*batch, extra]), release(batch)
+    assert float((everybody - others).norm()) <= sensitivity * (1 + 1e-6)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+def test_every_group_has_the_stated_std(mode, fused):
+    """Gradients of zero, n = 40,000 and 30,000 coordinates: relative std of a measured std 0.35 % and 0.41 %, limit 6 of them."""
+    model = nn.Sequential(nn.Linear(200, 200, bias=False), nn.Linear(200, 150, bias=False))
+    inner = torch.optim.SGD(model.parameters(), lr=1.0)
+    wrapped, optimizer, _ = PrivacyEngine().make_private(
+        module=model, optimizer=inner, data_loader=loader(64, 16), noise_multiplier=1.5, max_grad_norm=0.2,
+        clipping="flat", grad_sample_mode=mode, fused_step=fused, ema_decay=None,
+        noise_generator=torch.Generator().manual_seed(0),
+        noise_allocation=NoiseAllocation("constant", weights={"0.*": 3.0, "1.*": 0.5}),
+    )  # fmt: skip
+    optimizer.plan = None
+    before = [p.detach().clone() for p in model.parameters()]
+    (wrapped(torch.randn(4, 200)) * 0).sum(1).mean().backward()
+    optimizer.step()
+    for parameter, old, weight in zip(model.parameters(), before, (3.0, 0.5), strict=True):
+        noise = (old - parameter.detach()).double()
+        want = 1.5 * 0.2 / weight / 16
+        assert float(noise.std()) == pytest.approx(want, rel=6 / math.sqrt(2 * noise.numel()))
+
+
+@pytest.mark.parametrize("allocation", [NoiseAllocation("dimension"), UNEVEN, HISTORY])
+def test_the_accountant_does_not_see_the_weights(allocation):
+    histories = []
+    for chosen in (None, allocation):
+        model, optimizer, batches, engine = make(chosen)
+        train(model, optimizer, batches)
+        train(model, optimizer, batches)
+        histories.append((engine.accountant.history, engine.get_epsilon(1e-3)))
+    assert histories[0] == histories[1]
+    assert len(set(optimizer.allocation.weights)) > 1
+
+
+# ------------------------------------------------------------------ weights come from releases alone
+
+
+def recompute(optimizer_parameters, names, releases, multiplier, initial_bound):
+    """The weights of :data:`HISTORY` from released gradients and StepReleases, written out again from the formulas."""
+    sizes = [p.numel() for p in optimizer_parameters]
+    signal, variance, weights = [0.0] * len(sizes), [0.0] * len(sizes), [1.0] * len(sizes)
+    for step, (grads, release) in enumerate(releases, 1):
+        unit = initial_bound / release.max_grad_norm
+        for i, grad in enumerate(grads):
+            mean = grad / unit
+            std = release.gradient_noise_multiplier * release.max_grad_norm / release.expected_batch_size / weights[i]
+            signal[i] = 0.8 * signal[i] + 0.2 * (float(mean.square().sum()) - sizes[i] * std**2)
+            variance[i] = 0.64 * variance[i] + 0.04 * 2 * sizes[i] * std**4
+        if step > 2:
+            energy = [max(s, math.sqrt(v)) / (1 - 0.8**step) for s, v in zip(signal, variance, strict=True)]
+            wanted = optimal_weights(sizes, [math.sqrt(e) for e in energy])
+            weights = [w * min(max(t / w, 1 / MAX_CHANGE), MAX_CHANGE) for w, t in zip(weights, wanted, strict=True)]
+    return weights
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_can_be_recomputed_from_releases(mode):
+    model, optimizer, batches, _ = make(HISTORY, mode=mode, clip_policy="geometric")
+    releases = []
+    for _ in range(3):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+            releases.append(([p.grad.clone() for p in optimizer.params], optimizer.released))
+    assert len(releases) == 12
+    want = recompute(optimizer.params, optimizer.allocation.groups, releases, 0.7, 0.5)
+    assert optimizer.allocation.weights == pytest.approx(want, rel=1e-9)
+    assert max(want) / min(want) > 1.2
+
+
+def test_the_same_releases_give_the_same_weights_whatever_the_records(monkeypatch):
+    """Other data, the same released gradients by force: raw gradients have no way into the weights."""
+    found = []
+    for seed in (1, 2):
+        model, optimizer, _, _ = make(HISTORY, clipping="flat")
+        optimizer.plan = None
+        noise = torch.Generator().manual_seed(9)
+
+        def forced(totals, std, scale, noise=noise):
+            for total in totals:
+                total.copy_(torch.randn(total.shape, generator=noise, dtype=torch.float64))
+
+        monkeypatch.setattr(optimizer.mechanism, "noise_in_place", forced)
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss_of(model, (inputs, torch.zeros(16, dtype=torch.long))).backward()
+            optimizer.step()
+        found.append(optimizer.allocation.weights)
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 1
+
+
+# ------------------------------------------------------------------ the same step in every mode
+
+
+def finished(allocation, **kwargs):
+    model, optimizer, batches, _ = make(allocation, **kwargs)
+    for _ in range(3):
+        train(model, optimizer, batches)
+    return flat(optimizer.params), flat(optimizer.ema._average), optimizer.allocation.weights
+
+
+@pytest.mark.parametrize("allocation", [UNEVEN, HISTORY, NoiseAllocation("dimension", groups="layer")])
+@pytest.mark.parametrize(
+    "settings",
+    [{"mode": "hooks"}, {"mode": "functorch"}, {"max_physical_batch_size": 5}, {"fused_step": True},
+     {"mode": "hooks", "fused_step": True, "max_physical_batch_size": 3}],
+)  # fmt: skip
+def test_modes_splits_and_fused_steps_agree(allocation, settings):
+    """Weights, averaged weights and allocation after 12 noisy steps with adaptive C, normalize and EMA."""
+    for got, want in zip(finished(allocation, **settings), finished(allocation), strict=True):
+        torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), rtol=1e-9, atol=1e-12)
+
+
+def test_equal_weights_change_nothing():
+    ones = NoiseAllocation("constant", weights={"*": 1.0})
+    model, optimizer, batches, _ = make(None)
+    for _ in range(3):
+        train(model, optimizer, batches)
+    torch.testing.assert_close(finished(ones)[0], flat(optimizer.params), rtol=1e-12, atol=0)
+
+
+def test_groups_share_their_weight():
+    _, optimizer, _, _ = make(NoiseAllocation("dimension", groups="layer"))
+    assert optimizer.allocation.groups == ["0", "2"]
+    assert optimizer.allocation.weights[0] == optimizer.allocation.weights[1]
+    _, optimizer, _, _ = make(NoiseAllocation("dimension", groups=lambda name: name.split(".")[1]))
+    assert list(optimizer.allocation.by_group) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("allocation", [UNEVEN, HISTORY])
+def test_a_resumed_run_is_the_uninterrupted_one(allocation):
+    model, optimizer, batches, _ = make(allocation)
+    for _ in range(4):
+        train(model, optimizer, batches)
+    want, weights = flat(optimizer.params), optimizer.allocation.weights
+
+    model, optimizer, batches, engine = make(allocation)
+    for _ in range(2):
+        train(model, optimizer, batches)
+    file = io.BytesIO()
+    engine.save_checkpoint(path=file, module=model, optimizer=optimizer)
+    file.seek(0)
+    model, optimizer, batches, engine = make(allocation, seed=77)
+    engine.load_checkpoint(path=file, module=model, optimizer=optimizer)
+    for _ in range(2):
+        train(model, optimizer, batches)
+    assert optimizer.allocation.weights == weights
+    assert torch.equal(flat(optimizer.params), want)
+
+
+@pytest.mark.parametrize("other", [None, NoiseAllocation("dimension"), NoiseAllocation(warmup=3), UNEVEN])
+def test_a_state_of_another_allocation_is_refused(other):
+    state = make(HISTORY)[1].state_dict()
+    optimizer = make(other)[1]
+    before = copy.deepcopy(optimizer.state_dict()["opacus_ac"]["allocation"])
+    with pytest.raises(ValueError, match="noise_allocation"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["opacus_ac"]["allocation"] == before
+
+
+def test_other_constants_are_refused():
+    state = make(UNEVEN)[1].state_dict()
+    with pytest.raises(ValueError, match="other weights"):
+        make(NoiseAllocation("constant", weights={"*": 1.0}))[1].load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_allocation_is_refused_before_anything_is_loaded():
+    model, optimizer, _, engine = make(HISTORY)
+    file = io.BytesIO()
+    engine.save_checkpoint(path=file, module=model, optimizer=optimizer)
+    file.seek(0)
+    model, optimizer, _, engine = make(NoiseAllocation(warmup=9))
+    with pytest.raises(ValueError, match="noise_allocation"):
+        engine.load_checkpoint(path=file, module=model, optimizer=optimizer)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "per_parameter_noise"}, "smallest sigma.*scaled_clipping"),
+        ({"source": "gradients"}, "raw gradients.*history"),
+        ({"importance": "gradients"}, "raw gradients"),
+        ({"mode": "other"}, "scaled_clipping"),
+        ({"source": "paid"}, "'constant', 'dimension', 'history'"),
+        ({"groups": "tensor"}, "'parameter', 'layer'"),
+        ({"source": "constant"}, "weights go with"),
+        ({"weights": {"*": 1.0}}, "weights go with"),
+        ({"source": "dimension", "importance": "weights"}, "past releases"),
+        ({"decay": 1.0}, "decay"),
+        ({"clamp": 0.5}, "clamp"),
+        ({"warmup": -1}, "warmup"),
+        ({"clamp": math.nan}, "clamp"),
+        ({"source": "constant", "weights": {"*": 0.0}}, r"weight of '\*'"),
+        ({"source": "constant", "weights": {"a": math.inf}}, "weight of 'a'"),
+        ({"source": "constant", "weights": {"a": "1"}}, "weight of 'a'"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseAllocation(**arguments)
+
+
+def test_a_group_without_a_weight_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"no weight for '0\.bias'"):
+        make(NoiseAllocation("constant", weights={"0.weight": 2.0}))
+
+
+def test_something_else_than_an_allocation_is_refused():
+    with pytest.raises(ValueError, match="is no NoiseAllocation"):
+        make("history")
+
+
+def test_weights_that_change_within_a_logical_batch_are_refused():
+    """Else a part of the records would be clipped by other weights than the noise is scaled by."""
+    model, optimizer, batches, _ = make(HISTORY, max_physical_batch_size=4, batch_size=32)
+    pieces = iter(batches)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of(model, next(pieces)).backward()
+        optimizer.step()
+
+    step()
+    assert optimizer.steps_taken == 0
+    optimizer.allocation._set([2.0] * 4)
+    with pytest.raises(ValueError, match="within a logical batch"):
+        step()
