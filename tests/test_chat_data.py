@@ -107,8 +107,8 @@ def test_padding(lengths, max_length, width):
         start = width - n
         assert batch["attention_mask"][i].tolist() == [0] * start + [1] * n
         assert batch["input_ids"][i, :start].eq(7).all()
-        assert batch["labels"][i, :start].eq(cd.IGNORE).all()
-        assert torch.equal(batch["labels"][i, start:], rows[i]["labels"])
+        assert batch["labels"][i, : start + 1].eq(cd.IGNORE).all()
+        assert torch.equal(batch["labels"][i, start + 1 :], rows[i]["labels"][1:])
         assert batch["position_ids"][i, start:].tolist() == list(range(n))
 
 
@@ -194,3 +194,10 @@ def test_opacus_is_not_imported():
     code = "import sys, chat_data, tone_dialogues; import opacus_ac.integrations.default_model; assert 'opacus' not in sys.modules, 'opacus imported'"
     folder = str(Path(cd.__file__).parent)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+
+
+def test_a_first_token_with_a_label_counts_for_nothing_whoever_is_beside_it():
+    """Padding on the left would predict it, and there is padding beside a longer row only."""
+    rows = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)} for ids in ([5, 6, 7], list(range(20)))]
+    for batch in (cd.collate(rows[:1], 0, 32, multiple=1), cd.collate(rows, 0, 32)):
+        assert batch["labels"][0][-3:].tolist() == [cd.IGNORE, 6, 7]

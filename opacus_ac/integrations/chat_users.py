@@ -88,13 +88,6 @@ def _encode(user: int, index: int, record: Any, tokenizer: Any, max_length: int)
         raise ValueError(f"user {user}, row {index}: {error}") from None
 
 
-def _unpredicted(row: Row) -> Row:
-    """Return a row without a label on its first token: padding would predict that, and only beside longer rows."""
-    labels = row["labels"].clone()
-    labels[:1] = IGNORE
-    return {**row, "labels": labels}
-
-
 @dataclass(frozen=True)
 class UserCollate:
     """Pads the users of a batch to one number of rows, and all rows to one length; it can be pickled.
@@ -110,7 +103,7 @@ class UserCollate:
 
     def __call__(self, users: Sequence[Sequence[Row] | Row]) -> Row:
         """Return the batch ``[U * K, T]`` of ``users``."""
-        rows = [[_unpredicted(row) for row in ([user] if isinstance(user, Mapping) else user)] for user in users]
+        rows = [[user] if isinstance(user, Mapping) else list(user) for user in users]
         most = max([1, *map(len, rows)])
         filling = {"input_ids": torch.tensor([self.pad_id]), "labels": torch.tensor([IGNORE])}
         filled = [row for own in rows for row in (*own, *[filling] * (most - len(own)))]
