@@ -29,6 +29,7 @@ from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SAMPLING, SamplingPlan
 from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 Undo = Callable[[], None]
 
@@ -131,6 +132,7 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         "dataset_size": plan.sizes.dataset_size,
         "expected_batch_size": plan.sizes.expected(0),
         "max_batch_size": plan.max_batch_size,
+        **({"zeroth_order": optimizer.public_settings()} if isinstance(optimizer, ZerothOrderDPOptimizer) else {}),
     }
 
 

@@ -16,11 +16,11 @@ RANK = {
     "gaussian": -1, "key_stream": -1,
     "_version": 0, "errors": 0, "randomness": 0, "accounting": 0, "loss": 0, "testing": 2,
     "statistics": 1, "mechanism": 2, "clipping": 3, "control": 3, "grad_sample": 1, "sampling": 1, "data": 2,
-    "ledger": 1, "budget": 2, "account": 3, "fused_step": 1, "optimizer": 4, "report": 5, "checkpoint": 5, "integrations": 5, "preparation": 6, "engine": 7,
+    "ledger": 1, "budget": 2, "account": 3, "fused_step": 1, "optimizer": 4, "report": 5, "checkpoint": 5, "integrations": 5, "zeroth_order": 5, "preparation": 6, "engine": 7,
     "audit": 8, "tensorboard": 8, "cli": 10, "__main__": 11,
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
     "integrations.trainer_arguments": 5, "integrations.trainer_checks": 6, "integrations.trainer_callback": 6, "integrations.trainer_silent": 6,
-    "integrations.trainer_checkpoint": 8, "integrations.trainer": 9,
+    "integrations.trainer_checkpoint": 8, "integrations.trainer": 9, "zeroth_order.preparation": 6.5,
 }  # fmt: skip
 
 
