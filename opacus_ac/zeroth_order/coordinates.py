@@ -34,6 +34,11 @@ class _Part:
         """The values, ``[n]``: the memory of the weights itself where all of them are trained, else a copy."""
         return self._flat[self.start : self.stop] if self._index is None else self._flat[self._index]
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the size and type of the values; what it holds means nothing."""
+        return self._flat[: self.stop - self.start]
+
     def add(self, change: Tensor, scale: float = 1.0) -> None:
         """Add ``scale * change``, ``[n]``, in place; no other coordinate is written."""
         if self._index is None:
@@ -94,7 +99,7 @@ class Coordinates:
             squares = 0.0
             for tensor in range(len(self.parameters)):
                 for part in self._parts(tensor):
-                    block = self.directions.block(seed, tensor, part.number, part.values)
+                    block = self.directions.block(seed, tensor, part.number, part.like)
                     squares += float(block.double().square_().sum())
             self._lengths[seed] = math.sqrt(self.size / squares)
         return self._lengths[seed]
@@ -105,7 +110,7 @@ class Coordinates:
         scale = distance * self._length(seed)
         for tensor in range(len(self.parameters)):
             for part in self._parts(tensor):
-                part.add(self.directions.block(seed, tensor, part.number, part.values), scale)
+                part.add(self.directions.block(seed, tensor, part.number, part.like), scale)
 
     @torch.no_grad()
     def descend(
@@ -146,7 +151,7 @@ class Coordinates:
 
     def _combined(self, part: _Part, seeds: Sequence[int], weights: Sequence[float]) -> Tensor:
         """Return a block ``[n]`` of the weighted sum of directions."""
-        like = part.values
+        like = part.like
         total = torch.zeros_like(like)
         for seed, weight in zip(seeds, weights, strict=True):
             total.add_(self.directions.block(seed, part.tensor, part.number, like), alpha=weight)

@@ -98,8 +98,8 @@ def _synflow(module: nn.Module, parameters: Sequence[nn.Parameter], pruning: Pru
             flow = _tensor(output).double().sum()
             found = torch.autograd.grad(flow, leaves, allow_unused=True)
         with torch.no_grad():
-            parts = [torch.zeros_like(w) if g is None else w * g for w, g in zip(leaves, found, strict=True)]
-            scores = torch.cat([part.float().view(-1).cpu() for part in parts])
+            parts = [(torch.zeros_like(w) if g is None else w * g).float() for w, g in zip(leaves, found, strict=True)]
+            scores = torch.cat([part.view(-1).cpu() for part in parts])
             if r < pruning.rounds:
                 kept = max(count, round(total * (count / total) ** (r / pruning.rounds)))
                 threshold = scores.kthvalue(scores.numel() - kept + 1).values.item()
