@@ -13,6 +13,7 @@ from zeroth import Scripted, by_hand, direction, flat, measured, release_vector,
 from opacus_ac.clipping import POLICIES
 from opacus_ac.randomness import SecretStream
 from opacus_ac.statistics import StepStatistics
+from opacus_ac.zeroth_order import ZerothOrderDPOptimizer
 from opacus_ac.zeroth_order.directions import Directions, derived_seed
 from opacus_ac.zeroth_order.settings import DIRECTIONS
 from opacus_ac.zeroth_order.source import DifferenceSource
@@ -237,6 +238,29 @@ def test_weights_move_along_the_directions_by_the_released_numbers(inner, kind):
     torch.testing.assert_close(flat(module), expected, rtol=1e-9, atol=1e-9)
     assert all(p.grad is None for p in module.parameters())
     assert optimizer.released.step == optimizer.steps_taken == 1
+
+
+def check_public_denominator():
+    """A record moves the weights by the same amount whichever number of others is in the batch: both see B = 8."""
+    moves = []
+    for records in (1, 3):
+        module = weights()
+        before = flat(module).clone()
+        deltas = torch.zeros(records, K, dtype=torch.float64)
+        deltas[0] = 0.1
+        by_hand(module, expected_batch_size=8).step(Scripted(deltas, 1e-3))
+        moves.append(flat(module) - before)
+    torch.testing.assert_close(*moves, rtol=1e-9, atol=1e-12)
+
+
+def test_sums_are_divided_by_the_expected_batch_size():
+    check_public_denominator()
+
+
+def test_a_mean_over_the_realised_batch_would_be_caught(monkeypatch):
+    monkeypatch.setattr(ZerothOrderDPOptimizer, "_denominator", lambda self: float(len(self.differences._deltas)))
+    with pytest.raises(AssertionError):
+        check_public_denominator()
 
 
 def test_adam_works_as_inner_optimizer_and_learning_rates_belong_to_groups():
