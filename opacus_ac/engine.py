@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import accounting, checkpoint
 from opacus_ac.account import Account
+from opacus_ac.accounting import Event
 from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.budget import BudgetGuard, noise_for_target, planned_events, spent
 from opacus_ac.clipping import ClipPolicy
@@ -42,16 +43,23 @@ from opacus_ac.preparation import (
 from opacus_ac.randomness import RandomStream, SecretStream
 from opacus_ac.report import PrivacyReport, make_report
 from opacus_ac.sampling import RateSchedule
+from opacus_ac.zeroth_order.preparation import (
+    build_zeroth_order,
+    check_ledger,
+    check_mechanism,
+    zeroth_order_settings,
+)
+from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
 MODES = ("bk", "hooks", "functorch")
-CLIPPING = ("adaptive", "flat", "automatic")
+CLIPPING = ("adaptive", "flat", "automatic", "zo")
 
 
 class PrivacyEngine(opacus.PrivacyEngine):
     """Drop-in for ``opacus.PrivacyEngine`` whose ``make_private`` yields DP-Adam-AC.
 
     Args:
-        accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp").
+        accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp"); "pure" for Laplace noise.
         secure_mode: make every Gaussian of four, against attacks on the low-order bits of floating-point noise; about four
             times as slow to draw. Noise and batches come from a cryptographic generator (AES-256-CTR, keyed by the
             operating system) in any case.
@@ -94,6 +102,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
             super().__init__(accountant=accountant, secure_mode=False)
         self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
+        check_ledger(self.accountant, ledger)
         self._account = Account(self.accountant, ledger)
         self._optimizer: AdaptiveClipDPOptimizer | None = None
         self._loader: PrivateDataLoader | None = None
@@ -136,6 +145,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         preset: str | None = None,
         max_rows_per_user: int | None = None,
         noise_allocation: NoiseAllocation | None = None,
+        zeroth_order: str | ZerothOrderSettings | None = None,
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
@@ -156,7 +166,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 a bound of its own, which the report names. By default as ``poisson_sampling`` says.
             max_batch_size: largest logical batch, for ``sampling="truncated_poisson"``.
             dataset_size: public N for Poisson sampling, where the number of records itself is not to be public.
-            clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S).
+            clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S), "zo" (forward passes only).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
             grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
                 ``opacus_ac.grad_sample.explain``), or "hooks" or "functorch", as in Opacus.
@@ -183,6 +193,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 :func:`opacus_ac.loss.per_user_loss` and ``opacus_ac.integrations.chat_users``).
             noise_allocation: spread the noise over groups of parameters by public weights, at the same epsilon
                 (:class:`opacus_ac.allocation.NoiseAllocation`); None for the same std everywhere.
+            zeroth_order: settings of ``clipping="zo"``, or a paper's by name; "aggzo" by default.
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
@@ -196,7 +207,10 @@ class PrivacyEngine(opacus.PrivacyEngine):
         check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         inner = inner_optimizer(optimizer)
         check_model_and_optimizer(module, inner)
-        self.validate(module=module, optimizer=inner, data_loader=data_loader)
+        settings = zeroth_order_settings(clipping, zeroth_order)
+        check_mechanism(self.accountant, settings)
+        if settings is None:
+            self.validate(module=module, optimizer=inner, data_loader=data_loader)
         expect_finite("noise_multiplier", noise_multiplier)
         noise_stream, sampling_stream = random_streams(noise_generator, self.secure_mode)
         loader = private_loader(
@@ -211,6 +225,35 @@ class PrivacyEngine(opacus.PrivacyEngine):
         )
         self._account.check_dataset(loader.plan.sizes.dataset_size, max_rows_per_user)
         expected = loader.plan.sizes.expected(0)
+        if settings is not None:
+            measured = build_zeroth_order(
+                module,
+                inner,
+                settings,
+                loader.plan,
+                noise_stream,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=max_grad_norm,
+                clip_policy=clip_policy,
+                target_clip_rate=target_clip_rate,
+                loss_reduction=loss_reduction,
+                normalize=normalize,
+                lr_control=lr_control,
+                histogram_weight=histogram_weight,
+                loss_bound=loss_bound,
+                loss_weight=loss_weight,
+                unused={
+                    "preset": preset,
+                    "fused_step": fused_step,
+                    "ema_decay": ema_decay,
+                    "mode": grad_sample_mode,
+                    "noise_allocation": noise_allocation,
+                },
+            )
+            measured.check_budget = self._look_ahead
+            self._undo.append((module, lambda: None))
+            self._adopt(measured, loader)
+            return module, measured, loader
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
         private = AdaptiveClipDPOptimizer(
             inner,
@@ -271,6 +314,11 @@ class PrivacyEngine(opacus.PrivacyEngine):
                 NotPrivateWarning,
                 stacklevel=3,
             )
+
+    def _look_ahead(self, event: Event) -> None:
+        """Raise when ``event`` would exceed the target, before the work that leads to its release; charge nothing."""
+        if self._account.guard is not None:
+            self._account.guard.check(event)
 
     def _warn_unknown_batch(self) -> None:
         self._unknown_batches += 1

@@ -32,6 +32,7 @@ from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SAMPLING, SamplingPlan
 from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
 from opacus_ac.users import UserRows
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 Undo = Callable[[], None]
 
@@ -136,6 +137,7 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         "max_batch_size": plan.max_batch_size,
         "max_rows_per_user": plan.max_rows_per_user,
         **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
+        **({"zeroth_order": optimizer.public_settings()} if isinstance(optimizer, ZerothOrderDPOptimizer) else {}),
     }
 
 

@@ -16,12 +16,12 @@ RANK = {
     "gaussian": -1, "key_stream": -1,
     "_version": 0, "errors": 0, "randomness": 0, "accounting": 0, "loss": 0, "testing": 2,
     "statistics": 1, "mechanism": 2, "clipping": 3, "control": 3, "grad_sample": 1, "sampling": 1, "users": 2, "data": 3,
-    "ledger": 1, "budget": 2, "account": 3, "allocation": 3, "dp_adam": 0, "fused_step": 1, "optimizer": 4, "report": 5, "projection": 5, "checkpoint": 5, "integrations": 5, "preparation": 6, "engine": 7,
+    "ledger": 1, "budget": 2, "account": 3, "allocation": 3, "dp_adam": 0, "fused_step": 1, "optimizer": 4, "report": 5, "projection": 5, "checkpoint": 5, "integrations": 5, "zeroth_order": 5, "preparation": 6, "engine": 7,
     "audit": 8, "tensorboard": 8,
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
     "integrations.trainer_arguments": 5, "integrations.trainer_checks": 6, "integrations.trainer_silent": 6,
     "integrations.trainer_checkpoint": 8, "integrations.trainer_callback": 9, "integrations.trainer": 10,
-    "integrations.finetune": 11, "integrations.finetune_arguments": 6, "integrations.finetune_callbacks": 6, "integrations.lightning": 9, "integrations.default_model": 4, "cli": 12, "__main__": 13,
+    "zeroth_order.preparation": 6.5, "integrations.finetune": 11, "integrations.finetune_arguments": 6, "integrations.finetune_callbacks": 6, "integrations.lightning": 9, "integrations.default_model": 4, "cli": 12, "__main__": 13,
 }  # fmt: skip
 
 

@@ -20,12 +20,14 @@ from opacus_ac.accounting.table import RDPTable
 if TYPE_CHECKING:
     from opacus_ac.accounting.accountant import VariableRateRDPAccountant
     from opacus_ac.accounting.pld_accountant import VariableRatePLDAccountant
+    from opacus_ac.accounting.pure import PureDPAccountant
     from opacus_ac.accounting.registration import register
 
 __all__ = [
     "ADJACENCY",
     "DEFAULT_ORDERS",
     "Event",
+    "PureDPAccountant",
     "RDPTable",
     "RenyiFilter",
     "ShuffledEpochs",
@@ -45,6 +47,7 @@ __all__ = [
 
 _LAZY = {
     "VariableRateRDPAccountant": "accountant",
+    "PureDPAccountant": "pure",
     "VariableRatePLDAccountant": "pld_accountant",
     "register": "registration",
 }

@@ -6,15 +6,16 @@ from opacus.accountants import create_accountant, register_accountant
 
 from opacus_ac.accounting.accountant import VariableRateRDPAccountant
 from opacus_ac.accounting.pld_accountant import VariableRatePLDAccountant
+from opacus_ac.accounting.pure import PureDPAccountant
 
 
 def register() -> None:
-    """Make "vrdp" and "vpld" known to Opacus's ``create_accountant``; calling it again changes nothing.
+    """Make "vrdp", "vpld" and "pure" known to Opacus's ``create_accountant``; calling it again changes nothing.
 
     Raises:
         ValueError: If another class already has one of these names.
     """
-    for accountant in (VariableRateRDPAccountant, VariableRatePLDAccountant):
+    for accountant in (VariableRateRDPAccountant, VariableRatePLDAccountant, PureDPAccountant):
         name = accountant.mechanism()
         try:
             known = type(create_accountant(name))

@@ -1,0 +1,310 @@
+"""The zeroth-order step: measure along directions, clip jointly, release K numbers, move the weights along them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from opacus_ac.accounting import Event
+from opacus_ac.clipping import build_policy
+from opacus_ac.control import WeightEMA
+from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
+from opacus_ac.sampling import Draw
+from opacus_ac.statistics import StepStatistics
+from opacus_ac.zeroth_order import checks, pruning
+from opacus_ac.zeroth_order.coordinates import Coordinates
+from opacus_ac.zeroth_order.directions import Directions
+from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism
+from opacus_ac.zeroth_order.settings import ZerothOrderSettings
+from opacus_ac.zeroth_order.source import Closure, DifferenceSource
+
+ZEROTH_ORDER = "zeroth_order"
+
+
+class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
+    """DP-AggZO and its relatives around any ``torch.optim`` optimizer: private fine-tuning with forward passes only.
+
+    It is DP-SGD in the K coefficients of a step's random directions: ``params`` is that vector ``[K]``, and what a record
+    adds to its "gradient" are the differences of its loss along the directions. Around plain SGD the weights are updated in
+    place, so that a step takes the memory of inference; any other optimizer gets a ``grad``, and keeps its own state.
+
+    Args:
+        optimizer: inner optimizer over the trained weights.
+        module: the model whose losses the closure computes; looked at, never changed but for its trained weights.
+        settings: directions, stages, pruning and mechanism.
+        **kwargs: all other arguments of :class:`AdaptiveClipDPOptimizer`; no ``source``, ``fused_step`` or ``ema_decay``.
+
+    Guarantees:
+        A step releases ``sum_i clip_C(delta_i) + N(0, (z C)^2 I_K)``, each record's K-vector ``delta_i`` clipped as one: one
+        Gaussian mechanism of multiplier ``noise_multiplier``, whatever K, mask, schedule and weights. The directions are
+        public: their seed has nothing to do with noise or sampling, and the bound holds for directions known to everybody.
+
+    References:
+        arXiv 2310.09639 (DPZero), 2401.04343 (DP-ZO), 2402.07818 (DP-ZOSO, DP-ZOPO), DP-AggZO (USENIX Security 2025).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        module: nn.Module,
+        settings: ZerothOrderSettings | None = None,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        statistics: StepStatistics | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.settings = settings or ZerothOrderSettings()
+        for name in ("source", "fused_step", "ema_decay"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name} is not an argument of ZerothOrderDPOptimizer (ema_decay belongs to its settings)"
+                )
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        checks.check_model(module)
+        checks.check_parameters(trained)
+        checks.check_inner_optimizer(optimizer, self.settings)
+        self.module = module
+        # What base class and mechanism see as the parameters: their "gradient" is what a step releases.
+        self.coefficients = nn.Parameter(torch.zeros(self.settings.num_directions, dtype=torch.float64))
+        laplace = self.settings.mechanism == "laplace"
+        if laplace:
+            statistics = _laplace_statistics(statistics, max_grad_norm, kwargs)
+        seed = self.settings.direction_seed
+        self.directions = Directions(self.settings.direction, secrets.randbits(63) if seed is None else seed)
+        self.coordinates = Coordinates(trained, self.directions)
+        self.differences = DifferenceSource(
+            self.coordinates, self.coefficients, 1 if laplace else 2, GRID if laplace else None
+        )
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            statistics=statistics,
+            source=self.differences,
+            ema_decay=None,
+            **kwargs,
+        )
+        if laplace:
+            self.mechanism = LaplaceMechanism(noise_multiplier, self.mechanism.stream)
+        self.ema = None if self.settings.ema_decay is None else WeightEMA(trained, self.settings.ema_decay)
+        self.check_budget: Callable[[Event], None] = lambda event: None
+        self._stage: int | None = None
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The K coefficients of a step's directions, whose gradient is released; the weights are in ``param_groups``."""
+        return [self.coefficients]
+
+    @property
+    def stage(self) -> int:
+        """Stage of the step that comes next, from 0."""
+        stages = self.settings.stages
+        return 0 if stages is None else stages.stage(self.steps_taken)
+
+    @property
+    def smoothing(self) -> float:
+        """Smoothing of the step that comes next."""
+        stages = self.settings.stages
+        start = self.settings.smoothing
+        return start if stages is None else stages.smoothing(self.stage, start)
+
+    @property
+    def direction_seeds(self) -> list[int]:
+        """Public 63-bit seeds of the directions of the step that comes next."""
+        return self.directions.seeds(self.steps_taken, self.settings.num_directions)
+
+    def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
+        """Attach an accountant's hook; with Laplace noise only that of the accountant "pure" knows what it costs.
+
+        Raises:
+            ValueError: the hook of another accountant with Laplace noise.
+        """
+        if self.settings.mechanism == "laplace" and getattr(fn, "accountant", None) != "pure":
+            raise ValueError(
+                "this accountant takes the noise for Gaussian: with mechanism='laplace' use the accountant 'pure' "
+                "(opacus_ac.accounting.PureDPAccountant)"
+            )
+        super().attach_step_hook(fn)
+
+    # ---------------------------------------------------------------- the step
+
+    def step(self, closure: Closure | None = None) -> None:  # type: ignore[override]
+        """Measure, clip, charge, release and move; on all but the last physical batch of a logical one only measure.
+
+        Args:
+            closure: computes the losses of the records of the batch in hand, ``[B]``, with the weights as they are. It is
+                called 2K times without gradients. What it returns is private.
+
+        Raises:
+            ValueError: no closure, losses that are not one per record, or a model in training mode with dropout.
+            PrivacyBudgetExceeded: the step would exceed the target budget; the weights are as before.
+        """
+        if closure is None:
+            raise ValueError(
+                "a zeroth-order step needs optimizer.step(closure), whose closure returns the losses of the batch's records"
+            )
+        checks.check_not_random(self.module)
+        self._look_ahead()
+        self._enter_stage()
+        self.tape.take()
+        self.tape.record(self.differences.measure(closure, self.direction_seeds, self.smoothing))
+        # Those of this step: what follows counts it.
+        stage, seeds = self.stage, self.direction_seeds
+        if not self.pre_step():
+            return
+        assert self.released is not None
+        self.policy.update(self.released)
+        if self.plan is not None:
+            self.plan.step = self.steps_taken
+        if not self.policy.searching:
+            self._move(stage, seeds)
+        self.differences.clear(sums=True)
+
+    def _look_ahead(self) -> None:
+        """Refuse a step that cannot be paid for before the weights are touched at all."""
+        if self.plan is None or self.plan.sampling == "shuffled":
+            return
+        draw = self.plan.current()
+        self.check_budget(self.plan.event(self.noise_multiplier, 1.0 if draw is None else draw.sample_rate))
+
+    def _enter_stage(self) -> None:
+        """At the start of a stage choose its mask and keep its anchor: functions of weights that are public by now."""
+        stage, settings = self.stage, self.settings
+        if stage == self._stage:
+            return
+        first, chosen = self._stage is None, settings.pruning
+        if chosen is not None and (first or chosen.strategy != "static"):
+            self.coordinates.choose(
+                pruning.choose(
+                    self.module,
+                    self.coordinates.parameters,
+                    chosen,
+                    stage=stage,
+                    seed=self.directions.seed,
+                    before=None if first else self.coordinates.indices,
+                )
+            )
+        if settings.stages is not None and settings.stages.proximal > 0:
+            self.coordinates.set_anchor()
+        self._stage = stage
+
+    def _begin(self, draw: Draw | None) -> None:
+        super()._begin(draw)
+        self.differences.bound = self.policy.bound
+
+    def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
+        """Refuse another number of losses than the batch that the loader handed out has records."""
+        if self.plan is None or draw is None or not self.plan.delivered(draw):
+            return
+        if norms.shape[0] != max(draw.records, 1):
+            raise ValueError(
+                "the closure returned another number of losses than the loader's batch has records: return one loss for every "
+                "record of the batch, and split batches with max_physical_batch_size only"
+            )
+
+    def _move(self, stage: int, seeds: list[int]) -> None:
+        """Update the weights along the directions, which costs no privacy."""
+        assert self.coefficients.grad is not None
+        stages = self.settings.stages
+        coefficients = (self.coefficients.grad / self.settings.num_directions).tolist()
+        proximal = 0.0 if stages is None else stages.proximal
+        factor = 1.0 if stages is None else stages.lr_factor(stage)
+        with self._controlled_learning_rate():
+            self._apply(seeds, coefficients, factor, proximal)
+        self.coordinates.forget_lengths()
+        if self.control is not None:
+            assert self.released is not None
+            self.control.update(self.policy.clip_rate(self.released))
+        if self.ema is not None:
+            self.ema.update()
+
+    def _apply(self, seeds: list[int], coefficients: list[float], factor: float, proximal: float) -> None:
+        groups = self.param_groups
+        if checks.moves_in_place(self.original_optimizer):
+            owner = {p: group for group in groups for p in group["params"]}
+            own = [owner[p] for p in self.coordinates.parameters]
+            rates = [float(group["lr"]) * factor for group in own]
+            decays = [float(group["weight_decay"]) for group in own]
+            self.coordinates.descend(seeds, coefficients, rates, decays, proximal)
+            return
+        checks.check_inner_optimizer(self.original_optimizer, self.settings)
+        self.coordinates.write_gradients(seeds, coefficients, proximal)
+        before = [group["lr"] for group in groups]
+        try:
+            for group in groups:
+                group["lr"] = group["lr"] * factor
+            self.original_optimizer.step()
+        finally:
+            for group, lr in zip(groups, before, strict=True):
+                group["lr"] = lr
+            self.original_optimizer.zero_grad(set_to_none=True)
+
+    # ---------------------------------------------------------------- state
+
+    def public_settings(self) -> dict[str, Any]:
+        """Return the public settings of directions, stages and pruning, for ledger and checkpoint."""
+        return self.settings.configuration()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base class's state with seed, stage, mask and anchor; the noise stream as there."""
+        state = super().state_dict()
+        state[STATE_KEY][ZEROTH_ORDER] = {
+            "settings": self.settings.configuration(),
+            "direction_seed": self.directions.seed,
+            "stage": self._stage,
+            **self.coordinates.state_dict(),
+        }
+        return state
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the private part of ``state_dict`` if it fits this optimizer.
+
+        Raises:
+            ValueError: as the base class; or it is of no zeroth-order run, or of one with other settings.
+        """
+        state = super().check_state_dict(state_dict)
+        mine = state.get(ZEROTH_ORDER)
+        if mine is None:
+            raise ValueError("the state was not written by a zeroth-order run: build the optimizer as it was then")
+        if mine["settings"] != self.settings.configuration():
+            changed = [k for k, v in self.settings.configuration().items() if mine["settings"].get(k) != v]
+            raise ValueError(
+                f"the state was written with other zeroth-order settings ({', '.join(changed)}): use the same settings"
+            )
+        self.coordinates.check_state({"indices": mine["indices"], "anchor": mine["anchor"]})
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, along its directions; refuses what does not fit before changing anything."""
+        state = self.check_state_dict(state_dict)[ZEROTH_ORDER]
+        super().load_state_dict(state_dict)
+        self.directions.seed, self._stage = int(state["direction_seed"]), state["stage"]
+        self.coordinates.load_state_dict({"indices": state["indices"], "anchor": state["anchor"]})
+
+
+def _laplace_statistics(given: StepStatistics | None, max_grad_norm: float, kwargs: dict[str, Any]) -> StepStatistics:
+    """Return the statistics of a Laplace release, which are none.
+
+    Raises:
+        ValueError: a policy or a statistic that needs a histogram or a loss.
+    """
+    policy = build_policy(
+        kwargs.get("clip_policy", "percentile"),
+        max_grad_norm,
+        kwargs.get("target_clip_rate", 0.9),
+        kwargs.get("expected_batch_size"),
+    )
+    if policy.needs_histogram:
+        raise ValueError(
+            f"clip_policy={policy.name!r} needs a norm histogram, which has no room in a Laplace release: use "
+            "clip_policy='fixed' or 'automatic'"
+        )
+    if given is not None and (given.histogram or given.loss_bound is not None):
+        raise ValueError("a Laplace release holds no norm histogram and no loss: leave statistics and loss_bound out")
+    return StepStatistics(histogram=False)

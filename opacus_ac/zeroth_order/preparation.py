@@ -1,0 +1,131 @@
+"""What ``make_private(clipping="zo")`` checks and builds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from opacus.accountants import IAccountant
+from torch import nn
+from torch.optim import Optimizer
+
+from opacus_ac.clipping import ClipPolicy
+from opacus_ac.preparation import choose_control, choose_policy, choose_statistics
+from opacus_ac.randomness import RandomStream
+from opacus_ac.sampling import SamplingPlan
+from opacus_ac.zeroth_order.checks import check_not_random
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
+from opacus_ac.zeroth_order.settings import ZerothOrderSettings, preset
+
+
+def zeroth_order_settings(clipping: str, zeroth_order: str | ZerothOrderSettings | None) -> ZerothOrderSettings | None:
+    """Return the settings of ``clipping="zo"``; None for every other clipping."""
+    if clipping != "zo":
+        if zeroth_order is not None:
+            raise ValueError(f"zeroth_order belongs to clipping='zo', not to clipping={clipping!r}: leave it out")
+        return None
+    if isinstance(zeroth_order, ZerothOrderSettings):
+        return zeroth_order
+    return preset("aggzo" if zeroth_order is None else zeroth_order)
+
+
+def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | None) -> None:
+    """Raise ``ValueError`` when the accountant takes the noise for another than it is."""
+    laplace = settings is not None and settings.mechanism == "laplace"
+    if laplace and accountant.mechanism() != "pure":
+        raise ValueError(
+            f"the accountant {accountant.mechanism()!r} has no bound for mechanism='laplace': use "
+            'PrivacyEngine(accountant="pure")'
+        )
+    if not laplace and accountant.mechanism() == "pure":
+        raise ValueError(
+            'accountant="pure" accounts for Laplace noise only: use clipping="zo" with '
+            'zeroth_order=ZerothOrderSettings(mechanism="laplace"), or the accountant "vrdp"'
+        )
+
+
+def check_ledger(accountant: IAccountant, ledger: object) -> None:
+    """Raise ``ValueError`` for a ledger whose lines would not say what was released."""
+    if ledger is not None and accountant.mechanism() == "pure":
+        raise ValueError(
+            'a privacy ledger holds Gaussian releases: its lines would be read as such. Leave ledger out with accountant="pure"'
+        )
+
+
+def build_zeroth_order(
+    module: nn.Module,
+    optimizer: Optimizer,
+    settings: ZerothOrderSettings,
+    plan: SamplingPlan,
+    stream: RandomStream,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float | None,
+    clip_policy: str | ClipPolicy | None,
+    target_clip_rate: float,
+    loss_reduction: str,
+    normalize: bool,
+    lr_control: bool,
+    histogram_weight: float | None,
+    loss_bound: float | None,
+    loss_weight: float | None,
+    unused: dict[str, Any],
+) -> ZerothOrderDPOptimizer:
+    """Return the optimizer of ``clipping="zo"``; nothing is attached to the model.
+
+    Raises:
+        ValueError: an argument that means nothing here (``unused``), a model in training mode with dropout, or a setting that
+            would make the guarantee wrong.
+    """
+    nothing = {
+        "preset": (None,),
+        "fused_step": (False,),
+        "ema_decay": (0.999, None),
+        "mode": ("bk",),
+        "noise_allocation": (None,),
+    }
+    remedies = {
+        "ema_decay": "give ZerothOrderSettings(ema_decay=...)",
+        "preset": 'name the paper in zeroth_order="..."',
+    }
+    for name, value in unused.items():
+        if value not in nothing[name]:
+            shown = {"mode": "grad_sample_mode"}.get(name, name)
+            raise ValueError(
+                f"{shown}={value!r} means nothing with clipping='zo': {remedies.get(name, 'leave it out')}"
+            )
+    check_not_random(module)
+    if clip_policy is None and settings.mechanism == "laplace":
+        clip_policy = "fixed"
+    expected = plan.sizes.expected(0)
+    policy = choose_policy("adaptive", clip_policy, None, max_grad_norm, target_clip_rate, expected)
+    if not isinstance(clip_policy, ClipPolicy):
+        policy.min_norm = max(policy.min_norm, _resolution(settings))
+    return ZerothOrderDPOptimizer(
+        optimizer,
+        module=module,
+        settings=settings,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=policy.initial_bound,
+        expected_batch_size=expected,
+        loss_reduction=loss_reduction,
+        clip_policy=policy,
+        target_clip_rate=target_clip_rate,
+        statistics=choose_statistics(
+            "adaptive" if policy.needs_histogram else "flat", policy, histogram_weight, loss_bound, loss_weight
+        ),
+        normalize=normalize,
+        lr_control=choose_control(lr_control, policy, target_clip_rate, None),
+        plan=plan,
+        stream=stream,
+    )
+
+
+def _resolution(settings: ZerothOrderSettings) -> float:
+    """Return the norm of the differences that rounding alone makes of float32 losses around 1.
+
+    A smaller C, which a percentile of records with nothing left to learn would ask for, would train on rounding errors.
+    """
+    each = torch.finfo(torch.float32).eps / (2 * settings.smoothing)
+    return float(each * math.sqrt(settings.num_directions))

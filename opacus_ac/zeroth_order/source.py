@@ -1,0 +1,134 @@
+"""Per-record directional differences: what a zeroth-order step clips and sums in place of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.zeroth_order.coordinates import Coordinates
+
+Closure = Callable[[], Tensor]
+
+
+class DifferenceSource:
+    """Measures ``delta_ik = (f_i(theta + lambda z_k) - f_i(theta - lambda z_k)) / (2 lambda)`` and sums the clipped vectors.
+
+    It is a source of "gradients" in the K coefficients of the directions: ``delta_i`` is the gradient of record i at 0 in
+    them, up to ``O(lambda^2)``.
+
+    Args:
+        coordinates: the trained coordinates.
+        coefficients: a tensor ``[K]`` float64 that stands for the coefficients; its ``summed_grad`` is the sum.
+        order: norm by which records are clipped, 2 or 1.
+        grid: None, or M: clipped values are cut to multiples of C / M, for noise on whole numbers.
+
+    Guarantees:
+        The weights are back, up to rounding, after :meth:`measure`, whatever the closure does.
+    """
+
+    merged_passes = False
+    backward_passes = 1
+
+    def __init__(
+        self, coordinates: Coordinates, coefficients: nn.Parameter, order: int = 2, grid: int | None = None
+    ) -> None:
+        self.coordinates, self.coefficients = coordinates, coefficients
+        self.order, self.grid = order, grid
+        self.bound = 1.0  # C of the open logical batch, for the grid
+        self._deltas: Tensor | None = None
+
+    def measure(self, closure: Closure, seeds: Sequence[int], smoothing: float) -> Tensor:
+        """Evaluate the records of the physical batch at both ends of every direction.
+
+        Args:
+            closure: computes the loss of every record, ``[B]``; called 2K times without gradients.
+            seeds: the K directions.
+            smoothing: lambda.
+
+        Returns:
+            ``[B]`` float64: each record's mean loss over all evaluations. Private.
+
+        Raises:
+            ValueError: the closure gives something else than the same number of losses each time.
+        """
+        self._deltas = None
+        columns: list[Tensor] = []
+        total: Tensor | None = None
+        for seed in seeds:
+            up, down = self._ends(closure, seed, smoothing)
+            if down.shape != up.shape or (total is not None and up.shape != total.shape):
+                raise ValueError(
+                    "the closure returned another number of losses than in its first call: it has to compute the losses of the "
+                    "same records, in the same order, each time"
+                )
+            columns.append((up - down) / (2 * smoothing))
+            total = up + down if total is None else total + up + down
+        assert total is not None
+        self._deltas = torch.stack(columns, 1)
+        return total / (2 * len(seeds))
+
+    def _ends(self, closure: Closure, seed: int, smoothing: float) -> tuple[Tensor, Tensor]:
+        """Return the losses ``[B]`` at theta + lambda z and theta - lambda z."""
+        at = 0.0
+        try:
+            at += smoothing
+            self.coordinates.move(seed, smoothing)
+            up = _losses(closure)
+            at -= 2 * smoothing
+            self.coordinates.move(seed, -2 * smoothing)
+            down = _losses(closure)
+        finally:
+            self.coordinates.move(seed, -at)
+        return up, down
+
+    def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the norm of each record's K differences, ``[B]`` float64; there are no ``weights`` here. Private."""
+        assert weights is None
+        if self._deltas is None:
+            raise ValueError("nothing was measured: pass a closure to optimizer.step(closure)")
+        return torch.linalg.vector_norm(self._deltas, ord=self.order, dim=1)
+
+    def accumulate(self, factors: Tensor) -> None:
+        """Add ``sum_i factors[i] * delta_i`` to the sum of the logical batch; records with factor 0 leave no trace."""
+        assert self._deltas is not None
+        kept = factors != 0
+        clipped = self._deltas[kept] * factors[kept, None]
+        if self.grid is not None:
+            # Towards zero: the norm of no record grows.
+            clipped = (clipped * (self.grid / self.bound)).trunc_()
+        added = clipped.sum(0)
+        summed: Tensor | None = getattr(self.coefficients, "summed_grad", None)
+        self.coefficients.summed_grad = added if summed is None else summed + added  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Let go of the physical batch."""
+        self._deltas = None
+
+    def sums(self, place: object = None) -> list[Tensor | None]:
+        """Return the sum of the clipped vectors, ``[K]``, in units of the differences."""
+        summed: Tensor | None = getattr(self.coefficients, "summed_grad", None)
+        if summed is None or self.grid is None:
+            return [summed]
+        return [summed * (self.bound / self.grid)]
+
+    def clear(self, *, sums: bool) -> None:
+        """Forget the physical batch, and with ``sums`` the logical batch too."""
+        self._deltas = None
+        self.coefficients.grad = None
+        if sums:
+            self.coefficients.summed_grad = None  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _losses(closure: Closure) -> Tensor:
+    """Return the losses of the records, ``[B]`` float64 on the CPU."""
+    losses = closure()
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel():
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"the closure must return one loss per record, a tensor of shape [B], got {shape}: a mean over the batch cannot be "
+            "clipped per record. Use reduction='none', or opacus_ac.zeroth_order.record_losses(model, batch)"
+        )
+    return losses.detach().double().cpu()
