@@ -89,6 +89,12 @@ class PrivateDataLoader(DataLoader[Any]):
         )
         self.plan = batch_sampler.plan
 
+    def split(self, rank: int, world: int) -> None:
+        """Hand out this process's records of each logical batch, one of several processes that draw alike."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, PrivateBatchSampler)
+        sampler.rank, sampler.world = rank, world
+
     @property
     def sample_rate(self) -> float:
         """Sampling rate of the next step, expected batch size / N."""

@@ -21,12 +21,15 @@ from opacus_ac.account import Account
 from opacus_ac.budget import BudgetGuard, noise_for_target, planned_events, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
+from opacus_ac.distributed.reducers import Reducer
+from opacus_ac.distributed.roles import check_options, choose_reducer, rank_streams
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import (
     attach,
     check_choice,
     check_model_and_optimizer,
+    check_start,
     choose_control,
     choose_policy,
     choose_sampling,
@@ -34,6 +37,7 @@ from opacus_ac.preparation import (
     choose_statistics,
     expect_finite,
     inner_optimizer,
+    named_parameters,
     public_settings,
     random_streams,
 )
@@ -132,6 +136,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         loss_bound: float | None = None,
         loss_weight: float | None = None,
         preset: str | None = None,
+        reducer: str | Reducer | None = None,
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
@@ -173,6 +178,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
             loss_weight: ``b`` of the loss; default sqrt(0.0412).
             preset: "paper" for the published constants.
+            reducer: how several processes share a step: "ddp" (bare model, the same on every rank), "fsdp2" (a model under
+                ``fully_shard``), "local" (each for itself), or an object; by default what model and ``torch.distributed`` say.
+                All ranks pass the same arguments; batch sizes are those of all ranks together.
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
@@ -188,16 +196,28 @@ class PrivacyEngine(opacus.PrivacyEngine):
         check_model_and_optimizer(module, inner)
         self.validate(module=module, optimizer=inner, data_loader=data_loader)
         expect_finite("noise_multiplier", noise_multiplier)
-        noise_stream, sampling_stream = random_streams(noise_generator, self.secure_mode)
+        ranks = choose_reducer(reducer, module, named_parameters(module, inner)[0])
+        sampling = choose_sampling(sampling, poisson_sampling, self.accountant)
+        check_options(
+            ranks,
+            {
+                "grad_sample_mode": grad_sample_mode,
+                "sampling": sampling,
+                "fused_step": fused_step,
+                "clip_policy": getattr(clip_policy, "name", clip_policy),
+            },
+        )
+        noise_stream, sampling_stream = rank_streams(ranks, *random_streams(noise_generator, self.secure_mode))
         loader = private_loader(
             data_loader,
-            sampling=choose_sampling(sampling, poisson_sampling, self.accountant),
+            sampling=sampling,
             stream=sampling_stream,
             max_physical_batch_size=max_physical_batch_size,
             schedule=batch_size_schedule,
             max_batch_size=max_batch_size,
             dataset_size=dataset_size,
         )
+        loader.split(ranks.rank, ranks.world)
         self._account.check_dataset(loader.plan.sizes.dataset_size)
         expected = loader.plan.sizes.expected(0)
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
@@ -217,7 +237,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first),
             plan=loader.plan,
             stream=noise_stream,
+            reducer=ranks,
         )
+        check_start(private, loader, module, max_physical_batch_size, noise_generator)
         wrapped, undo = attach(
             module,
             private,
@@ -228,6 +250,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         )
         if loader.plan.sampling != "shuffled" and grad_sample_mode != "bk":
             wrapped.forbid_grad_accumulation()
+        ranks.sync_module(module)
         self._undo.append((module, undo))
         self._adopt(private, loader)
         return wrapped, private, loader
@@ -243,6 +266,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.dataset: Any = loader.dataset
         self._optimizer, self._loader = optimizer, loader
         self._account.begin(public_settings(optimizer, loader.plan))
+        self._account.join(optimizer.reducer)
         optimizer.charge = self._account.charge
         optimizer.on_unknown_batch = self._warn_unknown_batch
         if not optimizer.policy.is_private:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 from opacus_ac.accounting import Event
 from opacus_ac.clipping import ClipPolicy, build_policy
 from opacus_ac.control import ClipRateControl, WeightEMA
+from opacus_ac.distributed.meeting import meet
+from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.loss import LossTape
@@ -50,6 +53,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         source: where per-sample gradients come from; None for Opacus's ``grad_sample``.
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
+        reducer: how the sums of several processes become one; None for one process.
 
     Attributes:
         released: what the last step released, a :class:`StepRelease`; safe to look at.
@@ -84,6 +88,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         source: GradientSource | None = None,
         plan: SamplingPlan | None = None,
         stream: RandomStream | None = None,
+        reducer: Reducer | None = None,
         **kwargs: Any,
     ) -> None:
         if secure_mode and generator is not None:
@@ -99,7 +104,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
-        self.mechanism = GaussianMechanism(noise_multiplier, stream)
+        self.reducer = reducer or LOCAL
+        self.mechanism = GaussianMechanism(noise_multiplier, stream, self.reducer)
         # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
         super().__init__(
             optimizer,
@@ -172,6 +178,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear per-sample and ordinary gradients, and, unless a logical batch is under way, the clipped sums."""
         self.source.clear(sums=not self._is_last_step_skipped)
+        if not self._is_last_step_skipped:
+            self.reducer.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -207,7 +215,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def _settle(self) -> None:
         """Turn the physical batch into sums before the next one comes."""
         try:
-            self.source.settle()
+            self.reducer.settle(self.source)
         except BaseException:
             self.statistics.finish()  # as above
             raise
@@ -252,6 +260,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None
+        self.reducer.clear()
         self._open_batch, self._open_bound = batch, self.policy.bound
         self.statistics.begin(self.policy.bound, self.policy.gradient_share)
 
@@ -266,6 +275,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def _account(self, draw: Draw | None) -> None:
         """Charge the step before anything of it is released."""
         noise_multiplier = self.noise_multiplier
+        if self.reducer.world > 1:
+            meet(self.reducer, self.statistics, draw, self._shared_constants(draw))
         if self.plan is None:
             self.current_event = None
         else:
@@ -279,6 +290,15 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self.step_hook(self)
         if self.plan is not None:
             self.plan.consume()
+
+    def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
+        """Return what must be the same to the last bit on all ranks, by name."""
+        return {
+            "max_grad_norm": self.policy.bound,
+            "noise_multiplier": self.mechanism.noise_multiplier,
+            "learning-rate multiplier": 1.0 if self.control is None else self.control.multiplier,
+            "expected batch size": 0.0 if draw is None else draw.expected_batch_size,
+        }
 
     def _denominator(self) -> float:
         """Return the public expected batch size of the step."""
@@ -297,7 +317,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.fused_step:
             self._unreleased = (std, scale)
         else:
-            self.mechanism.release_gradients(self.params, self.source.sums(), std, scale)
+            self.reducer.release(self.source, self.mechanism.noise(self.params, std, scale))
         histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
@@ -339,9 +359,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             return None
         assert self.released is not None
         self.policy.update(self.released)
+        searching = self._agree()
         if self.plan is not None:
             self.plan.step = self.steps_taken
-        if self.policy.searching:
+        if searching:
             if self.fused_step:
                 self.source.clear(sums=True)
             return None
@@ -356,6 +377,20 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.ema is not None:
             self.ema.update()
         return result
+
+    def _agree(self) -> bool:
+        """Return whether the step serves to find C only, which the ranks agree on, as on C and the learning rate.
+
+        All have the same release; should their arithmetic differ in the last bit, that of rank 0 counts.
+        """
+        if self.reducer.world == 1:
+            return self.policy.searching
+        multiplier = 1.0 if self.control is None else self.control.multiplier
+        agreed = self.reducer.agree(np.array([self.policy.bound, self.policy.searching, multiplier]))
+        self.policy.bound, searching, multiplier = agreed.tolist()
+        if self.control is not None:
+            self.control.multiplier = multiplier
+        return bool(searching)
 
     def _fused_inner_step(self) -> None:
         """Release gradients into one reused buffer and let the inner optimizer apply what is in it, time after time."""
