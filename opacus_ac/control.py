@@ -88,8 +88,12 @@ class WeightEMA:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {decay!r}; pass None for no EMA")
         self.decay = decay
-        self.updates = 0
         self._parameters: list[torch.Tensor] = list(parameters)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again from the current weights."""
+        self.updates = 0
         self._average = [p.clone() for p in self._here()]
 
     def _here(self) -> list[torch.Tensor]:

@@ -251,6 +251,8 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if loader.plan.sampling != "shuffled" and grad_sample_mode != "bk":
             wrapped.forbid_grad_accumulation()
         ranks.sync_module(module)
+        if private.ema is not None:
+            private.ema.reset()  # the weights of rank 0 are those that count
         self._undo.append((module, undo))
         self._adopt(private, loader)
         return wrapped, private, loader
