@@ -101,6 +101,11 @@ class WeightEMA:
         held = [p.detach() for p in self._parameters]
         return [p.to_local() if hasattr(p, "to_local") else p for p in held]
 
+    @property
+    def average(self) -> list[torch.Tensor]:
+        """The averages, in the order of the parameters; of sharded ones what this rank holds."""
+        return self._average
+
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""

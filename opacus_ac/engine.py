@@ -458,6 +458,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             torch_save_kwargs: for ``torch.save``.
             **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus.
         """
+        self._refuse_several_processes()
         state = dict(checkpoint_dict or {})
         state["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
         state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
@@ -503,6 +504,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         Raises:
             ValueError: the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
         """
+        self._refuse_several_processes()
         state: dict[str, Any] = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         needed = tuple(f"{name}_state_dict" for name, scheduler in schedulers.items() if scheduler is not None)
         checkpoint.check(state, module, optimizer, self.accountant.mechanism(), self._account.settings, needed)
@@ -520,6 +522,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if stream is not None:
             stream.load_state_dict(saved)
         return state
+
+    def _refuse_several_processes(self) -> None:
+        if self._optimizer is not None and self._optimizer.reducer.name != "local":
+            raise ValueError(
+                "a checkpoint of several processes is a folder that all of them write: use "
+                "opacus_ac.distributed.save_checkpoint and load_checkpoint"
+            )
 
     def _sampling_stream(self) -> RandomStream | None:
         sampler = None if self._loader is None else self._loader.batch_sampler

@@ -24,9 +24,7 @@ from opacus_ac.mechanism import GaussianMechanism, StepRelease
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import Draw, SamplingPlan
 from opacus_ac.statistics import StepStatistics
-
-STATE_KEY = "opacus_ac"
-STATE_VERSION = 1
+from opacus_ac.step_state import STATE_KEY, check_private_state, load_private_state, private_state
 
 
 class AdaptiveClipDPOptimizer(DPOptimizer):
@@ -425,19 +423,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
         The noise stream is saved only when it was seeded for a test; a secret stream never is.
         """
-        return {
-            **self.original_optimizer.state_dict(),
-            STATE_KEY: {
-                "version": STATE_VERSION,
-                "steps_taken": self.steps_taken,
-                "mechanism": self.mechanism.state_dict(),
-                "policy": self.policy.state_dict(),
-                "statistics": self.statistics.configuration(),
-                "control": None if self.control is None else self.control.state_dict(),
-                "ema": None if self.ema is None else self.ema.state_dict(),
-                "plan": None if self.plan is None else self.plan.state_dict(),
-            },
-        }
+        return {**self.original_optimizer.state_dict(), STATE_KEY: private_state(self)}
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the private part of ``state_dict`` if it fits this optimizer.
@@ -445,46 +431,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         Raises:
             ValueError: it is missing, of another version, or of an optimizer built with other settings.
         """
-        state: dict[str, Any] | None = state_dict.get(STATE_KEY)
-        if state is None:
-            raise ValueError(
-                "the state has no 'opacus_ac' part: it was not written by AdaptiveClipDPOptimizer, and clipping "
-                "norm, EMA and step count cannot be restored from it"
-            )
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"the state has version {state['version']}, this package reads {STATE_VERSION}")
-        mine = {
-            "clip_policy": self.policy.name,
-            "statistics": self.statistics.configuration(),
-            "lr_control": self.control is not None,
-            "ema_decay": self.ema is not None,
-        }
-        theirs = {
-            "clip_policy": state["policy"]["name"],
-            "statistics": state["statistics"],
-            "lr_control": state["control"] is not None,
-            "ema_decay": state["ema"] is not None,
-        }
-        for name in mine:
-            if mine[name] != theirs[name]:
-                raise ValueError(
-                    f"the state was written with another {name} ({theirs[name]}) than this optimizer's "
-                    f"({mine[name]}): build it with the same settings"
-                )
-        if self.ema is not None:
-            self.ema.check_state(state["ema"])
-        return state
+        return check_private_state(self, state_dict.get(STATE_KEY))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; refuses a state that does not fit before changing anything."""
         state = self.check_state_dict(state_dict)
         self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != STATE_KEY})
-        self.policy.load_state_dict(state["policy"])
-        self.mechanism.load_state_dict(state["mechanism"])
-        self.steps_taken = state["steps_taken"]
-        if self.control is not None:
-            self.control.load_state_dict(state["control"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.plan is not None and state["plan"] is not None:
-            self.plan.load_state_dict(state["plan"])
+        load_private_state(self, state)

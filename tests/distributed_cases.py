@@ -1,0 +1,251 @@
+"""What the ranks run in the tests of distributed training; each case is a function of (rank, world).
+
+Run as a script: ``distributed_cases.py FOLDER CASE...`` under the variables of torchrun. ``single(case)`` runs the same
+training in one process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from opacus_ac import PrivacyEngine
+from opacus_ac.sampling import PoissonBatchSampler
+
+RECORDS = 24
+TIMEOUT = timedelta(seconds=30)
+
+# The logical batches of six steps: uneven, larger than the physical limit, one without records on some ranks, one empty.
+DRAWS = [[0, 3, 4, 8, 9, 11, 17], [], [5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 23], [3, 4], [0, 19, 7]]
+
+
+class Tokens(Dataset):
+    """Records of a language model with labels of their own; a stand-in is zeros."""
+
+    def __init__(self, vocabulary: int = 61, length: int = 7) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(1, vocabulary, (RECORDS, length), generator=generator)
+
+    def __len__(self) -> int:
+        return RECORDS
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def wide_norm(self: Any, states: torch.Tensor) -> torch.Tensor:
+    """RMSNorm in the type of its input: transformers computes it in float32, whose rounding hides errors below 1e-9."""
+    return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def language_model(tied: bool = True, dtype: torch.dtype = torch.float64, rank: int = 0) -> nn.Module:
+    from tiny_models import qwen2
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    Qwen2RMSNorm.forward = wide_norm
+    torch.manual_seed(0 if tied else 1)
+    model = qwen2(tied, attn_implementation="sdpa").to(dtype)
+    if rank:  # the weights of rank 0 are those that count
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(rank)
+    return model.train()
+
+
+def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def shard_leaves(model: nn.Module, mesh: Any = None) -> nn.Module:
+    """Every layer with parameters a unit of its own, the tied ones together; whatever is left with the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    ends = [model.model.embed_tokens, model.lm_head]
+    for module in list(model.modules()):
+        if next(module.parameters(recurse=False), None) is not None and not (tied and module in ends):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fixed_draws(draws: list[list[int]]) -> Callable[..., list[int]]:
+    waiting = [list(d) for d in draws]
+
+    def draw(self: PoissonBatchSampler, rate: float) -> list[int]:
+        return waiting.pop(0) if waiting else []
+
+    return draw
+
+
+def prepare(model: nn.Module, data: Dataset | None = None, **options: Any) -> tuple[Any, ...]:
+    """Return (engine, model, optimizer, loader) of the run that all parity tests share."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ledger = options.pop("ledger", None)
+    engine = PrivacyEngine(ledger=ledger)
+    arguments = {
+        "noise_multiplier": 0.0,
+        "max_grad_norm": 1.0,
+        "max_physical_batch_size": 3,
+        "noise_generator": torch.Generator().manual_seed(5),
+        "ema_decay": 0.9,
+        "loss_bound": 10.0,
+        **options,
+    }
+    loader = DataLoader(data or Tokens(), batch_size=4)
+    return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **arguments)
+
+
+def steps(model: nn.Module, optimizer: Any, loader: Any) -> list[dict[str, Any]]:
+    """Train for a pass and return what each step released and chose."""
+    seen = []
+    for batch in loader:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        before = optimizer.steps_taken
+        optimizer.step()
+        if optimizer.steps_taken > before:
+            release = optimizer.released
+            seen.append(
+                {
+                    "bound": optimizer.max_grad_norm.hex(),
+                    "loss": release.loss,
+                    "counts": release.histogram.counts.tolist(),
+                    "rate": release.clip_rate,
+                    "multiplier": optimizer.control.multiplier,
+                }
+            )
+    return seen
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    value = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return value.detach().clone()
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def outcome(model: nn.Module, optimizer: Any, loader: Any) -> dict[str, Any]:
+    PoissonBatchSampler._draw, kept = fixed_draws(DRAWS), PoissonBatchSampler._draw
+    try:
+        seen = steps(model, optimizer, loader)
+    finally:
+        PoissonBatchSampler._draw = kept
+    trained = weights(model)
+    with optimizer.ema_weights():
+        averaged = weights(model)
+    return {"steps": seen, "weights": trained, "average": averaged}
+
+
+def train(model: nn.Module, **options: Any) -> dict[str, Any]:
+    engine, model, optimizer, loader = prepare(model, **options)
+    result = outcome(model, optimizer, loader)
+    return {**result, "role": optimizer.reducer.name, "history": engine.accountant.history}
+
+
+def single(tied: bool = True) -> dict[str, Any]:
+    return train(language_model(tied))
+
+
+def ddp(rank: int, world: int, tied: bool = True) -> dict[str, Any]:
+    return train(language_model(tied, rank=rank))
+
+
+def ddp_untied(rank: int, world: int) -> dict[str, Any]:
+    return ddp(rank, world, tied=False)
+
+
+def fsdp(rank: int, world: int, tied: bool = True) -> dict[str, Any]:
+    return train(shard(language_model(tied)))
+
+
+def fsdp_untied(rank: int, world: int) -> dict[str, Any]:
+    return fsdp(rank, world, tied=False)
+
+
+def fsdp_leaves(rank: int, world: int) -> dict[str, Any]:
+    return train(shard_leaves(language_model(False)))
+
+
+def hybrid(rank: int, world: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    model = language_model(rank=rank // (world // 2))
+    return train(shard(model, mesh))
+
+
+def be_rank(rank: int, world: int, port: int, names: list[str], folder: Path) -> None:
+    """Run cases as one rank, and leave their results in files."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    for name in names:
+        result = globals()[name](rank, world)
+        (folder / f"{world}:{name}:{rank}").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def start_ranks(world: int, names: list[str], folder: Path) -> dict[int, int]:
+    """Fork the ranks, which need not import everything again; return their process ids and numbers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = {}
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                be_rank(rank, world, port, names, folder)
+                code = 0
+            except BaseException:
+                print(f"--- rank {rank} of {world}, {names}", traceback.format_exc(), file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        ranks[pid] = rank
+    return ranks
+
+
+def wait_for(ranks: dict[int, int]) -> list[int]:
+    """Return the exit code of every rank, in the order in which they end."""
+    codes = []
+    while ranks:
+        pid, status = os.wait()
+        del ranks[pid]
+        codes.append(os.waitstatus_to_exitcode(status))
+    return codes
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    language_model()  # imports what the ranks need
+    for world, group in itertools.groupby(sys.argv[2:], key=lambda case: int(case.split(":")[0])):
+        codes = wait_for(start_ranks(world, [case.split(":")[1] for case in group], folder))
+        if any(codes):
+            sys.exit(f"exit codes {codes} with {world} ranks")
+
+
+if __name__ == "__main__":
+    main()
