@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from opacus_ac import PrivacyEngine
 from opacus_ac.sampling import PoissonBatchSampler
 
+FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 RECORDS = 24
 TIMEOUT = timedelta(seconds=30)
 
@@ -114,8 +115,8 @@ def prepare(model: nn.Module, data: Dataset | None = None, **options: Any) -> tu
     return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **arguments)
 
 
-def steps(model: nn.Module, optimizer: Any, loader: Any) -> list[dict[str, Any]]:
-    """Train for a pass and return what each step released and chose."""
+def steps(model: nn.Module, optimizer: Any, loader: Any, most: int = 1000) -> list[dict[str, Any]]:
+    """Train for a pass, or ``most`` steps, and return what each step released and chose."""
     seen = []
     for batch in loader:
         optimizer.zero_grad()
@@ -133,6 +134,8 @@ def steps(model: nn.Module, optimizer: Any, loader: Any) -> list[dict[str, Any]]
                     "multiplier": optimizer.control.multiplier,
                 }
             )
+            if len(seen) == most:
+                break
     return seen
 
 
@@ -195,6 +198,81 @@ def hybrid(rank: int, world: int) -> dict[str, Any]:
     return train(shard(model, mesh))
 
 
+# ---------------------------------------------------------------- checkpoints
+
+
+def prepare_quiet(model: nn.Module, **options: Any) -> tuple[Any, ...]:
+    """As ``prepare``, accounted with noise that is zero: epsilon is finite, and runs can be compared."""
+    made = prepare(model, noise_multiplier=2.0, **options)
+    mechanism = made[2].mechanism
+    for stream in (mechanism.stream, mechanism._statistics_stream):
+        stream.normal = lambda size: torch.zeros(size, dtype=torch.float64)
+    return made
+
+
+def some_steps(model: nn.Module, optimizer: Any, loader: Any, draws: list[list[int]]) -> list[dict[str, Any]]:
+    PoissonBatchSampler._draw = fixed_draws(draws)
+    return steps(model, optimizer, loader, len(draws))
+
+
+def summary(engine: Any, model: nn.Module, optimizer: Any, seen: list[dict[str, Any]]) -> dict[str, Any]:
+    with optimizer.ema_weights():
+        average = weights(model)
+    return {
+        "steps": seen,
+        "weights": weights(model),
+        "average": average,
+        "history": engine.accountant.history,
+        "epsilon": engine.get_epsilon(1e-3),
+        "taken": optimizer.steps_taken,
+        "state": optimizer.mechanism.state_dict(),
+    }
+
+
+def save(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
+    from opacus_ac.distributed import save_checkpoint
+
+    made = engine, model, optimizer, loader = prepare_quiet(model, **options)
+    some_steps(*made[1:], DRAWS[:4])
+    save_checkpoint(engine, model, optimizer, folder)
+    middle = engine.get_epsilon(1e-3)
+    seen = some_steps(*made[1:], DRAWS[4:])
+    return {**summary(engine, model, optimizer, seen), "middle": middle}
+
+
+def resume(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
+    from opacus_ac.distributed import load_checkpoint
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    engine, model, optimizer, loader = prepare_quiet(model, **options)
+    load_checkpoint(engine, model, optimizer, folder)
+    middle = engine.get_epsilon(1e-3)
+    seen = some_steps(model, optimizer, loader, DRAWS[4:])
+    return {**summary(engine, model, optimizer, seen), "middle": middle}
+
+
+def save_fsdp(rank: int, world: int) -> dict[str, Any]:
+    return save(shard(language_model()), FOLDER / "fsdp")
+
+
+def save_ddp(rank: int, world: int) -> dict[str, Any]:
+    return save(language_model(), FOLDER / "ddp")
+
+
+def resume_fsdp(rank: int, world: int) -> dict[str, Any]:
+    return resume(shard(language_model()), FOLDER / "fsdp")
+
+
+def resume_ddp(rank: int, world: int) -> dict[str, Any]:
+    return resume(language_model(), FOLDER / "fsdp")
+
+
+def resume_fsdp_of_ddp(rank: int, world: int) -> dict[str, Any]:
+    return resume(shard(language_model()), FOLDER / "ddp")
+
+
 def be_rank(rank: int, world: int, port: int, names: list[str], folder: Path) -> None:
     """Run cases as one rank, and leave their results in files."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -238,11 +316,10 @@ def wait_for(ranks: dict[int, int]) -> list[int]:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     language_model()  # imports what the ranks need
     for world, group in itertools.groupby(sys.argv[2:], key=lambda case: int(case.split(":")[0])):
-        codes = wait_for(start_ranks(world, [case.split(":")[1] for case in group], folder))
+        codes = wait_for(start_ranks(world, [case.split(":")[1] for case in group], FOLDER))
         if any(codes):
             sys.exit(f"exit codes {codes} with {world} ranks")
 
