@@ -154,7 +154,7 @@ def check_start(
         "seed of noise_generator": None if generator is None else generator.initial_seed(),
         "batches in a pass": len(loader),
         "number of records": len(loader.dataset),  # type: ignore[arg-type]
-        "trained parameters": parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
+        **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
     }
     check_alike(optimizer.reducer, settings)
     check_noise(optimizer.reducer, optimizer.mechanism.stream)

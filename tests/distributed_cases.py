@@ -1,35 +1,26 @@
-"""What the ranks run in the tests of distributed training; each case is a function of (rank, world).
+"""What the ranks run in the tests of distributed training: the runs that are compared with one process.
 
-Run as a script: ``distributed_cases.py FOLDER CASE...`` under the variables of torchrun. ``single(case)`` runs the same
-training in one process.
+Each case is a function of (rank, world) that ``distributed_launch`` calls by its name.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-import pickle
-import socket
-import sys
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.sampling import PoissonBatchSampler
 
-FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+FOLDER = Path(os.environ.get("CASES_FOLDER", "."))
 RECORDS = 24
-TIMEOUT = timedelta(seconds=30)
 
 # The logical batches of six steps: uneven, larger than the physical limit, one without records on some ranks, one empty.
 DRAWS = [[0, 3, 4, 8, 9, 11, 17], [], [5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 23], [3, 4], [0, 19, 7]]
@@ -232,7 +223,7 @@ def summary(engine: Any, model: nn.Module, optimizer: Any, seen: list[dict[str, 
 def save(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
     from opacus_ac.distributed import save_checkpoint
 
-    made = engine, model, optimizer, loader = prepare_quiet(model, **options)
+    made = engine, model, optimizer, _ = prepare_quiet(model, **options)
     some_steps(*made[1:], DRAWS[:4])
     save_checkpoint(engine, model, optimizer, folder)
     middle = engine.get_epsilon(1e-3)
@@ -271,58 +262,3 @@ def resume_ddp(rank: int, world: int) -> dict[str, Any]:
 
 def resume_fsdp_of_ddp(rank: int, world: int) -> dict[str, Any]:
     return resume(shard(language_model()), FOLDER / "ddp")
-
-
-def be_rank(rank: int, world: int, port: int, names: list[str], folder: Path) -> None:
-    """Run cases as one rank, and leave their results in files."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    for name in names:
-        result = globals()[name](rank, world)
-        (folder / f"{world}:{name}:{rank}").write_bytes(pickle.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def start_ranks(world: int, names: list[str], folder: Path) -> dict[int, int]:
-    """Fork the ranks, which need not import everything again; return their process ids and numbers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {}
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                be_rank(rank, world, port, names, folder)
-                code = 0
-            except BaseException:
-                print(f"--- rank {rank} of {world}, {names}", traceback.format_exc(), file=sys.stderr, flush=True)
-            finally:
-                os._exit(code)
-        ranks[pid] = rank
-    return ranks
-
-
-def wait_for(ranks: dict[int, int]) -> list[int]:
-    """Return the exit code of every rank, in the order in which they end."""
-    codes = []
-    while ranks:
-        pid, status = os.wait()
-        del ranks[pid]
-        codes.append(os.waitstatus_to_exitcode(status))
-    return codes
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    language_model()  # imports what the ranks need
-    for world, group in itertools.groupby(sys.argv[2:], key=lambda case: int(case.split(":")[0])):
-        codes = wait_for(start_ranks(world, [case.split(":")[1] for case in group], FOLDER))
-        if any(codes):
-            sys.exit(f"exit codes {codes} with {world} ranks")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn
@@ -163,11 +162,7 @@ def check_noise(reducer: Reducer, stream: RandomStream) -> None:
         seen[row] = rank
 
 
-def parameter_layout(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> str:
-    """Return names, shapes and types of the trained parameters, which all ranks must have in one order."""
-    return "; ".join(f"{n} {tuple(p.shape)} {p.dtype}" for n, p in zip(names, parameters, strict=True))
-
-
-def process_group_ready() -> bool:
-    """Whether ``torch.distributed`` was initialised, with however many processes."""
-    return bool(dist.is_available() and dist.is_initialized())
+def parameter_layout(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> dict[str, str]:
+    """Return name, shape and type of each trained parameter, which all ranks must have in one order."""
+    numbered = enumerate(zip(names, parameters, strict=True))
+    return {f"trained parameter {i}": f"{name} {tuple(p.shape)} {p.dtype}" for i, (name, p) in numbered}

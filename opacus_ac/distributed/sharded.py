@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from opacus_ac.distributed.reducers import BUCKET, GroupReducer, Noise, Source, buckets, sum_with_noise
 from opacus_ac.distributed.world import Group
+from opacus_ac.grad_sample.replay import written_type
 from opacus_ac.grad_sample.shards import is_sharded
 
 _WITHIN_MODEL = {"tp", "cp", "pp", "ep", "sp", "tensor", "context", "pipeline", "expert", "sequence"}
@@ -32,9 +33,28 @@ def check_meshes(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         if not any(parameter.device_mesh == mesh for mesh in meshes):
             meshes.append(parameter.device_mesh)
         _check_placements(name, parameter)
+    outside = {id(p) for p in module.parameters()} - managed(module)
+    if any(id(p) in outside for p in parameters):
+        name = next(names[id(p)] for p in parameters if id(p) in outside)
+        raise ValueError(
+            f"{name} is a DTensor that fully_shard does not manage: tensor parallelism, and ignored_params, are not available. "
+            "Call fully_shard on the whole model"
+        )
     if len(meshes) > 1:
         raise ValueError("parameters are sharded over different device meshes: use one mesh for all fully_shard calls")
     _check_mesh(meshes[0])
+
+
+def managed(module: nn.Module) -> set[int]:
+    """Return the ``id`` of every parameter that ``fully_shard`` gathers and reduces."""
+    found: set[int] = set()
+    for inner in module.modules():
+        if written_type(inner) is type(inner):
+            continue
+        state: Any = inner._get_fsdp_state()  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        found.update(id(p.sharded_param) for group in groups if group is not None for p in group.fsdp_params)
+    return found
 
 
 def _check_placements(name: str, parameter: DTensor) -> None:
