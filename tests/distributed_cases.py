@@ -62,7 +62,7 @@ def language_model(tied: bool = True, dtype: torch.dtype = torch.float64, rank: 
 def shard(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
@@ -157,36 +157,107 @@ def train(model: nn.Module, **options: Any) -> dict[str, Any]:
     return {**result, "role": optimizer.reducer.name, "history": engine.accountant.history}
 
 
-def single(tied: bool = True) -> dict[str, Any]:
-    return train(language_model(tied))
+# ---------------------------------------------------------------- runs that are compared with one process
 
 
-def ddp(rank: int, world: int, tied: bool = True) -> dict[str, Any]:
-    return train(language_model(tied, rank=rank))
+def frozen() -> nn.Module:
+    model = language_model()
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers[1].mlp.requires_grad_(False)
+    return model
+
+
+def checkpointed() -> nn.Module:
+    model = language_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def other(name: str) -> nn.Module:
+    import tiny_models
+
+    torch.manual_seed(2)
+    return getattr(tiny_models, name)().double().train()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "tied": language_model,
+    "untied": lambda: language_model(False),
+    "frozen": frozen,
+    "checkpointed": checkpointed,
+    "gpt2": lambda: other("gpt2"),  # Conv1D, positions looked up once for the batch
+    "bitnet": lambda: other("bitnet"),  # layers that are run again
+    "mamba": lambda: other("mamba"),  # mixers without a rule
+}
+
+
+def single(kind: str = "tied") -> dict[str, Any]:
+    """Train in one process."""
+    return train(MODELS[kind]())
+
+
+def layers_of(model: nn.Module) -> Any:
+    """The blocks of a transformers model."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+
+def ddp_tied(rank: int, world: int) -> dict[str, Any]:
+    """The ranks begin with other weights than rank 0."""
+    return train(language_model(rank=rank))
 
 
 def ddp_untied(rank: int, world: int) -> dict[str, Any]:
-    return ddp(rank, world, tied=False)
+    return train(language_model(False))
 
 
-def fsdp(rank: int, world: int, tied: bool = True) -> dict[str, Any]:
-    return train(shard(language_model(tied)))
+def ddp_checkpointed(rank: int, world: int) -> dict[str, Any]:
+    return train(checkpointed())
 
 
-def fsdp_untied(rank: int, world: int) -> dict[str, Any]:
-    return fsdp(rank, world, tied=False)
+def sharded_kind(kind: str) -> Callable[[int, int], dict[str, Any]]:
+    return lambda rank, world: train(shard(MODELS[kind]()))
 
 
-def fsdp_leaves(rank: int, world: int) -> dict[str, Any]:
+fsdp_tied, fsdp_untied, fsdp_frozen = (sharded_kind(kind) for kind in ("tied", "untied", "frozen"))
+fsdp_checkpointed, fsdp_gpt2, fsdp_bitnet, fsdp_mamba = (
+    sharded_kind(kind) for kind in ("checkpointed", "gpt2", "bitnet", "mamba")
+)
+
+
+def leaves_untied(rank: int, world: int) -> dict[str, Any]:
     return train(shard_leaves(language_model(False)))
 
 
-def hybrid(rank: int, world: int) -> dict[str, Any]:
+def leaves_tied(rank: int, world: int) -> dict[str, Any]:
+    return train(shard_leaves(language_model()))
+
+
+def hybrid_tied(rank: int, world: int) -> dict[str, Any]:
+    """The replicas of the shards begin with other weights than the first."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    model = language_model(rank=rank // (world // 2))
-    return train(shard(model, mesh))
+    return train(shard(language_model(rank=rank // (world // 2)), mesh))
+
+
+def first_gradient(model: nn.Module) -> dict[str, Any]:
+    """Return the gradients that the first step releases, and their type."""
+    _, model, optimizer, loader = prepare(model, clipping="flat", loss_bound=None, max_physical_batch_size=None)
+    loader.batch_sampler._draw = fixed_draws(DRAWS).__get__(loader.batch_sampler)
+    batch = next(iter(loader))
+    optimizer.zero_grad()
+    model(**batch).loss.backward()
+    optimizer.step()
+    dtypes = {str(p.grad.dtype) for p in optimizer.params} | {str(p.dtype) for p in optimizer.params}
+    return {"gradient": torch.cat([whole(p.grad).reshape(-1).double() for p in optimizer.params]), "dtypes": dtypes}
+
+
+def low_precision(rank: int, world: int) -> dict[str, Any]:
+    """Weights are gathered in bfloat16, kept and updated in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    return first_gradient(shard(language_model(dtype=torch.float32), mp_policy=policy))
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -17,11 +17,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.distributed import reducers, roles
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.distributed import roles
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.statistics import StepStatistics
 
@@ -237,9 +236,14 @@ def uncounted(rank: int, world: int) -> list[str]:
 def bounds(rank: int, world: int) -> list[str]:
     """Return the clipping norms of a run without noise, as they are to the last bit."""
     _, model, optimizer, loader = private(classifier(), noise_multiplier=0.0, max_physical_batch_size=2)
-    seen = []
-    train(model, optimizer, loader, lambda step: seen.append(optimizer.max_grad_norm.hex()) or True)
-    return [*seen, optimizer.max_grad_norm.hex()]
+    seen: dict[int, str] = {}
+    train(
+        model,
+        optimizer,
+        loader,
+        lambda step: bool(seen.setdefault(optimizer.steps_taken, optimizer.max_grad_norm.hex())),
+    )
+    return [*seen.values(), optimizer.max_grad_norm.hex()]
 
 
 # ---------------------------------------------------------------- budget, ledger, and ranks that die
@@ -319,6 +323,17 @@ def die_after_charge(rank: int, world: int) -> dict[str, Any]:
     return with_death("charged", rank, when, sharded())
 
 
+def stall_and_die(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 does not go on, for longer than the others wait."""
+
+    def when(step: int, optimizer: Any) -> None:
+        if step == 3 and rank == 1:
+            time.sleep(8)
+            die()
+
+    return with_death("stalled", rank, when, classifier())
+
+
 def first_dies_after_charge(rank: int, world: int) -> dict[str, Any]:
     """Rank 0 has written the charge and dies before the others know."""
 
@@ -328,6 +343,3 @@ def first_dies_after_charge(rank: int, world: int) -> dict[str, Any]:
             optimizer.reducer.on_first = lambda work: (work(), die(), charge)
 
     return with_death("first", rank, when, classifier())
-
-
-__all__ = ["GaussianMechanism", "TensorDataset", "reducers"]

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.distributed import reducers, roles, sharded
+from opacus_ac.distributed import reducers, sharded
 from opacus_ac.sampling import PoissonBatchSampler
 
 MULTIPLIER, BOUND, BATCH = 2.5, 1.5, 4
@@ -135,6 +135,3 @@ def drawn(rank: int, world: int) -> dict[str, Any]:
         return [list(batch) for _ in range(2) for batch in sampler]
 
     return {"secret": batches(None), "seeded": batches(torch.Generator().manual_seed(4))}
-
-
-__all__ = ["roles"]
