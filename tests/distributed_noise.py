@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
+import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from distributed_cases import fixed_draws, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -135,3 +140,75 @@ def drawn(rank: int, world: int) -> dict[str, Any]:
         return [list(batch) for _ in range(2) for batch in sampler]
 
     return {"secret": batches(None), "seeded": batches(torch.Generator().manual_seed(4))}
+
+
+# ---------------------------------------------------------------- what a step costs
+
+
+def sent() -> int:
+    """Return the bytes that this process has sent through its TCP connections, as the kernel counts them."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+        except OSError:  # no socket, or closed meanwhile
+            continue
+        total += struct.unpack_from("Q", info, 120)[0] if len(info) >= 128 else 0  # tcpi_bytes_acked
+    return total
+
+
+def quiet_sent() -> int:
+    """Return the bytes sent when all ranks have sent all of theirs."""
+    dist.barrier()
+    time.sleep(0.3)
+    return sent()
+
+
+def cost_of_a_step(model: nn.Module) -> dict[str, Any]:
+    """Take a step of two physical batches and return bytes sent, collectives used, and the memory of what is held."""
+    data = TensorDataset(torch.randn(20, 200), torch.randint(0, 202, (20,)))
+    model, optimizer, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        data_loader=DataLoader(data, batch_size=BATCH),
+        noise_multiplier=1.0,
+        max_grad_norm=BOUND,
+        max_physical_batch_size=2,
+    )
+    world = optimizer.reducer.world
+    draws = [list(range(3 * world)), list(range(4 * world))]
+    loader.batch_sampler._draw = fixed_draws(draws).__get__(loader.batch_sampler)
+    measured: dict[str, Any] = {}
+    before = 0
+    for number, (inputs, targets) in enumerate(loader):
+        if number == 2:
+            before = quiet_sent()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        if number == 3:
+            measured["sent"] = quiet_sent() - before
+            break
+    held = {
+        "weights": optimizer.params,
+        "gradients": [p.grad for p in optimizer.params],
+        "moments": [t for s in optimizer.original_optimizer.state.values() for t in s.values() if t.dim()],
+        "average": optimizer.ema.average,
+    }
+    for name, tensors in held.items():
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        measured[name] = sum(t.numel() * t.element_size() for t in local)
+    return measured
+
+
+def cost_ddp(rank: int, world: int) -> dict[str, Any]:
+    return cost_of_a_step(wide_model())
+
+
+def cost_fsdp(rank: int, world: int) -> dict[str, Any]:
+    return cost_of_a_step(shard(wide_model()))
+
+
+def cost_hybrid(rank: int, world: int) -> dict[str, Any]:
+    return cost_of_a_step(shard(wide_model(), replicas()))

@@ -22,7 +22,7 @@ RANK = {
     "integrations.trainer_arguments": 7, "integrations.trainer_checks": 8, "integrations.trainer_callback": 8, "integrations.trainer_silent": 8,
     "integrations.trainer_checkpoint": 10, "integrations.trainer": 11,
     # The mechanism and the optimizer use the reducers; the checkpoints of several processes use the engine.
-    "distributed": 0, "distributed.world": 1, "distributed.reducers": 2, "distributed.sharded": 3, "distributed.meeting": 3, "distributed.roles": 4,
+    "distributed": 0, "distributed.world": 1, "distributed.reducers": 2, "distributed.sharded": 3, "distributed.meeting": 3, "distributed.cost": 3, "distributed.roles": 4,
     "distributed.checkpoint": 10,
 }  # fmt: skip
 
