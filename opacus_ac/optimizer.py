@@ -416,7 +416,16 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def ema_weights(self) -> Any:
         """Return a context in which the model has the averaged weights; without an EMA nothing changes."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+        return nullcontext() if self.ema is None else self._averaged(self.ema)
+
+    @contextmanager
+    def _averaged(self, ema: WeightEMA) -> Iterator[None]:
+        try:
+            with ema.applied():
+                self.reducer.refresh()
+                yield
+        finally:
+            self.reducer.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state and, under ``"opacus_ac"``, the state of the private step.

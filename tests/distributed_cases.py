@@ -146,9 +146,22 @@ def outcome(model: nn.Module, optimizer: Any, loader: Any) -> dict[str, Any]:
     finally:
         PoissonBatchSampler._draw = kept
     trained = weights(model)
+    batch = {"input_ids": Tokens().ids[:2], "labels": Tokens().ids[:2]}
+    outputs = [evaluated(model, batch)]
     with optimizer.ema_weights():
         averaged = weights(model)
-    return {"steps": seen, "weights": trained, "average": averaged}
+        outputs.append(evaluated(model, batch))
+    outputs.append(evaluated(model, batch))
+    return {"steps": seen, "weights": trained, "average": averaged, "outputs": dict(zip("abc", outputs, strict=True))}
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits in evaluation mode: a sharded model has to gather the weights that it has now."""
+    model.eval()
+    logits = model(**batch).logits
+    model.train()
+    return logits.clone()
 
 
 def train(model: nn.Module, **options: Any) -> dict[str, Any]:

@@ -47,6 +47,10 @@ def test_six_steps_are_those_of_one_process(results, case):
         assert got["role"] == ROLES[layout]
         assert difference(got["weights"], expected["weights"]) < tolerance
         assert difference(got["average"], expected["average"]) < tolerance
+        # Before, with, and after the averaged weights.
+        assert difference(got["outputs"], expected["outputs"]) < 10 * tolerance
+        assert torch.equal(got["outputs"]["a"], got["outputs"]["c"])
+        assert not torch.equal(got["outputs"]["a"], got["outputs"]["b"])
         assert got["history"] == expected["history"]
         for mine, theirs in zip(got["steps"], expected["steps"], strict=True):
             # Counts are added as integers, so C is that of one process to the last bit.

@@ -88,6 +88,7 @@ def load_checkpoint(
     _check_shapes(folder, tensors)
     _run(lambda: dcp.load(tensors, checkpoint_id=folder))
     set_model_state_dict(model, tensors["model"])
+    ranks.refresh()
     set_optimizer_state_dict(model, optimizer.original_optimizer, tensors["optimizer"])
     state = saved["step"]
     if optimizer.ema is not None:

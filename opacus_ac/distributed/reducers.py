@@ -66,6 +66,9 @@ class Reducer(Protocol):
     def clear(self) -> None:
         """Forget the sums of the logical batch."""
 
+    def refresh(self) -> None:
+        """Let the model see weights that were changed between two passes."""
+
     def gather(self, row: Ints) -> Ints:
         """Return the rows ``[n]`` of all ranks, ``[world, n]``, on every rank."""
 
@@ -98,6 +101,9 @@ class LocalReducer:
 
     def clear(self) -> None:
         """Nothing to do: the source keeps the sums."""
+
+    def refresh(self) -> None:
+        """Nothing to do: the model has the weights themselves."""
 
     def gather(self, row: Ints) -> Ints:
         """Return the only row."""
@@ -227,6 +233,9 @@ class ReplicatedReducer(GroupReducer):
 
     def clear(self) -> None:
         """Nothing to do: the source keeps the sums."""
+
+    def refresh(self) -> None:
+        """Nothing to do: the model has the weights themselves."""
 
 
 LOCAL = LocalReducer()

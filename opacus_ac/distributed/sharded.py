@@ -156,9 +156,11 @@ class ShardedReducer(GroupReducer):
         self.name = "fsdp2" if self._replicas is None else "hsdp"
         self._buckets = [_Shards(held, self._shard.world) for held in buckets(parameters, bucket)]
         self._sums: list[Tensor | None] = [None] * len(self._buckets)
+        self._units: list[Any] = []
 
     def sync_module(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0 and, where there are replicas of a shard, the shards of the first one."""
+        self._units = [m for m in module.modules() if written_type(m) is not type(m)]
         for tensor in (*module.parameters(), *module.buffers()):
             if not is_sharded(tensor):
                 self.group.broadcast(tensor)
@@ -195,3 +197,8 @@ class ShardedReducer(GroupReducer):
     def clear(self) -> None:
         """Forget the sums of the logical batch."""
         self._sums = [None] * len(self._buckets)
+
+    def refresh(self) -> None:
+        """Drop what is gathered: after a forward pass alone the outermost unit still has the whole old weights."""
+        for unit in self._units:
+            unit.reshard()
