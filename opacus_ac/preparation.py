@@ -19,7 +19,7 @@ from opacus_ac.account import check_accountant
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
 from opacus_ac.data import PrivateDataLoader
-from opacus_ac.distributed.roles import check_alike, check_noise, check_wrappers, parameter_layout
+from opacus_ac.distributed.roles import check_alike, check_noise, check_same_records, check_wrappers, parameter_layout
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
@@ -157,6 +157,7 @@ def check_start(
         **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
     }
     check_alike(optimizer.reducer, settings)
+    check_same_records(optimizer.reducer, loader.dataset)
     check_noise(optimizer.reducer, optimizer.mechanism.stream)
 
 

@@ -33,11 +33,11 @@ def sharded(model: nn.Module | None = None, mesh: Any = None, **options: Any) ->
     return fully_shard(model, mesh=mesh, **options)
 
 
-def private(model: nn.Module, records: int = 24, ledger: Any = None, **options: Any) -> tuple[Any, ...]:
+def private(model: nn.Module, records: int = 24, ledger: Any = None, seed: int = 1, **options: Any) -> tuple[Any, ...]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine = PrivacyEngine(ledger=ledger)
     arguments = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **options}
-    loader = DataLoader(dataset(records), batch_size=6)
+    loader = DataLoader(dataset(records, seed=seed), batch_size=6)
     return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **arguments)
 
 
@@ -134,6 +134,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "noise differs": lambda: private(classifier(), noise_multiplier=1.0 + rank),
         "seed differs": lambda: private(classifier(), noise_generator=seeded),
         "records differ": lambda: private(classifier(), records=24 + rank),
+        "records in another order": lambda: private(classifier(), seed=1 + rank),
         "model differs": lambda: private(nn.Sequential(nn.Linear(4, 3 + rank).double())),
     }
     return {name: message(case) for name, case in cases.items()}

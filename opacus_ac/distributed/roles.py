@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn
@@ -160,6 +162,45 @@ def check_noise(reducer: Reducer, stream: RandomStream) -> None:
                 "make_private make the streams, without a stream of your own"
             )
         seen[row] = rank
+
+
+def check_same_records(reducer: Reducer, dataset: Any) -> None:
+    """Raise ``ValueError``, on every rank, when the ranks have other records under one number, by three of them.
+
+    A record that stands at two places is in the sums of two ranks. Records that are no plain values, or that are made at
+    random whenever they are read, cannot be compared.
+    """
+    places = (0, len(dataset) // 2, len(dataset) - 1)
+    rows = reducer.gather(np.array([_digest(dataset, place) for place in places], dtype=np.int64))
+    for rank, row in enumerate(rows):
+        if any(0 not in (mine, first) and mine != first for mine, first in zip(row, rows[0], strict=True)):
+            raise ValueError(
+                f"ranks 0 and {rank} have other records, or in another order, and one of them could be drawn twice: give "
+                "every rank the same dataset, shuffled with the same seed or not at all"
+            )
+
+
+def _digest(dataset: Any, place: int) -> int:
+    """Return a hash of a record, or 0 where it cannot be compared. Private."""
+    found = [_plain(dataset[place]) for _ in range(2)]
+    if found[0] is None or found[0] != found[1]:
+        return 0
+    return int.from_bytes(hashlib.blake2b(found[0], digest_size=8).digest(), "little", signed=True)
+
+
+def _plain(value: Any) -> bytes | None:
+    """Return the content of tensors, numbers, texts and containers of them; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.tobytes()
+    if isinstance(value, str | bytes | bool | int | float) or value is None:
+        return repr(value).encode()
+    items = sorted(value.items()) if isinstance(value, dict) else value
+    if not isinstance(items, list | tuple):
+        return None
+    parts = [_plain(item) for item in items]
+    return None if any(part is None for part in parts) else b";".join(part for part in parts if part is not None)
 
 
 def parameter_layout(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> dict[str, str]:
