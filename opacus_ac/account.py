@@ -13,6 +13,7 @@ from opacus.accountants import IAccountant
 
 from opacus_ac.accounting import Event, VariableRateRDPAccountant, common_adjacency, pld_epsilon
 from opacus_ac.budget import BudgetGuard, spent
+from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.ledger import PrivacyLedger, privacy_unit
 
 
@@ -46,8 +47,8 @@ class Account:
         ledger: path of the privacy ledger, or None.
 
     Guarantees:
-        :meth:`charge` has written and accounted for an event before it returns, or raised and done neither; nothing may be
-        released before. The target is checked against all runs of the ledger, other processes' included.
+        :meth:`charge` has written and accounted for an event before it returns, or raised and done neither, on every rank;
+        nothing may be released before. The target is checked against all runs of the ledger, other processes' included.
     """
 
     def __init__(self, accountant: IAccountant, ledger: str | os.PathLike[str] | None = None) -> None:
@@ -57,6 +58,7 @@ class Account:
         self.settings: dict[str, Any] | None = None
         self._samplings: set[str] = set()
         self._known: set[str] = set()
+        self._reducer: Reducer = LOCAL
         for event in self.ledger.charges if self.ledger is not None else []:
             self._add(event)
 
@@ -181,17 +183,37 @@ class Account:
         """
         if event is None:
             return
+        added = self._reducer.on_first(lambda: self._charge(event))
+        if self._reducer.rank != 0:
+            for other in added:
+                self._add(other)
+
+    def _charge(self, event: Event) -> list[Event]:
+        """Charge a step here and return all that the account has taken in, charges of other runs included."""
+        added: list[Event] = []
         if self.ledger is None:
             self._check(event)
         else:
             with self.ledger.locked() as others:
                 for other in others:
                     self._add(other)
+                    added.append(other)
                 self._check(event)
                 assert self.settings is not None
                 size = self.settings["dataset_size"]
                 self.ledger.charge(event, dataset_size=size, unit=self._unit, settings=self.settings)
         self._add(event)
+        return [*added, event]
+
+    def join(self, reducer: Reducer) -> None:
+        """Make this the account of several processes: rank 0 charges, and has the ledger; the others follow it."""
+        self._reducer = reducer
+        if reducer.world == 1:
+            return
+        state, samplings = reducer.on_first(lambda: (self.accountant.state_dict(), sorted(self._samplings)))
+        if reducer.rank != 0:
+            self.accountant.load_state_dict(state)
+            self._samplings, self.ledger = set(samplings), None
 
     def _add(self, event: Event) -> None:
         account_for(self.accountant, event)

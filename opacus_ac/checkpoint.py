@@ -98,7 +98,7 @@ def check(
         raise ValueError(f"the checkpoint was accounted by {written!r}, this engine uses {mechanism!r}")
     _check_model(state["module_state_dict"], module)
     if optimizer is not None:
-        _check_settings(state[SETTINGS], settings)
+        check_settings(state[SETTINGS], settings)
     if isinstance(optimizer, AdaptiveClipDPOptimizer):
         optimizer.check_state_dict(state["optimizer_state_dict"])
 
@@ -111,7 +111,7 @@ def _check_model(saved: Mapping[str, Tensor], module: nn.Module) -> None:
         raise ValueError(f"the checkpoint is of another model: {wrong[0]} differs ({len(wrong)} entries in all)")
 
 
-def _check_settings(saved: Mapping[str, Any] | None, mine: Mapping[str, Any] | None) -> None:
+def check_settings(saved: Mapping[str, Any] | None, mine: Mapping[str, Any] | None) -> None:
     """Refuse to continue a run under other privacy settings than it began with."""
     if saved is None or mine is None:
         return  # an optimizer that this engine did not make: its own state is checked

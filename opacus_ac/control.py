@@ -88,28 +88,42 @@ class WeightEMA:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {decay!r}; pass None for no EMA")
         self.decay = decay
-        self.updates = 0
         self._parameters: list[torch.Tensor] = list(parameters)
-        self._average = [p.detach().clone() for p in self._parameters]
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again from the current weights."""
+        self.updates = 0
+        self._average = [p.clone() for p in self._here()]
+
+    def _here(self) -> list[torch.Tensor]:
+        """Return the weights, of sharded ones what this rank holds."""
+        held = [p.detach() for p in self._parameters]
+        return [p.to_local() if hasattr(p, "to_local") else p for p in held]
+
+    @property
+    def average(self) -> list[torch.Tensor]:
+        """The averages, in the order of the parameters; of sharded ones what this rank holds."""
+        return self._average
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
+        torch._foreach_lerp_(self._average, self._here(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the averaged weights into the model for the length of the context."""
-        kept = [p.detach().clone() for p in self._parameters]
+        kept = [p.clone() for p in self._here()]
         with torch.no_grad():
-            torch._foreach_copy_(self._parameters, self._average)
+            torch._foreach_copy_(self._here(), self._average)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._parameters, kept)
+                torch._foreach_copy_(self._here(), kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages, in the order of the parameters."""

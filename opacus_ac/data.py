@@ -95,6 +95,12 @@ class PrivateDataLoader(DataLoader[Any]):
         limit = self.plan.max_rows_per_user
         self.users = None if limit is None else UserRows(self.plan, limit)
 
+    def split(self, rank: int, world: int) -> None:
+        """Hand out this process's records of each logical batch, one of several processes that draw alike."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, PrivateBatchSampler)
+        sampler.rank, sampler.world = rank, world
+
     @property
     def sample_rate(self) -> float:
         """Sampling rate of the next step, expected batch size / N."""

@@ -23,12 +23,15 @@ from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.budget import BudgetGuard, noise_for_target, planned_events, spent
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.data import PrivateDataLoader, private_loader
+from opacus_ac.distributed.reducers import Reducer
+from opacus_ac.distributed.roles import check_options, choose_reducer, rank_streams
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import (
     attach,
     check_choice,
     check_model_and_optimizer,
+    check_start,
     choose_allocation,
     choose_control,
     choose_policy,
@@ -37,6 +40,7 @@ from opacus_ac.preparation import (
     choose_statistics,
     expect_finite,
     inner_optimizer,
+    named_parameters,
     public_settings,
     random_streams,
 )
@@ -146,6 +150,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         max_rows_per_user: int | None = None,
         noise_allocation: NoiseAllocation | None = None,
         zeroth_order: str | ZerothOrderSettings | None = None,
+        reducer: str | Reducer | None = None,
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
@@ -194,6 +199,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             noise_allocation: spread the noise over groups of parameters by public weights, at the same epsilon
                 (:class:`opacus_ac.allocation.NoiseAllocation`); None for the same std everywhere.
             zeroth_order: settings of ``clipping="zo"``, or a paper's by name; "aggzo" by default.
+            reducer: how several processes share a step: "ddp" (bare model, the same on every rank), "fsdp2" (a model under
+                ``fully_shard``), "local" (each for itself), or an object; by default what model and ``torch.distributed`` say.
+                All ranks pass the same arguments; batch sizes are those of all ranks together.
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
@@ -212,10 +220,24 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if settings is None:
             self.validate(module=module, optimizer=inner, data_loader=data_loader)
         expect_finite("noise_multiplier", noise_multiplier)
-        noise_stream, sampling_stream = random_streams(noise_generator, self.secure_mode)
+        ranks = choose_reducer(reducer, module, named_parameters(module, inner)[0])
+        sampling = choose_sampling(sampling, poisson_sampling, self.accountant)
+        check_options(
+            ranks,
+            {
+                "grad_sample_mode": grad_sample_mode,
+                "sampling": sampling,
+                "fused_step": fused_step,
+                "clip_policy": getattr(clip_policy, "name", clip_policy),
+                "clipping": clipping,
+                "max_rows_per_user": max_rows_per_user is not None,
+                "noise_allocation": noise_allocation is not None,
+            },
+        )
+        noise_stream, sampling_stream = rank_streams(ranks, *random_streams(noise_generator, self.secure_mode))
         loader = private_loader(
             data_loader,
-            sampling=choose_sampling(sampling, poisson_sampling, self.accountant),
+            sampling=sampling,
             stream=sampling_stream,
             max_physical_batch_size=max_physical_batch_size,
             schedule=batch_size_schedule,
@@ -223,6 +245,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             dataset_size=dataset_size,
             max_rows_per_user=max_rows_per_user,
         )
+        loader.split(ranks.rank, ranks.world)
         self._account.check_dataset(loader.plan.sizes.dataset_size, max_rows_per_user)
         expected = loader.plan.sizes.expected(0)
         if settings is not None:
@@ -272,7 +295,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
             plan=loader.plan,
             stream=noise_stream,
             allocation=choose_allocation(module, inner, noise_allocation),
+            reducer=ranks,
         )
+        check_start(private, loader, module, max_physical_batch_size, noise_generator)
         wrapped, undo = attach(
             module,
             private,
@@ -284,6 +309,9 @@ class PrivacyEngine(opacus.PrivacyEngine):
         )
         if loader.plan.sampling != "shuffled" and grad_sample_mode != "bk":
             wrapped.forbid_grad_accumulation()
+        ranks.sync_module(module)
+        if private.ema is not None:
+            private.ema.reset()  # the weights of rank 0 are those that count
         self._undo.append((module, undo))
         self._adopt(private, loader)
         return wrapped, private, loader
@@ -299,6 +327,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         self.dataset: Any = loader.dataset
         self._optimizer, self._loader = optimizer, loader
         self._account.begin(public_settings(optimizer, loader.plan))
+        self._account.join(optimizer.reducer)
         optimizer.charge = self._account.charge
         optimizer.on_unknown_batch = self._warn_unknown_batch
         if not optimizer.policy.is_private:
@@ -494,6 +523,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
             torch_save_kwargs: for ``torch.save``.
             **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus.
         """
+        self._refuse_several_processes()
         state = dict(checkpoint_dict or {})
         state["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
         state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
@@ -539,6 +569,7 @@ class PrivacyEngine(opacus.PrivacyEngine):
         Raises:
             ValueError: the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
         """
+        self._refuse_several_processes()
         state: dict[str, Any] = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
         needed = tuple(f"{name}_state_dict" for name, scheduler in schedulers.items() if scheduler is not None)
         checkpoint.check(state, module, optimizer, self.accountant.mechanism(), self._account.settings, needed)
@@ -556,6 +587,13 @@ class PrivacyEngine(opacus.PrivacyEngine):
         if stream is not None:
             stream.load_state_dict(saved)
         return state
+
+    def _refuse_several_processes(self) -> None:
+        if self._optimizer is not None and self._optimizer.reducer.name != "local":
+            raise ValueError(
+                "a checkpoint of several processes is a folder that all of them write: use "
+                "opacus_ac.distributed.save_checkpoint and load_checkpoint"
+            )
 
     def _sampling_stream(self) -> RandomStream | None:
         sampler = None if self._loader is None else self._loader.batch_sampler

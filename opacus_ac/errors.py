@@ -17,3 +17,7 @@ class SamplingWarning(UserWarning):
 
 class LedgerError(ValueError):
     """A privacy ledger is damaged, incomplete, or about something else; the message has file and line."""
+
+
+class DistributedError(RuntimeError):
+    """The ranks of a distributed run could not exchange something: one of them stopped, failed, or is elsewhere."""

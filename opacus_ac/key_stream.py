@@ -15,23 +15,35 @@ _LIMIT = 1 << 40
 Blocks of one key never repeat, as random ones would; with so few of them nobody can tell (advantage 2^-57).
 """
 
+SEED = 48
+"""Bytes of a seed: key and first counter."""
+
 Bits = npt.NDArray[np.uint64]
 
 
 class KeyStream:
     """AES-256-CTR key stream with key and first counter from ``os.urandom``; for one thread of one process.
 
+    Args:
+        seed: 48 secret bytes, key and first counter, for processes that have to draw alike; None for new ones.
+
     References:
         NIST SP 800-38A (counter mode), FIPS 197 (AES).
     """
 
-    def __init__(self) -> None:
-        self._take_key()
+    def __init__(self, seed: bytes | None = None) -> None:
+        self._shared = seed is not None
+        self._take_key(os.urandom(SEED) if seed is None else seed)
 
-    def _take_key(self) -> None:
-        key, counter = os.urandom(32), os.urandom(16)
-        self._encryptor = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
+    def _take_key(self, seed: bytes) -> None:
+        if len(seed) != SEED:
+            raise ValueError(f"the seed of a key stream has {SEED} bytes, got {len(seed)}")
+        self._encryptor = Cipher(algorithms.AES(seed[:32]), modes.CTR(seed[32:])).encryptor()
         self._left = _LIMIT
+
+    def _next_seed(self) -> bytes:
+        """Return what the next key is made of: of shared streams their own bits, so that they stay alike."""
+        return self._encryptor.update(bytes(SEED)) if self._shared else os.urandom(SEED)
 
     def fill(self, words: Bits) -> None:
         """Overwrite ``words [n]`` with independent uniform 64-bit integers."""
@@ -39,6 +51,6 @@ class KeyStream:
         for start in range(0, len(buffer), len(_ZEROS)):
             piece = buffer[start : start + len(_ZEROS)]
             if self._left < len(piece):
-                self._take_key()
+                self._take_key(self._next_seed())
             self._left -= len(piece)
             self._encryptor.update_into(memoryview(_ZEROS)[: len(piece)], piece)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.randomness import RandomStream
 from opacus_ac.statistics import NoisyHistogram, StepStatistics
 
@@ -43,12 +44,31 @@ class StepRelease:
     histogram: NoisyHistogram | None
 
 
+@dataclass(frozen=True)
+class GradientNoise:
+    """The noise of one release of gradients: std of the sum per coordinate, and the public scale of the result."""
+
+    mechanism: GaussianMechanism
+    parameters: list[torch.nn.Parameter]
+    std: float | Sequence[float]
+    scale: float
+
+    def gradients(self, sums: Iterable[torch.Tensor | None]) -> None:
+        """Write the noised sums, one per parameter, into the gradients."""
+        self.mechanism.release_gradients(self.parameters, sums, self.std, self.scale)
+
+    def in_place(self, totals: Sequence[torch.Tensor]) -> None:
+        """Noise sums in place."""
+        self.mechanism.noise_in_place(totals, self.std, self.scale)
+
+
 class GaussianMechanism:
     """Adds Gaussian noise to (gradient sum / C, statistics), one draw per logical step.
 
     Args:
         noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2)``.
-        stream: random stream of the noise.
+        stream: random stream of the noise; with several processes each has its own.
+        reducer: the processes; rank 0 draws the noise of the statistics.
 
     Guarantees:
         One step on a Poisson sample of rate q is one Poisson-subsampled Gaussian mechanism with this noise
@@ -58,9 +78,10 @@ class GaussianMechanism:
         Andrew et al. 2021 (arXiv 1905.03871), theorem 1, generalised to a joint vector.
     """
 
-    def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
+    def __init__(self, noise_multiplier: float, stream: RandomStream, reducer: Reducer = LOCAL) -> None:
         self.noise_multiplier = noise_multiplier
         self.stream = stream
+        self._reducer = reducer
         # A stream of their own: runs with the same test seed share the gradient's noise whatever else they release.
         self._statistics_stream = stream.fork(2)
 
@@ -126,14 +147,22 @@ class GaussianMechanism:
         elif scale != 1:
             torch._foreach_mul_(list(totals), scale)
 
+    def noise(
+        self, parameters: Iterable[torch.nn.Parameter], std: float | Sequence[float], scale: float
+    ) -> GradientNoise:
+        """Return the noise of one release, for a reducer to add."""
+        return GradientNoise(self, list(parameters), std, scale)
+
     def release_statistics(
         self, statistics: StepStatistics, expected_batch_size: float
     ) -> tuple[NoisyHistogram | None, float | None]:
         """Noise the statistics and return (histogram, mean loss)."""
         std = self.gradient_multiplier(statistics)
         vector = statistics.vector()
-        if std > 0 and vector.size:
+        if std > 0 and vector.size and self._reducer.rank == 0:
             vector = vector + std * self._statistics_stream.normal(vector.size).numpy()
+        if vector.size:
+            vector = self._reducer.agree(vector)
         return statistics.decode(vector, std, expected_batch_size)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
@@ -15,6 +16,8 @@ from opacus_ac.accounting import Event
 from opacus_ac.allocation import GroupWeights
 from opacus_ac.clipping import ClipPolicy, build_policy
 from opacus_ac.control import ClipRateControl, WeightEMA
+from opacus_ac.distributed.meeting import meet
+from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.loss import LossTape
@@ -22,9 +25,7 @@ from opacus_ac.mechanism import GaussianMechanism, StepRelease
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import Draw, SamplingPlan
 from opacus_ac.statistics import StepStatistics
-
-STATE_KEY = "opacus_ac"
-STATE_VERSION = 1
+from opacus_ac.step_state import STATE_KEY, check_private_state, load_private_state, private_state
 
 
 class AdaptiveClipDPOptimizer(DPOptimizer):
@@ -52,6 +53,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
         allocation: weights of the parameters, by which their gradients are scaled for clipping and noise; None for 1.
+        reducer: how the sums of several processes become one; None for one process.
 
     Attributes:
         released: what the last step released, a :class:`StepRelease`; safe to look at.
@@ -87,6 +89,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         plan: SamplingPlan | None = None,
         stream: RandomStream | None = None,
         allocation: GroupWeights | None = None,
+        reducer: Reducer | None = None,
         **kwargs: Any,
     ) -> None:
         if secure_mode and generator is not None:
@@ -102,7 +105,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
-        self.mechanism = GaussianMechanism(noise_multiplier, stream)
+        self.reducer = reducer or LOCAL
+        self.mechanism = GaussianMechanism(noise_multiplier, stream, self.reducer)
         # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
         super().__init__(
             optimizer,
@@ -176,6 +180,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear per-sample and ordinary gradients, and, unless a logical batch is under way, the clipped sums."""
         self.source.clear(sums=not self._is_last_step_skipped)
+        if not self._is_last_step_skipped:
+            self.reducer.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
@@ -216,7 +222,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def _settle(self) -> None:
         """Turn the physical batch into sums before the next one comes."""
         try:
-            self.source.settle()
+            self.reducer.settle(self.source)
         except BaseException:
             self.statistics.finish()  # as above
             raise
@@ -261,6 +267,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None
+        self.reducer.clear()
         self._open_batch, self._open_bound, self._open_weights = batch, self.policy.bound, self._weights()
         self.statistics.begin(self.policy.bound, self.policy.gradient_share)
 
@@ -280,6 +287,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     def _account(self, draw: Draw | None) -> None:
         """Charge the step before anything of it is released."""
         noise_multiplier = self.noise_multiplier
+        if self.reducer.world > 1:
+            meet(self.reducer, self.statistics, draw, self._shared_constants(draw))
         if self.plan is None:
             self.current_event = None
         else:
@@ -293,6 +302,15 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self.step_hook(self)
         if self.plan is not None:
             self.plan.consume()
+
+    def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
+        """Return what must be the same to the last bit on all ranks, by name."""
+        return {
+            "max_grad_norm": self.policy.bound,
+            "noise_multiplier": self.mechanism.noise_multiplier,
+            "learning-rate multiplier": 1.0 if self.control is None else self.control.multiplier,
+            "expected batch size": 0.0 if draw is None else draw.expected_batch_size,
+        }
 
     def _denominator(self) -> float:
         """Return the public expected batch size of the step."""
@@ -312,7 +330,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         stds = [std] * len(self.params) if weights is None else [std / w for w in weights]
         self._noise = ({id(p): s for p, s in zip(self.params, stds, strict=True)}, scale, scale * self._denominator())
         if not self.fused_step:
-            self.mechanism.release_gradients(self.params, self.source.sums(), std if weights is None else stds, scale)
+            noise = self.mechanism.noise(self.params, std if weights is None else stds, scale)
+            self.reducer.release(self.source, noise)
         histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
@@ -354,9 +373,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             return None
         assert self.released is not None
         self.policy.update(self.released)
+        searching = self._agree()
         if self.plan is not None:
             self.plan.step = self.steps_taken
-        if self.policy.searching:
+        if searching:
             if self.fused_step:
                 self.source.clear(sums=True)
             return None
@@ -374,6 +394,20 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.ema is not None:
             self.ema.update()
         return result
+
+    def _agree(self) -> bool:
+        """Return whether the step serves to find C only, which the ranks agree on, as on C and the learning rate.
+
+        All have the same release; should their arithmetic differ in the last bit, that of rank 0 counts.
+        """
+        if self.reducer.world == 1:
+            return self.policy.searching
+        multiplier = 1.0 if self.control is None else self.control.multiplier
+        agreed = self.reducer.agree(np.array([self.policy.bound, self.policy.searching, multiplier]))
+        self.policy.bound, searching, multiplier = agreed.tolist()
+        if self.control is not None:
+            self.control.multiplier = multiplier
+        return bool(searching)
 
     def _fused_inner_step(self) -> None:
         """Release gradients into one reused buffer and let the inner optimizer apply what is in it, time after time."""
@@ -416,27 +450,23 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def ema_weights(self) -> Any:
         """Return a context in which the model has the averaged weights; without an EMA nothing changes."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+        return nullcontext() if self.ema is None else self._averaged(self.ema)
+
+    @contextmanager
+    def _averaged(self, ema: WeightEMA) -> Iterator[None]:
+        try:
+            with ema.applied():
+                self.reducer.refresh()
+                yield
+        finally:
+            self.reducer.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state and, under ``"opacus_ac"``, the state of the private step.
 
         The noise stream is saved only when it was seeded for a test; a secret stream never is.
         """
-        return {
-            **self.original_optimizer.state_dict(),
-            STATE_KEY: {
-                "version": STATE_VERSION,
-                "steps_taken": self.steps_taken,
-                "mechanism": self.mechanism.state_dict(),
-                "policy": self.policy.state_dict(),
-                "statistics": self.statistics.configuration(),
-                "control": None if self.control is None else self.control.state_dict(),
-                "ema": None if self.ema is None else self.ema.state_dict(),
-                "plan": None if self.plan is None else self.plan.state_dict(),
-                "allocation": None if self.allocation is None else self.allocation.state_dict(),
-            },
-        }
+        return {**self.original_optimizer.state_dict(), STATE_KEY: private_state(self)}
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the private part of ``state_dict`` if it fits this optimizer.
@@ -444,52 +474,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         Raises:
             ValueError: it is missing, of another version, or of an optimizer built with other settings.
         """
-        state: dict[str, Any] | None = state_dict.get(STATE_KEY)
-        if state is None:
-            raise ValueError(
-                "the state has no 'opacus_ac' part: it was not written by AdaptiveClipDPOptimizer, and clipping "
-                "norm, EMA and step count cannot be restored from it"
-            )
-        if state["version"] != STATE_VERSION:
-            raise ValueError(f"the state has version {state['version']}, this package reads {STATE_VERSION}")
-        mine = {
-            "clip_policy": self.policy.name,
-            "statistics": self.statistics.configuration(),
-            "lr_control": self.control is not None,
-            "ema_decay": self.ema is not None,
-            "noise_allocation": self.allocation is not None,
-        }
-        theirs = {
-            "clip_policy": state["policy"]["name"],
-            "statistics": state["statistics"],
-            "lr_control": state["control"] is not None,
-            "ema_decay": state["ema"] is not None,
-            "noise_allocation": state.get("allocation") is not None,
-        }
-        for name in mine:
-            if mine[name] != theirs[name]:
-                raise ValueError(
-                    f"the state was written with another {name} ({theirs[name]}) than this optimizer's "
-                    f"({mine[name]}): build it with the same settings"
-                )
-        if self.ema is not None:
-            self.ema.check_state(state["ema"])
-        if self.allocation is not None:
-            self.allocation.check_state(state["allocation"])
-        return state
+        return check_private_state(self, state_dict.get(STATE_KEY))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`; refuses a state that does not fit before changing anything."""
         state = self.check_state_dict(state_dict)
         self.original_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != STATE_KEY})
-        self.policy.load_state_dict(state["policy"])
-        self.mechanism.load_state_dict(state["mechanism"])
-        self.steps_taken = state["steps_taken"]
-        if self.control is not None:
-            self.control.load_state_dict(state["control"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.allocation is not None:
-            self.allocation.load_state_dict(state["allocation"])
-        if self.plan is not None and state["plan"] is not None:
-            self.plan.load_state_dict(state["plan"])
+        load_private_state(self, state)

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from opacus import GradSampleModule
 from opacus.accountants import IAccountant
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from opacus_ac.account import check_accountant
 from opacus_ac.allocation import GroupWeights, NoiseAllocation
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
+from opacus_ac.data import PrivateDataLoader
+from opacus_ac.distributed.roles import check_alike, check_noise, check_same_records, check_wrappers, parameter_layout
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
@@ -51,8 +51,7 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
             "the model is private already (it carries per-sample gradient hooks): pass the original model, or call "
             "engine.detach(model) first"
         )
-    if isinstance(module, DistributedDataParallel | DifferentiallyPrivateDistributedDataParallel):
-        raise ValueError("distributed training is not available in this version: pass the bare model")
+    check_wrappers(module)
     if any(type(m).__name__ == "OptimizedModule" for m in module.modules()):
         raise ValueError(
             "the model was compiled with torch.compile, which decides what runs before the hooks can: pass the original "
@@ -139,6 +138,34 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
         **({"zeroth_order": optimizer.public_settings()} if isinstance(optimizer, ZerothOrderDPOptimizer) else {}),
     }
+
+
+def check_start(
+    optimizer: AdaptiveClipDPOptimizer,
+    loader: PrivateDataLoader,
+    module: nn.Module,
+    max_physical_batch_size: int | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Raise ``ValueError``, on every rank, unless all ranks begin the same run; with one process there is nothing to check."""
+    if optimizer.reducer.world == 1:
+        return
+    settings = {
+        **public_settings(optimizer, loader.plan),
+        "reducer": optimizer.reducer.name,
+        "normalize": optimizer.normalize,
+        "lr_control": optimizer.control is not None,
+        "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
+        "max_physical_batch_size": max_physical_batch_size,
+        "loss_reduction": optimizer.loss_reduction,
+        "seed of noise_generator": None if generator is None else generator.initial_seed(),
+        "batches in a pass": len(loader),
+        "number of records": len(loader.dataset),  # type: ignore[arg-type]
+        **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
+    }
+    check_alike(optimizer.reducer, settings)
+    check_same_records(optimizer.reducer, loader.dataset)
+    check_noise(optimizer.reducer, optimizer.mechanism.stream)
 
 
 def choose_policy(

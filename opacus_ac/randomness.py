@@ -206,6 +206,34 @@ class SecretStream:
         """Ignore ``state``: a secret stream always starts from new entropy."""
 
 
+class SharedStream(SecretStream):
+    """Secret stream that several processes draw alike, for the records of a step; it makes no noise.
+
+    Args:
+        seed: :data:`opacus_ac.key_stream.SEED` secret bytes, the same everywhere.
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed = seed
+        super().__init__()
+
+    def _rekey(self) -> None:
+        super()._rekey()
+        self._bits = KeyStream(self._seed)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "a forked process drew from a stream that all ranks share: draw in the process of the rank"
+            )
+
+    def __reduce__(self) -> tuple[type[SecretStream], tuple[bool]]:
+        raise TypeError("a stream that all ranks share cannot be copied: the copy would draw the same records again")
+
+    def _add_on_cpu(self, arrays: list[Block], std: float, scale: float) -> None:
+        raise RuntimeError("noise from a stream that all ranks share would be the same on all of them")
+
+
 class SeededStream:
     """Reproducible stream over a ``torch.Generator``, for tests only: whoever knows the seed removes the noise.
 

@@ -6,12 +6,14 @@ whatever the user's loop skips, repeats or interrupts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import BatchSampler, Sampler
 
 from opacus_ac.accounting import Event, ShuffledEpochs
@@ -38,6 +40,7 @@ class Draw:
         last: whether this is the last physical batch of its logical batch.
         pass_index: pass over the data that it belongs to.
         step_in_pass: number of the logical batch within that pass.
+        selection: hash of all records of the logical batch, of all processes; private.
     """
 
     batch: int
@@ -47,6 +50,7 @@ class Draw:
     last: bool
     pass_index: int
     step_in_pass: int
+    selection: int = 0
 
 
 class BatchSizes:
@@ -169,13 +173,17 @@ class SamplingPlan:
         self._current = None
         return self.step
 
-    def emit(self, step_in_pass: int, expected: float, sizes: Sequence[int]) -> None:
-        """Announce the physical batches, of ``sizes`` records, of the next logical batch, ``expected`` records large."""
+    def emit(self, step_in_pass: int, expected: float, sizes: Sequence[int], selection: int = 0) -> None:
+        """Announce the physical batches, of ``sizes`` records, of the next logical batch, ``expected`` records large.
+
+        ``selection`` is the hash of its records.
+        """
         self._batches += 1
         rate = 1.0 if self.sampling == "shuffled" else expected / self.sizes.dataset_size
         for i, records in enumerate(sizes):
             last = i == len(sizes) - 1
-            self._emitted.append(Draw(self._batches, rate, expected, records, last, self.passes, step_in_pass))
+            draw = Draw(self._batches, rate, expected, records, last, self.passes, step_in_pass, selection)
+            self._emitted.append(draw)
 
     def deliver(self) -> None:
         """Note that our loader hands the next announced physical batch to the user."""
@@ -232,12 +240,22 @@ class SamplingPlan:
         self._epochs.load_state_dict(state["epochs"])
 
 
+def _digest(indices: list[int]) -> int:
+    """Return a hash of a logical batch, as a signed 64-bit integer."""
+    data = np.asarray(indices, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
 class PrivateBatchSampler(Sampler[list[int]]):
     """Yields the indices of physical batches and announces each to the plan.
 
     Args:
         plan: sampling plan.
         max_physical_batch_size: split logical batches into physical ones of at most this size; None for no split.
+
+    Attributes:
+        rank: number of this process; it takes the records ``rank, rank + world, ...`` of each logical batch.
+        world: number of processes.
     """
 
     def __init__(self, plan: SamplingPlan, max_physical_batch_size: int | None = None) -> None:
@@ -245,6 +263,7 @@ class PrivateBatchSampler(Sampler[list[int]]):
             raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size!r}")
         self.plan = plan
         self.max_physical_batch_size = max_physical_batch_size
+        self.rank, self.world = 0, 1
 
     def __len__(self) -> int:
         """Return the number of logical batches of a pass."""
@@ -259,10 +278,20 @@ class PrivateBatchSampler(Sampler[list[int]]):
             )
         start = self.plan.begin_pass()
         for step, (expected, indices) in enumerate(self._logical_batches(start)):
-            size = limit or max(len(indices), 1)
-            chunks = [indices[i : i + size] for i in range(0, len(indices), size)] or [[]]
-            self.plan.emit(step, expected, [len(chunk) for chunk in chunks])
+            chunks = self._physical_batches(indices)
+            selection = _digest(indices) if self.world > 1 else 0
+            self.plan.emit(step, expected, [len(chunk) for chunk in chunks], selection)
             yield from chunks
+
+    def _physical_batches(self, indices: list[int]) -> list[list[int]]:
+        """Return the physical batches of this process: as many on every one, of which the last may be empty.
+
+        All processes draw the whole logical batch and take turns at its records, so none has to ask how many others have.
+        """
+        most = -(-len(indices) // self.world)  # that rank 0 has; no rank has more
+        size = self.max_physical_batch_size or max(most, 1)
+        mine = indices[self.rank :: self.world]
+        return [mine[i : i + size] for i in range(0, max(most, 1), size)]
 
     def _logical_batches(self, start: int) -> Iterator[tuple[float, list[int]]]:
         """Yield (expected batch size, indices) of the logical batches of a pass that begins at step ``start``."""

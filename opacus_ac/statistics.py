@@ -175,6 +175,15 @@ class StepStatistics:
             clipped = np.clip(np.nan_to_num(losses, nan=self.loss_bound, posinf=self.loss_bound), 0.0, self.loss_bound)
             self._loss_sum += float(clipped.sum()) / self.loss_bound
 
+    def tally(self) -> npt.NDArray[np.int64]:
+        """Return the sums of this process as integers ``[bins + 3]``: counts, and the bits of the loss sum. Private."""
+        return np.append(self._counts, np.float64(self._loss_sum).view(np.int64))
+
+    def merge(self, tallies: npt.NDArray[np.int64]) -> None:
+        """Take the sums of several processes ``[world, bins + 3]`` for one's own: counts exactly, losses in their order."""
+        self._counts = tallies[:, :-1].sum(0)
+        self._loss_sum = float(sum(tallies[:, -1].view(np.float64).tolist()))
+
     def vector(self) -> FloatArray:
         """Return the un-noised statistics ``[bins + 2]`` (+ 1 with a loss), in units of the release. Private."""
         parts = [self._weights * self._counts] if self.histogram else []

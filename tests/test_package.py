@@ -15,13 +15,16 @@ PACKAGE = ROOT / "opacus_ac"
 RANK = {
     "gaussian": -1, "key_stream": -1,
     "_version": 0, "errors": 0, "randomness": 0, "accounting": 0, "loss": 0, "testing": 2,
-    "statistics": 1, "mechanism": 2, "clipping": 3, "control": 3, "grad_sample": 1, "sampling": 1, "users": 2, "data": 3,
-    "ledger": 1, "budget": 2, "account": 3, "allocation": 3, "dp_adam": 0, "fused_step": 1, "optimizer": 4, "report": 5, "projection": 5, "checkpoint": 5, "integrations": 5, "zeroth_order": 5, "preparation": 6, "engine": 7,
-    "audit": 8, "tensorboard": 8,
+    "statistics": 1, "mechanism": 3, "clipping": 4, "control": 4, "grad_sample": 1, "sampling": 1, "users": 2, "data": 3, "allocation": 4, "dp_adam": 0,
+    "ledger": 1, "budget": 2, "account": 4, "fused_step": 1, "step_state": 5, "optimizer": 6, "report": 7, "projection": 7, "checkpoint": 7, "integrations": 7, "zeroth_order": 7, "preparation": 8, "zeroth_order.preparation": 8.5, "engine": 9,
+    "audit": 10, "tensorboard": 10,
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
-    "integrations.trainer_arguments": 5, "integrations.trainer_checks": 6, "integrations.trainer_silent": 6,
-    "integrations.trainer_checkpoint": 8, "integrations.trainer_callback": 9, "integrations.trainer": 10,
-    "zeroth_order.preparation": 6.5, "integrations.finetune": 11, "integrations.finetune_arguments": 6, "integrations.finetune_callbacks": 6, "integrations.lightning": 9, "integrations.default_model": 4, "cli": 12, "__main__": 13,
+    "integrations.default_model": 6, "integrations.trainer_arguments": 7, "integrations.trainer_checks": 8, "integrations.trainer_silent": 8,
+    "integrations.finetune_arguments": 8, "integrations.finetune_callbacks": 8, "integrations.trainer_checkpoint": 10, "integrations.lightning": 11,
+    "integrations.trainer_callback": 11, "integrations.trainer": 12, "integrations.finetune": 13, "cli": 14, "__main__": 15,
+    # The mechanism and the optimizer use the reducers; the checkpoints of several processes use the engine.
+    "distributed": 0, "distributed.world": 1, "distributed.reducers": 2, "distributed.sharded": 3, "distributed.meeting": 3, "distributed.cost": 3, "distributed.roles": 4,
+    "distributed.checkpoint": 10,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.by_user import CountUsers, regroup
 from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
+from opacus_ac.grad_sample.shards import places_of
 from opacus_ac.grad_sample.sources import Place
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
 from opacus_ac.grad_sample.terms import GramCache, ParameterBook, Weights
@@ -79,6 +80,7 @@ class BookKeepingSource:
     def attach(self) -> Callable[[], None]:
         """Put the hooks on the model and return the function that takes them off."""
         items, self._rules, quantized = tracked(self._model)
+        self._places = places_of(self._model, self._index)
         self._shared = quantized.clear
         self._capture = Capture(self._model, items, self._deliver, self._on_forward, flattening_modules(self._model))
         return self._capture.remove
@@ -97,7 +99,7 @@ class BookKeepingSource:
             chunk = self._chunks[-1]
             self._check_batch(chunk, use, gradient)
             for parameter, term in self._rules[use.path](use, tensors, gradient):
-                index = self._index.get(id(parameter))
+                index = self._index.get(id(parameter), self._places(parameter, use.module))
                 if index is not None:
                     book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
                     book.add(term if self._users is None else regroup(term, chunk.records), self._grams)
@@ -205,7 +207,8 @@ class BookKeepingSource:
         """Return ``total`` plus the weighted sum of a book."""
         out = place(parameter) if total is None and place is not None else None
         if out is None:
-            out = torch.empty_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
+            # Of the whole parameter, also where a rank holds a shard of it.
+            out = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         with exact():
             book.weighted_sum(weights, out)
             return out if total is None else total.add_(out)

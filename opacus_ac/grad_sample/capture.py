@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from opacus_ac.grad_sample.shards import ShardedParameters
+
 
 class _Keep(torch.autograd.Function):
     """Holds tensors as a node of the graph would: through saved-tensor hooks, with their versions."""
@@ -198,6 +200,7 @@ class Capture:
         self._deliver, self._on_forward = deliver, on_forward
         self._tracked = {id(t.module): t for t in tracked}
         self._model_id = id(model)
+        self._shards = ShardedParameters(model, self._tracked.values())
         self._flattening = list(flattening)
         self._passes = 0
         self._shapes: dict[int, tuple[int, int] | None] = {}
@@ -270,7 +273,7 @@ class Capture:
             return
         if torch._C._current_graph_task_id() == -1:
             self._on_forward()
-        off = [p for p in tracked.parameters if p.requires_grad]
+        off = [p for p in self._shards.now(tracked) if p.requires_grad]
         for parameter in off:
             parameter.requires_grad = False
         self._running.append((id(module), off))
@@ -290,7 +293,7 @@ class Capture:
         if off:
             return True
         switched = {id(p) for _, outer in self._running for p in outer}  # tied weights in nested modules
-        return any(id(p) in switched for p in self._tracked[own].parameters)
+        return any(id(p) in switched for p in self._shards.now(self._tracked[own]))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._leave(module) or output is None:  # None: the forward raised
@@ -337,6 +340,7 @@ class Capture:
                 f"two backward passes ran through one use of {use.path}: the records would count twice. Add the losses "
                 "and call backward() once"
             )
+        self._shards.gather(use.module)
         with exact():
             self._deliver(use, gradient)
 

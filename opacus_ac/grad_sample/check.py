@@ -18,6 +18,7 @@ from opacus_ac.grad_sample.registry import (
     is_dp_rnn,
     sampler_of,
 )
+from opacus_ac.grad_sample.replay import written_type
 from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
 from opacus_ac.grad_sample.rules.embedding import embedding, unsupported
 from opacus_ac.grad_sample.term_rules import replays_lookup, watched_modules
@@ -41,7 +42,7 @@ def constant_buffers_ok(module: nn.Module) -> bool:
 def _signature(module: nn.Module, sampler: GradSampler | None) -> Hashable:
     """Modules that share this behave alike, so one probe answers for all of them."""
     tensors = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters())
-    return (sampler, tensors, tuple((n, type(m), _settings(m)) for n, m in module.named_modules()))
+    return (sampler, tensors, tuple((n, written_type(m), _settings(m)) for n, m in module.named_modules()))
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -90,7 +91,7 @@ class _Examiner:
     def _sampler_problem(self, module: nn.Module, sampler: GradSampler) -> str | None:
         plain = "forward" not in module.__dict__
         padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
-        stock = STOCK.get(type(module))
+        stock = STOCK.get(written_type(module))
         if sampler is stock and plain and not padded:
             return _stock_problem(module)
         make_input = sampler.probe_input if isinstance(sampler, UserRule) else None

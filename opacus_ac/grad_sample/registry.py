@@ -25,6 +25,7 @@ from opacus.grad_sample import rms_norm as _rms_norm
 from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.replay import written_type
 from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
 from opacus_ac.grad_sample.rules.embedding import embedding, is_scaled_lookup
 from opacus_ac.grad_sample.rules.linear import conv1d
@@ -78,8 +79,8 @@ class UserRule:
 
 
 def sampler_of(module: nn.Module) -> GradSampler | None:
-    """The sampler registered for exactly ``type(module)``; None means that Opacus falls back to functorch."""
-    sampler: GradSampler | None = GradSampleHooks.GRAD_SAMPLERS.get(type(module))
+    """The sampler registered for exactly the class of ``module``; None means that Opacus falls back to functorch."""
+    sampler: GradSampler | None = GradSampleHooks.GRAD_SAMPLERS.get(written_type(module))
     return sampler
 
 
@@ -163,7 +164,7 @@ def register_rules(model: nn.Module | None = None) -> None:
     found: dict[type[nn.Module], list[nn.Module]] = {}
     for module in model.modules() if model is not None else ():
         if has_own_trainable(module) and sampler_of(module) is None:
-            found.setdefault(type(module), []).append(module)
+            found.setdefault(written_type(module), []).append(module)
     for cls, modules in found.items():
         rule = _recognised(modules)
         if rule is not None:

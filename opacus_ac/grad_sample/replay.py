@@ -16,8 +16,28 @@ from torch import Tensor, nn
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def written_type(module: ModuleT) -> type[ModuleT]:
+    """The class of a module as it was written: ``fully_shard`` puts one of its own under it, with the same forward."""
+    cls = type(module)
+    first = cls.__bases__[0]
+    if first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed"):
+        original: type[ModuleT] = cls.__bases__[1]
+        return original
+    return cls
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded parameter gathered from all ranks (which all have to ask for it); any other tensor as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    if gather is None:
+        return tensor
+    value: Tensor = gather().detach()
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+
+
 def bare_twin(module: ModuleT, _seen: dict[int, nn.Module] | None = None) -> ModuleT:
-    """A shallow copy of ``module`` and its children: same parameters and buffers, no hooks.
+    """A shallow copy of ``module`` and its children: same parameters (gathered, where sharded) and buffers, no hooks.
 
     Guarantees:
         Replacing an entry of the twin's parameters, buffers or attributes leaves ``module`` as it was.
@@ -26,14 +46,14 @@ def bare_twin(module: ModuleT, _seen: dict[int, nn.Module] | None = None) -> Mod
     known = seen.get(id(module))
     if known is not None:
         return known  # type: ignore[return-value]
-    cls = type(module)
+    cls = written_type(module)
     twin = cls.__new__(cls)
     seen[id(module)] = twin
     state = dict(module.__dict__)
     for key in state:
         if key.startswith("_") and "_hooks" in key and isinstance(state[key], dict):
             state[key] = OrderedDict()
-    state["_parameters"] = dict(module._parameters)
+    state["_parameters"] = {k: None if p is None else whole(p) for k, p in module._parameters.items()}
     state["_buffers"] = dict(module._buffers)
     state["_modules"] = {k: None if m is None else bare_twin(m, seen) for k, m in module._modules.items()}
     twin.__dict__.update(state)
@@ -60,7 +80,7 @@ def map_tensors(twin: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 def call_forward(module: nn.Module, *inputs: Any) -> Any:
     """``forward`` as the class defines it, on a twin without hooks; tensors are shared with ``module``."""
-    return type(module).forward(bare_twin(module), *inputs)
+    return written_type(module).forward(bare_twin(module), *inputs)
 
 
 def call_with(module: nn.Module, parameters: dict[str, Tensor], *inputs: Any) -> Any:
@@ -68,7 +88,7 @@ def call_with(module: nn.Module, parameters: dict[str, Tensor], *inputs: Any) ->
     twin = bare_twin(module)
     # Not nn.Parameter: a plain tensor is enough for forward, and may require grad or not.
     twin._parameters.update(parameters)  # type: ignore[arg-type]
-    return type(module).forward(twin, *inputs)
+    return written_type(module).forward(twin, *inputs)
 
 
 def to_double(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 from opacus_ac.grad_sample.capture import Tracked, Use
 from opacus_ac.grad_sample.registry import STOCK, GradSampler, has_own_trainable, sampler_of
-from opacus_ac.grad_sample.replay import bare_twin
+from opacus_ac.grad_sample.replay import bare_twin, written_type
 from opacus_ac.grad_sample.rules.bitlinear import (
     QuantizedInputs,
     auto_bitlinear,
@@ -149,9 +149,14 @@ def delegates(module: nn.Module) -> bool:
 _FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
 
 
+def _written(module: nn.Module) -> tuple[str, str]:
+    cls = written_type(module)
+    return cls.__module__, cls.__qualname__
+
+
 def flattening_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that are known to take ``[B, T, d]`` and to hand ``[B T, d]`` to layers inside them."""
-    return [m for m in model.modules() if (type(m).__module__, type(m).__qualname__) in _FLATTENING]
+    return [m for m in model.modules() if _written(m) in _FLATTENING]
 
 
 def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

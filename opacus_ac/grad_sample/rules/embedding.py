@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opacus_ac.grad_sample.replay import bare_twin, call_forward, map_tensors, to_double
+from opacus_ac.grad_sample.replay import bare_twin, call_forward, map_tensors, to_double, written_type
 from opacus_ac.grad_sample.terms import Lookup, Term
 
 
@@ -115,7 +115,7 @@ def replayed_ids(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, 
         ValueError: it does not return the rows of one lookup, unchanged.
     """
     with torch.no_grad(), _RecordLookup() as recorder:
-        type(module).forward(bare_twin(module), *args, **kwargs)
+        written_type(module).forward(bare_twin(module), *args, **kwargs)
     if len(recorder.lookups) != 1 or not torch.equal(recorder.lookups[0][1], output):
         name = type(module).__name__
         raise ValueError(

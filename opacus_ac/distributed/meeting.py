@@ -1,0 +1,58 @@
+"""Where the ranks meet before a step is charged: they must be in the same step, with the same draw and the same C."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from opacus_ac.distributed.reducers import Reducer
+from opacus_ac.distributed.world import Ints
+from opacus_ac.sampling import Draw
+from opacus_ac.statistics import StepStatistics
+
+_DRAWN = "the records drawn"  # their hash is private
+
+
+def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, constants: Mapping[str, float]) -> None:
+    """Add up the statistics of all ranks, after it was made sure that they belong to one step.
+
+    Args:
+        reducer: the processes.
+        statistics: the sums of this rank; afterwards, on every rank, those of all.
+        draw: the draw of the batch in hand; None where the loader did not draw it.
+        constants: what must be the same to the last bit everywhere, by name.
+
+    Guarantees:
+        A record is in the sums of one rank only: all ranks drew the same logical batch and have parts of it.
+
+    Raises:
+        ValueError: on every rank: the ranks differ. Nothing was charged or released.
+    """
+    place = {
+        "batch of the loader": -1 if draw is None else draw.batch,
+        _DRAWN: 0 if draw is None else draw.selection,
+    }
+    bits = np.array(list(constants.values()), dtype=np.float64).view(np.int64)
+    header = np.concatenate([np.array(list(place.values()), dtype=np.int64), bits])
+    rows = reducer.gather(np.concatenate([header, statistics.tally()]))
+    _check_alike([*place, *constants], rows[:, : header.size], len(place))
+    if (rows[:, 0] < 0).any():
+        raise ValueError(
+            "optimizer.step() on a batch that the private loader did not just draw: ranks that choose batches for themselves "
+            "could have the same record twice. Take one step per batch of the loader that make_private returned"
+        )
+    statistics.merge(rows[:, header.size :])
+
+
+def _check_alike(names: list[str], rows: Ints, integers: int) -> None:
+    for column, name in enumerate(names):
+        values = rows[:, column]
+        if (values != values[0]).any():
+            other = int(np.flatnonzero(values != values[0])[0])
+            shown = values if column < integers else values.view(np.float64)
+            which = "differ" if name == _DRAWN else f"is {shown[0]} on rank 0 and {shown[other]} on rank {other}"
+            raise ValueError(
+                f"the ranks are not in the same step: {name} {which}. Every rank has to take every batch of its loader and "
+                "step once for it, with nothing changed on one rank alone"
+            )

@@ -1,0 +1,211 @@
+"""Which reducer a model needs, and what is refused before the first step because its sum or its noise would be wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.validators.module_validator import ModuleValidator
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from opacus_ac.distributed.reducers import LOCAL, Reducer, ReplicatedReducer
+from opacus_ac.distributed.sharded import ShardedReducer, check_meshes
+from opacus_ac.distributed.world import Group, initialized
+from opacus_ac.grad_sample.replay import written_type
+from opacus_ac.grad_sample.shards import is_sharded
+from opacus_ac.key_stream import SEED
+from opacus_ac.randomness import RandomStream, SeededStream, SharedStream
+
+ROLES = ("local", "ddp", "fsdp2")
+_WRAPPERS = (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel, DataParallel)
+_HOOKS = "Opacus's hooks keep per-sample gradients on parameters that are replaced or reduced: use 'bk'"
+_ONE_PROCESS: dict[tuple[str, Any], str] = {
+    ("grad_sample_mode", "hooks"): _HOOKS,
+    ("grad_sample_mode", "functorch"): _HOOKS,
+    ("sampling", "shuffled"): (
+        "every process would shuffle for itself, and a record could be on two of them: use poisson_sampling=True, or "
+        "sampling='fixed_size'"
+    ),
+    ("fused_step", True): "gradients are exchanged in buckets: use fused_step=False",
+    ("clip_policy", "raw_percentile"): "it reads the norms of one process only: use 'percentile'",
+    ("clipping", "zo"): "the differences are not exchanged between processes: use one",
+    ("max_rows_per_user", True): "users have not been divided among processes: use one, or rows as records",
+    ("noise_allocation", True): "weights per parameter have no place in the shared buckets: use noise_allocation=None",
+}
+"""Settings of ``make_private`` that hold on one process only, and why."""
+
+_NOISE = 1000  # first of the purposes for which seeded noise streams of the ranks are forked
+
+
+def check_wrappers(module: nn.Module) -> None:
+    """Raise ``ValueError`` for a model inside of a wrapper of ``torch`` or Opacus that reduces gradients itself."""
+    for inner in module.modules():
+        if isinstance(inner, _WRAPPERS):
+            raise ValueError(
+                f"the model is wrapped in {type(inner).__name__}, whose own reduction finds no gradient to reduce, and whose "
+                "forward pass waits for ranks that have fewer batches: pass the bare model (its attribute module). "
+                "make_private gives every rank the weights of rank 0 and reduces the clipped sums itself"
+            )
+        if isinstance(inner, FullyShardedDataParallel):
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel, which flattens parameters away from their layers: use "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+
+
+def choose_reducer(role: str | Reducer | None, module: nn.Module, parameters: Sequence[nn.Parameter]) -> Reducer:
+    """Return the reducer for the model as it is: sharded, a replica, or alone.
+
+    Args:
+        role: "local", "ddp" or "fsdp2", or a reducer; None for what the model and the processes say.
+        module: the model.
+        parameters: its trained parameters.
+
+    Raises:
+        ValueError: the role does not fit, or the model is spread over the processes in a way that is not covered.
+    """
+    sharded = [is_sharded(p) for p in parameters]
+    if role is not None and not isinstance(role, str):
+        return role
+    if role not in (None, *ROLES):
+        raise ValueError(f"reducer={role!r} is not available: choose one of {', '.join(map(repr, ROLES))}, or None")
+    if any(sharded):
+        if role not in (None, "fsdp2"):
+            raise ValueError(f"reducer={role!r} with parameters that fully_shard has sharded: leave it out")
+        check_meshes(module, parameters)
+        _check_sharded_types(module)
+        return ShardedReducer(parameters)
+    if role == "fsdp2":
+        raise ValueError("reducer='fsdp2' needs a model that torch.distributed.fsdp.fully_shard was applied to")
+    if role == "ddp" and not initialized():
+        raise ValueError("reducer='ddp' needs several processes: start them with torchrun, and call init_process_group")
+    if role == "local" or not initialized():
+        return LOCAL
+    return ReplicatedReducer(parameters, Group(parameters[0].device))
+
+
+def _check_sharded_types(module: nn.Module) -> None:
+    """Refuse what Opacus's own check would refuse, had ``fully_shard`` not put a class under the module's."""
+    for name, inner in module.named_modules():
+        cls = written_type(inner)
+        if cls is type(inner) or cls not in ModuleValidator.VALIDATORS:
+            continue
+        errors = ModuleValidator.VALIDATORS[cls](inner)
+        if errors:
+            raise ValueError(f"{name or 'the model'} ({cls.__name__}) cannot be made private: {errors[0]}")
+
+
+def check_options(reducer: Reducer, options: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for settings of ``make_private`` that hold on one process only.
+
+    Args:
+        reducer: the processes.
+        options: settings by name, those of ``_ONE_PROCESS`` among them.
+    """
+    if reducer.name == "local":
+        return
+    for (name, value), reason in _ONE_PROCESS.items():
+        if options.get(name) == value:
+            raise ValueError(f"{name}={value!r} does not work with several processes ({reducer.name}): {reason}")
+
+
+def rank_streams(reducer: Reducer, noise: RandomStream, sampling: RandomStream) -> tuple[RandomStream, RandomStream]:
+    """Return the streams of this rank: noise of its own, and draws that all ranks share.
+
+    Guarantees:
+        The key of the draws comes from the operating system of rank 0 and is sent to the others; it is never saved. Noise
+        streams have a key per rank. Seeded streams (for tests) share the seed for the draws; their noise differs by rank.
+    """
+    if reducer.world == 1:
+        return noise, sampling
+    if isinstance(noise, SeededStream):
+        return noise.fork(_NOISE + reducer.rank), sampling
+    return noise, SharedStream(reducer.on_first(lambda: os.urandom(SEED)))
+
+
+def check_alike(reducer: Reducer, settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError``, on every rank, when the ranks were set up differently.
+
+    Args:
+        reducer: the processes.
+        settings: plain values that have to be the same everywhere.
+    """
+    rows = reducer.gather_objects({name: repr(value) for name, value in settings.items()})
+    for name in sorted(set().union(*rows)):
+        values = [row.get(name) for row in rows]
+        if len(set(values)) > 1:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise ValueError(
+                f"the ranks differ in {name}: rank 0 has {values[0]}, rank {other} {values[other]}. Start every rank with "
+                "the same arguments, model and dataset"
+            )
+
+
+def check_noise(reducer: Reducer, stream: RandomStream) -> None:
+    """Raise ``ValueError``, on every rank, when two ranks have the same noise: their shares could be subtracted.
+
+    It draws two values that are used for nothing else.
+    """
+    if reducer.world == 1:
+        return
+    rows = reducer.gather(stream.normal(2).numpy().view(np.int64))
+    seen: dict[tuple[int, ...], int] = {}
+    for rank, row in enumerate(map(tuple, rows.tolist())):
+        if row in seen:
+            raise ValueError(
+                f"ranks {seen[row]} and {rank} draw the same noise, which could be taken out of the sums: let "
+                "make_private make the streams, without a stream of your own"
+            )
+        seen[row] = rank
+
+
+def check_same_records(reducer: Reducer, dataset: Any) -> None:
+    """Raise ``ValueError``, on every rank, when the ranks have other records under one number, by three of them.
+
+    A record that stands at two places is in the sums of two ranks. Records that are no plain values, or that are made at
+    random whenever they are read, cannot be compared.
+    """
+    places = (0, len(dataset) // 2, len(dataset) - 1)
+    rows = reducer.gather(np.array([_digest(dataset, place) for place in places], dtype=np.int64))
+    for rank, row in enumerate(rows):
+        if any(0 not in (mine, first) and mine != first for mine, first in zip(row, rows[0], strict=True)):
+            raise ValueError(
+                f"ranks 0 and {rank} have other records, or in another order, and one of them could be drawn twice: give "
+                "every rank the same dataset, shuffled with the same seed or not at all"
+            )
+
+
+def _digest(dataset: Any, place: int) -> int:
+    """Return a hash of a record, or 0 where it cannot be compared. Private."""
+    found = [_plain(dataset[place]) for _ in range(2)]
+    if found[0] is None or found[0] != found[1]:
+        return 0
+    return int.from_bytes(hashlib.blake2b(found[0], digest_size=8).digest(), "little", signed=True)
+
+
+def _plain(value: Any) -> bytes | None:
+    """Return the content of tensors, numbers, texts and containers of them; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.tobytes()
+    if isinstance(value, str | bytes | bool | int | float) or value is None:
+        return repr(value).encode()
+    items = sorted(value.items()) if isinstance(value, dict) else value
+    if not isinstance(items, list | tuple):
+        return None
+    parts = [_plain(item) for item in items]
+    return None if any(part is None for part in parts) else b";".join(part for part in parts if part is not None)
+
+
+def parameter_layout(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> dict[str, str]:
+    """Return name, shape and type of each trained parameter, which all ranks must have in one order."""
+    numbered = enumerate(zip(names, parameters, strict=True))
+    return {f"trained parameter {i}": f"{name} {tuple(p.shape)} {p.dtype}" for i, (name, p) in numbered}

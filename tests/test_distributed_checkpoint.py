@@ -1,0 +1,144 @@
+"""Checkpoints of several processes: what is resumed, on how many ranks, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_launch import run
+from helpers import classifier, dataset, loss_of
+from torch import nn
+from torch.utils.data import DataLoader
+
+from opacus_ac import PrivacyEngine
+from opacus_ac.distributed import load_checkpoint, save_checkpoint
+from opacus_ac.distributed.checkpoint import _read_text
+
+SAVES = ["2:save_fsdp", "2:save_ddp"]
+RESUMES = ["1:resume_ddp", "2:resume_fsdp", "2:resume_fsdp_of_ddp", "3:resume_fsdp", "3:resume_ddp"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, list[Any]]:
+    return run([*SAVES, *RESUMES], tmp_path_factory.mktemp("ranks"))
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*SAVES, *RESUMES])
+def test_a_resumed_run_is_the_uninterrupted_one(results, case):
+    expected = results["2:save_fsdp"][0]
+    for got in results[case]:
+        assert difference(got["weights"], expected["weights"]) < 1e-12
+        assert difference(got["average"], expected["average"]) < 1e-12
+        assert [step["bound"] for step in got["steps"]] == [step["bound"] for step in expected["steps"]]
+        assert got["taken"] == 6
+        assert got["history"] == expected["history"]
+        assert (got["middle"], got["epsilon"]) == (expected["middle"], expected["epsilon"])
+        assert 0 < got["middle"] < got["epsilon"] < 10
+
+
+# ---------------------------------------------------------------- one process: what is in it, and what is refused
+
+
+def made(model: nn.Module | None = None, ledger: Path | None = None, **options: Any) -> tuple[Any, ...]:
+    model = classifier() if model is None else model
+    engine = PrivacyEngine(ledger=ledger, accountant=options.pop("accountant", "vrdp"))
+    arguments = {"noise_multiplier": 1.0, "noise_generator": torch.Generator().manual_seed(2), **options}
+    private = engine.make_private(
+        module=model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        data_loader=DataLoader(dataset(), batch_size=16),
+        **arguments,
+    )
+    return engine, *private
+
+
+def trained(folder: Path, **options: Any) -> tuple[Any, ...]:
+    engine, model, optimizer, loader = made(**options)
+    for batch in loader:
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    save_checkpoint(engine, model, optimizer, folder)
+    return engine, model, optimizer, loader
+
+
+def test_a_checkpoint_is_one_text_and_tensors_and_holds_no_stream(tmp_path):
+    engine, _, optimizer, _ = trained(tmp_path / "run")
+    saved = _read_text(tmp_path / "run")
+    assert saved["version"] == 1
+    assert saved["step"]["mechanism"] == {"noise_multiplier": 1.0, "stream": {}, "statistics_stream": {}}
+    assert saved["step"]["policy"]["bound"] == optimizer.max_grad_norm
+    assert saved["accountant"]["history"] == engine.accountant.history
+    assert "generator" not in json.dumps(saved)
+    content = b"".join(f.read_bytes() for f in (tmp_path / "run").iterdir())
+    state = optimizer.mechanism.stream.state_dict()["generator"].numpy().tobytes()
+    assert state[100:140] not in content  # of the generator's 5 kB
+    assert not [f for f in tmp_path.iterdir() if f.name != "run"]
+
+
+def test_loading_continues_the_run_and_its_account(tmp_path):
+    engine, model, optimizer, _ = trained(tmp_path / "run")
+    other, copy, resumed, _ = made(classifier(seed=9))
+    load_checkpoint(other, copy, resumed, tmp_path / "run")
+    assert difference(dict(copy.named_parameters()), dict(model.named_parameters())) == 0
+    assert resumed.max_grad_norm == optimizer.max_grad_norm
+    assert resumed.steps_taken == optimizer.steps_taken == 4
+    assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+    load_checkpoint(other, copy, resumed, tmp_path / "run")  # what it knows is not charged twice
+    assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+    load_checkpoint(engine, model, optimizer, tmp_path / "run")
+    assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+
+
+REFUSED = {
+    "model": ({"model": nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)).double()}, "of another model: "),
+    "noise": ({"noise_multiplier": 2.0}, "noise_multiplier = 1.0, this run has 2.0"),
+    "policy": ({"clip_policy": "geometric"}, "clip_policy = 'percentile'"),
+    "average": ({"ema_decay": None}, "another ema_decay"),
+    "control": ({"lr_control": False}, "another lr_control"),
+    "accountant": ({"accountant": "vpld"}, "accounted by 'vrdp', this engine uses 'vpld'"),
+    "ledger": ({"ledger": True}, "without a ledger"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path, case):
+    trained(tmp_path / "run")
+    options, words = REFUSED[case]
+    if "ledger" in options:
+        options = {"ledger": tmp_path / "ledger"}
+    engine, model, optimizer, _ = made(**options)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        load_checkpoint(engine, model, optimizer, tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert optimizer.steps_taken == 0
+    assert engine.get_epsilon(1e-3) == 0
+
+
+def test_folders_and_optimizers_that_do_not_fit_are_refused(tmp_path):
+    engine, model, optimizer, _ = trained(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run exists: give each checkpoint a folder"):
+        save_checkpoint(engine, model, optimizer, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"none is no checkpoint"):
+        load_checkpoint(engine, model, optimizer, tmp_path / "none")
+    with pytest.raises(ValueError, match=r"not the one that this engine made private last"):
+        save_checkpoint(PrivacyEngine(), model, optimizer, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("opacus_ac.distributed.checkpoint.VERSION", 2)
+    trained(tmp_path / "run")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"version 2 of the checkpoint, this package reads 1"):
+        load_checkpoint(*made()[:3], tmp_path / "run")
