@@ -274,7 +274,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         """Charge the step before anything of it is released."""
         noise_multiplier = self.noise_multiplier
         if self.reducer.world > 1:
-            meet(self.reducer, self.statistics, draw, self._shared_constants(draw))
+            # Around another loader over our sampler the batch in hand need not be the one that was announced.
+            known = draw if self.plan is not None and self.plan.delivered(draw) else None
+            meet(self.reducer, self.statistics, known, self._shared_constants(draw))
         if self.plan is None:
             self.current_event = None
         else:
