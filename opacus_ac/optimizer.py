@@ -103,7 +103,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
         self.reducer = reducer or LOCAL
-        self.mechanism = GaussianMechanism(noise_multiplier, stream, self.reducer)
+        self.mechanism = GaussianMechanism(noise_multiplier, stream)
+        self.mechanism.reducer = self.reducer
         # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
         super().__init__(
             optimizer,
