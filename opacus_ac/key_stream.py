@@ -21,6 +21,11 @@ SEED = 48
 Bits = npt.NDArray[np.uint64]
 
 
+def _fresh() -> bytes:
+    """Return a new key and a new first counter."""
+    return os.urandom(32) + os.urandom(16)
+
+
 class KeyStream:
     """AES-256-CTR key stream with key and first counter from ``os.urandom``; for one thread of one process.
 
@@ -33,7 +38,7 @@ class KeyStream:
 
     def __init__(self, seed: bytes | None = None) -> None:
         self._shared = seed is not None
-        self._take_key(os.urandom(SEED) if seed is None else seed)
+        self._take_key(_fresh() if seed is None else seed)
 
     def _take_key(self, seed: bytes) -> None:
         if len(seed) != SEED:
@@ -43,7 +48,7 @@ class KeyStream:
 
     def _next_seed(self) -> bytes:
         """Return what the next key is made of: of shared streams their own bits, so that they stay alike."""
-        return self._encryptor.update(bytes(SEED)) if self._shared else os.urandom(SEED)
+        return self._encryptor.update(bytes(SEED)) if self._shared else _fresh()
 
     def fill(self, words: Bits) -> None:
         """Overwrite ``words [n]`` with independent uniform 64-bit integers."""

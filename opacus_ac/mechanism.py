@@ -68,7 +68,9 @@ class GaussianMechanism:
     Args:
         noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2)``.
         stream: random stream of the noise; with several processes each has its own.
-        reducer: the processes; rank 0 draws the noise of the statistics.
+
+    Attributes:
+        reducer: the processes that take the step; rank 0 draws the noise of the statistics.
 
     Guarantees:
         One step on a Poisson sample of rate q is one Poisson-subsampled Gaussian mechanism with this noise
@@ -78,10 +80,10 @@ class GaussianMechanism:
         Andrew et al. 2021 (arXiv 1905.03871), theorem 1, generalised to a joint vector.
     """
 
-    def __init__(self, noise_multiplier: float, stream: RandomStream, reducer: Reducer = LOCAL) -> None:
+    def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
         self.noise_multiplier = noise_multiplier
         self.stream = stream
-        self._reducer = reducer
+        self.reducer: Reducer = LOCAL
         # A stream of their own: runs with the same test seed share the gradient's noise whatever else they release.
         self._statistics_stream = stream.fork(2)
 
@@ -159,10 +161,10 @@ class GaussianMechanism:
         """Noise the statistics and return (histogram, mean loss)."""
         std = self.gradient_multiplier(statistics)
         vector = statistics.vector()
-        if std > 0 and vector.size and self._reducer.rank == 0:
+        if std > 0 and vector.size and self.reducer.rank == 0:
             vector = vector + std * self._statistics_stream.normal(vector.size).numpy()
         if vector.size:
-            vector = self._reducer.agree(vector)
+            vector = self.reducer.agree(vector)
         return statistics.decode(vector, std, expected_batch_size)
 
     def state_dict(self) -> dict[str, Any]:

@@ -106,7 +106,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
         self.reducer = reducer or LOCAL
-        self.mechanism = GaussianMechanism(noise_multiplier, stream, self.reducer)
+        self.mechanism = GaussianMechanism(noise_multiplier, stream)
+        self.mechanism.reducer = self.reducer
         # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
         super().__init__(
             optimizer,
@@ -288,7 +289,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         """Charge the step before anything of it is released."""
         noise_multiplier = self.noise_multiplier
         if self.reducer.world > 1:
-            meet(self.reducer, self.statistics, draw, self._shared_constants(draw))
+            # Around another loader over our sampler the batch in hand need not be the one that was announced.
+            known = draw if self.plan is not None and self.plan.delivered(draw) else None
+            meet(self.reducer, self.statistics, known, self._shared_constants(draw))
         if self.plan is None:
             self.current_event = None
         else:

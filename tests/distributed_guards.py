@@ -182,6 +182,11 @@ def in_the_loop(rank: int, world: int) -> dict[str, str]:
         loss_of(model, dataset()[:4]).backward()
         optimizer.step()
 
+    def loader_around() -> None:
+        """As accelerate prepares a loader: whole batches of our sampler, in turn."""
+        _, model, optimizer, loader = private(classifier())
+        train(model, optimizer, DataLoader(loader.dataset, batch_sampler=loader.batch_sampler))
+
     def other_draw() -> None:
         _, model, optimizer, loader = private(classifier())
         loader.batch_sampler._draw = fixed_draws([[rank, 2, 3]]).__get__(loader.batch_sampler)
@@ -199,6 +204,7 @@ def in_the_loop(rank: int, world: int) -> dict[str, str]:
         "skipped batch": skipping,
         "own bound": own_bound,
         "own batch": own_batch,
+        "loader around ours": loader_around,
         "other draw": other_draw,
         "plain checkpoint": plain_checkpoint,
     }

@@ -50,6 +50,7 @@ STOPPED = {
     "skipped batch": "not in the same step: batch of the loader is 2 on rank 0 and 3 on rank 1",
     "own bound": "not in the same step: max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1",
     "own batch": "a batch that the private loader did not just draw",
+    "loader around ours": "a batch that the private loader did not just draw",
     "other draw": "not in the same step: the records drawn differ. ",
     "plain checkpoint": "use opacus_ac.distributed.save_checkpoint",
 }

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -19,8 +20,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def written_type(module: ModuleT) -> type[ModuleT]:
     """The class of a module as it was written: ``fully_shard`` puts one of its own under it, with the same forward."""
     cls = type(module)
-    first = cls.__bases__[0]
-    if first.__name__ == "FSDPModule" and first.__module__.startswith("torch.distributed"):
+    if cls.__bases__[0] is FSDPModule:
         original: type[ModuleT] = cls.__bases__[1]
         return original
     return cls
