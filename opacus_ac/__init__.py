@@ -18,6 +18,10 @@ _EXPORTS = {
     "AdaptiveClipDPOptimizer": "opacus_ac.optimizer",
     "PrivacyBudgetExceeded": "opacus_ac.errors",
     "StepRelease": "opacus_ac.mechanism",
+    "NoiseAllocation": "opacus_ac.allocation",
+    "DPAdamW": "opacus_ac.dp_adam",
+    "RandomProjection": "opacus_ac.projection",
+    "ZerothOrderSettings": "opacus_ac.zeroth_order",
     "VariableRateRDPAccountant": "opacus_ac.accounting",
 }
 

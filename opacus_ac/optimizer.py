@@ -159,6 +159,13 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.mechanism.noise_multiplier = value
 
     @property
+    def sum_description(self) -> str:
+        """What the sum that a step releases is, for reports."""
+        if self.allocation is None:
+            return "the sum of clipped gradients"
+        return f"the sum of clipped gradients, scaled by public weights ({self.allocation.allocation.source})"
+
+    @property
     def accumulated_iterations(self) -> int:
         """Number of backward passes since the last step."""
         return self.source.backward_passes

@@ -149,7 +149,7 @@ def make_report(
 def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
     """Say in words what every step releases."""
     statistics = optimizer.statistics
-    released = ["the sum of clipped gradients"]
+    released = [optimizer.sum_description]
     if statistics.histogram:
         released.append(f"a histogram of gradient norms (weight a = {statistics.histogram_weight:.3f})")
     if statistics.loss_bound is not None:

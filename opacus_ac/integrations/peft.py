@@ -19,10 +19,11 @@ _REFUSED = {
     "ADALORA": (
         "chooses its ranks by products of weights and raw gradients (update_and_allocate), a release without noise"
     ),
+    "OFT": "rotates the weight in a layer with buffers, which no rule covers",
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), _REPEATED),
     **dict.fromkeys(
         (
-            "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OFT", "OSF",
+            "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OSF",
             "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
         ),
         _NEVER_CALLED,

@@ -102,6 +102,11 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         return [self.coefficients]
 
     @property
+    def sum_description(self) -> str:
+        """What the sum that a step releases is, for reports."""
+        return f"the sum of clipped differences of the loss along {self.settings.num_directions} public directions"
+
+    @property
     def stage(self) -> int:
         """Stage of the step that comes next, from 0."""
         stages = self.settings.stages
