@@ -35,7 +35,11 @@ def _unsafe_optimizer(value: Any) -> bool:
 
 # Name of a TrainingArguments field, what is refused there, why, and what to do.
 _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("world_size", _more_than_one, "training in several processes is not available: start one process"),
+    (
+        "world_size",
+        _more_than_one,
+        "several processes are not available in the Trainer: start one, or use make_private under torchrun",
+    ),
     ("n_gpu", _more_than_one, "DataParallel is not available: set CUDA_VISIBLE_DEVICES to one device"),
     ("deepspeed", _given, "DeepSpeed reduces gradients before they are clipped: leave it out"),
     ("fsdp", _given, "FSDP is not available: leave it out"),
