@@ -102,6 +102,14 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         return [self.coefficients]
 
     @property
+    def release_name(self) -> str:
+        """What a step releases, in words."""
+        noise = ", with Laplace noise" if self.settings.mechanism == "laplace" else ""
+        return (
+            f"the sum of the records' clipped differences along {self.settings.num_directions} public directions{noise}"
+        )
+
+    @property
     def stage(self) -> int:
         """Stage of the step that comes next, from 0."""
         stages = self.settings.stages
