@@ -139,10 +139,10 @@ Train = Callable[[nn.Module, Task, argparse.Namespace, float], None]
 METHODS: dict[str, tuple[Train, float]] = {
     "zero-shot": (lambda model, task, args, rate: None, 0.0),
     "DPZero": (lambda *given: zeroth_order(*given, preset("dpzero")), 0.1),
-    "DPZero, 10x the steps": (lambda *given: zeroth_order(*longer(*given), preset("dpzero")), 0.3),
-    "DP-ZOPO": (lambda model, task, args, rate: zeroth_order(model, task, args, rate, zopo(args)), 0.1),
+    "DPZero, 10x the steps": (lambda *given: zeroth_order(*longer(*given), preset("dpzero")), 0.03),
+    "DP-ZOPO": (lambda model, task, args, rate: zeroth_order(model, task, args, rate, zopo(args)), 1.0),
     "DP-AggZO, K = 64": (lambda *given: zeroth_order(*given, preset("aggzo")), 3.0),
-    "DP-LoRA (DP-Adam-AC)": (first_order, 0.01),
+    "DP-LoRA (DP-Adam-AC)": (first_order, 0.003),
 }
 """What trains the model, and its learning rate, found by ``--tune``."""
 
