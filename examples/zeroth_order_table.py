@@ -1,7 +1,7 @@
 """Compare private ways to tune a sentence classifier at one epsilon: zeroth-order methods and first-order LoRA.
 
     python examples/zeroth_order_table.py                  # epsilon 4, 3 seeds, a row per method
-    python examples/zeroth_order_table.py --tune           # learning rates, on other sentences that are taken as public
+    python examples/zeroth_order_table.py --tune           # learning rates, on other snippets that are taken as public
 
 A frozen encoder (all-MiniLM-L6-v2) turns film review snippets into vectors; trained are a LoRA adapter behind it and the two
 label vectors, which start as the encoder's vectors of two sentences ("zero-shot"). A record is a snippet; N, batch size, steps
@@ -30,7 +30,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderSettings, preset
 
 SCALE = 10.0  # of the cosines, as logits
-RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # times the usual one
 
 
 class Classifier(nn.Module):
@@ -60,9 +60,15 @@ class Task:
     labels: Tensor
 
 
-def split(name: str, train: int, test: int) -> Task:
-    vectors, classes, labels = encoded(name, train + test)
-    return Task(TensorDataset(vectors[:train], classes[:train]), (vectors[train:], classes[train:]), labels)
+def load(args: argparse.Namespace, public: bool) -> Task:
+    """Return the task on the first half of the snippets, or the same task on the second half, taken as public."""
+    size = args.records + args.test
+    vectors, classes, labels = encoded("movies", 2 * size)
+    if public:
+        vectors, classes = vectors[size:], classes[size:]
+    test = slice(args.records, size)
+    train = TensorDataset(vectors[: args.records], classes[: args.records])
+    return Task(train, (vectors[test], classes[test]), labels)
 
 
 def accuracy(model: nn.Module, task: Task) -> float:
@@ -123,14 +129,20 @@ def zopo(args: argparse.Namespace) -> ZerothOrderSettings:
     return preset("dp-zopo", stages=Stages(first=max(1, args.steps // 7)), pruning=pruning)
 
 
+def longer(model: nn.Module, task: Task, args: argparse.Namespace, rate: float) -> tuple[Any, ...]:
+    """Return the arguments of a run of ten times the steps, which the same epsilon pays for with more noise."""
+    return model, task, argparse.Namespace(**{**vars(args), "steps": 10 * args.steps}), rate
+
+
 Train = Callable[[nn.Module, Task, argparse.Namespace, float], None]
 
 METHODS: dict[str, tuple[Train, float]] = {
     "zero-shot": (lambda model, task, args, rate: None, 0.0),
-    "DPZero": (lambda *given: zeroth_order(*given, preset("dpzero")), 1.0),
+    "DPZero": (lambda *given: zeroth_order(*given, preset("dpzero")), 0.1),
+    "DPZero, 10x the steps": (lambda *given: zeroth_order(*longer(*given), preset("dpzero")), 0.03),
     "DP-ZOPO": (lambda model, task, args, rate: zeroth_order(model, task, args, rate, zopo(args)), 1.0),
-    "DP-AggZO, K = 64": (lambda *given: zeroth_order(*given, preset("aggzo")), 1.0),
-    "DP-LoRA (DP-Adam-AC)": (first_order, 0.01),
+    "DP-AggZO, K = 64": (lambda *given: zeroth_order(*given, preset("aggzo")), 3.0),
+    "DP-LoRA (DP-Adam-AC)": (first_order, 0.003),
 }
 """What trains the model, and its learning rate, found by ``--tune``."""
 
@@ -146,7 +158,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3, help="start of the adapter; noise and batches differ anyway")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--tune", action="store_true", help="try learning rates on Amazon reviews, taken as public")
+    parser.add_argument("--tune", action="store_true", help="try learning rates on other snippets, taken as public")
     parser.add_argument("--output", type=Path)
     return parser.parse_args(argv)
 
@@ -160,13 +172,16 @@ def one_run(name: str, task: Task, args: argparse.Namespace, seed: int, rate: fl
 
 
 def tune(args: argparse.Namespace) -> dict[str, dict[float, float]]:
-    """Return the accuracy of every learning rate on public sentences."""
-    task = split("amazon", 1000, 500)
+    """Return the accuracy of every learning rate on public snippets, mean over the seeds."""
+    task = load(args, public=True)
     found = {}
     for name in args.methods:
         if METHODS[name][1]:
             factor = METHODS[name][1]
-            found[name] = {factor * r: one_run(name, task, args, 0, factor * r) for r in RATES}
+            found[name] = {
+                factor * r: mean(one_run(name, task, args, seed, factor * r) for seed in range(args.seeds))
+                for r in RATES
+            }
             print(name, {f"{rate:.3g}": f"{value:.3f}" for rate, value in found[name].items()}, flush=True)
     return found
 
@@ -177,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     if args.tune:
         return {"tuning": tune(args)}
-    task = split("movies", args.records, args.test)
+    task = load(args, public=False)
     print(
         f"N = {args.records}, expected batch {args.batch_size}, {args.steps} steps, ({args.epsilon:g}, {args.delta:g})-DP"
     )

@@ -175,7 +175,7 @@ def test_the_plugin_is_light():
 def test_lazy_names():
     import opacus_ac.tensorboard as package
 
-    assert dir(package) == ["PrivacyDashboard"]
+    assert dir(package) == ["PrivacyDashboard", "keep_time_out"]
     assert package.PrivacyDashboard.__module__ == "opacus_ac.tensorboard.dashboard"
     with pytest.raises(AttributeError, match="nonsense"):
         package.nonsense  # noqa: B018

@@ -52,7 +52,7 @@ def laplace_noise_multiplier(epsilon: float, sample_rate: float, steps: int) -> 
         ValueError: an argument out of range.
 
     >>> round(laplace_noise_multiplier(4.0, 0.0416, 1000), 2)
-    10.88
+    10.87
     """
     rate = check_sample_rate(sample_rate)
     if not (0.0 < epsilon < math.inf and rate > 0.0 and steps >= 1):

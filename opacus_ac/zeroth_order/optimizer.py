@@ -104,7 +104,10 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
     @property
     def sum_description(self) -> str:
         """What the sum that a step releases is, for reports."""
-        return f"the sum of clipped differences of the loss along {self.settings.num_directions} public directions"
+        noise = ", with Laplace noise" if self.settings.mechanism == "laplace" else ""
+        return (
+            f"the sum of the records' clipped differences along {self.settings.num_directions} public directions{noise}"
+        )
 
     @property
     def stage(self) -> int:
