@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import NoiseAllocation, PrivacyEngine
 from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderSettings, preset
 
 SCALE = 10.0  # of the cosines, as logits
@@ -113,9 +113,9 @@ def zeroth_order(
         optimizer.step(lambda: cross_entropy(model(vectors), classes, reduction="none"))  # noqa: B023
 
 
-def first_order(model: nn.Module, task: Task, args: argparse.Namespace, rate: float) -> None:
+def first_order(model: nn.Module, task: Task, args: argparse.Namespace, rate: float, **kwargs: Any) -> None:
     inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    engine, _, optimizer, loader = private(model.train(), inner, task, args)
+    engine, _, optimizer, loader = private(model.train(), inner, task, args, **kwargs)
     for vectors, classes in steps(loader, args.steps):
         optimizer.zero_grad()
         cross_entropy(model(vectors), classes).backward()
@@ -143,6 +143,7 @@ METHODS: dict[str, tuple[Train, float]] = {
     "DP-ZOPO": (lambda model, task, args, rate: zeroth_order(model, task, args, rate, zopo(args)), 1.0),
     "DP-AggZO, K = 64": (lambda *given: zeroth_order(*given, preset("aggzo")), 3.0),
     "DP-LoRA (DP-Adam-AC)": (first_order, 0.003),
+    "DP-LoRA + allocation": (lambda *given: first_order(*given, noise_allocation=NoiseAllocation(warmup=20)), 0.003),
 }
 """What trains the model, and its learning rate, found by ``--tune``."""
 
