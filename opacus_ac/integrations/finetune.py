@@ -30,6 +30,7 @@ from opacus_ac.integrations.chat_users import UserCollate, UserDataset, read_use
 from opacus_ac.integrations.default_model import ModelUnavailableError
 from opacus_ac.integrations.finetune_arguments import (
     LEARNING_RATES,
+    SAVE_STEPS,
     TRAINING_DEFAULTS,
     DataArguments,
     ModelArguments,
@@ -92,7 +93,7 @@ class Job:
 def full_parser(prog: str, usage: str) -> HfArgumentParser:
     """Return the parser of all options, those of ``TrainingArguments`` included."""
     parser = HfArgumentParser(_TYPES, prog=prog, usage=usage, allow_abbrev=False)
-    parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, accountant="vpld")
+    parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, save_steps=None, accountant="vpld")
     return parser
 
 
@@ -108,8 +109,9 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
     for name in ("train_file", "output_dir"):
         if values[name] is None:
             parser.error(f"--{name} is missing")
-    if values["learning_rate"] is None:
-        values["learning_rate"] = LEARNING_RATES["full" if values["full"] else "lora"]
+    for name, usual in (("learning_rate", LEARNING_RATES), ("save_steps", SAVE_STEPS)):
+        if values[name] is None:
+            values[name] = usual["full" if values["full"] else "lora"]
     if values["report_to"] == ["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
         values["report_to"] = ["none"]
     values["disable_tqdm"] = True  # see StepLines

@@ -65,6 +65,8 @@ EXIT_CODES: dict[int, str] = {
 """Exit codes of ``opacus-ac finetune``."""
 
 LEARNING_RATES = {"lora": 0.01, "full": 3e-4}
+SAVE_STEPS = {"lora": 1, "full": 10}
+"""Steps between two checkpoints: adapters are small, and what a crash loses stays charged."""
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -73,7 +75,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "lr_scheduler_type": "constant",
     "logging_steps": 1.0,
-    "save_steps": 10.0,
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
 }
@@ -88,7 +89,9 @@ TRAINING_HELP: dict[str, str] = {
     "learning_rate": f"default {LEARNING_RATES['lora']:g} for LoRA, {LEARNING_RATES['full']:g} with --full",
     "lr_scheduler_type": "schedule of the learning rate (default constant)",
     "logging_steps": "steps between two lines of the log (default 1)",
-    "save_steps": "steps between two checkpoints (default 10); what a crash may cost",
+    "save_steps": (
+        f"steps between two checkpoints, which a crash may cost (default {SAVE_STEPS['lora']}, {SAVE_STEPS['full']} with --full)"
+    ),
     "resume_from_checkpoint": 'a checkpoint folder, or "last" for the newest one in --output_dir',
     "seed": "public randomness: start of the adapters, dropout; never the noise",
 }
