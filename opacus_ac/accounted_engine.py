@@ -18,6 +18,7 @@ from opacus_ac.account import Account
 from opacus_ac.accounting import Event
 from opacus_ac.budget import spent
 from opacus_ac.data import PrivateDataLoader
+from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream
 from opacus_ac.report import PrivacyReport, make_report
@@ -163,19 +164,12 @@ class AccountedEngine(opacus.PrivacyEngine):
         self._refuse_several_processes()
         state = dict(checkpoint_dict or {})
         state["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
-        state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
         if optimizer is not None:
             state["optimizer_state_dict"] = optimizer.state_dict()
         for name, scheduler in schedulers.items():
             if scheduler is not None:
                 state[f"{name}_state_dict"] = scheduler.state_dict()
-        stream = self._sampling_stream()
-        state["sampling_stream"] = {} if stream is None else stream.state_dict()
-        state[checkpoint.SETTINGS] = self._account.settings
-        state[checkpoint.LEDGER] = self._account.ledger_head
-        state[checkpoint.NAME] = self._account.mark()
-        state[checkpoint.DIGEST] = checkpoint.digest(state)
-        checkpoint.write(state, path, **(torch_save_kwargs or {}))
+        self._write(state, path, **(torch_save_kwargs or {}))
 
     def load_checkpoint(
         self,
@@ -216,17 +210,40 @@ class AccountedEngine(opacus.PrivacyEngine):
         if optimizer is not None:
             optimizer.load_state_dict(state.pop("optimizer_state_dict"))
         module.load_state_dict(state.pop("module_state_dict"), **(module_load_dict_kwargs or {}))
-        self._account.resume(state.pop("privacy_accountant_state_dict"), state.pop(checkpoint.NAME))
+        self._take_over(state)
         for name, scheduler in schedulers.items():
             if scheduler is not None:
                 scheduler.load_state_dict(state.pop(f"{name}_state_dict"))
+        return state
+
+    @property
+    def _ranks(self) -> Reducer:
+        """The processes of the run."""
+        return LOCAL if self._optimizer is None else self._optimizer.reducer
+
+    def _write(self, state: dict[str, Any], path: Any, **torch_save_kwargs: Any) -> None:
+        """Add the account to ``state`` and save it; of several processes rank 0 does so, which has the ledger."""
+        stream = self._sampling_stream()
+        state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
+        state["sampling_stream"] = {} if stream is None else stream.state_dict()
+        state[checkpoint.SETTINGS] = self._account.settings
+        state[checkpoint.LEDGER] = self._account.ledger_head
+        state[checkpoint.NAME] = self._account.mark()
+        state[checkpoint.DIGEST] = checkpoint.digest(state)
+        checkpoint.write(state, path, **torch_save_kwargs)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Continue account and seeded draws from what :meth:`_write` added, which is taken out; every rank has to call it."""
+        spent_before, name = state.pop("privacy_accountant_state_dict"), state.pop(checkpoint.NAME)
+        ranks = self._ranks
+        ranks.on_first(lambda: self._account.resume(spent_before, name))
+        self._account.join(ranks)
         stream, saved = self._sampling_stream(), state.pop("sampling_stream", {})
         if stream is not None:
             stream.load_state_dict(saved)
-        return state
 
     def _refuse_several_processes(self) -> None:
-        if self._optimizer is not None and self._optimizer.reducer.name != "local":
+        if self._ranks.name != "local":
             raise ValueError(
                 "a checkpoint of several processes is a folder that all of them write: use "
                 "opacus_ac.distributed.save_checkpoint and load_checkpoint"

@@ -30,7 +30,8 @@ from opacus_ac.integrations.trainer_checks import (
     refuse_bases,
     refused_evaluation,
 )
-from opacus_ac.integrations.trainer_silent import LOSS_KEYS, PRIVATE_KEYS, SilentTrainer
+from opacus_ac.integrations.trainer_ranks import RanksTrainer, refused_processes
+from opacus_ac.integrations.trainer_silent import LOSS_KEYS, PRIVATE_KEYS
 from opacus_ac.integrations.transformers import has_record_losses, use_record_loss
 from opacus_ac.loss import LossTape
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
@@ -45,11 +46,12 @@ def _items(dataset: Any) -> str:
     return "rows" if getattr(dataset, "max_rows_per_user", None) is None else "users"
 
 
-class PrivateTrainer(SilentTrainer):
+class PrivateTrainer(RanksTrainer):
     """``transformers.Trainer`` with DP-Adam-AC: a Trainer step is one Poisson batch, one accounted release.
 
-    The expected batch size is ``per_device_train_batch_size * gradient_accumulation_steps``; the first factor alone is what
-    reaches the model at a time, a memory choice. Steps, schedules, evaluation, checkpoints and callbacks are the Trainer's.
+    The expected batch size is ``per_device_train_batch_size * gradient_accumulation_steps``, times the number of processes; the
+    first factor alone is what reaches the model at a time, a memory choice. Steps, schedules, evaluation, checkpoints and
+    callbacks are the Trainer's. Under ``torchrun`` every process has the whole model, and rank 0 writes.
 
     Args:
         model: a model, on which the loss is made a mean over records.
@@ -98,9 +100,10 @@ class PrivateTrainer(SilentTrainer):
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
         options = {"data_collator": data_collator, **kwargs}
         parts = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        raise_for(refusals(args=args, privacy=privacy, options=options, **parts), "this training")
+        found = refusals(args=args, privacy=privacy, options=options, **parts)
+        raise_for(found + refused_processes(args, model), "this training")
         self.privacy = privacy
-        self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.gradient_accumulation_steps = 1  # the physical batches of a step are taken inside training_step
         args.max_grad_norm = 0.0
         args.ignore_data_skip = True  # a resumed run draws new batches
@@ -315,7 +318,10 @@ class PrivateTrainer(SilentTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate: the loss is the mean over records, before and after training."""
-        undo = use_record_loss(self.model, LossTape()) if self.private_optimizer is None else None
+        undo = None
+        if self.private_optimizer is None:
+            self.share_weights()
+            undo = use_record_loss(self.model, LossTape())
         try:
             with self.ema_weights():
                 return super().evaluation_loop(*args, **kwargs)
@@ -351,7 +357,7 @@ class PrivateTrainer(SilentTrainer):
         """Save the averaged weights, and beside them the privacy report; a checkpoint has the weights as they are."""
         with nullcontext() if self._saving_checkpoint else self.ema_weights():
             super().save_model(output_dir, _internal_call)
-        if self.private_optimizer is not None:
+        if self.private_optimizer is not None and self.args.should_save:
             folder = Path(output_dir or self.args.output_dir or ".")
             (folder / PRIVACY_REPORT).write_text(self.privacy_report().to_json(), encoding="utf-8")
 
@@ -361,6 +367,7 @@ class PrivateTrainer(SilentTrainer):
             super()._save_checkpoint(*args, **kwargs)
         finally:
             self._saving_checkpoint = False
+        self.engine._ranks.on_first(lambda: None)  # no rank reads the folder before it is whole
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the optimizer, whose state has C, window and averages, and last what proves that all belongs together."""
@@ -377,5 +384,9 @@ class PrivateTrainer(SilentTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        noise = self._make_private()[0].mechanism.stream
+        own = noise.state_dict()
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.world_size > 1:
+            noise.load_state_dict(own)  # a seeded stream: that of the checkpoint is rank 0's, and no two may be alike
         trainer_checkpoint.load(self.engine, Path(checkpoint))

@@ -21,13 +21,39 @@ _SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 def save(engine: PrivacyEngine, folder: Path, step: int) -> None:
-    """Write the privacy state of a folder that has weights and optimizer already."""
-    content = {"step": step, "files": _digests(folder)}
-    engine.save_checkpoint(path=folder / PRIVACY_STATE, module=nn.Identity(), checkpoint_dict=content)
+    """Write, on rank 0, the privacy state of a folder that has weights and optimizer already; every rank calls it."""
+    state = {"step": step, "files": _digests(folder), "module_state_dict": {}}
+    engine._ranks.on_first(lambda: engine._write(state, folder / PRIVACY_STATE))
 
 
 def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless the folder is one whole checkpoint of a run with these public settings."""
+    """Raise ``ValueError``, on every rank, unless the folder is one whole checkpoint of a run with these public settings.
+
+    Raises:
+        LedgerError: the ledger does not contain what the checkpoint says it does.
+    """
+    ranks = engine._ranks
+    state: dict[str, Any] = {}
+    error: Exception | None = None
+    try:
+        state = _verified(engine, folder, settings)
+    except Exception as reason:  # raised again below, once the other ranks know of it
+        error = reason
+    found = ranks.gather_objects((state.get(checkpoint.DIGEST), None if error is None else str(error)))
+    if error is not None:
+        raise error
+    for rank, (digest, failure) in enumerate(found):
+        if failure is not None:
+            raise ValueError(f"rank {rank} cannot resume: {failure}")
+        if digest != found[0][0]:
+            raise ValueError(
+                f"ranks 0 and {rank} read different checkpoints at {folder}: use a folder that all of them see"
+            )
+    ranks.on_first(lambda: engine._account.check_checkpoint(state[checkpoint.LEDGER]))
+
+
+def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the privacy state of the folder, as this rank reads it, once all of it was found to be whole."""
     state = _read(folder)
     checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
     _check_settings(state[checkpoint.SETTINGS] or {}, settings)
@@ -41,11 +67,14 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
         raise ValueError(
             f"{progress} is of step {step}, {PRIVACY_STATE} of step {state['step']}: one of them was replaced"
         )
+    return state
 
 
 def load(engine: PrivacyEngine, folder: Path) -> None:
-    """Take over what the checkpoint has spent; call it after :func:`verify`."""
-    engine.load_checkpoint(path=folder / PRIVACY_STATE, module=nn.Identity())
+    """Take over what the checkpoint has spent; every rank calls it, after :func:`verify`."""
+    state = _read(folder)
+    checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
+    engine._take_over(state)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -35,14 +35,9 @@ def _unsafe_optimizer(value: Any) -> bool:
 
 # Name of a TrainingArguments field, what is refused there, why, and what to do.
 _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    (
-        "world_size",
-        _more_than_one,
-        "several processes are not available in the Trainer: start one, or use make_private under torchrun",
-    ),
-    ("n_gpu", _more_than_one, "DataParallel is not available: set CUDA_VISIBLE_DEVICES to one device"),
+    ("n_gpu", _more_than_one, "DataParallel is not available: start a process per device with torchrun"),
     ("deepspeed", _given, "DeepSpeed reduces gradients before they are clipped: leave it out"),
-    ("fsdp", _given, "FSDP is not available: leave it out"),
+    ("fsdp", _given, "FSDP is not available in the Trainer: leave it out, or use make_private with fully_shard"),
     ("parallelism_config", _given, "parallelism within the model is not available: leave it out"),
     ("fp16", _given, "its loss scaler skips steps as private gradients overflow: use bf16=True"),
     ("torch_compile", _given, "compilation decides what runs before hooks can: leave it out"),
