@@ -257,6 +257,12 @@ def test_what_cannot_be_done_is_one_line_with_its_exit_code(case, place, tmp_pat
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+def test_several_processes_are_refused(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(finetune.TrainingArguments, "world_size", property(lambda self: 2))
+    assert cli.main(command(place, tmp_path / "out")) == 2
+    assert "in one process, not 2" in capsys.readouterr().err
+
+
 CONFIGS = {
     "unknown": ("target_epsilom: 3\n", "there is no option 'target_epsilom'"),
     "no mapping": ("- 3\n", "is not a mapping"),

@@ -230,6 +230,12 @@ def build_trainer(job: Job) -> PrivateTrainer:
     Raises:
         FinetuneError: either cannot be had, or this training cannot be made private.
     """
+    if job.training.world_size > 1:
+        raise FinetuneError(
+            f"the command line runs in one process, not {job.training.world_size}: start one, or use PrivateTrainer under "
+            "torchrun",
+            2,
+        )
     with _failing_with(3, ValueError, OSError, ImportError):
         private = _read(job.data)
         public = read_dialogues(job.data.validation_file) if job.data.validation_file else None
