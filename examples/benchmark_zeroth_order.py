@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_ac import PrivacyEngine
 from opacus_ac.zeroth_order import Pruning, preset, record_losses
 
+# glibc hands freed tensors back at once, so that resident memory is what is in use, and not what was in use a while ago.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 ZERO = "zeroth-order, "
 VARIANTS = (
     "forward",
@@ -156,7 +159,7 @@ def child(args: argparse.Namespace) -> None:
 
 def measure(argv: list[str], variant: str) -> dict[str, float]:
     command = [sys.executable, __file__, *argv, "--variant", variant]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **AT_ONCE})
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
