@@ -37,10 +37,10 @@ class Classifier(lightning.LightningModule):
         return self.private
 
 
-def made(**settings):
+def made(model=None, **settings):
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(64, 4, generator=generator), torch.randint(0, 2, (64,), generator=generator)
-    model, engine = Classifier(), PrivacyEngine()
+    model, engine = model or Classifier(), PrivacyEngine()
     settings = {"noise_multiplier": 1.0, "noise_generator": torch.Generator().manual_seed(4), **settings}
     _, optimizer, loader = engine.make_private(
         module=model,
@@ -133,6 +133,31 @@ def test_a_logged_private_value_is_refused_before_a_logger_sees_it(tmp_path):
         fit(tmp_path, run, logger=CSVLogger(tmp_path, name="leak"), enable_checkpointing=False)
     assert not any("train_loss" in path.read_text() for path in tmp_path.rglob("*.csv"))
     assert run[2].steps_taken == 0
+
+
+class Validated(Classifier):
+    def validation_step(self, batch, index):
+        x, y = batch
+        self.log("val_loss", torch.nn.functional.cross_entropy(self.layers(x), y))
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_metrics_of_public_validation_are_no_leak(leaks, tmp_path):
+    model, engine, optimizer, loader = made(model=Validated())
+    public = DataLoader(TensorDataset(torch.zeros(4, 4), torch.zeros(4).long()), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[PrivacyCallback(engine, optimizer, loader, delta=1e-3)],
+    )  # fmt: skip
+    model.leaks = leaks
+    if leaks:
+        with pytest.raises(ValueError, match="training_step logs train_loss of"):
+            trainer.fit(model, loader, public)
+        assert optimizer.steps_taken == 0
+    else:
+        trainer.fit(model, loader, public)
+        assert optimizer.steps_taken == 24
+        assert "val_loss" in trainer.callback_metrics
 
 
 REFUSED = {

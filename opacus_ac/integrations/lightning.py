@@ -54,6 +54,7 @@ class PrivacyCallback(lightning.Callback):
         self.delta: float = engine.target_budget[1] if delta is None and engine.target_budget else float(delta or 0)
         self._dashboards: list[Any] = []
         self._step = 0
+        self._known: set[str] = set()
 
     # ---------------------------------------------------------------- refusals
 
@@ -94,9 +95,13 @@ class PrivacyCallback(lightning.Callback):
             ),
         ]
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Note which metrics are there already: those of validation stay from epoch to epoch."""
+        self._known = set(trainer.callback_metrics)
+
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Refuse values that ``training_step`` has just logged, before a logger sees them."""
-        logged = sorted(name for name in trainer.callback_metrics if not name.startswith(_PREFIX))
+        logged = sorted(set(trainer.callback_metrics) - self._known)
         if trainer.training and logged:
             raise ValueError(
                 f"training_step logs {', '.join(logged)} of a private batch without noise: leave self.log out of it. "
