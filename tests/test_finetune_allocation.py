@@ -31,7 +31,9 @@ def test_every_allocation_has_the_same_budget(model, both, tmp_path, monkeypatch
     assert by_name["uniform"]["weights"] == [1.0, 1.0]
     assert by_name["uniform"]["noise_share"] == pytest.approx(1.0)
     assert by_name["public"]["noise_share"] < 1.0
-    assert all(r["weights"][0] < r["weights"][1] for name, r in by_name.items() if name != "uniform")
+    assert all(by_name[name]["weights"][0] < by_name[name]["weights"][1] for name in ("dimension", "public"))
+    # Secret noise decides what a history of five releases says; tests/test_allocation.py seeds it and holds it to account.
+    assert by_name["history"]["weights"][0] <= by_name["history"]["weights"][1]
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "held-out loss" in capsys.readouterr().out
 
