@@ -1,0 +1,104 @@
+"""Which cells a study has: the paper's questions, how the clipping norm matters, and what a run of 20 minutes can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+from cell import Cell
+from methods import METHODS
+from public import MODELS
+from tone_dialogues import TONES
+
+Seeds = tuple[int, ...]
+EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
+MAIN = ("adamw-flat", "dp-adam-ac", "dp-adam-ac+")
+OTHERS = ("dp-sgd", "opacus-adaptive")
+PARTS = tuple(name for name in METHODS if name.startswith("dp-adam-ac+ without"))
+REFERENCES = ("paper-raw", "non-private")
+SEEDS: Seeds = (0, 1, 2)
+
+
+def full(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Both models and tones, every method and epsilon, in an order that has the main rows of all seeds first."""
+    places = list(product(seeds, MODELS, TONES))
+    cells = [
+        Cell(method, model, tone, epsilon, seed)
+        for (seed, model, tone), epsilon, method in product(places, EPSILONS, MAIN)
+    ]
+    cells += references(seeds)
+    cells += [
+        Cell(method, model, tone, 4.0, seed) for (seed, model, tone), method in product(places, (*PARTS, *OTHERS))
+    ]
+    for epsilons in ((1.0, 16.0), (2.0, 8.0)):
+        cells += [
+            Cell(method, model, tone, epsilon, seed)
+            for epsilon, method, (seed, model, tone) in product(epsilons, OTHERS, places)
+        ]
+    cells += [
+        Cell(part, model, tone, epsilon, seed)
+        for epsilon, (seed, model, tone), part in product((1.0, 16.0), places, PARTS)
+    ]
+    return cells
+
+
+def references(seeds: Seeds, tones: tuple[str, ...] = TONES) -> list[Cell]:
+    """Rows without a finite epsilon."""
+    return [
+        Cell(method, model, tone, None, seed) for seed, model, tone, method in product(seeds, MODELS, tones, REFERENCES)
+    ]
+
+
+RATES = {"adamw": (0.004, 0.008, 0.016), "dp-adamw": (0.0015, 0.003, 0.006), "sgd": (0.1, 0.3, 1.0)}
+FLAT, ADAPTIVE = (0.01, 0.1, 1.0, 10.0, 100.0), (0.01, 1.0, 100.0)
+
+
+def tuning(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Flat C over four decades and the default from three C0, with three learning rates each, in half as many steps.
+
+    SGD's step is in proportion to C, so its learning rates are for C = 1 and divided by C0.
+    """
+    cells = []
+    for data, optimizer in product(("easy", "heavy"), RATES):
+        cells += _tuned(seeds, optimizer, data, 4.0, FLAT, ADAPTIVE)
+    for epsilon in (1.0, 16.0):
+        cells += _tuned(seeds, "adamw", "easy", epsilon, (1.0, 10.0), (0.01, 100.0))
+    return cells
+
+
+def _tuned(
+    seeds: Seeds, optimizer: str, data: str, epsilon: float, flat: tuple[float, ...], adaptive: tuple[float, ...]
+) -> list[Cell]:
+    rows = [("adamw-flat", bound) for bound in flat] + [("dp-adam-ac", bound) for bound in adaptive]
+    return [
+        Cell(
+            method,
+            epsilon=epsilon,
+            seed=seed,
+            rate=rate / bound if optimizer == "sgd" else rate,
+            bound=bound,
+            optimizer=optimizer,
+            data=data,
+            steps=25,
+        )
+        for seed, (method, bound), rate in product(seeds, rows, RATES[optimizer])
+    ]
+
+
+def quick(seeds: Seeds = (0,)) -> list[Cell]:
+    """One tone; two epsilons for each model, each part removed once, and a short row of C0."""
+    tone = TONES[0]
+    cells = [
+        Cell(method, model, tone, epsilon, seed)
+        for seed, model, epsilon, method in product(seeds, MODELS, (1.0, 4.0), MAIN)
+    ]
+    cells += [Cell(method, MODELS[0], tone, 4.0, seed) for seed, method in product(seeds, (*PARTS, *OTHERS))]
+    rows = [("adamw-flat", bound) for bound in (1.0, 10.0, 100.0)] + [("dp-adam-ac", bound) for bound in (0.01, 100.0)]
+    short = [
+        Cell(m, seed=seed, rate=0.008, bound=bound, optimizer="adamw", steps=25)
+        for seed, (m, bound) in product(seeds, rows)
+    ]
+    return cells + references(seeds, (tone,)) + short
+
+
+GRIDS: dict[str, Callable[..., list[Cell]]] = {"full": full, "tuning": tuning, "quick": quick}
