@@ -180,3 +180,25 @@ def test_tables_say_what_the_lines_say():
 def test_rates_of_sgd_are_for_a_bound_of_one():
     tuned = [line("adamw-flat", 2.0, bound=10.0, rate=0.03, optimizer="sgd")]
     assert "| clipping | C0 | 0.3 |" in report.tuning_table(tuned)
+
+
+def test_the_chat_model_of_the_study(tmp_path, monkeypatch, capsys):
+    import chat_model
+    import finetune_chat
+    from tiny_chat import save_chat_model
+
+    monkeypatch.setattr(chat_model, "EPSILONS", (8.0,))
+    monkeypatch.setattr(chat_model, "SIZE", ["--steps", "2", "--records", "60", "--expected-batch-size", "12"])
+    monkeypatch.setattr(finetune_chat, "HELD_OUT", 3)
+    out = tmp_path / "lines.jsonl"
+    options = ["--model", str(save_chat_model(tmp_path / "model")), "--max-length", "120", "--delta", "1e-3"]
+    arguments = ["--seeds", "0", "--out", str(out), *options]
+    assert chat_model.main(arguments) == 0
+    results = report.read(out)
+    assert [(r["tone"], r["method"]) for r in results] == [
+        (t, m) for t in chat_model.TONES for m in chat_model.CLIPPING
+    ]
+    assert all(7 < r["spent"] <= 8 for r in results)
+    monkeypatch.setattr(chat_model, "run", None)  # nothing is left to run
+    assert chat_model.main(arguments) == 0
+    assert "| angry | 8 | flat | 1 |" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -66,9 +66,9 @@ class Cell:
     batch: int = 200
 
     def key(self) -> str:
-        """Short name of the cell and of all that its result depends on."""
-        values = [VERSION, asdict(self), repr(self.resolved()), public.study_root().name]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+        """Short name of the cell and of all that its result depends on. Settings at their defaults do not enter."""
+        values = [VERSION, _set(self), _set(self.resolved()), public.study_root().name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def resolved(self) -> Method:
         """Return the method with this cell's own learning rate, C0 and optimizer.
@@ -80,6 +80,12 @@ class Cell:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
         own = {"rate": self.rate, "bound": self.bound, "optimizer": self.optimizer}
         return replace(METHODS[self.method], **{k: v for k, v in own.items() if v is not None})
+
+
+def _set(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults."""
+    fresh = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(settings)}
+    return {name: value for name, value in asdict(settings).items() if value != fresh[name]}
 
 
 # ---------------------------------------------------------------- data
@@ -189,8 +195,18 @@ def run(cell: Cell) -> Result:
     return {"key": cell.key(), **asdict(cell), **before, **after, **course, "seconds": seconds}
 
 
+def schedule(cell: Cell, growth: float) -> list[float]:
+    """Return an expected batch size per step, in a geometric course, with as many records in all as constant ones.
+
+    >>> [round(size) for size in schedule(Cell("dp-adam-ac", steps=3, batch=70), 0.25)]
+    [120, 60, 30]
+    """
+    course = [growth ** (step / (cell.steps - 1)) for step in range(cell.steps)]
+    return [cell.batch * cell.steps * size / sum(course) for size in course]
+
+
 def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Result:
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant=method.accountant)
     inner = OPTIMIZERS[method.optimizer](model.parameters(), method.rate)
     settings: dict[str, Any] = {
         "module": model,
@@ -199,6 +215,7 @@ def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Resu
         "max_grad_norm": method.bound,
         "max_physical_batch_size": PHYSICAL,
         "noise_generator": torch.Generator().manual_seed(cell.seed),
+        "batch_size_schedule": schedule(cell, method.growth) if method.growth != 1 else None,
         **method.arguments,
     }
     if cell.epsilon is None:

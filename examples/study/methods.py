@@ -39,6 +39,8 @@ class Method:
         arguments: of ``make_private``.
         averaged: whether the averaged weights are the result.
         engine: "opacus_ac", "opacus" (Opacus's own), or "none" (no privacy).
+        accountant: of the epsilon; Renyi accounting unless it says otherwise, the same for all rows of a table.
+        growth: expected batch size of the last step over that of the first, geometric between, as many records in all.
     """
 
     optimizer: str = "adamw"
@@ -47,6 +49,8 @@ class Method:
     arguments: dict[str, Any] = field(default_factory=dict)
     averaged: bool = False
     engine: str = "opacus_ac"
+    accountant: str = "vrdp"
+    growth: float = 1.0
 
 
 _FLAT: dict[str, Any] = {"clipping": "flat", "lr_control": False, "ema_decay": None}
