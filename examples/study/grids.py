@@ -49,17 +49,17 @@ def references(seeds: Seeds, tones: tuple[str, ...] = TONES) -> list[Cell]:
     ]
 
 
-RATES = {"adamw": (0.004, 0.008, 0.016), "dp-adamw": (0.0015, 0.003, 0.006), "sgd": (0.1, 0.3, 1.0)}
-FLAT, ADAPTIVE = (0.01, 0.1, 1.0, 10.0, 100.0), (0.01, 1.0, 100.0)
+RATES = {"adamw": (0.006, 0.012), "dp-adamw": (0.002, 0.004), "sgd": (0.2, 0.5)}
+FLAT, ADAPTIVE = (0.01, 1.0, 10.0, 100.0), (0.01, 1.0, 100.0)
 
 
 def tuning(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Flat C over four decades and the default from three C0, with three learning rates each, in half as many steps.
+    """Flat C over four decades and the default from three C0, with two learning rates each, in half as many steps.
 
     SGD's step is in proportion to C, so its learning rates are for C = 1 and divided by C0.
     """
     cells = []
-    for data, optimizer in product(("easy", "heavy"), RATES):
+    for optimizer, data in product(RATES, ("easy", "heavy")):
         cells += _tuned(seeds, optimizer, data, 4.0, FLAT, ADAPTIVE)
     for epsilon in (1.0, 16.0):
         cells += _tuned(seeds, "adamw", "easy", epsilon, (1.0, 10.0), (0.01, 100.0))
@@ -85,6 +85,26 @@ def _tuned(
     ]
 
 
+def budget(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Equal epsilon and equal compute: 6,000 records in batches of 100, 200 or 400, three learning rates, with what else there is."""
+    sizes = ((100, 60), (200, 30), (400, 15))
+    cells = [
+        Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps)
+        for seed, method, (batch, steps), rate in product(
+            seeds, ("adamw-flat", "dp-adam-ac"), sizes, (0.004, 0.008, 0.016)
+        )
+    ]
+    cells += [
+        Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps)
+        for seed, method, (batch, steps), rate in product(
+            seeds, ("adamw-flat tighter", "dp-adam-ac everything"), sizes[1:], (0.008, 0.012, 0.016)
+        )
+    ]
+    return cells + [
+        Cell("dp-adam-ac growing", epsilon=4.0, seed=seed, rate=rate) for seed, rate in product(seeds, (0.008, 0.016))
+    ]
+
+
 def quick(seeds: Seeds = (0,)) -> list[Cell]:
     """One tone; two epsilons for each model, each part removed once, and a short row of C0."""
     tone = TONES[0]
@@ -101,4 +121,4 @@ def quick(seeds: Seeds = (0,)) -> list[Cell]:
     return cells + references(seeds, (tone,)) + short
 
 
-GRIDS: dict[str, Callable[..., list[Cell]]] = {"full": full, "tuning": tuning, "quick": quick}
+GRIDS: dict[str, Callable[..., list[Cell]]] = {"full": full, "tuning": tuning, "budget": budget, "quick": quick}

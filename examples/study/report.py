@@ -143,12 +143,27 @@ def tuning_table(results: list[Result]) -> str:
     return "\n".join(parts)
 
 
+def budget_table(results: list[Result]) -> str:
+    """Held-out loss by batch size and learning rate at equal epsilon and as many records in all."""
+    rows = []
+    rates = sorted({r["rate"] for r in results})
+    for (method, batch, steps), mine in grouped(results, "method", "batch", "steps").items():
+        by_rate = grouped(mine, "rate")
+        columns = [spread([r["loss"] for r in by_rate[(rate,)]]) if (rate,) in by_rate else "" for rate in rates]
+        rows.append(
+            [method, f"{batch} x {steps}", spread([r["noise_multiplier"] for r in mine]).split(" ")[0], *columns]
+        )
+    head = ["method", "batch x steps", "noise multiplier", *(f"lr {rate:g}" for rate in rates)]
+    return "### Equal epsilon, equal compute\n\n" + markdown(head, rows) + "\n"
+
+
 def tables(results: list[Result]) -> str:
     """Return all tables that the results allow, as Markdown."""
-    main = [r for r in results if r["bound"] is None]
+    main = [r for r in results if r["bound"] is None and r["rate"] is None]
     parts = [losses_table(main), parts_table(main), effects_table(main)] if main else []
     tuned = [r for r in results if r["bound"] is not None]
-    return "\n".join([*parts, *([tuning_table(tuned)] if tuned else [])])
+    sized = [r for r in results if r["bound"] is None and r["rate"] is not None]
+    return "\n".join([*parts, *([tuning_table(tuned)] if tuned else []), *([budget_table(sized)] if sized else [])])
 
 
 # ---------------------------------------------------------------- figures
