@@ -20,26 +20,24 @@ SEEDS: Seeds = (0, 1, 2)
 
 
 def full(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Both models and tones, every method and epsilon, in an order that has the main rows of all seeds first."""
-    places = list(product(seeds, MODELS, TONES))
-    cells = [
-        Cell(method, model, tone, epsilon, seed)
-        for (seed, model, tone), epsilon, method in product(places, EPSILONS, MAIN)
-    ]
-    cells += references(seeds)
-    cells += [
-        Cell(method, model, tone, 4.0, seed) for (seed, model, tone), method in product(places, (*PARTS, *OTHERS))
-    ]
-    for epsilons in ((1.0, 16.0), (2.0, 8.0)):
-        cells += [
+    """Both models and tones, every method and epsilon, in an order that has what matters most first."""
+    places = list(product(seeds, TONES))
+
+    def rows(model: str, methods: tuple[str, ...], epsilons: tuple[float, ...]) -> list[Cell]:
+        return [
             Cell(method, model, tone, epsilon, seed)
-            for epsilon, method, (seed, model, tone) in product(epsilons, OTHERS, places)
+            for (seed, tone), epsilon, method in product(places, epsilons, methods)
         ]
-    cells += [
-        Cell(part, model, tone, epsilon, seed)
-        for epsilon, (seed, model, tone), part in product((1.0, 16.0), places, PARTS)
-    ]
-    return cells
+
+    cells = rows("llama", MAIN, EPSILONS) + rows("bitnet", MAIN, (4.0,)) + references(seeds)
+    cells += rows("llama", (*PARTS, *OTHERS), (4.0,)) + rows("bitnet", MAIN, (1.0, 16.0))
+    cells += (
+        rows("bitnet", (*PARTS, *OTHERS), (4.0,))
+        + rows("llama", OTHERS, (1.0, 16.0))
+        + rows("bitnet", MAIN, (2.0, 8.0))
+    )
+    cells += rows("llama", OTHERS, (2.0, 8.0)) + rows("bitnet", OTHERS, (1.0, 2.0, 8.0, 16.0))
+    return cells + rows("llama", PARTS, (1.0, 16.0)) + rows("bitnet", PARTS, (1.0, 16.0))
 
 
 def references(seeds: Seeds, tones: tuple[str, ...] = TONES) -> list[Cell]:
