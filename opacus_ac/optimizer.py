@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -304,7 +305,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         else:
             if draw is None:
                 self.on_unknown_batch()
-            self.current_event = self.plan.charge(draw, noise_multiplier)
+            event = self.plan.charge(draw, noise_multiplier)
+            self.current_event = None if event is None else replace(event, mechanism=self.mechanism.name)
             if self.charge is not None:
                 self.charge(self.current_event)
         self._draw = draw

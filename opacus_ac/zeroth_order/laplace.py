@@ -85,6 +85,8 @@ class LaplaceMechanism(GaussianMechanism):
         Dwork et al. 2006 (Laplace mechanism); arXiv 2004.00010 (discrete Laplace); Mironov 2012 (attack on rounding).
     """
 
+    name = "laplace"
+
     def gradient_multiplier(self, statistics: StepStatistics) -> float:
         """Return the noise scale in units of C; nothing else may be released with it."""
         if statistics.histogram or statistics.loss_bound is not None:

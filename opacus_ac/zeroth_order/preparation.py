@@ -45,14 +45,6 @@ def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | Non
         )
 
 
-def check_ledger(accountant: IAccountant, ledger: object) -> None:
-    """Raise ``ValueError`` for a ledger whose lines would not say what was released."""
-    if ledger is not None and accountant.mechanism() == "pure":
-        raise ValueError(
-            'a privacy ledger holds Gaussian releases: its lines would be read as such. Leave ledger out with accountant="pure"'
-        )
-
-
 def build_zeroth_order(
     module: nn.Module,
     optimizer: Optimizer,
