@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.zeroth_order.directions import BLOCK, Directions
+from opacus_ac.zeroth_order.directions import BLOCK, Directions, derived_seed
 
 Index = Tensor | None
 """Trained coordinates of one flattened tensor, sorted; None for all of them."""
@@ -18,6 +18,14 @@ def _trained(parameter: nn.Parameter, index: Index) -> Tensor:
     """Return a copy of the trained coordinates of ``parameter``, flat."""
     flat = parameter.detach().view(-1)
     return flat.clone() if index is None else flat[index]
+
+
+def _weighted_sums(values: Tensor) -> list[int]:
+    """Return a sum modulo 2^64 for each block of integers, with odd weights: no single change goes unseen."""
+    odd = torch.randint(2**62, (min(BLOCK, values.numel()),), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    odd = odd.to(values.device)
+    sums = [(block.long() * odd[: block.numel()]).sum() for block in values.split(BLOCK)]
+    return torch.stack(sums).tolist() if values.numel() else []
 
 
 class _Part:
@@ -83,6 +91,15 @@ class Coordinates:
     def forget_lengths(self) -> None:
         """Forget the lengths of the directions of earlier steps."""
         self._lengths.clear()
+
+    @torch.no_grad()
+    def checksum(self) -> int:
+        """Return 63 bits that follow from every bit of the weights and of the mask, to compare processes."""
+        sums: list[int] = []
+        for parameter, index in zip(self.parameters, self.indices, strict=True):
+            bits = parameter.detach().view(-1).view(torch.int64 if parameter.itemsize == 8 else torch.int32)
+            sums += [parameter.numel(), *_weighted_sums(bits), *([] if index is None else _weighted_sums(index))]
+        return derived_seed(*(value % 2**64 for value in sums))
 
     def _parts(self, tensor: int) -> Iterator[_Part]:
         parameter, index = self.parameters[tensor], self.indices[tensor]
