@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_zeroth as cases
 import pytest
 import torch
 from distributed_launch import run
+from zeroth import by_hand, weights
 
-from opacus_ac.distributed import load_checkpoint, save_checkpoint
+from opacus_ac.distributed import load_checkpoint, save_checkpoint, step_cost
 from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.zeroth_order import ZerothOrderSettings
 
@@ -177,7 +179,48 @@ def test_a_step_exchanges_k_numbers_and_statistics_whatever_the_model(results):
         ]
 
 
+@pytest.mark.slow
+def test_the_cost_model_says_so(results):
+    """A ring reduce-scatter sends (W - 1) / W of the numbers, of eight bytes each, and so does the all-gather."""
+    for directions, world in ((64, 8), (5, 2)):
+        cost = step_cost("zo", world=world, trained=directions)
+        assert (cost.reduced, cost.returned) == (8 * directions * (world - 1) / world,) * 2
+        assert cost.gathered == 0
+    sizes = [name for name, _, _ in results["2:zo_exchanged"][0]["small"]]
+    # What the first rank decided is sent as its length, then itself.
+    assert len(sizes) - 2 + 1 == cost.messages
+
+
 # ---------------------------------------------------------------- what stops a run
+
+
+def test_the_checksum_sees_a_bit_a_mask_and_an_exchange():
+    optimizer = by_hand(weights((3, 4), (5,), (0,), dtype=torch.float32))
+    coordinates = optimizer.coordinates
+    first, second, _ = coordinates.parameters
+    seen = [coordinates.checksum()]
+    with torch.no_grad():
+        first[1, 2] = torch.nextafter(first[1, 2], first[1, 2] + 1)
+        seen.append(coordinates.checksum())
+        first[0, 0], first[0, 1] = first[0, 1].clone(), first[0, 0].clone()
+        seen.append(coordinates.checksum())
+        second[0] = -second[0]
+        seen.append(coordinates.checksum())
+    coordinates.indices[1] = torch.tensor([0, 3], dtype=torch.int32)
+    seen.append(coordinates.checksum())
+    coordinates.indices[1] = torch.tensor([0, 4], dtype=torch.int32)
+    seen.append(coordinates.checksum())
+    assert len(set(seen)) == len(seen)
+    assert coordinates.checksum() == seen[-1]
+    with torch.no_grad():  # where the weights lie in memory does not count
+        second.data = torch.cat([torch.zeros(1), second])[1:]
+    assert coordinates.checksum() == seen[-1]
+    assert all(0 <= value < 2**63 for value in seen)
+
+
+def test_ranks_with_parts_of_the_model_are_refused_by_hand_too():
+    with pytest.raises(ValueError, match=r"reducer='fsdp2' with ZerothOrderDPOptimizer: it needs the whole model"):
+        by_hand(reducer=SimpleNamespace(name="fsdp2", world=2))
 
 
 @pytest.mark.slow

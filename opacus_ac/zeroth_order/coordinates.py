@@ -20,12 +20,21 @@ def _trained(parameter: nn.Parameter, index: Index) -> Tensor:
     return flat.clone() if index is None else flat[index]
 
 
-def _weighted_sums(values: Tensor) -> list[int]:
-    """Return a sum modulo 2^64 for each block of integers, with odd weights: no single change goes unseen."""
-    odd = torch.randint(2**62, (min(BLOCK, values.numel()),), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    odd = odd.to(values.device)
-    sums = [(block.long() * odd[: block.numel()]).sum() for block in values.split(BLOCK)]
-    return torch.stack(sums).tolist() if values.numel() else []
+def _weighted_sums(flat: Tensor) -> list[int]:
+    """Return, for each block, a sum of its bits modulo 2^64 with odd weights: no change of a single word goes unseen."""
+    if not flat.numel():
+        return []
+    odd = torch.randint(2**62, (min(BLOCK, flat.numel()),), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    odd = odd.to(flat.device)
+    sums = []
+    for block in flat.split(BLOCK):
+        if block.itemsize == 4 and (block.numel() % 2 or block.storage_offset() % 2):
+            padded = block.new_zeros(block.numel() + block.numel() % 2)
+            padded[: block.numel()] = block
+            block = padded
+        words = block.view(torch.int64)
+        sums.append((words * odd[: words.numel()]).sum())
+    return torch.stack(sums).tolist()
 
 
 class _Part:
@@ -97,8 +106,8 @@ class Coordinates:
         """Return 63 bits that follow from every bit of the weights and of the mask, to compare processes."""
         sums: list[int] = []
         for parameter, index in zip(self.parameters, self.indices, strict=True):
-            bits = parameter.detach().view(-1).view(torch.int64 if parameter.itemsize == 8 else torch.int32)
-            sums += [parameter.numel(), *_weighted_sums(bits), *([] if index is None else _weighted_sums(index))]
+            sums += [parameter.numel(), *_weighted_sums(parameter.detach().view(-1))]
+            sums += [-1] if index is None else [index.numel(), *_weighted_sums(index)]
         return derived_seed(*(value % 2**64 for value in sums))
 
     def _parts(self, tensor: int) -> Iterator[_Part]:
