@@ -267,12 +267,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
             )
 
+    def _continues(self, draw: Draw | None) -> bool:
+        """Whether the batch in hand belongs to the logical batch that is open."""
+        batch = None if draw is None else draw.batch
+        return self._is_last_step_skipped and self.statistics.started and batch == self._open_batch
+
     def _begin(self, draw: Draw | None) -> None:
         """Open a logical batch, dropping what an interrupted one left behind."""
-        batch = None if draw is None else draw.batch
-        if self._is_last_step_skipped and self.statistics.started and batch == self._open_batch:
+        if self._continues(draw):
             self._check_bound()
             return
+        batch = None if draw is None else draw.batch
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None

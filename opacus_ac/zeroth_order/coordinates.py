@@ -95,7 +95,20 @@ class Coordinates:
 
     def set_anchor(self) -> None:
         """Keep a copy of the weights as they are, for the proximal term."""
-        self.anchor = [_trained(p, i) for p, i in zip(self.parameters, self.indices, strict=True)]
+        self.anchor = self.copy()
+
+    def copy(self) -> list[Tensor]:
+        """Return copies of the trained coordinates, flat, one per tensor."""
+        return [_trained(p, i) for p, i in zip(self.parameters, self.indices, strict=True)]
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Write ``values``, as :meth:`copy` gave them, into the trained coordinates; to the last bit."""
+        for parameter, index, value in zip(self.parameters, self.indices, values, strict=True):
+            flat = parameter.detach().view(-1)
+            if index is None:
+                flat.copy_(value)
+            else:
+                flat[index] = value
 
     def forget_lengths(self) -> None:
         """Forget the lengths of the directions of earlier steps."""

@@ -44,6 +44,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         A step releases ``sum_i clip_C(delta_i) + N(0, (z C)^2 I_K)``, each record's K-vector ``delta_i`` clipped as one: one
         Gaussian mechanism of multiplier ``noise_multiplier``, whatever K, mask, schedule and weights. The directions are
         public: their seed has nothing to do with noise or sampling, and the bound holds for directions known to everybody.
+        What moving rounds is the same for one physical batch and for many: the weights do not tell how many records were drawn.
         Several processes add up their K numbers, which get their noise once; the weights of all stay the same to the last bit.
 
     References:
@@ -103,6 +104,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self.ema = None if self.settings.ema_decay is None else WeightEMA(trained, self.settings.ema_decay)
         self.check_budget: Callable[[Event], None] = lambda event: None
         self._stage: int | None = None
+        self._rounded: list[Tensor] | None = None
 
     def _exchanging(self, ranks: Reducer) -> Reducer:
         """Return the reducer of the K numbers for the processes that have the whole model each.
@@ -184,11 +186,18 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self._look_ahead()
         self._enter_stage()
         self.tape.take()
+        if not self._continues(None if self.plan is None else self.plan.current()):
+            self._rounded = None
         self.tape.record(self.differences.measure(closure, self.direction_seeds, self.smoothing))
+        if self._rounded is not None:
+            # How many physical batches follow is private: the weights show the roundings of the first one only.
+            self.coordinates.restore(self._rounded)
         # Those of this step: what follows counts it.
         stage, seeds = self.stage, self.direction_seeds
         if not self.pre_step():
+            self._rounded = self.coordinates.copy() if self._rounded is None else self._rounded
             return
+        self._rounded = None
         assert self.released is not None
         self.policy.update(self.released)
         searching = self._agree()
@@ -336,5 +345,6 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
 
     def load_zeroth_order_state(self, state: dict[str, Any]) -> None:
         """Continue along the directions of a state that :meth:`check_zeroth_order_state` has accepted."""
+        self._rounded = None
         self.directions.seed, self._stage = int(state["direction_seed"]), state["stage"]
         self.coordinates.load_state_dict({"indices": state["indices"], "anchor": state["anchor"]})
