@@ -1,4 +1,4 @@
-"""Cases of zeroth-order steps on several ranks: runs that are compared with one process, their noise, and planted bugs."""
+"""Cases of zeroth-order steps on several ranks: runs that are compared with one process, their noise, and checkpoints."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from typing import Any
 
 import torch
 from distributed_cases import DRAWS, FOLDER, RECORDS, Tokens, fixed_draws, language_model, weights
-from distributed_guards import die, message
 from distributed_noise import noise_before_sum
 from helpers import classifier, dataset, loss_of
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.distributed import load_checkpoint, reducers, save_checkpoint
-from opacus_ac.distributed.world import Group
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderSettings
-from opacus_ac.zeroth_order.source import DifferenceSource
 
 # Differences of a float64 loss are known to 1e-16 / (2 lambda): a large lambda keeps sums of other orders close.
 BASE = {"num_directions": 5, "smoothing": 1e-2, "direction_seed": 7}
@@ -45,7 +41,8 @@ def losses(model: nn.Module, batch: Any) -> torch.Tensor:
     if isinstance(batch, dict):
         logits = model(batch["input_ids"]).logits[:, :-1]
         return cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none").mean(1)
-    return loss_of(model, batch, "none")
+    inputs, targets = batch
+    return loss_of(model, (inputs.to(next(model.parameters()).dtype), targets), "none")
 
 
 def prepare(kind: str = "plain", rank: int = 0, model: nn.Module | None = None, **options: Any) -> tuple[Any, ...]:
@@ -182,190 +179,7 @@ def everywhere(work: Callable[[int, int], torch.Tensor]) -> Callable[[int, int],
 zo_noise_everywhere, zo_noise_laplace_everywhere = everywhere(zo_noise), everywhere(zo_noise_laplace)
 
 
-# ---------------------------------------------------------------- what is exchanged
-
-
-def zo_exchanged(rank: int, world: int) -> dict[str, list[tuple[str, int, bool]]]:
-    """Return (exchange, values, whether a closure was under way) of the second step, for a small and a larger model."""
-    return {name: exchanges(nn.Linear(4, width).double()) for name, width in (("small", 3), ("large", 300))}
-
-
-def exchanges(model: nn.Module) -> list[tuple[str, int, bool]]:
-    log: list[tuple[str, int, bool]] = []
-    measuring: list[bool] = []
-    _, model, optimizer, loader = prepare(model=model)
-    sizes = {"reduce_scatter": 0, "all_gather": 0, "gather": 0, "agree": 0, "on_first": 0, "broadcast": 0}
-    kept = {name: getattr(Group, name) for name in sizes}
-    measure = DifferenceSource.measure
-
-    def logged(name: str) -> Callable[..., Any]:
-        def exchange(self: Group, value: Any, *rest: Any) -> Any:
-            log.append(
-                (name, getattr(value, "size", 0) if name in ("gather", "agree") else count(value), bool(measuring))
-            )
-            return kept[name](self, value, *rest)
-
-        return exchange
-
-    def noted(self: DifferenceSource, *arguments: Any) -> torch.Tensor:
-        measuring.append(True)
-        try:
-            return measure(self, *arguments)
-        finally:
-            measuring.pop()
-
-    for name in sizes:
-        setattr(Group, name, logged(name))
-    DifferenceSource.measure = noted
-    try:
-        # The reducers took bound methods of the group when they were made.
-        optimizer.reducer.gather, optimizer.reducer.agree = (
-            getattr(optimizer.reducer.group, name) for name in ("gather", "agree")
-        )
-        optimizer.mechanism.reducer = optimizer.reducer
-        steps(model, optimizer, loader, DRAWS[:1])
-        log.clear()
-        steps(model, optimizer, loader, DRAWS[3:4])
-    finally:
-        DifferenceSource.measure = measure
-        for name, function in kept.items():
-            setattr(Group, name, function)
-    return log
-
-
-def count(value: Any) -> int:
-    return value.numel() if isinstance(value, torch.Tensor) else 0
-
-
-# ---------------------------------------------------------------- what stops a run
-
-
-def zo_refusals(rank: int, world: int) -> dict[str, str]:
-    def frozen_shard() -> nn.Module:
-        model = half_frozen()
-        fully_shard(model[0])
-        return model
-
-    def seed(value: int | None) -> ZerothOrderSettings:
-        return ZerothOrderSettings(num_directions=2, direction_seed=value)
-
-    cases = {
-        "sharded": lambda: prepare(model=fully_shard(classifier())),
-        "frozen shard": lambda: prepare(model=frozen_shard()),
-        "given seeds": lambda: prepare(zeroth_order=seed(rank)),
-        "one given seed": lambda: prepare(zeroth_order=seed(3 if rank else None)),
-        "settings": lambda: prepare(zeroth_order=ZerothOrderSettings(num_directions=2 + rank)),
-    }
-    return {name: message(case) for name, case in cases.items()}
-
-
-def zo_planted(rank: int, world: int) -> dict[str, str]:
-    """Return what stops a run in which one rank does something else."""
-
-    def run(spoil: Callable[[Any], Any], kind: str = "plain", **options: Any) -> str:
-        """Call ``spoil`` on the last rank, before the second step and later."""
-        _, model, optimizer, loader = prepare(kind, **options)
-
-        def before(optimizer: Any) -> bool:
-            return not (rank == world - 1 and optimizer.steps_taken > 0 and spoil(optimizer))
-
-        return message(lambda: steps(model, optimizer, loader, before=before))
-
-    def other_seed(optimizer: Any) -> None:
-        optimizer.directions.seed += 1
-
-    def a_bit(optimizer: Any) -> None:
-        with torch.no_grad():
-            weight = optimizer.coordinates.parameters[0]
-            weight[0, 0] = torch.nextafter(weight[0, 0], weight[0, 0] + 1)
-
-    def other_mask(optimizer: Any) -> None:
-        optimizer.coordinates.indices[0] = optimizer.coordinates.indices[0][1:]
-
-    def other_bound(optimizer: Any) -> None:
-        optimizer.max_grad_norm = 2.0
-
-    def empty(optimizer: Any) -> bool:
-        return optimizer.plan.current().records == 0 and optimizer.plan.current().last
-
-    cases = {
-        "direction seed": lambda: run(other_seed),
-        "a bit of a weight": lambda: run(a_bit),
-        "mask": lambda: run(other_mask, "staged"),
-        "bound": lambda: run(other_bound),
-        "empty rank that skips": lambda: run(empty, max_physical_batch_size=None),
-        "stand-in that is not measured": lambda: unmeasured(rank, world),
-    }
-    return {name: case() for name, case in cases.items()}
-
-
-def unmeasured(rank: int, world: int) -> str:
-    """The last rank does not move its weights for a stand-in, which leaves their float32 roundings behind those of the others."""
-    _, model, optimizer, loader = prepare(model=classifier(torch.float32))
-    measure = optimizer.differences.measure
-
-    def lazy(closure: Any, seeds: list[int], smoothing: float) -> torch.Tensor:
-        if rank < world - 1 or optimizer.plan.current().records:
-            return measure(closure, seeds, smoothing)
-        optimizer.differences._deltas = torch.zeros(1, len(seeds), dtype=torch.float64)
-        return torch.zeros(1, dtype=torch.float64)
-
-    optimizer.differences.measure = lazy
-
-    def work() -> None:
-        # Inputs in the type of the weights.
-        closure_losses = lambda batch: loss_of(model, (batch[0].float(), batch[1]), "none")  # noqa: E731
-        PoissonBatchSampler._draw, kept = fixed_draws(DRAWS[2:]), PoissonBatchSampler._draw
-        try:
-            for batch in loader:
-                optimizer.step(lambda: closure_losses(batch))  # noqa: B023
-        finally:
-            PoissonBatchSampler._draw = kept
-
-    return message(work)
-
-
-def zo_budget(rank: int, world: int) -> dict[str, Any]:
-    """Spend a budget of three steps."""
-    engine, model, optimizer, loader = prepare(
-        target_epsilon=4.0, target_delta=1e-3, steps=3, noise_generator=None, ledger=FOLDER / f"zo_budget{rank}"
-    )
-    error = message(lambda: steps(model, optimizer, loader))
-    return {
-        "error": error,
-        "taken": optimizer.steps_taken,
-        "weights": weights(model),
-        "epsilon": engine.get_epsilon(1e-3),
-    }
-
-
-def zo_die_in_closure(rank: int, world: int) -> dict[str, Any]:
-    """Rank 1 dies while it measures its records."""
-    _, model, optimizer, loader = prepare(ledger=FOLDER / f"zo_died{rank}", noise_multiplier=1.0, noise_generator=None)
-    kept = optimizer.differences._ends
-
-    def ends(*arguments: Any) -> Any:
-        if rank == 1 and optimizer.steps_taken == 3:
-            die()
-        return kept(*arguments)
-
-    optimizer.differences._ends = ends
-    error = message(lambda: steps(model, optimizer, loader))
-    return {"error": error, "taken": optimizer.steps_taken}
-
-
 # ---------------------------------------------------------------- checkpoints
-
-
-def half_frozen() -> nn.Module:
-    model = classifier()
-    model[0].requires_grad_(False)
-    return model
-
-
-def narrow() -> nn.Module:
-    """A model with the parameters of ``classifier`` by name, in other shapes."""
-    return nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 3)).double()
 
 
 def quiet(kind: str, rank: int) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import distributed_zeroth as cases
 import pytest
 import torch
 from distributed_launch import run
+from distributed_zeroth_guards import half_frozen, narrow
 from zeroth import by_hand, weights
 
 from opacus_ac.distributed import load_checkpoint, save_checkpoint, step_cost
@@ -303,8 +304,8 @@ def test_one_process_continues_from_such_a_folder_too(tmp_path, kind):
 REFUSED_CHECKPOINTS = {
     "settings": ({"zeroth_order": ZerothOrderSettings(num_directions=3)}, "written with zeroth_order = "),
     "no zeroth order": ({"clipping": "flat", "zeroth_order": None}, "checkpoint was written with"),
-    "other trained weights": ({"model": cases.half_frozen()}, r"trained other parameters \(4, this one 2\)"),
-    "another model": ({"model": cases.narrow()}, "mask or anchor is of other tensors"),
+    "other trained weights": ({"model": half_frozen()}, r"trained other parameters \(4, this one 2\)"),
+    "another model": ({"model": narrow()}, "mask or anchor is of other tensors"),
 }
 
 

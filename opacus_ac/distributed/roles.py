@@ -42,7 +42,7 @@ _ONE_PROCESS: dict[tuple[str, Any], str] = {
 
 _WHOLE_MODEL: dict[tuple[str, Any], str] = {
     ("clipping", "zo"): (
-        "a rank would move its shard along another direction than the others theirs. Leave fully_shard out: forward passes need "
+        "each rank would move its shard along a direction of its own. Leave fully_shard out: forward passes need "
         "no gradients and no optimizer state, and every rank has the whole model"
     ),
 }
