@@ -236,6 +236,7 @@ class PrivacyEngine(AccountedEngine):
                 histogram_weight=histogram_weight,
                 loss_bound=loss_bound,
                 loss_weight=loss_weight,
+                reducer=ranks,
                 unused={
                     "preset": preset,
                     "fused_step": fused_step,
@@ -245,6 +246,10 @@ class PrivacyEngine(AccountedEngine):
                 },
             )
             measured.check_budget = self._look_ahead
+            check_start(measured, loader, module, max_physical_batch_size, noise_generator)
+            ranks.sync_module(module)
+            if measured.ema is not None:
+                measured.ema.reset()  # the weights of rank 0 are those that count
             self._undo.append((module, lambda: None))
             self._adopt(measured, loader)
             return module, measured, loader

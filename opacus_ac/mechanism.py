@@ -80,6 +80,9 @@ class GaussianMechanism:
         Andrew et al. 2021 (arXiv 1905.03871), theorem 1, generalised to a joint vector.
     """
 
+    name = "gaussian"
+    """Of :data:`opacus_ac.accounting.events.MECHANISMS`: what is charged."""
+
     def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
         self.noise_multiplier = noise_multiplier
         self.stream = stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -266,12 +267,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
             )
 
+    def _continues(self, draw: Draw | None) -> bool:
+        """Whether the batch in hand belongs to the logical batch that is open."""
+        batch = None if draw is None else draw.batch
+        return self._is_last_step_skipped and self.statistics.started and batch == self._open_batch
+
     def _begin(self, draw: Draw | None) -> None:
         """Open a logical batch, dropping what an interrupted one left behind."""
-        batch = None if draw is None else draw.batch
-        if self._is_last_step_skipped and self.statistics.started and batch == self._open_batch:
+        if self._continues(draw):
             self._check_bound()
             return
+        batch = None if draw is None else draw.batch
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None
@@ -304,7 +310,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         else:
             if draw is None:
                 self.on_unknown_batch()
-            self.current_event = self.plan.charge(draw, noise_multiplier)
+            event = self.plan.charge(draw, noise_multiplier)
+            self.current_event = None if event is None else replace(event, mechanism=self.mechanism.name)
             if self.charge is not None:
                 self.charge(self.current_event)
         self._draw = draw

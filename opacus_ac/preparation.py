@@ -161,11 +161,19 @@ def check_start(
         "seed of noise_generator": None if generator is None else generator.initial_seed(),
         "batches in a pass": len(loader),
         "number of records": len(loader.dataset),  # type: ignore[arg-type]
+        **_direction_seed(optimizer),
         **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
     }
     check_alike(optimizer.reducer, settings)
     check_same_records(optimizer.reducer, loader.dataset)
     check_noise(optimizer.reducer, optimizer.mechanism.stream)
+
+
+def _direction_seed(optimizer: AdaptiveClipDPOptimizer) -> dict[str, Any]:
+    """Return the seed of the directions that the caller gave, where there are directions."""
+    if not isinstance(optimizer, ZerothOrderDPOptimizer):
+        return {}
+    return {"direction_seed": optimizer.settings.direction_seed}
 
 
 def choose_policy(

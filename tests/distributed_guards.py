@@ -129,7 +129,6 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "shuffled": lambda: private(classifier(), poisson_sampling=False),
         "fused": lambda: private(sharded(), fused_step=True),
         "raw": lambda: private(classifier(), clip_policy="raw_percentile"),
-        "zeroth order": lambda: private(classifier().eval(), clipping="zo"),
         "users": lambda: private(classifier(), max_rows_per_user=2),
         "allocation": lambda: private(sharded(), noise_allocation=NoiseAllocation(source="dimension")),
         "role": lambda: private(classifier(), reducer="zero"),

@@ -32,7 +32,6 @@ REFUSED = {
     "shuffled": "sampling='shuffled' does not work with several processes",
     "fused": "fused_step=True does not work with several processes",
     "raw": "clip_policy='raw_percentile' does not work with several processes",
-    "zeroth order": "clipping='zo' does not work with several processes",
     "users": "max_rows_per_user=True does not work with several processes",
     "allocation": "noise_allocation=True does not work with several processes",
     "role": "reducer='zero' is not available",

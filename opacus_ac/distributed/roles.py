@@ -35,11 +35,18 @@ _ONE_PROCESS: dict[tuple[str, Any], str] = {
     ),
     ("fused_step", True): "gradients are exchanged in buckets: use fused_step=False",
     ("clip_policy", "raw_percentile"): "it reads the norms of one process only: use 'percentile'",
-    ("clipping", "zo"): "the differences are not exchanged between processes: use one",
     ("max_rows_per_user", True): "users have not been divided among processes: use one, or rows as records",
     ("noise_allocation", True): "weights per parameter have no place in the shared buckets: use noise_allocation=None",
 }
 """Settings of ``make_private`` that hold on one process only, and why."""
+
+_WHOLE_MODEL: dict[tuple[str, Any], str] = {
+    ("clipping", "zo"): (
+        "each rank would move its shard along a direction of its own. Leave fully_shard out: forward passes need "
+        "no gradients and no optimizer state, and every rank has the whole model"
+    ),
+}
+"""Settings of ``make_private`` that several processes have with the whole model on each of them only, and why."""
 
 _NOISE = 1000  # first of the purposes for which seeded noise streams of the ranks are forked
 
@@ -114,6 +121,9 @@ def check_options(reducer: Reducer, options: Mapping[str, Any]) -> None:
     for (name, value), reason in _ONE_PROCESS.items():
         if options.get(name) == value:
             raise ValueError(f"{name}={value!r} does not work with several processes ({reducer.name}): {reason}")
+    for (name, value), reason in _WHOLE_MODEL.items():
+        if options.get(name) == value and reducer.name != "ddp":
+            raise ValueError(f"{name}={value!r} does not work with a sharded model ({reducer.name}): {reason}")
 
 
 def rank_streams(reducer: Reducer, noise: RandomStream, sampling: RandomStream) -> tuple[RandomStream, RandomStream]:

@@ -25,7 +25,8 @@ class DifferenceSource:
         grid: None, or M: clipped values are cut to multiples of C / M, for noise on whole numbers.
 
     Guarantees:
-        The weights are back, up to rounding, after :meth:`measure`, whatever the closure does.
+        The weights are back after :meth:`measure`, whatever the closure does, up to a rounding that depends on weights and
+        directions alone.
     """
 
     merged_passes = False
