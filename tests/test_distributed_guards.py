@@ -25,6 +25,7 @@ REFUSED = {
     "mesh tp": "dimension 'tp'.*data-parallel dimensions only",
     "mesh cp": "dimension 'dp_cp'.*data-parallel dimensions only",
     "partly sharded": "2.weight is trained but not sharded",
+    "only frozen ones sharded": "0.weight is sharded and frozen, while nothing that is trained is sharded",
     "second dimension": r"placed as \(Shard\(dim=1\),\)",
     "batch norm": "1 \\(BatchNorm1d\\) cannot be made private",
     "hooks": "grad_sample_mode='hooks' does not work with several processes \\(ddp\\)",
