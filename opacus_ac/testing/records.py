@@ -1,4 +1,4 @@
-"""Checks for models, losses and rules, for use in test suites.
+"""The oracle of per-sample gradients, and whether the records of a batch couple.
 
 The oracle is a loop of batch size one with plain autograd. It is slow and has nothing that could be wrong.
 """
