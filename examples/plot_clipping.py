@@ -82,7 +82,9 @@ def draw_following(axes: list[Axes]) -> None:
     axes[0].plot(steps, truth, color=INK, linestyle="--", linewidth=1.2, label="10th percentile of the norms")
     for start, colour in zip(STARTS, COLOURS, strict=True):
         course = simulate(start)
-        axes[0].plot(steps, course["C"], color=colour, marker="o", markersize=2.5, linewidth=1, label=f"C, C0 = {start:g}")
+        axes[0].plot(
+            steps, course["C"], color=colour, marker="o", markersize=2.5, linewidth=1, label=f"C, C0 = {start:g}"
+        )
         axes[1].plot(steps, course["clip rate"], color=colour, marker="o", markersize=2.5, linewidth=1)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("norm")
