@@ -84,6 +84,37 @@ def test_a_wrong_rule_that_nothing_can_probe_is_found_by_the_battery(mode):
         check_rule(layer, ROWS, modes=[mode])
 
 
+class Stretch(nn.Module):
+    """Two inputs and a scalar: nothing can be probed, and ``[B]`` is the shape of a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stretch = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x + y) * self.stretch
+
+
+def stretch_rule(module: Stretch, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    return {module.stretch: ((activations[0] + activations[1]) * backprops).flatten(1).sum(1)}
+
+
+def test_scalars_and_two_inputs():
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.stretch = nn.Linear(5, 5), Stretch()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stretch(x, self.linear(x))
+
+    register_rule(Stretch, stretch_rule)
+    assert max(check_rule(Sums(), ROWS).values()) < 1e-12
+    register_rule(Stretch, lambda m, a, b: {p: rows / 2 for p, rows in stretch_rule(m, a, b).items()})
+    with pytest.raises(AssertionError, match=r"stretch\.stretch is off by 5\.0e-01"):
+        check_rule(Sums(), ROWS)
+
+
 def test_what_make_private_refuses_is_refused_here():
     register_ste_linear(Gain)
     with pytest.raises(ValueError, match="Gain"):

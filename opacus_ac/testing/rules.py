@@ -165,7 +165,7 @@ def check_rule(
     model, batch = model.double().train(), _double(batch)
     want = per_sample_gradients(model, batch, loss)
     for name, gradient in want.items():
-        if not gradient.numel() or not bool(gradient.flatten(1).abs().amax(1).gt(0).any()):
+        if not bool(gradient.ne(0).any()):
             raise AssertionError(f"{name} has no gradient in this batch, so the comparison would say nothing about it")
     found: dict[str, float] = {}
     with opacus_table_restored():
