@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.testing import LossFn, _batch_size, per_sample_gradients, select_records
+from opacus_ac.testing.records import LossFn, _batch_size, per_sample_gradients, select_records
 
 SOURCES = ("constant", "dimension", "history")
 IMPORTANCE = ("none", "weights")
