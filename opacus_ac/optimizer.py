@@ -248,7 +248,18 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy())
         if not self.policy.is_private:
             self.policy.observe_private(norms)
-        self.source.accumulate(self.policy.factors(norms))
+        self.source.accumulate(self._factors(norms))
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """Return the policy's clip factors; a policy may be anybody's, so they are held to its own C."""
+        factors = self.policy.factors(norms)
+        kept = torch.where(factors == 0, torch.zeros_like(norms), factors * norms)  # 0 of what is infinite is 0
+        if factors.shape != norms.shape or not bool((kept.abs() <= self.policy.bound * (1 + 1e-6)).all()):
+            raise ValueError(
+                f"{type(self.policy).__name__}.factors left a gradient longer than C = {self.policy.bound:g}, or gave no finite factor "
+                "per record: nothing was released. opacus_ac.testing.policies.check_clip_policy says which"
+            )
+        return factors
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""

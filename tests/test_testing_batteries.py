@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opacus_ac.clipping import POLICIES, AutomaticPolicy, ClipPolicy, GeometricPolicy, PercentilePolicy
 from opacus_ac.grad_sample import register_rule, register_ste_linear
 from opacus_ac.testing import check_rule
-from opacus_ac.testing.policies import check_clip_policy, released_vector
+from opacus_ac.testing.policies import check_clip_policy, optimizer_by_hand, released_vector
 
 ROWS = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.2, 6.0]).view(3, 1, 1)
 
@@ -195,6 +195,20 @@ class Forgets(PercentilePolicy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._history = deque(maxlen=self.window)
+
+
+class OneForAll(ClipPolicy):
+    def factors(self, norms: Tensor) -> Tensor:
+        return super().factors(norms).min()
+
+
+@pytest.mark.parametrize("policy", [TooLarge, KeepsInfinite, OneForAll])
+def test_a_step_refuses_factors_that_break_the_bound(policy):
+    gradients = torch.tensor([[3.0, 4.0], [math.nan, 0.0], [0.1, 0.1]], dtype=torch.float64)
+    optimizer = optimizer_by_hand(gradients, clip_policy=policy(1.0))
+    with pytest.raises(ValueError, match=f"{policy.__name__}.factors left a gradient longer than C = 1, or gave"):
+        optimizer.step()
+    assert all(not p.any() for p in optimizer.params)  # nothing moved
 
 
 class SavesObjects(ClipPolicy):
