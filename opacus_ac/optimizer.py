@@ -107,6 +107,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
         if allocation is not None:
             allocation.check_statistics(self.statistics.groups)
+        elif self.statistics.groups:
+            raise ValueError(
+                "statistics with groups need the noise allocation whose groups they are: pass allocation too"
+            )
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
         self.reducer = reducer or LOCAL

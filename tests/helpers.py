@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 
@@ -45,6 +46,8 @@ def by_hand(
         nn.Parameter(torch.zeros(3, dtype=gradients.dtype)),
     ]
     arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 1, **kwargs}
+    if isinstance(allocation := arguments.get("allocation"), NoiseAllocation):
+        arguments["allocation"] = allocation.start(parameters, ["first", "second"])
     optimizer = AdaptiveClipDPOptimizer(torch.optim.SGD(parameters, lr=1.0), **arguments)
     parameters[0].grad_sample = gradients[:, :2].clone()
     parameters[1].grad_sample = gradients[:, 2:].clone()
