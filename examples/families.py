@@ -1,7 +1,7 @@
 """Compare four families of private fine-tuning at one epsilon, on the same data and with the same number of steps.
 
     python examples/families.py                            # SmolLM2-135M, one seed, 12 steps: about 20 minutes on two idle cores
-    python examples/families.py --model small              # small Qwen2, three seeds, 50 steps
+    python examples/families.py --model small              # small Qwen2, three seeds, 30 steps: about 10 minutes
     python examples/families.py --report                   # the table of what is finished, in Markdown
 
 ``full``: DP-Adam-AC on all weights. ``lora``: on adapters. ``allocation``: adapters with noise allocated by past releases, or,
@@ -56,7 +56,7 @@ LAYERS = 2  # of the small model's three: with adapters, or computed for every d
 
 SIZES = {
     "smollm2": {"steps": 12, "batch": 32, "max_length": 64, "records": 10_000, "heldout": 24, "physical": 16},
-    "small": {"steps": 50, "batch": 192, "max_length": 48, "records": 10_000, "heldout": 250, "physical": 64},
+    "small": {"steps": 30, "batch": 128, "max_length": 48, "records": 10_000, "heldout": 250, "physical": 64},
 }
 RATES = {  # None: the default of the example. Those of the small model: the best of several at seed 100, taken as public
     "smollm2": {"full": None, "lora": None, "allocation": None, "paid": None, "zeroth-order": None},
