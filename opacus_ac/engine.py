@@ -254,6 +254,7 @@ class PrivacyEngine(AccountedEngine):
             self._adopt(measured, loader)
             return module, measured, loader
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
+        allocation = choose_allocation(module, inner, noise_allocation)
         private = AdaptiveClipDPOptimizer(
             inner,
             noise_multiplier=noise_multiplier,
@@ -262,7 +263,7 @@ class PrivacyEngine(AccountedEngine):
             loss_reduction=loss_reduction,
             clip_policy=policy,
             target_clip_rate=target_clip_rate,
-            statistics=choose_statistics(clipping, policy, histogram_weight, loss_bound, loss_weight),
+            statistics=choose_statistics(clipping, policy, histogram_weight, loss_bound, loss_weight, allocation),
             normalize=normalize and preset != "paper",
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,
@@ -270,7 +271,7 @@ class PrivacyEngine(AccountedEngine):
             source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users),
             plan=loader.plan,
             stream=noise_stream,
-            allocation=choose_allocation(module, inner, noise_allocation),
+            allocation=allocation,
             reducer=ranks,
         )
         check_start(private, loader, module, max_physical_batch_size, noise_generator)

@@ -101,9 +101,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 f"of torch.optim, not for {type(optimizer).__name__}: pass fused_step=False"
             )
         self.policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
-        self.statistics = statistics or StepStatistics(histogram=self.policy.needs_histogram)
+        self.statistics = statistics or StepStatistics(
+            histogram=self.policy.needs_histogram, **({} if allocation is None else allocation.statistics())
+        )
         if self.policy.needs_histogram and not self.statistics.histogram:
             raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
+        if allocation is not None:
+            allocation.check_statistics(self.statistics.groups)
+        elif self.statistics.groups:
+            raise ValueError(
+                "statistics with groups need the noise allocation whose groups they are: pass allocation too"
+            )
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
         self.reducer = reducer or LOCAL
@@ -245,7 +253,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.statistics.loss_bound is None:
             losses = None
         self.private_nonfinite_records += int((~torch.isfinite(norms)).sum())
-        self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy())
+        squares = None
+        if self.allocation is not None and self.statistics.groups:
+            squares = self.allocation.by_groups(self.source.parameter_squares().numpy())
+        self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy(), squares)
         if not self.policy.is_private:
             self.policy.observe_private(norms)
         self.source.accumulate(self._factors(norms))
@@ -360,7 +371,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if not self.fused_step:
             noise = self.mechanism.noise(self.params, std if weights is None else stds, scale)
             self.reducer.release(self.source, noise)
-        histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
+        histogram, loss, profile = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
         self.released = StepRelease(
@@ -374,6 +385,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             loss=loss,
             lr_multiplier=1.0 if self.control is None else self.control.multiplier,
             histogram=histogram,
+            profile=profile,
         )
 
     def _gradient_scale(self) -> float:
@@ -418,6 +430,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.control is not None:
             self.control.update(self.policy.clip_rate(self.released))
         if self.allocation is not None:
+            self.allocation.observe_profile(self.released.profile)
             self.allocation.update()
         if self.ema is not None:
             self.ema.update()

@@ -215,17 +215,19 @@ def choose_statistics(
     histogram_weight: float | None,
     loss_bound: float | None,
     loss_weight: float | None,
+    allocation: GroupWeights | None = None,
 ) -> StepStatistics:
     """Return what a step releases beside the gradient.
 
-    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus; a policy that reads
-    un-noised norms needs no histogram.
+    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
+    is asked for; a policy that reads un-noised norms needs no histogram.
     """
     return StepStatistics(
         histogram=clipping == "adaptive" and policy.is_private,
         histogram_weight=DEFAULT_WEIGHT if histogram_weight is None else histogram_weight,
         loss_bound=loss_bound,
         loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
+        **({} if allocation is None else allocation.statistics()),
     )
 
 

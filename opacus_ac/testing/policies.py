@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.clipping import ClipPolicy
 from opacus_ac.mechanism import StepRelease
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
@@ -42,6 +43,8 @@ def optimizer_by_hand(gradients: Tensor, *, losses: Tensor | None = None, **kwar
     sizes = (cut, gradients.shape[1] - cut)
     parameters = [nn.Parameter(torch.zeros(size, dtype=gradients.dtype)) for size in sizes]
     arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 1, **kwargs}
+    if isinstance(allocation := arguments.get("allocation"), NoiseAllocation):
+        arguments["allocation"] = allocation.start(parameters, ["first", "second"])
     optimizer = AdaptiveClipDPOptimizer(torch.optim.SGD(parameters, lr=1.0), **arguments)
     for parameter, rows in zip(parameters, gradients.split(sizes, dim=1), strict=True):
         parameter.grad_sample = rows.clone()  # type: ignore[attr-defined]

@@ -84,6 +84,10 @@ class DifferenceSource:
             self.coordinates.move(seed, -at)
         return up, down
 
+    def parameter_squares(self) -> Tensor:
+        """Not known here: differences are of all parameters together."""
+        raise NotImplementedError("a difference of losses does not tell the parameters apart")
+
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
         """Return the norm of each record's K differences, ``[B]`` float64; there are no ``weights`` here. Private."""
         assert weights is None
