@@ -66,7 +66,7 @@ class PrivateTrainer(RanksTrainer):
         **kwargs: the other arguments of ``Trainer``.
 
     Attributes:
-        engine: the :class:`PrivacyEngine`.
+        engine: the :class:`~opacus_ac.PrivacyEngine`.
         private_optimizer: the private optimizer, from the first use of the training data on; None before.
 
     Guarantees:
@@ -244,7 +244,7 @@ class PrivateTrainer(RanksTrainer):
         """Take the forward and backward passes of a logical batch; the Trainer then steps the optimizer.
 
         Returns:
-            0: the noisy loss is known after the optimizer's step, and added then.
+            Zero, because the noisy loss is known after the optimizer's step, and added then.
         """
         optimizer, _ = self._make_private()
         self._check_independence(model, optimizer)

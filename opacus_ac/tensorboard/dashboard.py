@@ -90,7 +90,7 @@ class PrivacyDashboard:
 
     Guarantees:
         Reads ``optimizer.released``, the accountant and public constants; every tag is on an allow-list
-        (:data:`opacus_ac.tensorboard.tags.ALLOWED`). All events carry the time at which the dashboard was opened:
+        (``opacus_ac.tensorboard.tags.ALLOWED``). All events carry the time at which the dashboard was opened:
         the time that a step takes depends on how many records it drew. A run that is not private (un-noised clip rule,
         seeded noise, noise multiplier 0) is written with epsilon = infinity.
 
@@ -157,7 +157,7 @@ class PrivacyDashboard:
         """Write the release of the last step; call it after every ``optimizer.step()``.
 
         Returns:
-            Whether something was written: not after a physical batch that only accumulated, nor twice for one step.
+            Whether something was written; it is not after a physical batch that only accumulated, nor twice for one step.
 
         Raises:
             ValueError: the dashboard is closed.
