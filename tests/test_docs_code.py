@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -209,6 +210,27 @@ def test_the_code_for_several_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "step-100" / ".metadata").is_file()
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) >= 2
+
+
+def unknown_names(text: str) -> list[str]:
+    return [name for name in sorted(set(re.findall(r"\bopacus_ac(?:\.[A-Za-z_]+)+", text))) if not exists(name)]
+
+
+def exists(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def test_names_on_the_pages_exist():
+    found = {page: unknown_names(text) for page, text in TEXTS.items()}
+    assert not any(found.values()), found
+    assert unknown_names("`opacus_ac.clipping.ClipPolicy`, `opacus_ac.gone.x`, opacus_ac.audit.gone.") == [
+        "opacus_ac.audit.gone",
+        "opacus_ac.gone.x",
+    ]
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------

@@ -25,8 +25,6 @@ import pytest
 
 import opacus_ac
 
-pytest.importorskip("furo")
-
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
