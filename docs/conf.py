@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import sys
 from pathlib import Path
 
+from docutils.nodes import Element, TextElement
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # BitNet layers of transformers compile on import otherwise
@@ -28,9 +32,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|opacus|transformers|lightning|numpy)\..*"),
     (r"py:.*", r"(argparse|collections|os|pathlib)\..*"),
-    # Type variables, and types of inner modules in the signatures of public functions.
-    (r"py:class", r"opacus_ac\.distributed\.(reducers\.(T|Source|Noise)|world\.Group)"),
-    (r"py:class", r"opacus_ac\.grad_sample\.(registry\.ClassT|sources\.GradientSource)"),
 ]
 
 myst_heading_anchors = 3  # links to sections, as GitHub has them
@@ -88,7 +89,24 @@ def keep_first_line(app: Sphinx, what: str, name: str, obj: object, options: obj
         lines[:0] = ["..", ""]
 
 
+def refer(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: TextElement) -> Element | None:
+    """Short names link to the one entry that ends so; inner names that exist, but have no entry, are text."""
+    name = node["reftarget"]
+    if node.get("refdomain") != "py":
+        return None
+    if "." not in name and not node.get("refspecific"):
+        node["refspecific"] = True
+        domain = env.domains["py"]
+        return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], name, node, text)
+    try:
+        pkgutil.resolve_name(name if name.startswith("opacus_ac.") else "")
+    except (ValueError, ImportError, AttributeError):
+        return None
+    return text
+
+
 def setup(app: Sphinx) -> None:
     """Connect the handlers."""
+    app.connect("missing-reference", refer)
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)  # before napoleon's
     app.connect("source-read", read_source)

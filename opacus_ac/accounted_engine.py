@@ -77,7 +77,7 @@ class AccountedEngine(opacus.PrivacyEngine):
         With ``poisson_sampling=False`` whole passes of the loader are counted.
 
         Raises:
-            ValueError: there is no target; use :meth:`~opacus_ac.PrivacyEngine.make_private_with_epsilon`.
+            ValueError: there is no target; use :meth:`make_private_with_epsilon`.
         """
         guard = self._account.guard
         if guard is None or self._optimizer is None or self._loader is None:

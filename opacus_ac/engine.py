@@ -175,7 +175,7 @@ class PrivacyEngine(AccountedEngine):
                 All ranks pass the same arguments; batch sizes are those of all ranks together.
 
         Returns:
-            the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`~opacus_ac.AdaptiveClipDPOptimizer`, a :class:`~opacus_ac.data.PrivateDataLoader`.
+            the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
 
         Raises:
             ValueError: anything that would make the guarantee wrong, with the remedy; the inputs are unchanged.

@@ -56,7 +56,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         reducer: how the sums of several processes become one; None for one process.
 
     Attributes:
-        released: what the last step released, a :class:`~opacus_ac.mechanism.StepRelease`; safe to look at.
+        released: what the last step released, a :class:`StepRelease`; safe to look at.
         private_nonfinite_records: how many records so far had a gradient that is not finite, and were left out. Private: it is
             there for debugging on data that need no protection, and is never saved.
 

@@ -192,6 +192,8 @@ def test_every_page_is_in_the_site_and_every_link_to_a_file_works(site):
     [
         ("[page](gone.md)", "gone"),
         ("[section](other.md#gone)", "gone"),
+        ("{class}`PrivacyEngin`", "reference target not found: PrivacyEngin"),
+        ("{data}`opacus_ac.accounting.events.GONE`", "reference target not found: opacus_ac.accounting.events.GONE"),
         ("{class}`opacus_ac.PrivacyEngin`", "reference target not found: opacus_ac.PrivacyEngin"),
     ],
 )

@@ -13,7 +13,7 @@ OK, REFUTED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: a row of :data:`opacus_ac.cli.COMMANDS`.
+    """One subcommand: a row of :data:`COMMANDS`.
 
     Attributes:
         name: what the user types.

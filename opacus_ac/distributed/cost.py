@@ -92,7 +92,7 @@ def _others(ranks: int) -> float:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a decoder, for :func:`~opacus_ac.distributed.memory_per_rank`; all weights are trained.
+    """The sizes of a decoder, for :func:`memory_per_rank`; all weights are trained.
 
     Attributes:
         hidden: width of the residual stream.

@@ -27,7 +27,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class BroadcastHandle:
-    """Holds the hooks of :func:`~opacus_ac.grad_sample.expand_broadcast_embeddings`; ``remove()`` takes them off. A context manager too."""
+    """Holds the hooks of :func:`expand_broadcast_embeddings`; ``remove()`` takes them off. A context manager too."""
 
     def __init__(self, model: nn.Module) -> None:
         self._running: list[torch.Size] = []

@@ -162,7 +162,7 @@ def explain(model: nn.Module, *, mode: str = "bk", length: int = 128) -> RuleTab
         length: positions per record, for cost and memory; every module is taken to be used once per place.
 
     Returns:
-        A list of :class:`~opacus_ac.grad_sample.explain.RuleRow` that prints as a table. A tied parameter has one row, which names the other places.
+        A list of :class:`RuleRow` that prints as a table. A tied parameter has one row, which names the other places.
 
     Example:
         >>> from torch import nn

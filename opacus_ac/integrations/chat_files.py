@@ -36,7 +36,7 @@ def read_dialogues(path: str | os.PathLike[str]) -> list[Messages]:
 
 
 def read_users(path: str | os.PathLike[str], group_by: str = "user_id") -> dict[str, list[Messages]]:
-    """Read a file as ``read_dialogues`` does, and gather the dialogues of each user.
+    """Read a file as :func:`read_dialogues` does, and gather the dialogues of each user.
 
     Args:
         path: a local file in UTF-8.
@@ -46,7 +46,7 @@ def read_users(path: str | os.PathLike[str], group_by: str = "user_id") -> dict[
         The dialogues of each user in file order, users in the order in which they first appear.
 
     Raises:
-        ValueError: as ``read_dialogues``; or a row whose user is not named, with ``file:line``.
+        ValueError: as :func:`read_dialogues`; or a row whose user is not named, with ``file:line``.
     """
     users: dict[str, list[Messages]] = {}
     for user, messages in _read(_known(path), partial(_of_user, group_by=group_by)):
@@ -55,7 +55,7 @@ def read_users(path: str | os.PathLike[str], group_by: str = "user_id") -> dict[
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Messages]:
-    """Read a file of JSON lines as ``read_dialogues`` does, whatever its name; blank lines are skipped."""
+    """Read a file of JSON lines as :func:`read_dialogues` does, whatever its name; blank lines are skipped."""
     return _read((Path(path), _json_lines), _dialogue)
 
 

@@ -66,7 +66,7 @@ class PrivateTrainer(RanksTrainer):
         **kwargs: the other arguments of ``Trainer``.
 
     Attributes:
-        engine: the :class:`~opacus_ac.PrivacyEngine`.
+        engine: the :class:`PrivacyEngine`.
         private_optimizer: the private optimizer, from the first use of the training data on; None before.
 
     Guarantees:

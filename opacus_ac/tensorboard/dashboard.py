@@ -90,7 +90,7 @@ class PrivacyDashboard:
 
     Guarantees:
         Reads ``optimizer.released``, the accountant and public constants; every tag is on an allow-list
-        (``opacus_ac.tensorboard.tags.ALLOWED``). All events carry the time at which the dashboard was opened:
+        (:data:`opacus_ac.tensorboard.tags.ALLOWED`). All events carry the time at which the dashboard was opened:
         the time that a step takes depends on how many records it drew. A run that is not private (un-noised clip rule,
         seeded noise, noise multiplier 0) is written with epsilon = infinity.
 

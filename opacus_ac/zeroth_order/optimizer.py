@@ -37,7 +37,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         optimizer: inner optimizer over the trained weights.
         module: the model whose losses the closure computes; looked at, never changed but for its trained weights.
         settings: directions, stages, pruning and mechanism.
-        **kwargs: all other arguments of :class:`~opacus_ac.AdaptiveClipDPOptimizer`; no ``source``, ``fused_step`` or ``ema_decay``.
+        **kwargs: all other arguments of :class:`AdaptiveClipDPOptimizer`; no ``source``, ``fused_step`` or ``ema_decay``.
 
     Guarantees:
         A step releases ``sum_i clip_C(delta_i) + N(0, (z C)^2 I_K)``, each record's K-vector ``delta_i`` clipped as one: one
