@@ -159,7 +159,8 @@ class PrivacyEngine(AccountedEngine):
             fused_step: hold no more gradients at a time than the largest one takes: they are summed, noised, applied
                 and forgotten in turns, which with mode "bk" and one physical batch per step leaves the gradient memory of one layer.
                 For AdamW, Adam and SGD; no ``.grad`` is left to look at. The same numbers.
-            histogram_weight: ``a`` of the norm histogram; default sqrt(0.0412), which costs 2 % of noise.
+            histogram_weight: ``a`` of the norm histogram, which costs ``sqrt(1 + a^2)`` of noise: by default what the batch size
+                needs, at most 2 % (:func:`opacus_ac.statistics.default_histogram_weight`).
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
             loss_weight: ``b`` of the loss; default sqrt(0.0412).
             preset: "paper" for the published constants.
@@ -263,7 +264,9 @@ class PrivacyEngine(AccountedEngine):
             loss_reduction=loss_reduction,
             clip_policy=policy,
             target_clip_rate=target_clip_rate,
-            statistics=choose_statistics(clipping, policy, histogram_weight, loss_bound, loss_weight, allocation),
+            statistics=choose_statistics(
+                clipping, policy, noise_multiplier, expected, histogram_weight, loss_bound, loss_weight, allocation
+            ),
             normalize=normalize and preset != "paper",
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,

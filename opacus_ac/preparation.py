@@ -30,7 +30,7 @@ from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SAMPLING, SamplingPlan
-from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
+from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
 from opacus_ac.users import UserRows
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
@@ -212,6 +212,8 @@ def choose_control(
 def choose_statistics(
     clipping: str,
     policy: ClipPolicy,
+    noise_multiplier: float,
+    expected_batch_size: float,
     histogram_weight: float | None,
     loss_bound: float | None,
     loss_weight: float | None,
@@ -222,9 +224,11 @@ def choose_statistics(
     "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
     is asked for; a policy that reads un-noised norms needs no histogram.
     """
+    if histogram_weight is None:
+        histogram_weight = default_histogram_weight(noise_multiplier, expected_batch_size)
     return StepStatistics(
         histogram=clipping == "adaptive" and policy.is_private,
-        histogram_weight=DEFAULT_WEIGHT if histogram_weight is None else histogram_weight,
+        histogram_weight=histogram_weight,
         loss_bound=loss_bound,
         loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
         **({} if allocation is None else allocation.statistics()),

@@ -1,6 +1,7 @@
 """Subcommands that plan and report: the figures of the accountants, and errors that name the option and the remedy."""
 
 import json
+import math
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import qwen2
 from opacus_ac import PrivacyEngine, cli
 from opacus_ac.accounting import calibrate_noise_multiplier, plan_epsilon
 from opacus_ac.errors import NotPrivateWarning
+from opacus_ac.statistics import default_histogram_weight
 
 PLAN = ["--dataset-size", "10000", "--batch-size", "100", "--steps", "500", "--delta", "1e-5"]
 
@@ -84,8 +86,9 @@ def test_plan_is_a_table_of_what_calibrate_says(capsys):
     ]  # fmt: skip
     wanted = values(capsys, "calibrate", "--target-epsilon", "8", *PLAN)["noise_multiplier"]
     assert rows[3]["noise_multiplier"] == wanted
-    assert rows[3]["noise_to_signal"] == pytest.approx(wanted * 1.0412**0.5 / 100)
-    assert rows[3]["noise_to_signal_of_run"] == pytest.approx(wanted * 1.0412**0.5 / 100 / 500**0.5)
+    one_step = wanted * math.hypot(1, default_histogram_weight(wanted, 100)) / 100
+    assert rows[3]["noise_to_signal"] == pytest.approx(one_step)
+    assert rows[3]["noise_to_signal_of_run"] == pytest.approx(one_step / 500**0.5)
     assert len(out(capsys, "plan", *arguments).splitlines()) == 2 + 4 + 2
     by_steps = values(capsys, "plan", *arguments[:2], "--batch-size", "100", *arguments[5:], "--steps", "250", "500")
     assert [(row["epochs"], row["steps"]) for row in by_steps] == [(2.5, 250), (5, 500)] * 2

@@ -122,6 +122,13 @@ PAGES = {
 ELSEWHERE = {
     "docs/trainer.md": "test_trainer_docs.py",
     "docs/distributed.md": "test_docs_code.py",  # below: on two processes
+    "docs/quickstart.md": "test_docs_pages.py",
+    "docs/from-opacus.md": "test_docs_pages.py",
+    "docs/adaptive-clipping.md": "test_docs_pages.py",
+    "docs/bitnet.md": "test_docs_pages.py",
+    "docs/lora.md": "test_docs_pages.py",
+    "docs/choosing.md": "test_docs_pages.py",
+    "docs/extending.md": "test_docs_pages.py",
 }
 
 #: What a fence may hold beside Python and commands; "" is a formula or output.

@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
     "quickstart.md": "epsilon 8.00",
     "from-opacus.md": "-differential privacy by",
-    "choosing.md": "norm of the noise of a step 23.63 C",
+    "choosing.md": "norm of the noise of a step 23.18 C",
     "adaptive-clipping.md": "sensitivity 1.0204",
     "bitnet.md": "AutoBitLinear",
     "lora.md": "640 of 21280 weights are trained",

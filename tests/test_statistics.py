@@ -5,10 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import classifier, loader
 
+from opacus_ac import PrivacyEngine
 from opacus_ac.mechanism import GaussianMechanism
 from opacus_ac.randomness import SeededStream
-from opacus_ac.statistics import GRID_RATIO, NormWindow, StepStatistics, energy_profiles, monotone
+from opacus_ac.statistics import (
+    DEFAULT_WEIGHT,
+    GRID_RATIO,
+    SMALLEST_WEIGHT,
+    WANTED_ERROR,
+    NormWindow,
+    StepStatistics,
+    default_histogram_weight,
+    energy_profiles,
+    monotone,
+)
 
 
 def clipped_share(ratio):
@@ -172,3 +184,23 @@ def test_a_loss_for_every_record_or_none(losses):
     statistics.begin(1.0, clipped_share)
     with pytest.raises(ValueError, match="record_losses"):
         statistics.observe(np.ones(2), losses)
+
+
+@pytest.mark.parametrize(("multiplier", "size"), [(0.7, 48), (0.7, 200), (1.0, 512), (3.0, 4096), (0.8, 100)])
+def test_the_default_weight_is_what_the_batch_needs(multiplier, size):
+    """The std of a released clip rate near 1, whose counts are all above C, is 0.05, or what 2 % of noise buy, if that is more."""
+    weight = default_histogram_weight(multiplier, size)
+    std = multiplier * math.hypot(1, weight) / (weight * size)
+    assert SMALLEST_WEIGHT <= weight <= DEFAULT_WEIGHT
+    if SMALLEST_WEIGHT < weight < DEFAULT_WEIGHT:
+        assert std == pytest.approx(WANTED_ERROR)
+    assert (weight == DEFAULT_WEIGHT) == (size == 48)
+
+
+def test_a_run_is_given_the_weight_that_its_batch_needs():
+    for size, wanted in ((64, DEFAULT_WEIGHT), (512, default_histogram_weight(1.0, 512))):
+        _, optimizer, _ = PrivacyEngine().make_private(
+            module=(model := classifier()), optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=loader(4096, size), noise_multiplier=1.0,
+        )  # fmt: skip
+        assert optimizer.statistics.histogram_weight == wanted

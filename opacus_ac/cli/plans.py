@@ -10,7 +10,6 @@ from typing import Any
 from opacus_ac.cli.command import OK, Command, add_format, add_option
 
 _METHODS = {"vrdp": "rdp", "vpld": "pld"}
-_HISTOGRAM = math.sqrt(1.0412)  # noise of the gradient over that of the release, with the default histogram
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +161,7 @@ def _lengths(options: argparse.Namespace, rate: float) -> list[tuple[float, int]
 def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tuple[float, int]) -> dict[str, Any]:
     """Return what a run of this budget, batch size and length buys."""
     from opacus_ac.accounting import calibrate_noise_multiplier
+    from opacus_ac.statistics import default_histogram_weight
 
     epochs, steps = length
     noise = calibrate_noise_multiplier(
@@ -171,7 +171,7 @@ def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tu
         steps=steps,
         method=_METHODS[options.accountant],
     )
-    one_step = noise * _HISTOGRAM / size
+    one_step = noise * math.sqrt(1 + default_histogram_weight(noise, size) ** 2) / size
     return {
         "target_epsilon": epsilon,
         "epochs": epochs,

@@ -108,7 +108,13 @@ def build_zeroth_order(
         clip_policy=policy,
         target_clip_rate=target_clip_rate,
         statistics=choose_statistics(
-            "adaptive" if policy.needs_histogram else "flat", policy, histogram_weight, loss_bound, loss_weight
+            "adaptive" if policy.needs_histogram else "flat",
+            policy,
+            noise_multiplier,
+            expected,
+            histogram_weight,
+            loss_bound,
+            loss_weight,
         ),
         normalize=normalize,
         lr_control=choose_control(lr_control, policy, target_clip_rate, None),
