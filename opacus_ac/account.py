@@ -11,7 +11,8 @@ from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting import Event, VariableRateRDPAccountant, common_adjacency, pld_epsilon
+from opacus_ac.accounting import Event, PureDPAccountant, VariableRateRDPAccountant, common_adjacency, pld_epsilon
+from opacus_ac.accounting.events import check_gaussian
 from opacus_ac.budget import BudgetGuard, spent
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.ledger import PrivacyLedger, privacy_unit
@@ -26,15 +27,21 @@ def check_accountant(accountant: IAccountant, sampling: str) -> None:
         )
 
 
+def accounted_mechanism(accountant: IAccountant) -> str:
+    """Return which noise an accountant knows the cost of: "gaussian", or "laplace"."""
+    return "laplace" if isinstance(accountant, PureDPAccountant) else "gaussian"
+
+
 def account_for(accountant: IAccountant, event: Event) -> None:
     """Add ``event`` to an accountant of this package or of Opacus.
 
     Raises:
-        ValueError: the accountant has no bound for this kind of sampling; nothing is added.
+        ValueError: the accountant has no bound for this kind of sampling, or of noise; nothing is added.
     """
-    if isinstance(accountant, VariableRateRDPAccountant):
+    if isinstance(accountant, VariableRateRDPAccountant | PureDPAccountant):
         accountant.step_event(event)
         return
+    check_gaussian(event)
     check_accountant(accountant, event.sampling)
     accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
 
@@ -54,7 +61,7 @@ class Account:
     def __init__(self, accountant: IAccountant, ledger: str | os.PathLike[str] | None = None) -> None:
         self.accountant = accountant
         self.guard: BudgetGuard | None = None
-        self.ledger = None if ledger is None else PrivacyLedger(ledger)
+        self.ledger = None if ledger is None else PrivacyLedger(ledger, accounted_mechanism(accountant))
         self.settings: dict[str, Any] | None = None
         self._samplings: set[str] = set()
         self._known: set[str] = set()

@@ -22,7 +22,6 @@ from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream
 from opacus_ac.report import PrivacyReport, make_report
-from opacus_ac.zeroth_order.preparation import check_ledger
 
 
 class AccountedEngine(opacus.PrivacyEngine):
@@ -47,7 +46,6 @@ class AccountedEngine(opacus.PrivacyEngine):
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
             super().__init__(accountant=accountant, secure_mode=False)
         self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
-        check_ledger(self.accountant, ledger)
         self._account = Account(self.accountant, ledger)
         self._optimizer: AdaptiveClipDPOptimizer | None = None
         self._loader: PrivateDataLoader | None = None

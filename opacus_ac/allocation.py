@@ -18,9 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.testing import LossFn, _batch_size, per_sample_gradients, select_records
+from opacus_ac.allocation_rule import group_of, optimal_weights, public_weights
+from opacus_ac.statistics import DEFAULT_WEIGHT, FloatArray, NoisyProfile
+from opacus_ac.testing.records import LossFn
 
-SOURCES = ("constant", "dimension", "history")
+__all__ = ["GroupWeights", "NoiseAllocation", "optimal_weights"]
+
+SOURCES = ("constant", "dimension", "history", "paid")
+FOLLOWING = ("history", "paid")
+"""Sources whose weights follow releases."""
+
 IMPORTANCE = ("none", "weights")
 
 MAX_CHANGE = 1.25
@@ -40,42 +47,7 @@ _REFUSED = {
         "weights computed from raw gradients are a release of their own without noise: they show in the noise of every step"
     ),
 }
-_REMEDY = 'use mode="scaled_clipping" with source "constant", "dimension" or "history"'
-
-
-def _group_of(groups: str | Callable[[str], str], name: str) -> str:
-    if callable(groups):
-        return str(groups(name))
-    return name if groups == "parameter" else name.rpartition(".")[0]
-
-
-def optimal_weights(
-    sizes: Sequence[float], norms: Sequence[float], importance: Sequence[float] | None = None, clamp: float = 4.0
-) -> list[float]:
-    """Return ``w_g`` proportional to ``(I_g d_g)^(1/4) / G_g^(1/2)``, with geometric mean 1 and inside ``[1/clamp, clamp]``.
-
-    They minimise the noise energy ``sum_g I_g d_g (sigma C / w_g)^2`` where C is in proportion to the root mean square of
-    the records' scaled norms.
-
-    Args:
-        sizes: ``d_g``, numbers of coordinates.
-        norms: ``G_g``, root mean squares of the records' gradient norms, > 0.
-        importance: ``I_g`` > 0; None for 1.
-        clamp: largest factor away from 1.
-
-    References:
-        The rule of AdaClip (arXiv 1908.07643) at the level of groups.
-
-    >>> optimal_weights([900, 100], [0.1, 1.0])[0] / optimal_weights([900, 100], [0.1, 1.0])[1]
-    5.477...
-    """
-    ones = [1.0] * len(sizes) if importance is None else importance
-    raw = [math.log(i * d) / 4 - math.log(g) / 2 for i, d, g in zip(ones, sizes, norms, strict=True)]
-    logs, limit = np.asarray(raw), math.log(clamp)
-    centre = logs.mean()
-    for _ in range(60):  # the mean of the clipped logarithms falls with their centre, at most as fast as it
-        centre += np.clip(logs - centre, -limit, limit).mean()
-    return [float(w) for w in np.exp(np.clip(logs - centre, -limit, limit))]
+_REMEDY = 'use mode="scaled_clipping" with source "constant", "dimension", "history" or "paid"'
 
 
 @dataclass(frozen=True)
@@ -84,19 +56,23 @@ class NoiseAllocation:
 
     Args:
         source: where the weights come from. "constant": ``weights``. "dimension": ``d_g^(1/4)``, the best that is known of
-            a group without data. "history": from past releases, ``|g_hat_g|^2`` less the known energy of its noise.
+            a group without data. "history": from past releases, ``|g_hat_g|^2`` less the known energy of its noise. "paid":
+            from an entry of the release that is made for it, the mean of ``n / |n|`` over the records, where n holds a
+            record's squared gradient norms by group.
         groups: "parameter", "layer" (the module that holds it), or a function from a parameter's name to its group's.
         weights: for "constant": group name or pattern (``*lora_A*``) to weight; the first that fits counts, and every
             group must have one.
         importance: "none", or "weights" for ``I_g = |theta_g| |g_hat_g|`` of the history (ANADP at the level of groups).
         decay: of the average over past releases.
-        warmup: steps of equal weights at the start of a history.
-        clamp: weights of "dimension" and "history" stay in ``[1/clamp, clamp]``, with geometric mean 1.
+        warmup: steps of equal weights at the start; by default 50 of a history, whose signal is weak, and 0 of "paid".
+        statistic_weight: ``c`` of "paid". It multiplies the noise by about ``sqrt(1 + c^2)``: 2 % by default.
+        clamp: weights other than yours stay in ``[1/clamp, clamp]``, with geometric mean 1.
         mode: "scaled_clipping"; other schemes are refused by name.
 
     Guarantees:
         Weights are constants or functions of past releases, public data and public settings, and change after a step only.
-        Given them, a step is the Gaussian mechanism of the same noise multiplier; its event does not depend on them.
+        Given them, a step is the Gaussian mechanism of the same noise multiplier; its event does not depend on them. What
+        "paid" releases is part of the one joint release: one record moves it by ``c``, which is in the sensitivity.
 
     Raises:
         ValueError: an unknown or dishonest scheme, or a value out of range.
@@ -110,9 +86,10 @@ class NoiseAllocation:
     weights: Mapping[str, float] | None = None
     importance: str = "none"
     decay: float = 0.95
-    warmup: int = 50
+    warmup: int | None = None
     clamp: float = 4.0
     mode: str = "scaled_clipping"
+    statistic_weight: float = DEFAULT_WEIGHT
 
     def __post_init__(self) -> None:
         for name in (self.mode, self.source, self.importance):
@@ -127,14 +104,28 @@ class NoiseAllocation:
             raise ValueError(f"source={self.source!r} with weights={self.weights!r}: weights go with source='constant'")
         if self.importance != "none" and self.source != "history":
             raise ValueError(f"importance={self.importance!r} reads past releases: use it with source='history'")
-        if not 0 <= self.decay < 1 or not self.warmup >= 0 or not 1 <= self.clamp <= _LIMIT:
+        if not 0 <= self.decay < 1 or not self.warmup_steps >= 0 or not 1 <= self.clamp <= _LIMIT:
             raise ValueError(
                 "noise allocation needs 0 <= decay < 1, warmup >= 0 and 1 <= clamp <= 1e6, got "
                 f"{self.decay!r}, {self.warmup!r} and {self.clamp!r}"
             )
+        self._check_statistic_weight()
         for name, weight in (self.weights or {}).items():
             if not (isinstance(weight, int | float) and 1 / _LIMIT <= weight <= _LIMIT):
                 raise ValueError(f"the weight of {name!r} must be a number in [1e-6, 1e6], got {weight!r}")
+
+    def _check_statistic_weight(self) -> None:
+        if self.source != "paid" and self.statistic_weight != DEFAULT_WEIGHT:
+            raise ValueError(f"statistic_weight={self.statistic_weight!r} goes with source='paid', not {self.source!r}")
+        if not (math.isfinite(self.statistic_weight) and self.statistic_weight > 0):
+            raise ValueError(f"statistic_weight must be a finite number > 0, got {self.statistic_weight!r}")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of equal weights at the start."""
+        if self.warmup is None:
+            return 0 if self.source == "paid" else 50
+        return self.warmup
 
     @classmethod
     def from_public(
@@ -158,21 +149,7 @@ class NoiseAllocation:
         Guarantees:
             None for ``batch``: its norms show in the weights. It must not hold private records.
         """
-        records = _batch_size(batch)
-        sizes: dict[str, int] = {}
-        energies: dict[str, float] = {}
-        for record in range(records):
-            rows = per_sample_gradients(model, select_records(batch, torch.tensor([record])), loss_fn)
-            for name, row in rows.items():
-                group = _group_of(groups, name)
-                sizes[group] = sizes.get(group, 0) + (row.numel() if record == 0 else 0)
-                energies[group] = energies.get(group, 0.0) + float(row.double().square().sum()) / records
-        largest = max(energies.values())
-        if not (math.isfinite(largest) and largest > 0):
-            raise ValueError(f"the gradients of the public batch have squared norm {largest!r}: they show no weights")
-        norms = [math.sqrt(max(e, 1e-12 * largest)) for e in energies.values()]
-        found = optimal_weights(list(sizes.values()), norms, clamp=clamp)
-        return cls("constant", groups, dict(zip(sizes, found, strict=True)))
+        return cls("constant", groups, public_weights(model, batch, loss_fn, groups, clamp))
 
     def start(self, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> GroupWeights:
         """Return the weights of these parameters as they change over a run."""
@@ -198,7 +175,7 @@ class GroupWeights:
 
     def __init__(self, allocation: NoiseAllocation, parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
         self.allocation = allocation
-        found = [_group_of(allocation.groups, name) for name in names]
+        found = [group_of(allocation.groups, name) for name in names]
         self.groups = list(dict.fromkeys(found))
         self._member = {id(p): self.groups.index(g) for p, g in zip(parameters, found, strict=True)}
         self._parameters = list(parameters)
@@ -213,7 +190,7 @@ class GroupWeights:
     def _initial(self) -> list[float]:
         if self.allocation.source == "dimension":
             return optimal_weights(self._sizes.tolist(), [1.0] * len(self.groups), clamp=self.allocation.clamp)
-        if self.allocation.source == "history":
+        if self.allocation.source in FOLLOWING:
             return [1.0] * len(self.groups)
         return [self._constant(group) for group in self.groups]
 
@@ -255,16 +232,43 @@ class GroupWeights:
             energy = float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2 / unit**2
             self._seen[:, group] += energy - gradient.numel() * noise, 2 * gradient.numel() * noise**2
 
+    def statistics(self) -> dict[str, Any]:
+        """Return what the release of a step must hold for these weights, as arguments of ``StepStatistics``."""
+        if self.allocation.source != "paid":
+            return {}
+        return {"groups": len(self.groups), "group_weight": self.allocation.statistic_weight}
+
+    def check_statistics(self, groups: int) -> None:
+        """Raise ``ValueError`` when a step does not release the profile of these groups."""
+        needed = self.statistics().get("groups", 0)
+        if groups != needed:
+            raise ValueError(
+                f"noise allocation by {self.allocation.source!r} needs the profile of {needed} groups in the release, and "
+                f"statistics has {groups}: pass StepStatistics(groups={needed})"
+            )
+
+    def by_groups(self, squares: FloatArray) -> FloatArray:
+        """Return squared norms by group ``[B, G]`` from those by parameter ``[B, P]``. Private."""
+        total = np.zeros((len(squares), len(self.groups)))
+        for column, parameter in zip(squares.T, self._parameters, strict=True):
+            total[:, self._member[id(parameter)]] += column
+        return total
+
+    def observe_profile(self, profile: NoisyProfile | None) -> None:
+        """Take in a released profile, for the next :meth:`update`."""
+        if profile is not None and self.allocation.source == "paid":
+            self._seen += profile.energies, np.full(len(self.groups), profile.std**2)
+
     def update(self) -> None:
         """Move the weights by what was observed since the last call; nothing but released values enters."""
-        if self.allocation.source != "history":
+        if self.allocation.source not in FOLLOWING:
             return
         decay = self.allocation.decay
         self._signal = decay * self._signal + (1 - decay) * self._seen[0]
         self._variance = decay**2 * self._variance + (1 - decay) ** 2 * self._seen[1]
         self._seen = np.zeros_like(self._seen)
         self.updates += 1
-        if self.updates <= self.allocation.warmup:
+        if self.updates <= self.allocation.warmup_steps:
             return
         wanted = np.asarray(self._optimal())
         now = np.asarray(self._by_group)
@@ -302,8 +306,9 @@ class GroupWeights:
             "groups": "callable" if callable(a.groups) else a.groups,
             "importance": a.importance,
             "decay": a.decay,
-            "warmup": a.warmup,
+            "warmup": a.warmup_steps,
             "clamp": a.clamp,
+            **({"statistic_weight": a.statistic_weight} if a.source == "paid" else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,7 +328,7 @@ class GroupWeights:
                 "the state was written with another noise_allocation (its groups or settings differ): call make_private "
                 "with the same one"
             )
-        if self.allocation.source != "history" and state["weights"] != self.by_group:
+        if self.allocation.source not in FOLLOWING and state["weights"] != self.by_group:
             raise ValueError("the state was written with other weights of noise_allocation: give the same ones")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

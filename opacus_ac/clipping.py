@@ -352,6 +352,7 @@ POLICIES: dict[str, type[ClipPolicy]] = {
     policy.name: policy
     for policy in (ClipPolicy, AutomaticPolicy, GeometricPolicy, PercentilePolicy, RawPercentilePolicy)
 }
+"""Name -> class of every policy that ``clip_policy=`` takes by name."""
 
 
 def build_policy(

@@ -159,7 +159,8 @@ class PrivacyEngine(AccountedEngine):
             fused_step: hold no more gradients at a time than the largest one takes: they are summed, noised, applied
                 and forgotten in turns, which with mode "bk" and one physical batch per step leaves the gradient memory of one layer.
                 For AdamW, Adam and SGD; no ``.grad`` is left to look at. The same numbers.
-            histogram_weight: ``a`` of the norm histogram; default sqrt(0.0412), which costs 2 % of noise.
+            histogram_weight: ``a`` of the norm histogram, which costs ``sqrt(1 + a^2)`` of noise: by default what the batch size
+                needs, at most 2 % (:func:`opacus_ac.statistics.default_histogram_weight`).
             loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
             loss_weight: ``b`` of the loss; default sqrt(0.0412).
             preset: "paper" for the published constants.
@@ -236,6 +237,7 @@ class PrivacyEngine(AccountedEngine):
                 histogram_weight=histogram_weight,
                 loss_bound=loss_bound,
                 loss_weight=loss_weight,
+                reducer=ranks,
                 unused={
                     "preset": preset,
                     "fused_step": fused_step,
@@ -245,10 +247,15 @@ class PrivacyEngine(AccountedEngine):
                 },
             )
             measured.check_budget = self._look_ahead
+            check_start(measured, loader, module, max_physical_batch_size, noise_generator)
+            ranks.sync_module(module)
+            if measured.ema is not None:
+                measured.ema.reset()  # the weights of rank 0 are those that count
             self._undo.append((module, lambda: None))
             self._adopt(measured, loader)
             return module, measured, loader
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
+        allocation = choose_allocation(module, inner, noise_allocation)
         private = AdaptiveClipDPOptimizer(
             inner,
             noise_multiplier=noise_multiplier,
@@ -257,7 +264,9 @@ class PrivacyEngine(AccountedEngine):
             loss_reduction=loss_reduction,
             clip_policy=policy,
             target_clip_rate=target_clip_rate,
-            statistics=choose_statistics(clipping, policy, histogram_weight, loss_bound, loss_weight),
+            statistics=choose_statistics(
+                clipping, policy, noise_multiplier, expected, histogram_weight, loss_bound, loss_weight, allocation
+            ),
             normalize=normalize and preset != "paper",
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,
@@ -265,7 +274,7 @@ class PrivacyEngine(AccountedEngine):
             source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users),
             plan=loader.plan,
             stream=noise_stream,
-            allocation=choose_allocation(module, inner, noise_allocation),
+            allocation=allocation,
             reducer=ranks,
         )
         check_start(private, loader, module, max_physical_batch_size, noise_generator)

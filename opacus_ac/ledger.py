@@ -23,7 +23,9 @@ from filelock import FileLock
 from opacus_ac.accounting import Event
 from opacus_ac.errors import LedgerError
 
-VERSION = 1
+VERSIONS = {1: "gaussian", 2: "laplace"}
+"""What the charges of a ledger are, by the version in its first line: those who know version 1 only take all for Gaussian."""
+
 SECTOR = 512
 """Lines are padded with spaces to a multiple of this many bytes: a sector and a page hold whole lines."""
 
@@ -50,15 +52,19 @@ def _encode(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
     return text + b" " * (-(len(text) + 1) % SECTOR) + b"\n", digest
 
 
+_REMEDIES = {"gaussian": 'use an accountant such as "vrdp"', "laplace": 'use accountant="pure"'}
+
+
 class _Chain:
     """The lines of a ledger, checked one by one: each must be as it was written, and follow the one before.
 
     Args:
         path: the file, for messages.
+        mechanism: what its charges have to be; None for whatever its first line says.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mechanism: str | None = None) -> None:
+        self.path, self.mechanism = path, mechanism
         self.size = 0  # bytes of the lines taken in
         self.hashes: list[str] = []
         self.header: dict[str, Any] | None = None
@@ -74,8 +80,8 @@ class _Chain:
         """Check one more line and take it in."""
         number = len(self.hashes) + 1
         entry, digest = self._check(line, number)
-        if number == 1 and (entry.get("kind") != "ledger" or entry.get("version") != VERSION):
-            raise LedgerError(f"{self.path}:1: no privacy ledger of version {VERSION}")
+        if number == 1:
+            self._begin(entry)
         try:
             self._add(entry, number)
         except (KeyError, TypeError, ValueError) as error:
@@ -83,11 +89,34 @@ class _Chain:
         self.hashes.append(digest)
         self.size += len(line)
 
+    def _begin(self, entry: dict[str, Any]) -> None:
+        """Learn from the first line what the charges are."""
+        version = entry.get("version")
+        written = VERSIONS.get(version) if entry.get("kind") == "ledger" and isinstance(version, int) else None
+        if written is None:
+            raise LedgerError(f"{self.path}:1: no privacy ledger of version {' or '.join(map(str, VERSIONS))}")
+        if self.mechanism not in (None, written):
+            raise LedgerError(
+                f"{self.path}:1: the ledger holds {written.capitalize()} releases, and the accountant is one of "
+                f"{str(self.mechanism).capitalize()} releases, which do not add up: {_REMEDIES[written]}, or a ledger of its own"
+            )
+        self.mechanism = written
+
+    def check_mechanism(self, event: Event, number: int) -> None:
+        """Raise ``LedgerError`` for a charge of another kind than the ledger's."""
+        if event.mechanism != self.mechanism:
+            raise LedgerError(
+                f"{self.path}:{number}: a {event.mechanism.capitalize()} release in a ledger of "
+                f"{str(self.mechanism).capitalize()} ones: no accountant here adds them up. Use a ledger of its own for each"
+            )
+
     def _add(self, entry: dict[str, Any], number: int) -> None:
         kind = entry.get("kind")
         if kind == "charge":
             values = {f.name: entry[f.name] for f in fields(Event) if f.name in entry}
-            self.charges.append(Event(**values))
+            event = Event(**values)  # old lines do not name their mechanism: it is Gaussian
+            self.check_mechanism(event, number)
+            self.charges.append(event)
         elif kind == "run":
             self.runs.add(entry["run"])
         elif kind == "ledger" and number == 1:
@@ -124,23 +153,25 @@ class PrivacyLedger:
 
     Args:
         path: the file; it is created with the first charge. A file beside it, ``path.lock``, keeps writers apart.
+        mechanism: "gaussian" or "laplace", what the reader's accountant can account for; None takes either.
 
     Guarantees:
         :meth:`charge` returns when the charge is on disk, so a crash can leave a charge without its release, never a release
         without its charge. Several processes may use one ledger at a time: each sees all charges before it adds its own.
         A line that was changed, lost, inserted or cut is found through the chain of hashes. Lines cut off as a whole from the
         end, and a file replaced by an older copy, can only be found by comparing :attr:`head` with one noted elsewhere; a
-        checkpoint holds one. The hashes are no signature: whoever may write the file can write another one.
+        checkpoint holds one. The hashes are no signature: whoever may write the file can write another one. All charges are of
+        one mechanism, which the first line says.
 
     Raises:
-        LedgerError: the file is damaged, or no ledger; with the number of the line.
+        LedgerError: the file is damaged, no ledger, or one of another mechanism; with the number of the line.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], mechanism: str | None = None) -> None:
         self.path = Path(path)
         self.run = secrets.token_hex(8)
         self._lock = FileLock(f"{self.path}.lock")
-        self._chain = _Chain(self.path)
+        self._chain = _Chain(self.path, mechanism)
         if self.path.exists():
             with self._lock:
                 self._read_on()
@@ -149,6 +180,11 @@ class PrivacyLedger:
     def charges(self) -> list[Event]:
         """Every charge known so far, in order, of all runs."""
         return list(self._chain.charges)
+
+    @property
+    def mechanism(self) -> str | None:
+        """What the charges are, "gaussian" or "laplace"; None where neither the file nor its reader has said so."""
+        return self._chain.mechanism
 
     @property
     def head(self) -> dict[str, Any]:
@@ -218,12 +254,15 @@ class PrivacyLedger:
             settings: public settings of the run, noted with its first charge.
 
         Raises:
-            LedgerError: the ledger is about another dataset or unit.
+            LedgerError: the ledger is about another dataset or unit, or another mechanism.
             OSError: the line could not be written; the file is as before, and nothing may be released.
         """
         self.check_dataset(dataset_size, unit)
+        if self.mechanism is not None:
+            self._chain.check_mechanism(event, len(self._chain.hashes) + 1)
         if self._chain.header is None:
-            self._append({"kind": "ledger", "version": VERSION, "dataset_size": dataset_size, "unit": unit})
+            version = next(number for number, mechanism in VERSIONS.items() if mechanism == event.mechanism)
+            self._append({"kind": "ledger", "version": version, "dataset_size": dataset_size, "unit": unit})
         if self.run not in self._chain.runs:
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self._append({"kind": "run", "run": self.run, "started": started, "settings": dict(settings)})

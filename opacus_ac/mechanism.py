@@ -12,7 +12,7 @@ import torch
 
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.randomness import RandomStream
-from opacus_ac.statistics import NoisyHistogram, StepStatistics
+from opacus_ac.statistics import Decoded, NoisyHistogram, NoisyProfile, StepStatistics
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class StepRelease:
         loss: noisy mean of the records' clipped losses; None when not released.
         lr_multiplier: factor on the learning rate that this step used.
         histogram: noisy histogram of gradient norms, or None.
+        profile: noisy mean of the records' energy profiles over the groups of a paid noise allocation, or None.
     """
 
     step: int
@@ -42,6 +43,7 @@ class StepRelease:
     loss: float | None
     lr_multiplier: float
     histogram: NoisyHistogram | None
+    profile: NoisyProfile | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class GaussianMechanism:
     """Adds Gaussian noise to (gradient sum / C, statistics), one draw per logical step.
 
     Args:
-        noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2)``.
+        noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)``.
         stream: random stream of the noise; with several processes each has its own.
 
     Attributes:
@@ -79,6 +81,9 @@ class GaussianMechanism:
     References:
         Andrew et al. 2021 (arXiv 1905.03871), theorem 1, generalised to a joint vector.
     """
+
+    name = "gaussian"
+    """Of :data:`opacus_ac.accounting.events.MECHANISMS`: what is charged."""
 
     def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
         self.noise_multiplier = noise_multiplier
@@ -155,10 +160,8 @@ class GaussianMechanism:
         """Return the noise of one release, for a reducer to add."""
         return GradientNoise(self, list(parameters), std, scale)
 
-    def release_statistics(
-        self, statistics: StepStatistics, expected_batch_size: float
-    ) -> tuple[NoisyHistogram | None, float | None]:
-        """Noise the statistics and return (histogram, mean loss)."""
+    def release_statistics(self, statistics: StepStatistics, expected_batch_size: float) -> Decoded:
+        """Noise the statistics and return histogram, mean loss and mean profile."""
         std = self.gradient_multiplier(statistics)
         vector = statistics.vector()
         if std > 0 and vector.size and self.reducer.rank == 0:

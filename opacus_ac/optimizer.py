@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,9 +101,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 f"of torch.optim, not for {type(optimizer).__name__}: pass fused_step=False"
             )
         self.policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
-        self.statistics = statistics or StepStatistics(histogram=self.policy.needs_histogram)
+        self.statistics = statistics or StepStatistics(
+            histogram=self.policy.needs_histogram, **({} if allocation is None else allocation.statistics())
+        )
         if self.policy.needs_histogram and not self.statistics.histogram:
             raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
+        if allocation is not None:
+            allocation.check_statistics(self.statistics.groups)
+        elif self.statistics.groups:
+            raise ValueError(
+                "statistics with groups need the noise allocation whose groups they are: pass allocation too"
+            )
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
         self.reducer = reducer or LOCAL
@@ -244,10 +253,24 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.statistics.loss_bound is None:
             losses = None
         self.private_nonfinite_records += int((~torch.isfinite(norms)).sum())
-        self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy())
+        squares = None
+        if self.allocation is not None and self.statistics.groups:
+            squares = self.allocation.by_groups(self.source.parameter_squares().numpy())
+        self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy(), squares)
         if not self.policy.is_private:
             self.policy.observe_private(norms)
-        self.source.accumulate(self.policy.factors(norms))
+        self.source.accumulate(self._factors(norms))
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """Return the policy's clip factors; a policy may be anybody's, so they are held to its own C."""
+        factors = self.policy.factors(norms)
+        kept = torch.where(factors == 0, torch.zeros_like(norms), factors * norms)  # 0 of what is infinite is 0
+        if factors.shape != norms.shape or not bool((kept.abs() <= self.policy.bound * (1 + 1e-6)).all()):
+            raise ValueError(
+                f"{type(self.policy).__name__}.factors left a gradient longer than C = {self.policy.bound:g}, or gave no finite factor "
+                "per record: nothing was released. opacus_ac.testing.policies.check_clip_policy says which"
+            )
+        return factors
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
@@ -266,12 +289,17 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
             )
 
+    def _continues(self, draw: Draw | None) -> bool:
+        """Whether the batch in hand belongs to the logical batch that is open."""
+        batch = None if draw is None else draw.batch
+        return self._is_last_step_skipped and self.statistics.started and batch == self._open_batch
+
     def _begin(self, draw: Draw | None) -> None:
         """Open a logical batch, dropping what an interrupted one left behind."""
-        batch = None if draw is None else draw.batch
-        if self._is_last_step_skipped and self.statistics.started and batch == self._open_batch:
+        if self._continues(draw):
             self._check_bound()
             return
+        batch = None if draw is None else draw.batch
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None
@@ -304,7 +332,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         else:
             if draw is None:
                 self.on_unknown_batch()
-            self.current_event = self.plan.charge(draw, noise_multiplier)
+            event = self.plan.charge(draw, noise_multiplier)
+            self.current_event = None if event is None else replace(event, mechanism=self.mechanism.name)
             if self.charge is not None:
                 self.charge(self.current_event)
         self._draw = draw
@@ -342,7 +371,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if not self.fused_step:
             noise = self.mechanism.noise(self.params, std if weights is None else stds, scale)
             self.reducer.release(self.source, noise)
-        histogram, loss = self.mechanism.release_statistics(statistics, self._denominator())
+        histogram, loss, profile = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
         self.released = StepRelease(
@@ -356,6 +385,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             loss=loss,
             lr_multiplier=1.0 if self.control is None else self.control.multiplier,
             histogram=histogram,
+            profile=profile,
         )
 
     def _gradient_scale(self) -> float:
@@ -400,6 +430,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if self.control is not None:
             self.control.update(self.policy.clip_rate(self.released))
         if self.allocation is not None:
+            self.allocation.observe_profile(self.released.profile)
             self.allocation.update()
         if self.ema is not None:
             self.ema.update()

@@ -30,7 +30,7 @@ from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SAMPLING, SamplingPlan
-from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
+from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
 from opacus_ac.users import UserRows
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
@@ -161,11 +161,19 @@ def check_start(
         "seed of noise_generator": None if generator is None else generator.initial_seed(),
         "batches in a pass": len(loader),
         "number of records": len(loader.dataset),  # type: ignore[arg-type]
+        **_direction_seed(optimizer),
         **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
     }
     check_alike(optimizer.reducer, settings)
     check_same_records(optimizer.reducer, loader.dataset)
     check_noise(optimizer.reducer, optimizer.mechanism.stream)
+
+
+def _direction_seed(optimizer: AdaptiveClipDPOptimizer) -> dict[str, Any]:
+    """Return the seed of the directions that the caller gave, where there are directions."""
+    if not isinstance(optimizer, ZerothOrderDPOptimizer):
+        return {}
+    return {"direction_seed": optimizer.settings.direction_seed}
 
 
 def choose_policy(
@@ -204,20 +212,26 @@ def choose_control(
 def choose_statistics(
     clipping: str,
     policy: ClipPolicy,
+    noise_multiplier: float,
+    expected_batch_size: float,
     histogram_weight: float | None,
     loss_bound: float | None,
     loss_weight: float | None,
+    allocation: GroupWeights | None = None,
 ) -> StepStatistics:
     """Return what a step releases beside the gradient.
 
-    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus; a policy that reads
-    un-noised norms needs no histogram.
+    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
+    is asked for; a policy that reads un-noised norms needs no histogram.
     """
+    if histogram_weight is None:
+        histogram_weight = default_histogram_weight(noise_multiplier, expected_batch_size)
     return StepStatistics(
         histogram=clipping == "adaptive" and policy.is_private,
-        histogram_weight=DEFAULT_WEIGHT if histogram_weight is None else histogram_weight,
+        histogram_weight=histogram_weight,
         loss_bound=loss_bound,
         loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
+        **({} if allocation is None else allocation.statistics()),
     )
 
 

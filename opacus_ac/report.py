@@ -155,6 +155,9 @@ def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
     if statistics.loss_bound is not None:
         weight = f"weight b = {statistics.loss_weight:.3f}"
         released.append(f"the mean loss, each record's clipped to {statistics.loss_bound:g} ({weight})")
+    if statistics.groups:
+        weight = f"weight c = {statistics.group_weight:.3f}"
+        released.append(f"the mean profile of gradient energy over {statistics.groups} groups of parameters ({weight})")
     if not optimizer.policy.is_private:
         released.append("a clipping norm computed from un-noised gradient norms")
     return released

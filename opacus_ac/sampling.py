@@ -226,8 +226,8 @@ class SamplingPlan:
         if self.sampling == "shuffled":
             return Event(noise_multiplier, 1.0, "shuffled")
         if self.sampling == "truncated_poisson":
-            sizes = {"dataset_size": self.sizes.dataset_size, "max_batch_size": self.max_batch_size}
-            return Event(noise_multiplier, sample_rate, self.sampling, **sizes)
+            sizes = self.sizes.dataset_size, self.max_batch_size
+            return Event(noise_multiplier, sample_rate, self.sampling, *sizes)
         return Event(noise_multiplier, sample_rate, self.sampling)
 
     def state_dict(self) -> dict[str, Any]:

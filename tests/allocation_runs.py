@@ -10,6 +10,7 @@ from opacus_ac.allocation import NoiseAllocation
 
 MODES = ["bk", "hooks", "functorch"]
 HISTORY = NoiseAllocation(warmup=2, decay=0.8)
+PAID = NoiseAllocation("paid", decay=0.8)
 UNEVEN = NoiseAllocation("constant", weights={"0.weight": 3.0, "2.*": 0.25, "*": 1.0})
 
 

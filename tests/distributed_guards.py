@@ -100,8 +100,9 @@ def batch_norm_unit() -> nn.Module:
     return sharded(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double())
 
 
-def partly() -> nn.Module:
+def partly(frozen: bool = False) -> nn.Module:
     model = classifier()
+    model[0].requires_grad_(not frozen)
     fully_shard(model[0])
     return model
 
@@ -122,6 +123,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "mesh tp": lambda: private(sharded(mesh=named_mesh("tp"))),
         "mesh cp": lambda: private(sharded(mesh=named_mesh("dp_cp"))),
         "partly sharded": lambda: private(partly()),
+        "only frozen ones sharded": lambda: private(partly(frozen=True)),
         "second dimension": lambda: private(sharded(shard_placement_fn=lambda p: Shard(p.dim() - 1))),
         "batch norm": lambda: private(batch_norm_unit()),
         "hooks": lambda: private(classifier(), grad_sample_mode="hooks"),
@@ -129,7 +131,6 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "shuffled": lambda: private(classifier(), poisson_sampling=False),
         "fused": lambda: private(sharded(), fused_step=True),
         "raw": lambda: private(classifier(), clip_policy="raw_percentile"),
-        "zeroth order": lambda: private(classifier().eval(), clipping="zo"),
         "users": lambda: private(classifier(), max_rows_per_user=2),
         "allocation": lambda: private(sharded(), noise_allocation=NoiseAllocation(source="dimension")),
         "role": lambda: private(classifier(), reducer="zero"),

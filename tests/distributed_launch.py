@@ -20,7 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MODULES = ("distributed_cases", "distributed_guards", "distributed_noise")
+MODULES = (
+    "distributed_cases",
+    "distributed_guards",
+    "distributed_noise",
+    "distributed_zeroth",
+    "distributed_zeroth_guards",
+)
 DEADLY = "die"
 TIMEOUT, SHORT = timedelta(seconds=30), timedelta(seconds=5)
 HERE = Path(__file__).parent

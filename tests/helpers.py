@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.testing.policies import optimizer_by_hand
+from opacus_ac.testing.policies import released_vector as release_vector
 
 
 def classifier(dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
@@ -40,22 +42,8 @@ def by_hand(
     gradients: torch.Tensor, *, losses: torch.Tensor | None = None, **kwargs
 ) -> tuple[AdaptiveClipDPOptimizer, torch.Tensor]:
     """Return an optimizer over two parameters, with ``gradients`` [B, 5] set as their per-sample gradients."""
-    parameters = [
-        nn.Parameter(torch.zeros(2, dtype=gradients.dtype)),
-        nn.Parameter(torch.zeros(3, dtype=gradients.dtype)),
-    ]
-    arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 1, **kwargs}
-    optimizer = AdaptiveClipDPOptimizer(torch.optim.SGD(parameters, lr=1.0), **arguments)
-    parameters[0].grad_sample = gradients[:, :2].clone()
-    parameters[1].grad_sample = gradients[:, 2:].clone()
-    if losses is not None:
-        optimizer.record_losses(losses)
-    return optimizer, torch.cat(parameters)
+    optimizer = optimizer_by_hand(gradients, losses=losses, **kwargs)
+    return optimizer, torch.cat([p.reshape(-1) for p in optimizer.params])
 
 
-def release_vector(gradients: torch.Tensor, losses: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-    """Return what one step would release of these records if there were no noise, in units of C. ``[5 + statistics]``"""
-    optimizer, _ = by_hand(gradients, losses=losses, **kwargs)
-    optimizer.clip_and_accumulate()
-    summed = torch.cat([p.summed_grad.reshape(-1) for p in optimizer.params]) / optimizer.max_grad_norm
-    return torch.cat([summed.double(), torch.from_numpy(optimizer.statistics.vector())])
+__all__ = ["by_hand", "classifier", "dataset", "loader", "loss_of", "release_vector", "train"]

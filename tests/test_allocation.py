@@ -5,15 +5,18 @@ import io
 import itertools
 import math
 
+import allocation_study
 import numpy as np
 import pytest
 import torch
-from allocation_runs import HISTORY, UNEVEN, flat, make
+import users
+from allocation_runs import HISTORY, MODES, PAID, UNEVEN, flat, make
 from helpers import classifier, loader, loss_of, train
 from torch import nn
 
 from opacus_ac.allocation import MAX_CHANGE, NoiseAllocation, optimal_weights
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.statistics import NoisyProfile, StepStatistics, energy_profiles
 from opacus_ac.testing import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
@@ -139,6 +142,132 @@ def test_without_a_signal_a_history_tends_to_the_rule_of_the_dimension():
     assert weights.weights[0] / weights.weights[1] == pytest.approx(2.0, rel=0.01)
 
 
+# ------------------------------------------------------------------ weights from a paid statistic
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    ("name", "limit"), [("means in proportion", 1.2), ("gradients cancel", 1.2), ("half of them", 1.25)]
+)
+def test_a_paid_statistic_finds_the_weights(name, limit):
+    """In the setting of the theory, where the mean gradient misleads, and where most records have no gradient in a group. Seeded.
+
+    The std of a mean energy after 20 releases is 0.02 of the largest, and the smallest energy is 0.01: a group that is seen as five
+    times as strong has a weight wrong by 5^(1/4) = 1.5, and the noise energy is higher by less than 15 %; 4 % is the price.
+    """
+    setting = next(s for label, s in allocation_study.SETTINGS.items() if name in label)
+    best = allocation_study.noise_energy(optimal_weights(setting.sizes, setting.norms), setting)
+    found = allocation_study.learned_energy(NoiseAllocation("paid"), setting, 20, 0)
+    assert best * (1 + 0.9 * 0.0412 / 1.0412) <= found <= limit * best
+
+
+@pytest.mark.statistical
+def test_a_history_is_misled_where_the_mean_gradient_is_not_what_the_norms_are():
+    """Records' gradients of norm 1 that cancel, beside small ones that agree: noise goes to the wrong group. Seeded."""
+    setting = allocation_study.Setting((200, 200), (1.0, 0.1), (0.0, 1.0), batch=256)
+    assert allocation_study.learned_energy(NoiseAllocation("history", warmup=3), setting, 20, 0) > 1.1
+    assert allocation_study.learned_energy(NoiseAllocation("paid"), setting, 20, 0) < 0.7
+
+
+def test_the_table_of_sources_has_a_row_per_setting(monkeypatch, capsys):
+    small = allocation_study.Setting((6, 3), (0.1, 1.0), (0.5, 0.5), batch=8)
+    monkeypatch.setattr(allocation_study, "SETTINGS", {"small": small})
+    found = allocation_study.main(["--seeds", "1", "--steps", "2"])
+    assert set(found["small"]) == set(allocation_study.SOURCES)
+    assert "| small | 0." in capsys.readouterr().out
+
+
+@pytest.mark.statistical
+def test_without_a_signal_paid_weights_tend_to_the_rule_of_the_dimension():
+    """Releases without any energy: the floor is the same for all groups."""
+    parameters = [nn.Parameter(torch.zeros(d)) for d in (1600, 100)]
+    weights = NoiseAllocation("paid").start(parameters, ["a", "b"])
+    for _ in range(60):
+        weights.observe_profile(NoisyProfile(np.zeros(2), 0.3))
+        weights.update()
+    assert weights.weights[0] / weights.weights[1] == pytest.approx(2.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("groups", ["parameter", "layer"])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_released_profile_is_that_of_the_oracle(mode, groups, reduction):
+    """Without noise, over physical batches: the mean of n / |n| for the squared norms n of a loop of batch size 1."""
+    model, optimizer, batches, _ = make(
+        NoiseAllocation("paid", groups=groups), mode=mode, noise_multiplier=0.0, loss_reduction=reduction,
+        max_physical_batch_size=5, lr=0.0,
+    )  # fmt: skip
+    model.train()
+    reference, names = classifier(), [name for name, _ in classifier().named_parameters()]
+    members = [[0], [1], [2], [3]] if groups == "parameter" else [[0, 1], [2, 3]]
+    total, steps = np.zeros(len(members)), 0
+    for batch in batches:
+        rows = per_sample_gradients(reference, batch, loss_of)
+        squares = np.array([rows[name].flatten(1).square().sum(1).numpy() for name in names])
+        by_group = np.array([squares[m].sum(0) for m in members])
+        total += (by_group / np.linalg.norm(by_group, axis=0)).sum(1)
+        optimizer.zero_grad()
+        loss_of(model, batch, reduction).backward()
+        optimizer.step()
+        if optimizer.steps_taken > steps:
+            profile = optimizer.released.profile
+            np.testing.assert_allclose(profile.energies, total / 16, rtol=1e-9)
+            assert profile.std == 0.0
+            total, steps = np.zeros(len(members)), optimizer.steps_taken
+    assert steps == 4
+
+
+@pytest.mark.parametrize("physical", [None, 2])
+@pytest.mark.parametrize(("model", "mode"), [(users.mlp, "bk"), (users.mlp, "hooks"), (users.words, "bk")])
+def test_the_profile_of_users_is_that_of_the_oracle(model, mode, physical):
+    """Users of several rows, one of them without any, and tied weights."""
+    data, module = users.number_users(), model()
+    _, rows = users.oracle(module, data, users.own_number_loss)
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()], dim=1).numpy()
+    wrapped, optimizer, batches = users.private(
+        module, data, users.pad, noise_allocation=PAID, grad_sample_mode=mode, max_physical_batch_size=physical
+    )
+    for batch in batches:
+        optimizer.zero_grad()
+        users.number_loss(wrapped, batch, batches.users.count).backward()
+        optimizer.step()
+    want = energy_profiles(squares).sum(0) / len(data)
+    np.testing.assert_allclose(optimizer.released.profile.energies, want, rtol=1e-9)
+
+
+def test_the_report_and_the_noise_count_the_paid_statistic():
+    model, optimizer, batches, engine = make(PAID, loss_bound=5.0)
+    for batch in batches:
+        optimizer.zero_grad()
+        losses = loss_of(model, batch, "none")
+        optimizer.record_losses(losses.detach())
+        losses.mean().backward()
+        optimizer.step()
+    joint = math.sqrt(1 + 3 * 0.0412)
+    report = engine.privacy_report(1e-3)
+    assert report.noise_multiplier == 0.7
+    assert report.gradient_noise_multiplier == pytest.approx(0.7 * joint)
+    assert optimizer.released.gradient_noise_multiplier == pytest.approx(0.7 * joint)
+    assert "the mean profile of gradient energy over 4 groups of parameters (weight c = 0.203)" in report.released
+    assert make(HISTORY)[1].released is None
+    assert not any("profile" in line for line in make(HISTORY)[3].privacy_report(1e-3).released)
+
+
+def test_a_release_without_the_groups_is_refused():
+    parameter = nn.Parameter(torch.zeros(3))
+    arguments = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 4}
+    inner = torch.optim.SGD([parameter], lr=1.0)
+    for source, groups, message in (
+        ("paid", 0, r"profile of 1 groups.*has 0"),
+        ("dimension", 3, "profile of 0 groups"),
+    ):
+        allocation = NoiseAllocation(source).start([parameter], ["a"])
+        with pytest.raises(ValueError, match=message):
+            AdaptiveClipDPOptimizer(inner, statistics=StepStatistics(groups=groups), allocation=allocation, **arguments)
+    with pytest.raises(ValueError, match="pass allocation too"):
+        AdaptiveClipDPOptimizer(inner, statistics=StepStatistics(groups=1), **arguments)
+
+
 def test_importance_moves_noise_away_from_large_weights():
     parameters = [nn.Parameter(torch.full((50,), value, dtype=torch.float64)) for value in (16.0, 1.0)]
     weights = NoiseAllocation(warmup=0, decay=0.0, importance="weights").start(parameters, ["a", "b"])
@@ -178,15 +307,19 @@ def finished(allocation, **kwargs):
     return flat(optimizer.params), flat(optimizer.ema._average), optimizer.allocation.weights
 
 
-@pytest.mark.parametrize("allocation", [UNEVEN, HISTORY, NoiseAllocation("dimension", groups="layer")])
+@pytest.mark.parametrize("allocation", [UNEVEN, HISTORY, PAID, NoiseAllocation("dimension", groups="layer")])
 @pytest.mark.parametrize(
     "settings",
     [{"mode": "hooks"}, {"mode": "functorch"}, {"max_physical_batch_size": 5}, {"fused_step": True},
      {"mode": "hooks", "fused_step": True, "max_physical_batch_size": 3}],
 )  # fmt: skip
 def test_modes_splits_and_fused_steps_agree(allocation, settings):
-    """Weights, averaged weights and allocation after 12 noisy steps with adaptive C, normalize and EMA."""
-    for got, want in zip(finished(allocation, **settings), finished(allocation), strict=True):
+    """Weights, averaged weights and allocation after 12 noisy steps with adaptive C, normalize and EMA.
+
+    C starts low: a step that only searches for C draws no noise for its gradient when it is fused.
+    """
+    settings = {**settings, "max_grad_norm": 0.1}
+    for got, want in zip(finished(allocation, **settings), finished(allocation, max_grad_norm=0.1), strict=True):
         torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), rtol=1e-9, atol=1e-12)
 
 
@@ -206,7 +339,7 @@ def test_groups_share_their_weight():
     assert list(optimizer.allocation.by_group) == ["weight", "bias"]
 
 
-@pytest.mark.parametrize("allocation", [UNEVEN, HISTORY])
+@pytest.mark.parametrize("allocation", [UNEVEN, HISTORY, PAID])
 def test_a_resumed_run_is_the_uninterrupted_one(allocation):
     model, optimizer, batches, _ = make(allocation)
     for _ in range(4):
@@ -237,6 +370,13 @@ def test_a_state_of_another_allocation_is_refused(other):
     assert optimizer.state_dict()["opacus_ac"]["allocation"] == before
 
 
+@pytest.mark.parametrize("other", [HISTORY, NoiseAllocation("paid", statistic_weight=0.4)])
+def test_a_state_with_another_release_is_refused(other):
+    state = make(PAID)[1].state_dict()
+    with pytest.raises(ValueError, match="another statistics"):
+        make(other)[1].load_state_dict(state)
+
+
 def test_other_constants_are_refused():
     state = make(UNEVEN)[1].state_dict()
     with pytest.raises(ValueError, match="other weights"):
@@ -263,7 +403,11 @@ def test_a_checkpoint_of_another_allocation_is_refused_before_anything_is_loaded
         ({"source": "gradients"}, "raw gradients.*history"),
         ({"importance": "gradients"}, "raw gradients"),
         ({"mode": "other"}, "scaled_clipping"),
-        ({"source": "paid"}, "'constant', 'dimension', 'history'"),
+        ({"source": "norms"}, "'constant', 'dimension', 'history', 'paid'"),
+        ({"source": "paid", "importance": "weights"}, "past releases"),
+        ({"source": "paid", "statistic_weight": 0.0}, "statistic_weight must be"),
+        ({"source": "paid", "statistic_weight": math.inf}, "statistic_weight must be"),
+        ({"statistic_weight": 0.3}, "statistic_weight.*'paid', not 'history'"),
         ({"groups": "tensor"}, "'parameter', 'layer'"),
         ({"source": "constant"}, "weights go with"),
         ({"weights": {"*": 1.0}}, "weights go with"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from allocation_runs import HISTORY, MODES, UNEVEN, make
+from allocation_runs import HISTORY, MODES, PAID, UNEVEN, make
 from helpers import loader, loss_of, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +106,7 @@ CASES = [(policy, histogram) for policy in POLICIES for histogram in (True, Fals
 rows_of_five = st.lists(st.floats(-1e6, 1e6), min_size=5, max_size=5)
 
 
+@pytest.mark.parametrize("paid", [False, True])
 @pytest.mark.parametrize(("policy", "histogram"), CASES)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
@@ -114,15 +115,17 @@ rows_of_five = st.lists(st.floats(-1e6, 1e6), min_size=5, max_size=5)
     bound=st.floats(1e-4, 1e4),
     weights=st.lists(st.floats(0.01, 100.0), min_size=2, max_size=2),
 )
-def test_sensitivity_for_any_weights_and_policy(policy, histogram, batch, extra, bound, weights):
+def test_sensitivity_for_any_weights_and_policy(policy, histogram, paid, batch, extra, bound, weights):
     def release(rows):
         values = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
         parameters = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 3)]
-        spec = NoiseAllocation("constant", weights={"a": weights[0], "b": weights[1]})
+        constant = NoiseAllocation("constant", weights={"a": weights[0], "b": weights[1]})
+        chosen = (NoiseAllocation("paid") if paid else constant).start(parameters, ["a", "b"])
+        chosen._set(weights)
         optimizer = AdaptiveClipDPOptimizer(
             torch.optim.SGD(parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=1,
-            clip_policy=build_policy(policy, bound, 0.5, 16), statistics=StepStatistics(histogram=histogram),
-            lr_control=False, allocation=spec.start(parameters, ["a", "b"]),
+            clip_policy=build_policy(policy, bound, 0.5, 16), statistics=StepStatistics(histogram=histogram, **chosen.statistics()),
+            lr_control=False, allocation=chosen,
         )  # fmt: skip
         parameters[0].grad_sample, parameters[1].grad_sample = values[:, :2].clone(), values[:, 2:].clone()
         return scaled_release(optimizer, torch.zeros(0)), optimizer.statistics.sensitivity
@@ -154,7 +157,7 @@ def test_every_group_has_the_stated_std(mode, fused):
         assert float(noise.std()) == pytest.approx(want, rel=6 / math.sqrt(2 * noise.numel()))
 
 
-@pytest.mark.parametrize("allocation", [NoiseAllocation("dimension"), UNEVEN, HISTORY])
+@pytest.mark.parametrize("allocation", [NoiseAllocation("dimension"), UNEVEN, HISTORY, PAID])
 def test_the_accountant_does_not_see_the_weights(allocation):
     histories = []
     for chosen in (None, allocation):
@@ -201,6 +204,26 @@ def test_weights_can_be_recomputed_from_releases(mode):
     want = recompute(optimizer.params, optimizer.allocation.groups, releases, 0.7, 0.5)
     assert optimizer.allocation.weights == pytest.approx(want, rel=1e-9)
     assert max(want) / min(want) > 1.2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_paid_weights_can_be_recomputed_from_releases(mode):
+    model, optimizer, batches, _ = make(PAID, mode=mode, clip_policy="geometric")
+    sizes = [p.numel() for p in optimizer.params]
+    signal, variance, weights = [0.0] * 4, 0.0, [1.0] * 4
+    releases = []
+    for _ in range(3):
+        for batch in batches:
+            train(model, optimizer, [batch])
+            releases.append(optimizer.released)
+    for step, release in enumerate(releases, 1):
+        signal = [0.8 * s + 0.2 * e for s, e in zip(signal, release.profile.energies, strict=True)]
+        variance = 0.64 * variance + 0.04 * release.profile.std**2
+        energy = [max(s, math.sqrt(variance)) / (1 - 0.8**step) for s in signal]
+        wanted = optimal_weights(sizes, [math.sqrt(e) for e in energy])
+        weights = [w * min(max(t / w, 1 / MAX_CHANGE), MAX_CHANGE) for w, t in zip(weights, wanted, strict=True)]
+    assert optimizer.allocation.weights == pytest.approx(weights, rel=1e-9)
+    assert max(weights) / min(weights) > 1.2
 
 
 def test_the_same_releases_give_the_same_weights_whatever_the_records(monkeypatch):

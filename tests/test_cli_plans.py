@@ -1,6 +1,7 @@
 """Subcommands that plan and report: the figures of the accountants, and errors that name the option and the remedy."""
 
 import json
+import math
 import re
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_models import qwen2
 
 from opacus_ac import PrivacyEngine, cli
 from opacus_ac.accounting import calibrate_noise_multiplier, plan_epsilon
+from opacus_ac.errors import NotPrivateWarning
+from opacus_ac.statistics import default_histogram_weight
 
 PLAN = ["--dataset-size", "10000", "--batch-size", "100", "--steps", "500", "--delta", "1e-5"]
 
@@ -83,8 +86,44 @@ def test_plan_is_a_table_of_what_calibrate_says(capsys):
     ]  # fmt: skip
     wanted = values(capsys, "calibrate", "--target-epsilon", "8", *PLAN)["noise_multiplier"]
     assert rows[3]["noise_multiplier"] == wanted
-    assert rows[3]["noise_to_signal"] == pytest.approx(wanted * 1.0412**0.5 / 100)
-    assert len(out(capsys, "plan", *arguments).splitlines()) == 2 + 4 + 1
+    one_step = wanted * math.hypot(1, default_histogram_weight(wanted, 100)) / 100
+    assert rows[3]["noise_to_signal"] == pytest.approx(one_step)
+    assert rows[3]["noise_to_signal_of_run"] == pytest.approx(one_step / 500**0.5)
+    assert len(out(capsys, "plan", *arguments).splitlines()) == 2 + 4 + 2
+    by_steps = values(capsys, "plan", *arguments[:2], "--batch-size", "100", *arguments[5:], "--steps", "250", "500")
+    assert [(row["epochs"], row["steps"]) for row in by_steps] == [(2.5, 250), (5, 500)] * 2
+    assert by_steps[3] == rows[3]
+
+
+def test_the_noise_of_a_step_is_that_of_the_plan(capsys):
+    """The std of one coordinate of what the inner optimizer is given, over C, against the column "per step"."""
+    (row,) = values(
+        capsys,
+        "plan",
+        "--dataset-size",
+        "40",
+        "--batch-size",
+        "8",
+        "--steps",
+        "3",
+        "--target-epsilon",
+        "2",
+        "--delta",
+        "1e-2",
+    )
+    model = torch.nn.Linear(4, 20_000, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    with pytest.warns(NotPrivateWarning):
+        model, optimizer, batches = PrivacyEngine().make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), data_loader=loader(40, 8),
+            noise_multiplier=row["noise_multiplier"], max_grad_norm=0.25, clip_policy="fixed",
+            noise_generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+    inputs, _ = next(iter(batches))
+    (model(inputs.float()).sum(1).mean() * 0).backward()
+    optimizer.step()
+    # 80,000 draws: the standard error of a std is 1 / sqrt(2 n) = 0.25 %, and 2 % are eight of them.
+    assert float(model.weight.grad.std()) / 0.25 == pytest.approx(row["noise_to_signal"], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +138,9 @@ def test_plan_is_a_table_of_what_calibrate_says(capsys):
         (["calibrate", "--target-epsilon", "0", *PLAN], "target_epsilon"),
         (["calibrate", "--target-epsilon", "1", *PLAN[:2], "--batch-size", "64000", *PLAN[4:]], "--batch-size 64000"),
         (["plan", *PLAN[:2], "--batch-size", "0", "--target-epsilon", "1", "--delta", "1e-5"], "--batch-size 0"),
+        (["plan", *PLAN[:4], "--target-epsilon", "1", "--delta", "1e-5", "--steps", "0"], "--steps 0"),
+        (["plan", *PLAN[:4], "--target-epsilon", "1", "--delta", "1e-5", "--epochs", "-1"], "--epochs -1"),
+        (["plan", *PLAN, "--target-epsilon", "1", "--epochs", "3"], "either --steps or --epochs"),
         (["report", "nowhere"], "nowhere does not exist"),
     ],
 )

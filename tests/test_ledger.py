@@ -6,23 +6,32 @@ import random
 import signal
 import time
 
+import helpers
 import pytest
 import torch
-from helpers import classifier, loader, train
+from helpers import classifier, loader, loss_of
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import Event
+from opacus_ac.accounting.events import MECHANISMS
 from opacus_ac.errors import LedgerError
 from opacus_ac.ledger import SECTOR, PrivacyLedger, repair
 from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.zeroth_order import ZerothOrderDPOptimizer, ZerothOrderSettings
 
 SETTINGS = {"noise_multiplier": 1.0}
 
 
-def make(path, records=64, **kwargs):
-    engine = PrivacyEngine(ledger=path)
+LAPLACE = {
+    "clipping": "zo",
+    "zeroth_order": ZerothOrderSettings(num_directions=2, mechanism="laplace"),
+}
+
+
+def make(path, records=64, mechanism="gaussian", **kwargs):
+    engine = PrivacyEngine(ledger=path, accountant="pure" if mechanism == "laplace" else "vrdp")
     model = classifier()
-    arguments = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **kwargs}
+    arguments = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **(LAPLACE if mechanism == "laplace" else {}), **kwargs}
     call = engine.make_private_with_epsilon if "target_epsilon" in kwargs else engine.make_private
     if "target_epsilon" in kwargs:
         del arguments["noise_multiplier"]
@@ -35,11 +44,20 @@ def make(path, records=64, **kwargs):
     return (engine, *made)
 
 
-def written(path, charges=3):
+def train(model, optimizer, batches):
+    """Train for the batches, by gradients or by the losses of records."""
+    if not isinstance(optimizer, ZerothOrderDPOptimizer):
+        helpers.train(model, optimizer, batches)
+        return
+    for batch in batches:
+        optimizer.step(lambda: loss_of(model, batch, "none"))  # noqa: B023
+
+
+def written(path, charges=3, mechanism="gaussian"):
     ledger = PrivacyLedger(path)
     for step in range(charges):
         with ledger.locked():
-            ledger.charge(Event(1.0, 0.1 + step / 100), dataset_size=64, settings=SETTINGS)
+            ledger.charge(Event(1.0, 0.1 + step / 100, mechanism=mechanism), dataset_size=64, settings=SETTINGS)
     return ledger
 
 
@@ -102,10 +120,10 @@ def test_lines_are_json_and_fill_sectors(tmp_path):
 # ------------------------------------------------------------------ written before the release
 
 
-def releases_are_charged_first(monkeypatch, tmp_path, spoil=lambda engine, optimizer: None):
+def releases_are_charged_first(monkeypatch, tmp_path, spoil=lambda engine, optimizer: None, mechanism="gaussian"):
     """Whether every draw of noise finds its charge in the file."""
     path = tmp_path / "l.jsonl"
-    engine, model, optimizer, batches = make(path)
+    engine, model, optimizer, batches = make(path, mechanism=mechanism)
     spoil(engine, optimizer)
     found = []
     release = GaussianMechanism.release_gradients
@@ -121,11 +139,13 @@ def releases_are_charged_first(monkeypatch, tmp_path, spoil=lambda engine, optim
     return all(found)
 
 
-def test_the_charge_is_in_the_file_before_noise_is_drawn(monkeypatch, tmp_path):
-    assert releases_are_charged_first(monkeypatch, tmp_path)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_the_charge_is_in_the_file_before_noise_is_drawn(monkeypatch, tmp_path, mechanism):
+    assert releases_are_charged_first(monkeypatch, tmp_path, mechanism=mechanism)
 
 
-def test_a_ledger_that_is_written_after_the_release_is_caught(monkeypatch, tmp_path):
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_ledger_that_is_written_after_the_release_is_caught(monkeypatch, tmp_path, mechanism):
     def late(engine, optimizer):
         charge, step, waiting = optimizer.charge, optimizer.step, []
         optimizer.charge = waiting.append
@@ -136,7 +156,7 @@ def test_a_ledger_that_is_written_after_the_release_is_caught(monkeypatch, tmp_p
 
         optimizer.step = step_then_charge
 
-    assert not releases_are_charged_first(monkeypatch, tmp_path, late)
+    assert not releases_are_charged_first(monkeypatch, tmp_path, late, mechanism)
 
 
 def test_a_charge_that_cannot_be_written_stops_the_step(monkeypatch, tmp_path):
@@ -158,10 +178,10 @@ def test_a_charge_that_cannot_be_written_stops_the_step(monkeypatch, tmp_path):
     assert len(PrivacyLedger(path).charges) == 2
 
 
-def private_run(path, released):
+def private_run(path, released, mechanism):
     """Train for ever, and note every release in the file ``released``, one byte each, after it happened."""
     torch.set_num_threads(1)
-    _, model, optimizer, batches = make(path)
+    _, model, optimizer, batches = make(path, mechanism=mechanism)
     handle = os.open(released, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     step = optimizer.step
 
@@ -175,20 +195,21 @@ def private_run(path, released):
 
 
 @pytest.mark.slow
-def test_killed_at_random_points_nothing_is_lost(tmp_path):
-    """60 processes are killed (SIGKILL) at random times, each continuing the ledger of the one before.
+@pytest.mark.parametrize(("mechanism", "deaths"), [("gaussian", 60), ("laplace", 20)])
+def test_killed_at_random_points_nothing_is_lost(tmp_path, mechanism, deaths):
+    """60 processes (20 with Laplace noise) are killed (SIGKILL) at random times, each continuing the ledger of the one before.
 
     After every death: charges >= releases, and at most one more for each death so far.
     """
     ledger, released = tmp_path / "l.jsonl", tmp_path / "released"
     rng = random.Random(7)
     deaths_with_steps = 0
-    for death in range(1, 61):
+    for death in range(1, deaths + 1):
         before = released.stat().st_size if released.exists() else 0
         child = os.fork()
         if child == 0:
             try:
-                private_run(ledger, released)
+                private_run(ledger, released, mechanism)
             finally:
                 os._exit(1)  # it never returns; an error must not run pytest twice
         started = time.monotonic()
@@ -201,9 +222,9 @@ def test_killed_at_random_points_nothing_is_lost(tmp_path):
         deaths_with_steps += releases > before
         charges = len(PrivacyLedger(ledger).charges)
         assert releases <= charges <= releases + death
-    engine = PrivacyEngine(ledger=ledger)
+    engine = PrivacyEngine(ledger=ledger, accountant="pure" if mechanism == "laplace" else "vrdp")
     assert sum(steps for _, _, steps in engine.accountant.history) == charges
-    assert deaths_with_steps == 60
+    assert deaths_with_steps == deaths
 
 
 # ------------------------------------------------------------------ what is refused

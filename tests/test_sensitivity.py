@@ -9,6 +9,8 @@ from helpers import release_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opacus_ac import statistics as statistics_module
+from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.clipping import POLICIES, AutomaticPolicy, ClipPolicy, build_policy
 from opacus_ac.statistics import StepStatistics
 
@@ -19,6 +21,9 @@ STATISTICS = {
     "heavy": {"histogram": True, "histogram_weight": 1.5, "bins": 7},
     "loss": {"histogram": True, "loss_bound": 10.0},
     "loss alone": {"histogram": False, "loss_bound": 3.0, "loss_weight": 0.7},
+    "groups": {"histogram": True, "groups": 2},
+    "groups alone": {"histogram": False, "groups": 2, "group_weight": 1.3},
+    "everything": {"histogram": True, "loss_bound": 10.0, "groups": 2},
 }
 CASES = [
     (policy, name)
@@ -27,7 +32,9 @@ CASES = [
     if statistics["histogram"] or not POLICIES[policy].needs_histogram
 ]
 finite = st.floats(-1e6, 1e6)
-extreme = st.one_of(finite, st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, 1e-30]))
+extreme = st.one_of(
+    finite, st.sampled_from([float("nan"), float("inf"), -float("inf"), 0.0, 1e-30, 1e-160, 1e150, 1e300])
+)
 record = st.lists(extreme, min_size=5, max_size=5)
 
 
@@ -37,8 +44,9 @@ def moved(policy: str, statistics: StepStatistics, bound: float, batch, losses, 
         given_losses = torch.tensor(row_losses, dtype=torch.float64) if statistics.loss_bound is not None else None
         chosen = build_policy(policy, bound, 0.5, 16)
         return release_vector(
-            gradients, given_losses, clip_policy=chosen, max_grad_norm=bound, statistics=statistics, lr_control=False
-        )
+            gradients, given_losses, clip_policy=chosen, max_grad_norm=bound, statistics=statistics, lr_control=False,
+            allocation=NoiseAllocation("paid") if statistics.groups else None,
+        )  # fmt: skip
 
     difference = release([*batch, extra], [*losses, extra_loss]) - release(batch, losses)
     return float(difference.norm())
@@ -60,11 +68,12 @@ def test_one_record_moves_the_release_by_at_most_the_sensitivity(policy, name, b
     assert not math.isnan(distance)
 
 
-@pytest.mark.parametrize("name", ["default", "loss"])
+@pytest.mark.parametrize("name", ["default", "loss", "groups", "groups alone", "everything"])
 def test_the_bound_is_attained(name):
     """Were the declared sensitivity larger than needed, noise would be wasted; were it smaller, the test above fails."""
     statistics = StepStatistics(**STATISTICS[name])
-    distance = moved("percentile", statistics, 1.0, [], [], [1e6] * 5, 1e6)
+    policy = "percentile" if statistics.histogram else "fixed"
+    distance = moved(policy, statistics, 1.0, [], [], [1e6] * 5, 1e6)
     assert distance == pytest.approx(statistics.sensitivity, rel=1e-9)
 
 
@@ -80,6 +89,14 @@ def test_battery_trips_on_a_policy_that_lies_about_its_bins():
     honest = release_vector(small, clip_policy=AutomaticPolicy(1.0), statistics=statistics, lr_control=False)
     assert vector.norm() > statistics.sensitivity * 1.1
     assert honest.norm() <= statistics.sensitivity
+
+
+def test_battery_trips_on_profiles_that_are_not_divided_by_their_length(monkeypatch):
+    """Planted: energies over the largest, so that a record with equal groups counts sqrt(2) times."""
+    monkeypatch.setattr(statistics_module, "energy_profiles", lambda squares: squares / squares.max(1, keepdims=True))
+    statistics = StepStatistics(histogram=False, groups=2, group_weight=1.3)
+    even = [3.0, 0.0, 0.0, 3.0, 0.0]
+    assert moved("fixed", statistics, 1.0, [], [], even, 1.0) > statistics.sensitivity * 1.1
 
 
 @pytest.mark.parametrize("policy", POLICIES)

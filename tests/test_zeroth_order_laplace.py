@@ -248,8 +248,3 @@ def test_accountants_of_gaussian_noise_are_refused(accountant):
 def test_what_pure_privacy_cannot_cover_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         engine_run(**kwargs)
-
-
-def test_a_ledger_would_take_laplace_for_gaussian_releases(tmp_path):
-    with pytest.raises(ValueError, match="holds Gaussian releases"):
-        PrivacyEngine(accountant="pure", ledger=tmp_path / "ledger")

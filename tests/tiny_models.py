@@ -7,19 +7,16 @@ import os
 # Read when torch._dynamo is first imported; compiling BitNet's quantisers would take half a minute.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from opacus.grad_sample import GradSampleHooks, GradSampleModule
-from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+from opacus_ac.testing import hooks_gradients, one_backward, opacus_table_restored, worst_error
+
+__all__ = ["hooks_gradients", "one_backward", "opacus_table_restored", "worst_error"]  # used from here by many tests
 
 VOCAB = 61
 _SHAPE = {
@@ -190,73 +187,3 @@ def record_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean over records of :func:`record_losses`."""
     return record_losses(model, batch).mean()
-
-
-@contextlib.contextmanager
-def opacus_table_restored() -> Iterator[None]:
-    """Undo every registration of grad and norm samplers made inside."""
-    tables = [GradSampleHooks.GRAD_SAMPLERS, GradSampleHooksFastGradientClipping.NORM_SAMPLERS]
-    saved = [dict(table) for table in tables]
-    try:
-        yield
-    finally:
-        for table, entries in zip(tables, saved, strict=True):
-            table.clear()
-            table.update(entries)
-
-
-def hooks_gradients(
-    model: nn.Module, batch: Any, loss_fn: Callable[..., Tensor], *, strict: bool = True
-) -> dict[str, Tensor]:
-    """Per-sample gradients as Opacus's hooks leave them on a copy of the model, with positions expanded."""
-    model = copy.deepcopy(model)
-    with expand_broadcast_embeddings(model):
-        wrapped = GradSampleModule(model, strict=strict)
-        loss_fn(wrapped, batch).backward()
-    return {n: p.grad_sample for n, p in model.named_parameters() if p.requires_grad}
-
-
-def one_backward(
-    model: nn.Module,
-    batch: Any,
-    loss_fn: Callable[..., Tensor],
-    weights: Tensor | None = None,
-    *,
-    reduction: str = "mean",
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Norms ``[B]`` and weighted sums of the per-sample gradients of mode "bk"; the model is left as it was."""
-    register_rules(model)
-    check_model(model, mode="bk")
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    source = BookKeepingSource(model, list(named.values()), list(named), reduction)
-    with expand_broadcast_embeddings(model):
-        detach = source.attach()
-        try:
-            loss_fn(model, batch).backward()
-            norms = source.finish_batch()
-            source.accumulate(torch.ones_like(norms) if weights is None else weights)
-            sums = {
-                n: torch.zeros_like(p) if s is None else s
-                for (n, p), s in zip(named.items(), source.sums(), strict=True)
-            }
-            assert all(p.grad is None and p.requires_grad for p in named.values())
-        finally:
-            detach()
-            source.clear(sums=True)
-    return norms, sums
-
-
-def worst_error(got: dict[str, Tensor], want: dict[str, Tensor], floor: float = 0.0) -> tuple[float, str]:
-    """The largest error relative to its parameter's largest entry, and the parameter.
-
-    ``floor``: smallest measure, as a share of the largest entry of all; a gradient that is zero but for rounding (that
-    of a key bias, which softmax does not see) has no relative error.
-    """
-    assert got.keys() == want.keys()
-    smallest = max(1e-30, floor * max(float(g.abs().max()) for g in want.values()))
-    errors = []
-    for name, expected in want.items():
-        assert got[name].shape == expected.shape, name
-        scale = expected.abs().max().clamp_min(smallest)
-        errors.append((float((got[name] - expected).abs().max() / scale), name))
-    return max(errors)

@@ -240,7 +240,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         """Opacus's state, and ``"other_events"`` (plain lists) if there are events that ``history`` cannot hold."""
         state: dict[str, Any] = super().state_dict(destination)
         if self._others:
-            state["other_events"] = [[*astuple(event), steps] for event, steps in self._others.items()]
+            state["other_events"] = [[*astuple(event)[:-1], steps] for event, steps in self._others.items()]
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+MECHANISMS = ("gaussian", "laplace")
+"""What the noise of a release can be; each has accountants of its own."""
+
 _ADD_REMOVE = "add/remove one record"
 _ZERO_OUT = "zero-out (one record's contribution removed)"
 
@@ -28,11 +31,11 @@ _RELATIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Event:
-    """One Gaussian release on a sampled batch: the unit in which privacy is spent.
+    """One release on a sampled batch: the unit in which privacy is spent.
 
     Attributes:
-        noise_multiplier: std of the noise on the sum, over the L2 sensitivity of the whole release. At least 0; ``inf``
-            is a release that holds no data.
+        noise_multiplier: std of the noise on the sum, over the L2 sensitivity of the whole release; of Laplace noise its
+            scale over the L1 sensitivity. At least 0; ``inf`` is a release that holds no data.
         sample_rate: probability with which each record enters the batch. It is a public parameter of the sampler,
             never a realised batch size over the number of records.
         sampling: ``"poisson"`` (independent draws), ``"shuffled"`` (each record at most once a pass, not amplified:
@@ -41,6 +44,8 @@ class Event:
             uniformly random subset of ``max_batch_size`` is kept when there are more).
         dataset_size: number of records N, public; for ``"truncated_poisson"`` only.
         max_batch_size: largest batch; for ``"truncated_poisson"`` only.
+        mechanism: ``"gaussian"``, or ``"laplace"``, whose cost the accountant "pure" alone knows; Poisson and shuffled batches
+            only.
 
     Raises:
         ValueError: If a field is out of range; the message names it, its value and the remedy.
@@ -54,6 +59,7 @@ class Event:
     sampling: str = "poisson"
     dataset_size: int | None = None
     max_batch_size: int | None = None
+    mechanism: str = "gaussian"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noise_multiplier", check_noise_multiplier(self.noise_multiplier))
@@ -66,16 +72,22 @@ class Event:
             )
         for name in ("dataset_size", "max_batch_size"):
             object.__setattr__(self, name, self._checked_size(name))
+        if self.mechanism not in MECHANISMS:
+            raise ValueError(f"mechanism={self.mechanism!r} is unknown; use one of {sorted(MECHANISMS)}")
+        if self.mechanism == "laplace" and self.sampling not in ("poisson", "shuffled"):
+            raise ValueError(
+                f"sampling={self.sampling!r} with mechanism='laplace' has no bound here; use 'poisson' or 'shuffled'"
+            )
 
     @property
     def is_plain(self) -> bool:
-        """Whether ``(noise_multiplier, sample_rate)`` says what it costs (poisson and shuffled events)."""
-        return self.sampling in ("poisson", "shuffled")
+        """Whether ``(noise_multiplier, sample_rate)`` says what it costs (Gaussian releases on poisson and shuffled batches)."""
+        return self.mechanism == "gaussian" and self.sampling in ("poisson", "shuffled")
 
     def __repr__(self) -> str:
-        sizes = ("dataset_size", "max_batch_size")
-        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in sizes]
-        shown += [f"{name}={getattr(self, name)!r}" for name in sizes if getattr(self, name) is not None]
+        usual = {"dataset_size": None, "max_batch_size": None, "mechanism": "gaussian"}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = [f"{name}={value!r}" for name, value in values.items() if name not in usual or value != usual[name]]
         return f"Event({', '.join(shown)})"
 
     def _checked_size(self, name: str) -> int | None:
@@ -89,6 +101,15 @@ class Event:
                 f"{name}={value!r} with sampling={self.sampling!r}: that bound depends on the sample rate only; leave it out"
             )
         return None
+
+
+def check_gaussian(event: Event) -> None:
+    """Raise ``ValueError`` for a release whose noise is not Gaussian: bounds for Gaussian noise do not hold for it."""
+    if event.mechanism != "gaussian":
+        raise ValueError(
+            f"{event!r} is no Gaussian release, and this bound holds for Gaussian noise only: use the accountant 'pure' "
+            "(opacus_ac.accounting.PureDPAccountant)"
+        )
 
 
 def common_adjacency(samplings: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from opacus_ac.accounting.events import Event, check_count, check_noise_multiplier, check_sample_rate
+from opacus_ac.accounting.events import Event, check_count, check_gaussian, check_noise_multiplier, check_sample_rate
 
 Run = tuple[float, float, int]  # (noise_multiplier, sample_rate, steps)
 _Key = TypeVar("_Key")
@@ -29,9 +29,10 @@ class HistorySnapshot(list[Run]):
 
 
 def check_event(event: Event) -> None:
-    """Raise ``ValueError`` unless it is an ``Event``."""
+    """Raise ``ValueError`` unless it is an ``Event``, of Gaussian noise."""
     if not isinstance(event, Event):
         raise ValueError(f"event={event!r} must be an opacus_ac.accounting.Event")
+    check_gaussian(event)
 
 
 def checked_runs(runs: Iterable[Sequence[Any]]) -> list[Run]:

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from opacus_ac.accounting.binomial import log_tail
-from opacus_ac.accounting.events import Event
+from opacus_ac.accounting.events import Event, check_gaussian
 from opacus_ac.accounting.grid import RATE_STEP, noise_below, rate_above
 
 
@@ -89,9 +89,13 @@ def dominating_pairs(event: Event) -> tuple[Pair, ...]:
     Returns:
         One pair or two, for zero-out adjacency (and add/remove, for Poisson events).
 
+    Raises:
+        ValueError: Its noise is not Gaussian.
+
     References:
         The derivation is in the module's text.
     """
+    check_gaussian(event)
     noise, rate = event.noise_multiplier, event.sample_rate
     if event.sampling == "fixed_size":
         choices = _fixed_size(0.0, rate)

@@ -8,7 +8,7 @@ from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting.events import check_delta, check_noise_multiplier, check_sample_rate
+from opacus_ac.accounting.events import Event, check_count, check_delta, check_noise_multiplier, check_sample_rate
 from opacus_ac.accounting.history import HistorySnapshot, Run, append_run, checked_runs
 
 
@@ -113,6 +113,23 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
             ValueError: a value out of range; nothing is accounted then.
         """
         append_run(self._runs, check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate), 1)
+
+    def step_event(self, event: Event, steps: int = 1) -> None:
+        """Account Laplace releases; a shuffled pass counts as one at rate 1.
+
+        Args:
+            event: what was released.
+            steps: how many such events.
+
+        Raises:
+            ValueError: ``event`` is of another mechanism, or ``steps`` no count; nothing is accounted then.
+        """
+        if event.mechanism != "laplace":
+            raise ValueError(
+                f"{event!r} is no Laplace release, and the accountant 'pure' knows no other: use 'vrdp' for Gaussian noise"
+            )
+        if count := check_count(steps, "steps"):
+            append_run(self._runs, event.noise_multiplier, event.sample_rate, count)
 
     def get_epsilon(self, delta: float = 0.0, **kwargs: Any) -> float:
         """Return the epsilon spent so far.

@@ -16,6 +16,7 @@ from opacus_ac.cli.command import BAD_USAGE, OK, REFUTED, Command
 __all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", "main"]
 
 COMMANDS: tuple[Command, ...] = (*finetune.COMMANDS, *plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
+"""The subcommands, in the order in which help lists them."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ from typing import Any
 from opacus_ac.cli.command import OK, Command, add_format, add_option
 
 _METHODS = {"vrdp": "rdp", "vpld": "pld"}
-_HISTOGRAM = math.sqrt(1.0412)  # noise of the gradient over that of the release, with the default histogram
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -139,53 +138,75 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "batch-size", type=int, nargs="+", required=True, help="expected batch sizes B to compare")
     add_option(parser, "target-epsilon", type=float, nargs="+", required=True, help="budgets to compare")
     add_option(parser, "delta", type=float, required=True, help="delta, well below 1 / N")
-    add_option(parser, "epochs", type=float, nargs="+", default=[3.0], help="passes over the data (default 3)")
+    add_option(parser, "epochs", type=float, nargs="+", help="passes over the data to compare (default 3)")
+    add_option(parser, "steps", type=int, nargs="+", help="numbers of steps to compare, instead of passes")
     _accountant_option(parser)
     add_format(parser)
 
 
+def _lengths(options: argparse.Namespace, rate: float) -> list[tuple[float, int]]:
+    """Return the runs to compare at a sampling rate, as (passes over the data, steps)."""
+    if options.steps is None:
+        passes = options.epochs or [3.0]
+        if min(passes) <= 0:
+            raise ValueError(f"--epochs {min(passes):g} must be > 0")
+        return [(each, max(1, math.ceil(each / rate - 1e-9))) for each in passes]
+    if options.epochs is not None:
+        raise ValueError("give either --steps or --epochs")
+    if min(options.steps) < 1:
+        raise ValueError(f"--steps {min(options.steps)} must be at least 1")
+    return [(steps * rate, steps) for steps in options.steps]
+
+
+def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tuple[float, int]) -> dict[str, Any]:
+    """Return what a run of this budget, batch size and length buys."""
+    from opacus_ac.accounting import calibrate_noise_multiplier
+    from opacus_ac.statistics import default_histogram_weight
+
+    epochs, steps = length
+    noise = calibrate_noise_multiplier(
+        target_epsilon=epsilon,
+        target_delta=options.delta,
+        sample_rate=size / options.dataset_size,
+        steps=steps,
+        method=_METHODS[options.accountant],
+    )
+    one_step = noise * math.sqrt(1 + default_histogram_weight(noise, size) ** 2) / size
+    return {
+        "target_epsilon": epsilon,
+        "epochs": epochs,
+        "batch_size": size,
+        "steps": steps,
+        "noise_multiplier": noise,
+        "noise_to_signal": one_step,
+        "noise_to_signal_of_run": one_step / math.sqrt(steps),
+    }
+
+
 def _plan_table(options: argparse.Namespace) -> int:
     """Print noise multiplier and noise-to-signal for every combination."""
-    from opacus_ac.accounting import calibrate_noise_multiplier
-
-    rows = []
-    for epsilon in options.target_epsilon:
-        for epochs in options.epochs:
-            for size in options.batch_size:
-                if not 0 < size <= options.dataset_size:
-                    raise ValueError(
-                        f"--batch-size {size} must be > 0 and at most --dataset-size {options.dataset_size}"
-                    )
-                rate = size / options.dataset_size
-                steps = max(1, math.ceil(epochs / rate - 1e-9))
-                noise = calibrate_noise_multiplier(
-                    target_epsilon=epsilon,
-                    target_delta=options.delta,
-                    sample_rate=rate,
-                    steps=steps,
-                    method=_METHODS[options.accountant],
-                )
-                rows.append(
-                    {
-                        "target_epsilon": epsilon,
-                        "epochs": epochs,
-                        "batch_size": size,
-                        "steps": steps,
-                        "noise_multiplier": noise,
-                        "noise_to_signal": noise * _HISTOGRAM / size,
-                    }
-                )
+    for size in options.batch_size:
+        if not 0 < size <= options.dataset_size:
+            raise ValueError(f"--batch-size {size} must be > 0 and at most --dataset-size {options.dataset_size}")
+    lengths = {size: _lengths(options, size / options.dataset_size) for size in options.batch_size}
+    rows = [
+        _plan_row(options, epsilon, size, lengths[size][i])
+        for epsilon in options.target_epsilon
+        for i in range(len(lengths[options.batch_size[0]]))
+        for size in options.batch_size
+    ]
     if options.format == "json":
         print(json.dumps(rows, indent=2))
         return OK
     print(f"N = {options.dataset_size}, delta = {options.delta:g}, Poisson batches, {options.accountant}")
-    print(f"{'epsilon':>8} {'epochs':>7} {'batch':>7} {'steps':>7} {'noise':>9} {'noise / signal':>15}")
+    print(f"{'epsilon':>8} {'epochs':>7} {'batch':>7} {'steps':>7} {'noise':>9} {'per step':>10} {'of the run':>11}")
     for row in rows:
         print(
-            f"{row['target_epsilon']:8g} {row['epochs']:7g} {row['batch_size']:7d} {row['steps']:7d} "
-            f"{row['noise_multiplier']:9.4f} {row['noise_to_signal']:15.6f}"
+            f"{row['target_epsilon']:8g} {row['epochs']:7.4g} {row['batch_size']:7d} {row['steps']:7d} "
+            f"{row['noise_multiplier']:9.4f} {row['noise_to_signal']:10.6f} {row['noise_to_signal_of_run']:11.7f}"
         )
-    print("noise / signal: std of the noise on a coordinate of the mean gradient, in units of C")
+    print("noise: noise multiplier. per step: std of the noise on a coordinate of the mean gradient, in units of C.")
+    print("of the run: the same for the mean of all steps' gradients, per step / sqrt(steps)")
     return OK
 
 

@@ -6,9 +6,12 @@ import argparse
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opacus_ac.cli.command import OK, Command, add_format, add_option
+
+if TYPE_CHECKING:
+    from opacus_ac.accounting import Event
 
 REPORT_FILE = "privacy_report.json"
 
@@ -47,7 +50,7 @@ def _of_report(path: Path) -> dict[str, Any]:
 
 def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
     """Return what the charges of a ledger add up to; every line of it is checked."""
-    from opacus_ac.accounting import Event, common_adjacency, pld_epsilon
+    from opacus_ac.accounting import common_adjacency
     from opacus_ac.ledger import PrivacyLedger
 
     if delta is None:
@@ -55,12 +58,24 @@ def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
     ledger = PrivacyLedger(path)
     counts: Counter[Event] = Counter(ledger.charges)
     return {
-        "epsilon": pld_epsilon(counts, delta) if all(event.noise_multiplier > 0 for event in counts) else "infinity",
+        "epsilon": _epsilon(counts, delta) if all(event.noise_multiplier > 0 for event in counts) else "infinity",
         "delta": delta,
         "neighbours": common_adjacency({event.sampling for event in counts}) if counts else "none yet",
         "ledger": ledger.summary,
         "charges": [[repr(event), count] for event, count in counts.items()],
     }
+
+
+def _epsilon(counts: Counter[Event], delta: float) -> float:
+    """Return what the charges of a ledger, which are of one mechanism, cost together."""
+    from opacus_ac.accounting import PureDPAccountant, pld_epsilon
+
+    if any(event.mechanism == "gaussian" for event in counts):
+        return pld_epsilon(counts, delta)
+    accountant = PureDPAccountant()
+    for event, count in counts.items():
+        accountant.step_event(event, count)
+    return accountant.get_epsilon(delta)
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints that several processes write together, and that any other number of them can continue from.
 
-A folder of ``torch.distributed.checkpoint``: model, inner optimizer and weight average by the names of the parameters, and the
-state of the private step as one JSON text. ``torch`` reads such folders with ``pickle``: load only what you trust.
+A folder of ``torch.distributed.checkpoint``: model, inner optimizer, weight average, and mask and anchor of a zeroth-order run by
+the names of the parameters, and the state of the private step as one JSON text. ``torch`` reads such folders with ``pickle``: load only what you trust.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -30,6 +32,7 @@ from opacus_ac.engine import PrivacyEngine
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import named_parameters
 from opacus_ac.step_state import check_private_state, load_private_state, private_state
+from opacus_ac.zeroth_order.optimizer import ZEROTH_ORDER, ZerothOrderDPOptimizer
 
 VERSION = 1
 _TEXT = "privacy"
@@ -55,8 +58,8 @@ def save_checkpoint(
     _check_owner(engine, optimizer)
     ranks, target = optimizer.reducer, Path(folder)
     temporary = Path(ranks.on_first(lambda: _new_folder(target)))
-    text = ranks.on_first(lambda: _text(engine, optimizer))
-    state = {**_tensors(model, optimizer), _TEXT: text}
+    text = ranks.on_first(lambda: _text(engine, model, optimizer))
+    state = {**_tensors(model, optimizer), **_zeroth_order_tensors(model, optimizer), _TEXT: text}
     _run(lambda: dcp.save(state, checkpoint_id=temporary))
     ranks.on_first(lambda: os.replace(temporary, target))
 
@@ -83,6 +86,7 @@ def load_checkpoint(
     ranks = optimizer.reducer
     saved = _read_text(folder)
     ranks.on_first(lambda: engine._account.check_checkpoint(saved["ledger"]))
+    saved["step"][ZEROTH_ORDER] = _zeroth_order_state(model, optimizer, saved["step"].get(ZEROTH_ORDER), folder)
     _check_fits(engine, optimizer, saved)
     tensors = _tensors(model, optimizer)
     _check_shapes(folder, tensors)
@@ -95,6 +99,8 @@ def load_checkpoint(
         averages = [_local(t) for t in tensors["ema"].values()]
         state = {**state, "ema": {"updates": state["ema"], "average": averages}}
     load_private_state(optimizer, state)
+    if isinstance(optimizer, ZerothOrderDPOptimizer):
+        optimizer.load_zeroth_order_state(state[ZEROTH_ORDER])
     _resume(engine, optimizer, saved)
 
 
@@ -122,12 +128,15 @@ def _run(work: Callable[[], Any]) -> None:
         raise ValueError(f"the checkpoint could not be written or read: {error}") from error
 
 
-def _text(engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer) -> str:
+def _text(engine: PrivacyEngine, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> str:
     """Return the state of the private step and of the account as JSON; floats come back to the last bit."""
     account = engine._account
     state = private_state(optimizer)
     state["mechanism"] = {**state["mechanism"], "stream": {}, "statistics_stream": {}}
     state["ema"] = None if optimizer.ema is None else optimizer.ema.updates
+    if isinstance(optimizer, ZerothOrderDPOptimizer):
+        names = named_parameters(model, optimizer.original_optimizer)[1]
+        state[ZEROTH_ORDER] = {**optimizer.zeroth_order_state(), "indices": None, "anchor": None, "trained": names}
     return json.dumps(
         {
             "version": VERSION,
@@ -165,6 +174,8 @@ def _check_fits(engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer, saved
     if state["ema"] is not None:
         state["ema"] = {"average": [] if optimizer.ema is None else optimizer.ema.average}
     check_private_state(optimizer, state)
+    if isinstance(optimizer, ZerothOrderDPOptimizer):
+        optimizer.check_zeroth_order_state(state[ZEROTH_ORDER])
 
 
 def _tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, dict[str, Any]]:
@@ -179,6 +190,48 @@ def _tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, 
         averages = zip(names, parameters, optimizer.ema.average, strict=True)
         state["ema"] = {name: _like(average, parameter) for name, parameter, average in averages}
     return state
+
+
+def _zeroth_order_tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, dict[str, Tensor]]:
+    """Return mask and anchor of a zeroth-order run by name, as far as there are any; the same on all ranks."""
+    if not isinstance(optimizer, ZerothOrderDPOptimizer):
+        return {}
+    state, names = optimizer.zeroth_order_state(), named_parameters(model, optimizer.original_optimizer)[1]
+    found = {
+        f"{kind}.{name}": tensor
+        for kind in ("indices", "anchor")
+        for name, tensor in zip(names, state[kind] or [], strict=False)
+        if tensor is not None
+    }
+    return {ZEROTH_ORDER: found} if found else {}
+
+
+def _zeroth_order_state(
+    model: nn.Module, optimizer: AdaptiveClipDPOptimizer, plain: dict[str, Any] | None, folder: str | os.PathLike[str]
+) -> dict[str, Any] | None:
+    """Return the state of a zeroth-order run, its tensors read into new memory; None where there is none.
+
+    Raises:
+        ValueError: it trained other parameters, so that mask and anchor are not those of these.
+    """
+    if plain is None:
+        return None
+    names = named_parameters(model, optimizer.original_optimizer)[1]
+    if plain["trained"] != names:
+        raise ValueError(
+            f"the checkpoint is of a run that trained other parameters ({len(plain['trained'])}, this one {len(names)}): build "
+            "the model and its optimizer as they were then"
+        )
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = {
+        name.removeprefix(f"{ZEROTH_ORDER}."): torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(f"{ZEROTH_ORDER}.") and isinstance(entry, TensorStorageMetadata)
+    }
+    if found:
+        _run(lambda: dcp.load({ZEROTH_ORDER: found}, checkpoint_id=folder))
+    held = {kind: [found.get(f"{kind}.{name}") for name in names] for kind in ("indices", "anchor")}
+    return {**plain, **held, "anchor": held["anchor"] if any(a is not None for a in held["anchor"]) else None}
 
 
 def _like(local: Tensor, parameter: Any) -> Tensor:

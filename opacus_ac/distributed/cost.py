@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from opacus_ac.distributed.reducers import BUCKET
 
 _NUMBER = 4  # bytes of float32: trained weights, sums, optimizer and average
-_ROLES = ("ddp", "fsdp2", "hsdp")
+_COEFFICIENT = 8  # bytes of float64: the released numbers of a zeroth-order step
+_ROLES = ("ddp", "fsdp2", "hsdp", "zo")
 
 SMALL_MESSAGES = 5
 """Collectives of a few hundred bytes in each step: counts and constants; the outcome of the charge (its length, then itself); the
@@ -51,9 +52,9 @@ def step_cost(
     """Return what a rank sends in one step.
 
     Args:
-        role: "ddp", "fsdp2" or "hsdp".
+        role: "ddp", "fsdp2" or "hsdp"; "zo" for ``clipping="zo"``.
         world: number of processes.
-        trained: number of trained weights.
+        trained: number of trained weights; of "zo" the number K of directions, whatever the model.
         total: number of all weights; by default the trained ones.
         root: weights of the outermost ``fully_shard`` unit, which stay gathered between forward and backward pass.
         physical_batches: forward and backward passes of a step.
@@ -67,14 +68,16 @@ def step_cost(
     >>> cost = step_cost("ddp", world=8, trained=494_000_000)
     >>> f"{cost.total / 2**30:.2f} GiB"
     '3.22 GiB'
+    >>> step_cost("zo", world=8, trained=64).total
+    896.0
     """
     if role not in _ROLES:
         raise ValueError(f"role {role!r} has no cost model: choose one of {', '.join(map(repr, _ROLES))}")
     if world % replicas or (role != "hsdp") != (replicas == 1):
         raise ValueError(f"replicas={replicas} does not go with role {role!r} on {world} processes")
     reduce = 2 if backend == "gloo" else 1
-    if role == "ddp":
-        sums = _others(world) * trained * _NUMBER
+    if role in ("ddp", "zo"):
+        sums = _others(world) * trained * (_NUMBER if role == "ddp" else _COEFFICIENT)
         return StepCost(0.0, reduce * sums, sums)
     shards = world // replicas
     everything = trained if total is None else total

@@ -14,14 +14,14 @@ from opacus_ac.statistics import StepStatistics
 _DRAWN = "the records drawn"  # their hash is private
 
 
-def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, constants: Mapping[str, float]) -> None:
+def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, constants: Mapping[str, float | int]) -> None:
     """Add up the statistics of all ranks, after it was made sure that they belong to one step.
 
     Args:
         reducer: the processes.
         statistics: the sums of this rank; afterwards, on every rank, those of all.
         draw: the draw of the batch in hand; None where the loader did not draw it.
-        constants: what must be the same to the last bit everywhere, by name.
+        constants: what must be the same to the last bit everywhere, by name; integers have 63 bits.
 
     Guarantees:
         A record is in the sums of one rank only: all ranks drew the same logical batch and have parts of it.
@@ -33,10 +33,10 @@ def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, consta
         "batch of the loader": -1 if draw is None else draw.batch,
         _DRAWN: 0 if draw is None else draw.selection,
     }
-    bits = np.array(list(constants.values()), dtype=np.float64).view(np.int64)
-    header = np.concatenate([np.array(list(place.values()), dtype=np.int64), bits])
+    shared = {**place, **constants}
+    header = np.array([_bits(value) for value in shared.values()], dtype=np.int64)
     rows = reducer.gather(np.concatenate([header, statistics.tally()]))
-    _check_alike([*place, *constants], rows[:, : header.size], len(place))
+    _check_alike(shared, rows[:, : header.size])
     if (rows[:, 0] < 0).any():
         raise ValueError(
             "optimizer.step() on a batch that the private loader did not just draw: ranks that choose batches for themselves "
@@ -45,12 +45,16 @@ def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, consta
     statistics.merge(rows[:, header.size :])
 
 
-def _check_alike(names: list[str], rows: Ints, integers: int) -> None:
-    for column, name in enumerate(names):
+def _bits(value: float | int) -> int:
+    return value if isinstance(value, int) else int(np.float64(value).view(np.int64))
+
+
+def _check_alike(shared: Mapping[str, float | int], rows: Ints) -> None:
+    for column, (name, mine) in enumerate(shared.items()):
         values = rows[:, column]
         if (values != values[0]).any():
             other = int(np.flatnonzero(values != values[0])[0])
-            shown = values if column < integers else values.view(np.float64)
+            shown = values if isinstance(mine, int) else values.view(np.float64)
             which = "differ" if name == _DRAWN else f"is {shown[0]} on rank 0 and {shown[other]} on rank {other}"
             raise ValueError(
                 f"the ranks are not in the same step: {name} {which}. Every rank has to take every batch of its loader and "

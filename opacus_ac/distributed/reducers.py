@@ -194,6 +194,10 @@ class ReplicatedReducer(GroupReducer):
                 self._where[id(parameter)] = number, first
                 first += parameter.numel()
 
+    def of(self, parameters: Iterable[nn.Parameter]) -> ReplicatedReducer:
+        """Return a reducer of the same processes for other parameters, which are on the device of the exchanges."""
+        return ReplicatedReducer(parameters, self.group)
+
     def sync_module(self, module: nn.Module) -> None:
         """Give every rank the parameters and buffers of rank 0."""
         for tensor in (*module.parameters(), *module.buffers()):

@@ -35,11 +35,18 @@ _ONE_PROCESS: dict[tuple[str, Any], str] = {
     ),
     ("fused_step", True): "gradients are exchanged in buckets: use fused_step=False",
     ("clip_policy", "raw_percentile"): "it reads the norms of one process only: use 'percentile'",
-    ("clipping", "zo"): "the differences are not exchanged between processes: use one",
     ("max_rows_per_user", True): "users have not been divided among processes: use one, or rows as records",
     ("noise_allocation", True): "weights per parameter have no place in the shared buckets: use noise_allocation=None",
 }
 """Settings of ``make_private`` that hold on one process only, and why."""
+
+_WHOLE_MODEL: dict[tuple[str, Any], str] = {
+    ("clipping", "zo"): (
+        "each rank would move its shard along a direction of its own. Leave fully_shard out: forward passes need "
+        "no gradients and no optimizer state, and every rank has the whole model"
+    ),
+}
+"""Settings of ``make_private`` that several processes have with the whole model on each of them only, and why."""
 
 _NOISE = 1000  # first of the purposes for which seeded noise streams of the ranks are forked
 
@@ -82,6 +89,12 @@ def choose_reducer(role: str | Reducer | None, module: nn.Module, parameters: Se
         check_meshes(module, parameters)
         _check_sharded_types(module)
         return ShardedReducer(parameters)
+    frozen = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
+    if frozen is not None:
+        raise ValueError(
+            f"{frozen} is sharded and frozen, while nothing that is trained is sharded, so nobody would reduce the gradients: "
+            "call fully_shard on the whole model, without ignored_params, or not at all"
+        )
     if role == "fsdp2":
         raise ValueError("reducer='fsdp2' needs a model that torch.distributed.fsdp.fully_shard was applied to")
     if role == "ddp" and not initialized():
@@ -114,6 +127,9 @@ def check_options(reducer: Reducer, options: Mapping[str, Any]) -> None:
     for (name, value), reason in _ONE_PROCESS.items():
         if options.get(name) == value:
             raise ValueError(f"{name}={value!r} does not work with several processes ({reducer.name}): {reason}")
+    for (name, value), reason in _WHOLE_MODEL.items():
+        if options.get(name) == value and reducer.name != "ddp":
+            raise ValueError(f"{name}={value!r} does not work with a sharded model ({reducer.name}): {reason}")
 
 
 def rank_streams(reducer: Reducer, noise: RandomStream, sampling: RandomStream) -> tuple[RandomStream, RandomStream]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.by_user import CountUsers, regroup
 from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
 from opacus_ac.grad_sample.shards import places_of
-from opacus_ac.grad_sample.sources import Place
+from opacus_ac.grad_sample.sources import Place, squares_by_parameter
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
 from opacus_ac.grad_sample.terms import GramCache, ParameterBook, Weights
 
@@ -25,6 +25,7 @@ class _Chunk:
     """What one backward pass left: a book per parameter (by its position), and the forward passes it went through."""
 
     books: dict[int, ParameterBook] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
     model_passes: set[int] = field(default_factory=set)
     rows: int = 0
     records: int = 0
@@ -165,9 +166,15 @@ class BookKeepingSource:
     def _norms(self, chunk: _Chunk, weights: Sequence[float] | None) -> Tensor:
         total = torch.zeros(chunk.records, dtype=torch.float64)
         for index in sorted(chunk.books):
-            squares = chunk.books[index].squares().cpu()
+            squares = chunk.squares[index] = chunk.books[index].squares().cpu()
             total += squares if weights is None else squares * weights[index] ** 2
         return total.sqrt() * (chunk.records if self._mean else 1)
+
+    def parameter_squares(self) -> Tensor:
+        """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
+        scales = [chunk.records**2 if self._mean else 1 for chunk in self._chunks]
+        parts = [squares_by_parameter(chunk.squares, len(self._parameters)) for chunk in self._chunks]
+        return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)])
 
     def accumulate(self, factors: Tensor) -> None:
         """Note the factors; the sums are formed parameter by parameter when they are needed."""

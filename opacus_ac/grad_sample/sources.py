@@ -7,7 +7,7 @@ here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,12 @@ class GradientSource(Protocol):
                 they are.
         """
 
+    def parameter_squares(self) -> Tensor:
+        """Return the squared gradient norms ``[B, P]`` of the batch that was finished, one column per parameter. Private.
+
+        They are those of the gradients as they are, without weights; float64.
+        """
+
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""
 
@@ -57,6 +63,14 @@ class GradientSource(Protocol):
     @property
     def merged_passes(self) -> bool:
         """Whether several forward passes of the model were taken for one, record by record."""
+
+
+def squares_by_parameter(found: Mapping[int, Tensor], parameters: int) -> Tensor:
+    """Return ``[B, P]`` from the columns that there are; parameters that took no part have 0."""
+    columns = torch.zeros(len(next(iter(found.values()))), parameters, dtype=torch.float64)
+    for index, squares in found.items():
+        columns[:, index] = squares
+    return columns
 
 
 class PerSampleSource:
@@ -85,6 +99,7 @@ class PerSampleSource:
         self._mean = loss_reduction == "mean"
         self._users = users
         self._verified: set[int] = set()
+        self._squares: dict[int, Tensor] = {}
 
     def _rows(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""
@@ -109,6 +124,7 @@ class PerSampleSource:
                 one, batch sizes differ between parameters, or the gradients were not cleared.
         """
         total: Tensor | None = None
+        self._squares = {}
         for index, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
             self._check(name, parameter)
             rows = self._rows(parameter)
@@ -121,6 +137,7 @@ class PerSampleSource:
                     f"{name} has per-sample gradients of {squares.shape[0]} records, other parameters of "
                     f"{total.shape[0]}: the batch must be the first dimension of every layer's input"
                 )
+            self._squares[index] = squares
             squares = squares if weights is None else squares * weights[index] ** 2
             total = squares if total is None else total + squares
         if total is None:
@@ -129,6 +146,10 @@ class PerSampleSource:
                 "through the model that make_private returned, in training mode, before optimizer.step()"
             )
         return total.sqrt()
+
+    def parameter_squares(self) -> Tensor:
+        """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
+        return squares_by_parameter(self._squares, len(self._parameters))
 
     @staticmethod
     def _check(name: str, parameter: nn.Parameter) -> None:
@@ -201,6 +222,7 @@ class PerSampleSource:
 
     def clear(self, *, sums: bool) -> None:
         """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
+        self._squares = {}
         for parameter in self._parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None

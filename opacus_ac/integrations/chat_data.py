@@ -26,7 +26,11 @@ __all__ = [
 ]  # fmt: skip
 
 Row = dict[str, Tensor]
+"""A record: ``input_ids``, ``attention_mask`` and ``labels``, ``[T]`` each."""
+
 IGNORE = -100
+"""Label of a position that no loss looks at."""
+
 _INSERTED_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
 
 

@@ -244,7 +244,7 @@ class PrivateTrainer(RanksTrainer):
         """Take the forward and backward passes of a logical batch; the Trainer then steps the optimizer.
 
         Returns:
-            0: the noisy loss is known after the optimizer's step, and added then.
+            Zero, because the noisy loss is known after the optimizer's step, and added then.
         """
         optimizer, _ = self._make_private()
         self._check_independence(model, optimizer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.zeroth_order.directions import BLOCK, Directions
+from opacus_ac.zeroth_order.directions import BLOCK, Directions, derived_seed
 
 Index = Tensor | None
 """Trained coordinates of one flattened tensor, sorted; None for all of them."""
@@ -18,6 +18,23 @@ def _trained(parameter: nn.Parameter, index: Index) -> Tensor:
     """Return a copy of the trained coordinates of ``parameter``, flat."""
     flat = parameter.detach().view(-1)
     return flat.clone() if index is None else flat[index]
+
+
+def _weighted_sums(flat: Tensor) -> list[int]:
+    """Return, for each block, a sum of its bits modulo 2^64 with odd weights: no change of a single word goes unseen."""
+    if not flat.numel():
+        return []
+    odd = torch.randint(2**62, (min(BLOCK, flat.numel()),), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    odd = odd.to(flat.device)
+    sums = []
+    for block in flat.split(BLOCK):
+        if block.itemsize == 4 and (block.numel() % 2 or block.storage_offset() % 2):
+            padded = block.new_zeros(block.numel() + block.numel() % 2)
+            padded[: block.numel()] = block
+            block = padded
+        words = block.view(torch.int64)
+        sums.append((words * odd[: words.numel()]).sum())
+    return torch.stack(sums).tolist()
 
 
 class _Part:
@@ -78,11 +95,33 @@ class Coordinates:
 
     def set_anchor(self) -> None:
         """Keep a copy of the weights as they are, for the proximal term."""
-        self.anchor = [_trained(p, i) for p, i in zip(self.parameters, self.indices, strict=True)]
+        self.anchor = self.copy()
+
+    def copy(self) -> list[Tensor]:
+        """Return copies of the trained coordinates, flat, one per tensor."""
+        return [_trained(p, i) for p, i in zip(self.parameters, self.indices, strict=True)]
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Write ``values``, as :meth:`copy` gave them, into the trained coordinates; to the last bit."""
+        for parameter, index, value in zip(self.parameters, self.indices, values, strict=True):
+            flat = parameter.detach().view(-1)
+            if index is None:
+                flat.copy_(value)
+            else:
+                flat[index] = value
 
     def forget_lengths(self) -> None:
         """Forget the lengths of the directions of earlier steps."""
         self._lengths.clear()
+
+    @torch.no_grad()
+    def checksum(self) -> int:
+        """Return 63 bits that follow from every bit of the weights and of the mask, to compare processes."""
+        sums: list[int] = []
+        for parameter, index in zip(self.parameters, self.indices, strict=True):
+            sums += [parameter.numel(), *_weighted_sums(parameter.detach().view(-1))]
+            sums += [-1] if index is None else [index.numel(), *_weighted_sums(index)]
+        return derived_seed(*(value % 2**64 for value in sums))
 
     def _parts(self, tensor: int) -> Iterator[_Part]:
         parameter, index = self.parameters[tensor], self.indices[tensor]

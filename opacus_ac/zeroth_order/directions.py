@@ -15,7 +15,7 @@ _SHIFTS = torch.arange(8, dtype=torch.uint8)
 
 
 def derived_seed(*numbers: int) -> int:
-    """Return 63 bits that depend on all of ``numbers``, each in [0, 2^63)."""
+    """Return 63 bits that depend on all of ``numbers``, each in [0, 2^64)."""
     packed = struct.pack(f"<{len(numbers)}Q", *numbers)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 

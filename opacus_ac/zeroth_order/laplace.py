@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opacus_ac.clipping import build_policy
 from opacus_ac.mechanism import GaussianMechanism
 from opacus_ac.randomness import RandomStream
 from opacus_ac.statistics import StepStatistics
@@ -85,6 +87,8 @@ class LaplaceMechanism(GaussianMechanism):
         Dwork et al. 2006 (Laplace mechanism); arXiv 2004.00010 (discrete Laplace); Mironov 2012 (attack on rounding).
     """
 
+    name = "laplace"
+
     def gradient_multiplier(self, statistics: StepStatistics) -> float:
         """Return the noise scale in units of C; nothing else may be released with it."""
         if statistics.histogram or statistics.loss_bound is not None:
@@ -111,4 +115,26 @@ class LaplaceMechanism(GaussianMechanism):
         for total in totals:
             whole = (total / unit).round_().long()  # exactly the sum of whole numbers that it was computed from
             noise = torch.tensor([numbers.laplace(width) for _ in range(total.numel())], dtype=torch.long)
-            total.copy_((whole + noise.view_as(whole)).double().mul_(unit * scale))
+            total.copy_((whole + noise.to(whole.device).view_as(whole)).double().mul_(unit * scale))
+
+
+def laplace_statistics(given: StepStatistics | None, max_grad_norm: float, kwargs: dict[str, Any]) -> StepStatistics:
+    """Return the statistics of a Laplace release, which are none.
+
+    Raises:
+        ValueError: a policy or a statistic that needs a histogram or a loss.
+    """
+    policy = build_policy(
+        kwargs.get("clip_policy", "percentile"),
+        max_grad_norm,
+        kwargs.get("target_clip_rate", 0.9),
+        kwargs.get("expected_batch_size"),
+    )
+    if policy.needs_histogram:
+        raise ValueError(
+            f"clip_policy={policy.name!r} needs a norm histogram, which has no room in a Laplace release: use "
+            "clip_policy='fixed' or 'automatic'"
+        )
+    if given is not None and (given.histogram or given.loss_bound is not None):
+        raise ValueError("a Laplace release holds no norm histogram and no loss: leave statistics and loss_bound out")
+    return StepStatistics(histogram=False)

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opacus_ac.accounting import Event
-from opacus_ac.clipping import build_policy
 from opacus_ac.control import WeightEMA
+from opacus_ac.distributed.reducers import LOCAL, Reducer, ReplicatedReducer
 from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
 from opacus_ac.sampling import Draw
 from opacus_ac.statistics import StepStatistics
 from opacus_ac.zeroth_order import checks, pruning
 from opacus_ac.zeroth_order.coordinates import Coordinates
 from opacus_ac.zeroth_order.directions import Directions
-from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism
+from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism, laplace_statistics
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 from opacus_ac.zeroth_order.source import Closure, DifferenceSource
 
@@ -37,12 +37,15 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         optimizer: inner optimizer over the trained weights.
         module: the model whose losses the closure computes; looked at, never changed but for its trained weights.
         settings: directions, stages, pruning and mechanism.
+        reducer: the processes that take the step, each with the whole model; None for one process.
         **kwargs: all other arguments of :class:`AdaptiveClipDPOptimizer`; no ``source``, ``fused_step`` or ``ema_decay``.
 
     Guarantees:
         A step releases ``sum_i clip_C(delta_i) + N(0, (z C)^2 I_K)``, each record's K-vector ``delta_i`` clipped as one: one
         Gaussian mechanism of multiplier ``noise_multiplier``, whatever K, mask, schedule and weights. The directions are
         public: their seed has nothing to do with noise or sampling, and the bound holds for directions known to everybody.
+        What moving rounds is the same for one physical batch and for many: the weights do not tell how many records were drawn.
+        Several processes add up their K numbers, which get their noise once; the weights of all stay the same to the last bit.
 
     References:
         arXiv 2310.09639 (DPZero), 2401.04343 (DP-ZO), 2402.07818 (DP-ZOSO, DP-ZOPO), DP-AggZO (USENIX Security 2025).
@@ -57,6 +60,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         noise_multiplier: float,
         max_grad_norm: float,
         statistics: StepStatistics | None = None,
+        reducer: Reducer | None = None,
         **kwargs: Any,
     ) -> None:
         self.settings = settings or ZerothOrderSettings()
@@ -72,11 +76,14 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self.module = module
         # What base class and mechanism see as the parameters: their "gradient" is what a step releases.
         self.coefficients = nn.Parameter(torch.zeros(self.settings.num_directions, dtype=torch.float64))
+        reducer = self._exchanging(reducer or LOCAL)
         laplace = self.settings.mechanism == "laplace"
         if laplace:
-            statistics = _laplace_statistics(statistics, max_grad_norm, kwargs)
-        seed = self.settings.direction_seed
-        self.directions = Directions(self.settings.direction, secrets.randbits(63) if seed is None else seed)
+            statistics = laplace_statistics(statistics, max_grad_norm, kwargs)
+        given = self.settings.direction_seed
+        own = secrets.randbits(63) if given is None else given
+        # Asked for on every rank, also where one was given: whether all were given the same is compared later.
+        self.directions = Directions(self.settings.direction, reducer.on_first(lambda: own))
         self.coordinates = Coordinates(trained, self.directions)
         self.differences = DifferenceSource(
             self.coordinates, self.coefficients, 1 if laplace else 2, GRID if laplace else None
@@ -88,13 +95,31 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
             statistics=statistics,
             source=self.differences,
             ema_decay=None,
+            reducer=reducer,
             **kwargs,
         )
         if laplace:
             self.mechanism = LaplaceMechanism(noise_multiplier, self.mechanism.stream)
+            self.mechanism.reducer = reducer
         self.ema = None if self.settings.ema_decay is None else WeightEMA(trained, self.settings.ema_decay)
         self.check_budget: Callable[[Event], None] = lambda event: None
         self._stage: int | None = None
+        self._rounded: list[Tensor] | None = None
+
+    def _exchanging(self, ranks: Reducer) -> Reducer:
+        """Return the reducer of the K numbers for the processes that have the whole model each.
+
+        Raises:
+            ValueError: processes that have parts of the model.
+        """
+        if ranks.name == "local":
+            return ranks
+        if not isinstance(ranks, ReplicatedReducer):
+            raise ValueError(
+                f"reducer={ranks.name!r} with ZerothOrderDPOptimizer: it needs the whole model on every rank ('ddp', or 'local')"
+            )
+        self.coefficients.data = self.coefficients.data.to(ranks.group.device)
+        return ranks.of([self.coefficients])
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -161,16 +186,24 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self._look_ahead()
         self._enter_stage()
         self.tape.take()
+        if not self._continues(None if self.plan is None else self.plan.current()):
+            self._rounded = None
         self.tape.record(self.differences.measure(closure, self.direction_seeds, self.smoothing))
+        if self._rounded is not None:
+            # How many physical batches follow is private: the weights show the roundings of the first one only.
+            self.coordinates.restore(self._rounded)
         # Those of this step: what follows counts it.
         stage, seeds = self.stage, self.direction_seeds
         if not self.pre_step():
+            self._rounded = self.coordinates.copy() if self._rounded is None else self._rounded
             return
+        self._rounded = None
         assert self.released is not None
         self.policy.update(self.released)
+        searching = self._agree()
         if self.plan is not None:
             self.plan.step = self.steps_taken
-        if not self.policy.searching:
+        if not searching:
             self._move(stage, seeds)
         self.differences.clear(sums=True)
 
@@ -205,6 +238,15 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
     def _begin(self, draw: Draw | None) -> None:
         super()._begin(draw)
         self.differences.bound = self.policy.bound
+
+    def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
+        """Return what must be the same on all ranks: beside the base class's, whatever the differences depend on."""
+        return {
+            **super()._shared_constants(draw),
+            "number of the step": self.steps_taken,
+            "direction seed": self.directions.seed,
+            "checksum of the trained weights": self.coordinates.checksum(),
+        }
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse another number of losses than the batch that the loader handed out has records."""
@@ -262,13 +304,17 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base class's state with seed, stage, mask and anchor; the noise stream as there."""
         state = super().state_dict()
-        state[STATE_KEY][ZEROTH_ORDER] = {
+        state[STATE_KEY][ZEROTH_ORDER] = self.zeroth_order_state()
+        return state
+
+    def zeroth_order_state(self) -> dict[str, Any]:
+        """Return settings, seed, stage, mask and anchor."""
+        return {
             "settings": self.settings.configuration(),
             "direction_seed": self.directions.seed,
             "stage": self._stage,
             **self.coordinates.state_dict(),
         }
-        return state
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the private part of ``state_dict`` if it fits this optimizer.
@@ -277,42 +323,28 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
             ValueError: as the base class; or it is of no zeroth-order run, or of one with other settings.
         """
         state = super().check_state_dict(state_dict)
-        mine = state.get(ZEROTH_ORDER)
-        if mine is None:
+        self.check_zeroth_order_state(state.get(ZEROTH_ORDER))
+        return state
+
+    def check_zeroth_order_state(self, state: dict[str, Any] | None) -> None:
+        """Raise ``ValueError`` unless ``state`` is that of a zeroth-order run with these settings and tensors."""
+        if state is None:
             raise ValueError("the state was not written by a zeroth-order run: build the optimizer as it was then")
-        if mine["settings"] != self.settings.configuration():
-            changed = [k for k, v in self.settings.configuration().items() if mine["settings"].get(k) != v]
+        if state["settings"] != self.settings.configuration():
+            changed = [k for k, v in self.settings.configuration().items() if state["settings"].get(k) != v]
             raise ValueError(
                 f"the state was written with other zeroth-order settings ({', '.join(changed)}): use the same settings"
             )
-        self.coordinates.check_state({"indices": mine["indices"], "anchor": mine["anchor"]})
-        return state
+        self.coordinates.check_state({"indices": state["indices"], "anchor": state["anchor"]})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, along its directions; refuses what does not fit before changing anything."""
         state = self.check_state_dict(state_dict)[ZEROTH_ORDER]
         super().load_state_dict(state_dict)
+        self.load_zeroth_order_state(state)
+
+    def load_zeroth_order_state(self, state: dict[str, Any]) -> None:
+        """Continue along the directions of a state that :meth:`check_zeroth_order_state` has accepted."""
+        self._rounded = None
         self.directions.seed, self._stage = int(state["direction_seed"]), state["stage"]
         self.coordinates.load_state_dict({"indices": state["indices"], "anchor": state["anchor"]})
-
-
-def _laplace_statistics(given: StepStatistics | None, max_grad_norm: float, kwargs: dict[str, Any]) -> StepStatistics:
-    """Return the statistics of a Laplace release, which are none.
-
-    Raises:
-        ValueError: a policy or a statistic that needs a histogram or a loss.
-    """
-    policy = build_policy(
-        kwargs.get("clip_policy", "percentile"),
-        max_grad_norm,
-        kwargs.get("target_clip_rate", 0.9),
-        kwargs.get("expected_batch_size"),
-    )
-    if policy.needs_histogram:
-        raise ValueError(
-            f"clip_policy={policy.name!r} needs a norm histogram, which has no room in a Laplace release: use "
-            "clip_policy='fixed' or 'automatic'"
-        )
-    if given is not None and (given.histogram or given.loss_bound is not None):
-        raise ValueError("a Laplace release holds no norm histogram and no loss: leave statistics and loss_bound out")
-    return StepStatistics(histogram=False)

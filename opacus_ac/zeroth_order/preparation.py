@@ -11,10 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from opacus_ac.clipping import ClipPolicy
+from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.preparation import choose_control, choose_policy, choose_statistics
 from opacus_ac.randomness import RandomStream
 from opacus_ac.sampling import SamplingPlan
-from opacus_ac.zeroth_order.checks import check_not_random
+from opacus_ac.zeroth_order.checks import check_not_random, check_whole
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings, preset
 
@@ -45,14 +46,6 @@ def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | Non
         )
 
 
-def check_ledger(accountant: IAccountant, ledger: object) -> None:
-    """Raise ``ValueError`` for a ledger whose lines would not say what was released."""
-    if ledger is not None and accountant.mechanism() == "pure":
-        raise ValueError(
-            'a privacy ledger holds Gaussian releases: its lines would be read as such. Leave ledger out with accountant="pure"'
-        )
-
-
 def build_zeroth_order(
     module: nn.Module,
     optimizer: Optimizer,
@@ -70,13 +63,14 @@ def build_zeroth_order(
     histogram_weight: float | None,
     loss_bound: float | None,
     loss_weight: float | None,
+    reducer: Reducer,
     unused: dict[str, Any],
 ) -> ZerothOrderDPOptimizer:
     """Return the optimizer of ``clipping="zo"``; nothing is attached to the model.
 
     Raises:
-        ValueError: an argument that means nothing here (``unused``), a model in training mode with dropout, or a setting that
-            would make the guarantee wrong.
+        ValueError: an argument that means nothing here (``unused``), a model in training mode with dropout, a sharded one, or a
+            setting that would make the guarantee wrong.
     """
     nothing = {
         "preset": (None,),
@@ -96,6 +90,7 @@ def build_zeroth_order(
                 f"{shown}={value!r} means nothing with clipping='zo': {remedies.get(name, 'leave it out')}"
             )
     check_not_random(module)
+    check_whole(module)
     if clip_policy is None and settings.mechanism == "laplace":
         clip_policy = "fixed"
     expected = plan.sizes.expected(0)
@@ -113,12 +108,19 @@ def build_zeroth_order(
         clip_policy=policy,
         target_clip_rate=target_clip_rate,
         statistics=choose_statistics(
-            "adaptive" if policy.needs_histogram else "flat", policy, histogram_weight, loss_bound, loss_weight
+            "adaptive" if policy.needs_histogram else "flat",
+            policy,
+            noise_multiplier,
+            expected,
+            histogram_weight,
+            loss_bound,
+            loss_weight,
         ),
         normalize=normalize,
         lr_control=choose_control(lr_control, policy, target_clip_rate, None),
         plan=plan,
         stream=stream,
+        reducer=reducer,
     )
 
 

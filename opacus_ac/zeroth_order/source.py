@@ -25,7 +25,8 @@ class DifferenceSource:
         grid: None, or M: clipped values are cut to multiples of C / M, for noise on whole numbers.
 
     Guarantees:
-        The weights are back, up to rounding, after :meth:`measure`, whatever the closure does.
+        The weights are back after :meth:`measure`, whatever the closure does, up to a rounding that depends on weights and
+        directions alone.
     """
 
     merged_passes = False
@@ -82,6 +83,10 @@ class DifferenceSource:
         finally:
             self.coordinates.move(seed, -at)
         return up, down
+
+    def parameter_squares(self) -> Tensor:
+        """Not known here: differences are of all parameters together."""
+        raise NotImplementedError("a difference of losses does not tell the parameters apart")
 
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
         """Return the norm of each record's K differences, ``[B]`` float64; there are no ``weights`` here. Private."""

@@ -1,4 +1,4 @@
-"""Checks for models, losses and rules, for use in test suites.
+"""The oracle of per-sample gradients, and whether the records of a batch couple.
 
 The oracle is a loop of batch size one with plain autograd. It is slow and has nothing that could be wrong.
 """
@@ -102,7 +102,7 @@ def _norms(value: Tensor | Mapping[str, Tensor]) -> Tensor:
     """``[B]`` norms in float64, over all parameters where per-sample gradients are given."""
     if isinstance(value, Tensor):
         return value.detach().double().cpu()
-    squares = [g.detach().double().cpu().flatten(1).pow(2).sum(1) for g in value.values()]
+    squares = [g.detach().double().cpu().unsqueeze(-1).flatten(1).pow(2).sum(1) for g in value.values()]
     return torch.stack(squares).sum(0).sqrt()
 
 
