@@ -1,7 +1,7 @@
 """Compare four families of private fine-tuning at one epsilon, on the same data and with the same number of steps.
 
-    python examples/families.py                            # SmolLM2-135M, one seed, 12 steps: about 20 minutes on two idle cores
-    python examples/families.py --model small              # small Qwen2, three seeds, 30 steps: about 10 minutes
+    python examples/families.py                            # SmolLM2-135M, one seed, 12 steps
+    python examples/families.py --model small              # small Qwen2, three seeds, 30 steps: about 15 minutes
     python examples/families.py --report                   # the table of what is finished, in Markdown
 
 ``full``: DP-Adam-AC on all weights. ``lora``: on adapters. ``allocation``: adapters with noise allocated by past releases, or,

@@ -29,7 +29,7 @@ from opacus_ac.testing import per_sample_gradients, select_records
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ALLOCATIONS = ("uniform", "dimension", "public", "history")
+ALLOCATIONS = ("uniform", "dimension", "public", "history", "paid")
 PUBLIC = 6  # public dialogues, of another tone than the private ones, from which "public" takes its weights
 
 
@@ -88,7 +88,7 @@ def choose(name: str, model: Any, norms: dict[str, float]) -> NoiseAllocation | 
         sizes = [dict(model.named_parameters())[n].numel() for n in norms]
         found = optimal_weights(sizes, [max(g, floor) for g in norms.values()])
         return NoiseAllocation("constant", weights=dict(zip(norms, found, strict=True)))
-    return NoiseAllocation(name, warmup=3, decay=0.8)
+    return NoiseAllocation(name, warmup=3 if name == "history" else None, decay=0.8)
 
 
 def run(args: argparse.Namespace, name: str, both: bool) -> dict[str, Any]:
