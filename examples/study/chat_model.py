@@ -1,0 +1,99 @@
+"""The main rows of the study on a real chat model: SmolLM2-135M with LoRA, flat clipping beside DP-Adam-AC.
+
+    python examples/study/chat_model.py --seeds 0 1 2          # go on where it stopped
+    python examples/study/chat_model.py --seeds 0 1 2 --report
+
+Both tones, epsilon 2 and 8, delta 1e-5. All rows train as ``finetune_chat.py`` does, which also takes options of its own here.
+Noise and draws are secret entropy, different in every run: the spread over seeds holds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples
+
+import finetune_chat
+from chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss
+from report import Result, grouped, markdown, read, spread
+from tone_dialogues import TONES, tone_score
+
+from opacus_ac import PrivacyEngine
+
+EPSILONS = (2.0, 8.0)
+CLIPPING: dict[str, dict[str, Any]] = {"flat": {"clipping": "flat"}, "dp-adam-ac": {}}
+SIZE = ["--lora-layers", "6", "--expected-batch-size", "32", "--steps", "10"]
+
+
+def run(clipping: str, tone: str, epsilon: float, seed: int, options: list[str], folder: Path) -> Result:
+    """Train once and return what came out."""
+    own = ["--tone", tone, "--epsilon", str(epsilon), "--seed", str(seed), "--output", str(folder)]
+    args = finetune_chat.arguments([*SIZE, *options, *own])
+    args.output.mkdir(parents=True, exist_ok=True)
+    private, public = finetune_chat.load_dialogues(args)
+    model, tokenizer = finetune_chat.prepare(args)
+    collate = PadCollate(tokenizer.pad_token_id, args.max_length)
+    sets = {name: ChatDataset(rows, tokenizer, args.max_length) for name, rows in public.items()}
+    before = heldout_loss(model, sets[tone], collate)
+    engine, clock = PrivacyEngine(accountant="vpld"), time.process_time()
+    dataset = ChatDataset(private, tokenizer, args.max_length)
+    finetune_chat.train(args, engine, model, dataset, collate, **CLIPPING[clipping])
+    seconds = time.process_time() - clock
+    replies = generate_replies(model, tokenizer, FOUR_PROMPTS)
+    other = next(t for t in TONES if t != tone)
+    return {
+        "method": clipping,
+        "tone": tone,
+        "epsilon": epsilon,
+        "seed": seed,
+        "options": options,
+        "spent": engine.get_epsilon(args.delta),
+        "loss_before": before,
+        "loss": heldout_loss(model, sets[tone], collate),
+        "other_tone": heldout_loss(model, sets[other], collate),
+        "in_tone": sum(tone_score(text, tone) > tone_score(text, other) for text in replies),
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def table(results: list[Result]) -> str:
+    """Return one row per tone, epsilon and clipping."""
+    rows = []
+    for (tone, epsilon, method), mine in grouped(results, "tone", "epsilon", "method").items():
+        losses = [spread([r[name] for r in mine]) for name in ("loss_before", "loss", "other_tone")]
+        replies = f"{sum(r['in_tone'] for r in mine)} of {len(FOUR_PROMPTS) * len(mine)}"
+        rows.append([tone, f"{epsilon:g}", method, str(len(mine)), *losses, replies])
+    return markdown(
+        ["tone", "epsilon", "clipping", "runs", "before", "after", "other tone after", "replies in tone"], rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, or report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
+    parser.add_argument("--report", action="store_true", help="print the table of what is finished; run nothing")
+    own, options = parser.parse_known_args(argv)
+    own.out.parent.mkdir(parents=True, exist_ok=True)
+    done = {(r["method"], r["tone"], r["epsilon"], r["seed"]) for r in read(own.out) if r["options"] == options}
+    for seed, tone, epsilon, method in product(own.seeds, TONES, EPSILONS, CLIPPING):
+        if own.report or (method, tone, epsilon, seed) in done:
+            continue
+        result = run(method, tone, epsilon, seed, options, own.out.with_suffix(".run"))
+        with own.out.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        print(json.dumps(result), flush=True)
+    print(table([r for r in read(own.out) if r["options"] == options]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Which cells a study has: the paper's questions, how the clipping norm matters, and what a run of 20 minutes can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+from cell import Cell
+from methods import METHODS
+from public import MODELS
+from tone_dialogues import TONES
+
+Seeds = tuple[int, ...]
+EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
+MAIN = ("adamw-flat", "dp-adam-ac")
+OTHERS = ("dp-adam-ac+", "dp-sgd", "opacus-adaptive")
+PARTS = tuple(name for name in METHODS if name.startswith("dp-adam-ac+ without"))
+REFERENCES = ("paper-raw", "non-private")
+SEEDS: Seeds = (0, 1, 2)
+
+
+def full(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Both models and tones: flat beside adaptive at every epsilon, every method and each part removed at epsilon 4, no noise."""
+    places = list(product(seeds, TONES))
+
+    def rows(model: str, methods: tuple[str, ...], epsilons: tuple[float, ...]) -> list[Cell]:
+        return [
+            Cell(method, model, tone, epsilon, seed)
+            for (seed, tone), epsilon, method in product(places, epsilons, methods)
+        ]
+
+    cells = (
+        rows("llama", MAIN, EPSILONS)
+        + references(seeds)
+        + rows("llama", OTHERS, (4.0,))
+        + rows("bitnet", MAIN, (1.0, 4.0, 16.0))
+    )
+    return (
+        cells
+        + rows("llama", PARTS, (4.0,))
+        + rows("bitnet", OTHERS, (4.0,))
+        + rows("bitnet", MAIN, (2.0, 8.0))
+        + rows("bitnet", PARTS, (4.0,))
+    )
+
+
+def references(seeds: Seeds, tones: tuple[str, ...] = TONES) -> list[Cell]:
+    """Rows without a finite epsilon."""
+    return [
+        Cell(method, model, tone, None, seed) for seed, model, tone, method in product(seeds, MODELS, tones, REFERENCES)
+    ]
+
+
+RATES = {"adamw": (0.006, 0.012), "dp-adamw": (0.002, 0.004), "sgd": (0.2, 0.5)}
+FLAT, ADAPTIVE = (0.01, 1.0, 10.0, 100.0), (0.01, 1.0, 100.0)
+
+
+def tuning(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Flat C over four decades and the default from three C0, with two learning rates each, in half as many steps.
+
+    SGD's step is in proportion to C, so its learning rates are for C = 1 and divided by C0.
+    """
+    cells = []
+    for optimizer, data in (("adamw", "easy"), ("adamw", "heavy"), ("sgd", "easy")):
+        cells += _tuned(seeds, optimizer, data, 4.0, FLAT, ADAPTIVE)
+    cells += _tuned(seeds, "dp-adamw", "easy", 4.0, (1.0,), (1.0,))
+    for epsilon in (1.0, 16.0):
+        cells += _tuned(seeds, "adamw", "easy", epsilon, (1.0, 10.0), (0.01, 100.0))
+    return cells
+
+
+def _tuned(
+    seeds: Seeds, optimizer: str, data: str, epsilon: float, flat: tuple[float, ...], adaptive: tuple[float, ...]
+) -> list[Cell]:
+    rows = [("adamw-flat", bound) for bound in flat] + [("dp-adam-ac", bound) for bound in adaptive]
+    return [
+        Cell(
+            method,
+            epsilon=epsilon,
+            seed=seed,
+            rate=rate / bound if optimizer == "sgd" else rate,
+            bound=bound,
+            optimizer=optimizer,
+            data=data,
+            steps=25,
+        )
+        for seed, (method, bound), rate in product(seeds, rows, RATES[optimizer])
+    ]
+
+
+def budget(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Equal epsilon and equal compute: 6,000 records in batches of 200 or 400, with what else the package has."""
+    cells = []
+    for seed, (batch, steps) in product(seeds, ((200, 30), (400, 15))):
+        for rate in (0.008, 0.012):
+            cells += [
+                Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps)
+                for method in ("adamw-flat", "adamw-flat tighter", "dp-adam-ac everything")
+            ]
+        cells += [Cell("dp-adam-ac growing", epsilon=4.0, seed=seed, rate=0.008, batch=batch, steps=steps)]
+    return cells
+
+
+def quick(seeds: Seeds = (0,)) -> list[Cell]:
+    """One tone; two epsilons for each model, each part removed once, and a short row of C0."""
+    tone = TONES[0]
+    cells = [
+        Cell(method, model, tone, epsilon, seed)
+        for seed, model, epsilon, method in product(seeds, MODELS, (1.0, 4.0), MAIN)
+    ]
+    cells += [Cell(method, MODELS[0], tone, 4.0, seed) for seed, method in product(seeds, (*PARTS, *OTHERS))]
+    rows = [("adamw-flat", bound) for bound in (1.0, 10.0, 100.0)] + [("dp-adam-ac", bound) for bound in (0.01, 100.0)]
+    short = [
+        Cell(m, seed=seed, rate=0.008, bound=bound, optimizer="adamw", steps=25)
+        for seed, (m, bound) in product(seeds, rows)
+    ]
+    return cells + references(seeds, (tone,)) + short
+
+
+GRIDS: dict[str, Callable[..., list[Cell]]] = {"full": full, "tuning": tuning, "budget": budget, "quick": quick}

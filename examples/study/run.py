@@ -1,0 +1,98 @@
+"""The study: what DP-Adam-AC and each of its parts do to the loss, from runs that anyone can repeat.
+
+    python examples/study/run.py --quick                 # a reduced table and all figures, in less than 20 minutes on two cores
+    python examples/study/run.py --grid full --jobs 2    # the tables of docs/study.md; stop it and go on at any time
+    python examples/study/run.py --grid tuning --jobs 2
+    python examples/study/run.py --grid full --report docs/figures
+
+Finished runs are lines of JSON in ``--out``; a run that is there is not repeated. Noise is seeded, so that methods with the same
+seed share data, draws and gradient noise and differences come from the method: a study of invented records, which protects nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import cell as cells
+import public
+from grids import GRIDS
+from report import figures, read, tables
+
+
+def wanted(grid: list[cells.Cell], out: Path) -> list[cells.Cell]:
+    """Return the cells of the grid that have not run, each once, in the grid's order."""
+    done = {result["key"] for result in read(out)}
+    unique = {c.key(): c for c in grid}
+    return [c for key, c in unique.items() if key not in done]
+
+
+def run_all(grid: list[cells.Cell], out: Path, jobs: int) -> None:
+    """Run what is missing and append each result as soon as it is there."""
+    missing = wanted(grid, out)
+    for model in sorted({c.model for c in missing}):
+        public.public_model(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    for number, result in enumerate(_results(missing, jobs), start=1):
+        with out.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        print(
+            f"[{number}/{len(missing)}, {time.perf_counter() - start:.0f} s] {result['method']} {result['model']} {result['tone']} "
+            f"epsilon {result['epsilon']} seed {result['seed']}: loss {result['loss']:.3f}, {result['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def _results(missing: list[cells.Cell], jobs: int) -> Iterator[cells.Result]:
+    """Yield results as they come, from ``jobs`` processes, or from this one if that is 1."""
+    if jobs == 1:
+        yield from map(cells.run, missing)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(cells.run, c) for c in missing]):
+            yield future.result()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a grid, or report it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
+    parser.add_argument(
+        "--quick", action="store_true", help="the grid 'quick', then tables and figures beside the results"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of the grid")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/study/results.jsonl"))
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="run nothing; print the tables and draw the figures there"
+    )
+    arguments = parser.parse_args(argv)
+    name = "quick" if arguments.quick else arguments.grid
+    grid = GRIDS[name](tuple(arguments.seeds)) if arguments.seeds else GRIDS[name]()
+    if arguments.report is None:
+        run_all(grid, arguments.out, arguments.jobs)
+    if arguments.report is None and not arguments.quick:
+        return 0
+    folder = arguments.report or arguments.out.parent
+    keys = {c.key() for c in grid}
+    results = [result for result in read(arguments.out) if result["key"] in keys]
+    if not results:
+        raise SystemExit(f"no finished run of grid {name!r} in {arguments.out}: run it first, without --report")
+    print(tables(results))
+    missing = len(keys) - len(results)
+    if missing:
+        print(f"\n{missing} of {len(keys)} runs are missing.")
+    for path in figures(results, folder):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
