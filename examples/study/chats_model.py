@@ -39,7 +39,7 @@ class Settings:
     public_lr: float = 4e-3
     batch: int = 128  # expected records
     steps: int = 20
-    lr: float = 0.002
+    lr: float = 0.004
     heldout: int = 200  # at most so many held-out records
     physical: int = 16
 

@@ -71,7 +71,7 @@ C0 = 1.0
 class Settings:
     """Everything that a result depends on beside arm and seed."""
 
-    model: ModelSettings = field(default_factory=lambda: ModelSettings(most=1, steps=120))
+    model: ModelSettings = field(default_factory=lambda: ModelSettings(most=1, steps=120, lr=0.002))
     records: int = 3000  # without canaries
     heldout: int = 300
 
@@ -130,7 +130,7 @@ def code_log_probabilities(model: nn.Module, prompt: Sequence[int], digits: Sequ
     """
     was_training = model.training
     model.eval()
-    beginnings = torch.cartesian_prod(*[torch.tensor(list(digits))] * (DIGITS - 1))
+    beginnings = torch.cartesian_prod(*[torch.tensor(list(digits))] * (DIGITS - 1)).reshape(-1, DIGITS - 1)
     ids = torch.cat([torch.tensor(list(prompt)).expand(len(beginnings), -1), beginnings], dim=1)
     scores = torch.cat([model(input_ids=part).logits[:, len(prompt) - 1 :].double() for part in ids.split(250)])
     steps = scores.log_softmax(-1)
@@ -248,6 +248,29 @@ def table(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def group_bound(epsilon: float, copies: int, bits: float, delta: float = DELTA) -> float:
+    """Return the most probable that exposure of ``bits`` or more can be for a random code in ``copies`` records.
+
+    Without the records the rank is uniform; ``copies`` steps from neighbour to neighbour lead to the data with them.
+    """
+    if copies * epsilon > bits * math.log(2):
+        return 1.0
+    added = delta * sum(math.exp(i * epsilon) for i in range(copies))
+    return min(1.0, math.exp(copies * epsilon) * 2.0**-bits + added)
+
+
+def bounds(results: Sequence[Result]) -> list[str]:
+    """Return a Markdown table: what the guarantee says about rank 1, for each epsilon and number of copies."""
+    spent = {arm: max(r["spent"] for r in runs) for arm, runs in by_arm(results).items() if runs[0]["spent"]}
+    lines = [f"| records that hold the secret | {' | '.join(f'epsilon = {e:.2f}' for e in spent.values())} |"]
+    lines.append("|---" * (1 + len(spent)) + "|")
+    for copies in (m for m in MULTIPLICITIES if m):
+        values = [group_bound(e, copies, math.log2(CODES)) for e in spent.values()]
+        cells = ["nothing" if v >= 1 else f"{100 * v:.2g} %" for v in values]
+        lines.append(f"| {copies} | {' | '.join(cells)} |")
+    return lines
+
+
 def report(results: Sequence[Result], settings: Settings) -> None:
     print(f"settings {settings.key()}: {asdict(settings)}")
     print("\n".join(table(results)))
@@ -255,6 +278,10 @@ def report(results: Sequence[Result], settings: Settings) -> None:
         before = statistics.fmean(r["loss_before"] for r in results)
         print(f"{results[0]['records']} records; held-out loss before {before:.3f}; delta {DELTA:g}")
     print(f"chance: {CHANCE:.2f} bits; most: {math.log2(CODES):.2f} bits")
+    print(
+        "epsilon is per record; k copies have the bound of a group of k. Highest probability of extraction in one guess:"
+    )
+    print("\n".join(bounds(results)))
 
 
 def draw(results: Sequence[Result], target: Path) -> None:
