@@ -38,7 +38,7 @@ from chats_model import Settings, fine_tune, heldout_loss, public_model, record_
 from opacus_ac.accounting import calibrate_noise_multiplier
 
 Result = dict[str, Any]
-FLAT = (0.3, 3.0, 10.0)
+FLAT = (1.0, 10.0)
 DEFAULT = (0.01, 1.0, 100.0)
 RULES = (*(f"flat-{c:g}" for c in FLAT), *(f"default-{c:g}" for c in DEFAULT))
 EPSILONS = (2.0, 8.0)

@@ -233,7 +233,7 @@ def pooled(runs: Sequence[Result], copies: int) -> list[float]:
 def table(results: Sequence[Result]) -> list[str]:
     """Return a Markdown table: mean exposure and standard deviation over canaries and seeds; in brackets, codes at rank 1."""
     lines = [
-        f"| epsilon per record | z | runs | {' | '.join(f'{m} copies' for m in MULTIPLICITIES)} | held-out loss |",
+        f"| epsilon per record | z | runs | {' | '.join(f'copies: {m}' for m in MULTIPLICITIES)} | held-out loss |",
         "|---" * (4 + len(MULTIPLICITIES)) + "|",
     ]
     for arm, runs in by_arm(results).items():
@@ -305,7 +305,7 @@ def draw(results: Sequence[Result], target: Path) -> None:
         )
     axis.axhline(CHANCE, color="#666666", linestyle=":", linewidth=1)
     axis.axhline(math.log2(CODES), color="#666666", linestyle="--", linewidth=1)
-    axis.text(0, CHANCE + 0.15, "never seen", fontsize=8, color="#444444", va="bottom")
+    axis.text(4.1, CHANCE - 0.15, "never seen", fontsize=8, color="#444444", va="top", ha="right")
     axis.text(0, math.log2(CODES) - 0.15, "preferred to all other codes", fontsize=8, color="#444444", va="top")
     axis.set_xticks(list(places), [str(m) for m in MULTIPLICITIES])
     axis.set_xlabel("records that hold the secret")
