@@ -30,7 +30,7 @@ SAVES = ["2:zo_save_staged", "2:zo_save_adam"]
 RESUMES = ["1:zo_resume_staged", "1:zo_resume_adam", "3:zo_resume_staged", "3:zo_resume_adam"]
 REFUSED = {
     "sharded": r"clipping='zo' does not work with a sharded model \(fsdp2\).*Leave fully_shard out",
-    "frozen shard": "0.weight is sharded.*also if it is not trained",
+    "frozen shard": "0.weight is sharded and frozen, while nothing that is trained is sharded",
     "given seeds": "differ in direction_seed: rank 0 has 0, rank 1 1",
     "one given seed": "differ in direction_seed: rank 0 has None, rank 1 3",
     "settings": "differ in zeroth_order: ",

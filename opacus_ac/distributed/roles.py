@@ -79,6 +79,12 @@ def choose_reducer(role: str | Reducer | None, module: nn.Module, parameters: Se
         ValueError: the role does not fit, or the model is spread over the processes in a way that is not covered.
     """
     sharded = [is_sharded(p) for p in parameters]
+    frozen = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
+    if frozen is not None and not any(sharded):
+        raise ValueError(
+            f"{frozen} is sharded and frozen, while nothing that is trained is sharded, so nobody would reduce the gradients: "
+            "call fully_shard on the whole model, without ignored_params, or not at all"
+        )
     if role is not None and not isinstance(role, str):
         return role
     if role not in (None, *ROLES):
@@ -89,12 +95,6 @@ def choose_reducer(role: str | Reducer | None, module: nn.Module, parameters: Se
         check_meshes(module, parameters)
         _check_sharded_types(module)
         return ShardedReducer(parameters)
-    frozen = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
-    if frozen is not None:
-        raise ValueError(
-            f"{frozen} is sharded and frozen, while nothing that is trained is sharded, so nobody would reduce the gradients: "
-            "call fully_shard on the whole model, without ignored_params, or not at all"
-        )
     if role == "fsdp2":
         raise ValueError("reducer='fsdp2' needs a model that torch.distributed.fsdp.fully_shard was applied to")
     if role == "ddp" and not initialized():

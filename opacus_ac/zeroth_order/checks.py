@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Optimizer
 
-from opacus_ac.grad_sample.shards import is_sharded
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
 _RANDOM = ("drop", "jitter")
@@ -63,16 +62,6 @@ def _random_fields(holder: Any) -> list[str]:
     if isinstance(holder, nn.RReLU):
         found.append("upper")
     return found
-
-
-def check_whole(module: nn.Module) -> None:
-    """Raise ``ValueError`` for a model of which this process has a part: its forward passes wait for other processes."""
-    for name, parameter in module.named_parameters():
-        if is_sharded(parameter):
-            raise ValueError(
-                f"{name} is sharded (a DTensor), also if it is not trained: zeroth-order steps need the whole model on every "
-                "rank. Leave fully_shard and parallelize_module out"
-            )
 
 
 def check_parameters(parameters: Sequence[nn.Parameter]) -> None:

@@ -15,7 +15,7 @@ from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.preparation import choose_control, choose_policy, choose_statistics
 from opacus_ac.randomness import RandomStream
 from opacus_ac.sampling import SamplingPlan
-from opacus_ac.zeroth_order.checks import check_not_random, check_whole
+from opacus_ac.zeroth_order.checks import check_not_random
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings, preset
 
@@ -90,7 +90,6 @@ def build_zeroth_order(
                 f"{shown}={value!r} means nothing with clipping='zo': {remedies.get(name, 'leave it out')}"
             )
     check_not_random(module)
-    check_whole(module)
     if clip_policy is None and settings.mechanism == "laplace":
         clip_policy = "fixed"
     expected = plan.sizes.expected(0)
