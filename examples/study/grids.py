@@ -92,7 +92,7 @@ def budget(seeds: Seeds = SEEDS) -> list[Cell]:
     """Equal epsilon and equal compute: 6,000 records in batches of 200 or 400, with what else the package has."""
     cells = []
     for seed, (batch, steps) in product(seeds, ((200, 30), (400, 15))):
-        for rate in (0.008, 0.012):
+        for rate in (0.008, 0.012, 0.016)[: 2 if batch == 200 else 3]:
             cells += [
                 Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps)
                 for method in ("adamw-flat", "adamw-flat tighter", "dp-adam-ac everything")

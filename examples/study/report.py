@@ -240,19 +240,15 @@ def _course(results: list[Result], folder: Path) -> list[Path]:
     chosen = [r for r in results if r["method"] == "dp-adam-ac" and r["epsilon"] is not None]
     if not chosen:
         return []
+    largest = max(r["epsilon"] for r in chosen)
     figure, axes = _axes(
-        "C as released by dp-adam-ac from C0 = 1, one seed each", "step", "clipping norm C (gradient norm units)"
+        f"C as released by dp-adam-ac at epsilon {largest:g} from C0 = 1, one seed each",
+        "step",
+        "clipping norm C (units of gradient norm)",
     )
-    for ((model, tone, epsilon), here), colour in zip(
-        grouped(chosen, "model", "tone", "epsilon").items(), COLOURS * 4, strict=False
-    ):
-        if epsilon == max(r["epsilon"] for r in chosen):
-            axes.plot(
-                range(1, len(here[0]["C"]) + 1),
-                here[0]["C"],
-                label=f"{model}, {tone}, epsilon {epsilon:g}",
-                color=colour,
-            )
+    runs = grouped([r for r in chosen if r["epsilon"] == largest], "model", "tone")
+    for ((model, tone), here), colour in zip(runs.items(), COLOURS, strict=False):
+        axes.plot(range(1, len(here[0]["C"]) + 1), here[0]["C"], label=f"{model}, {tone}", color=colour)
     return [_save(figure, axes, folder / "study-clipping-norm.png")]
 
 
@@ -274,6 +270,5 @@ def _tuning(results: list[Result], folder: Path) -> list[Path]:
                 points[bound] = min(by_rate, key=statistics.fmean)
             _line(axes, points, f"{method}, epsilon {_epsilon(epsilon)}", colour)
         axes.set_xscale("log")
-        axes.set_yscale("log")
         made.append(_save(figure, axes, folder / f"study-tuning-{optimizer or 'adamw'}-{data}.png"))
     return made
