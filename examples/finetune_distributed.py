@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"\nHeld-out loss (public dialogues) {losses}\n\n{report}")
         (args.output / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         print(f"\n{dist.get_world_size()} processes ({optimizer.reducer.name}, {device.type}); saved {args.output}")
+    dist.barrier()  # no rank ends while another one still talks to it
     dist.destroy_process_group()
     return result
 

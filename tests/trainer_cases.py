@@ -5,6 +5,7 @@ As a script, ``torchrun --nproc_per_node=2 tests/trainer_cases.py FOLDER``; its 
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import types
@@ -160,7 +161,9 @@ def main() -> None:
         "bfloat16": bfloat16(folder / "bfloat16", rank, world),
     }
     (folder / f"results{rank}").write_bytes(pickle.dumps(results))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo that are still there when Python ends can abort a rank that has done all its work
 
 
 if __name__ == "__main__":
