@@ -108,9 +108,10 @@ SHAPES = {
     "c": Shape(896, 24, 14, 2, 4864, 151936, 2, 64, at_once=1),
     "bitnet": Shape(384, 6, 6, 3, 1056, 8192, 8, 128, family="BitNet"),
     "lora": Shape(512, 4, 8, 4, 1408, 49152, 8, 64, lora_rank=8),
+    "gpu": Shape(576, 30, 9, 3, 1536, 49152, 16, 512),
     "tiny": Shape(32, 1, 4, 2, 48, 64, 2, 8, tied=False),
 }
-QUICK = [name for name in SHAPES if name not in ("c", "tiny")]
+QUICK = [name for name in SHAPES if name not in ("c", "gpu", "tiny")]
 
 
 @dataclass(frozen=True)

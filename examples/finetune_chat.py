@@ -69,8 +69,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="public randomness: dialogues and LoRA start; never the noise"
     )
+    parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_chat"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return args
 
 
 def load_dialogues(args: argparse.Namespace) -> tuple[list[Any], dict[str, list[Any]]]:
@@ -86,7 +89,8 @@ def load_dialogues(args: argparse.Namespace) -> tuple[list[Any], dict[str, list[
 def prepare(args: argparse.Namespace) -> tuple[Any, Any]:
     """Return model and tokenizer, ready to train."""
     torch.manual_seed(args.seed)
-    return load_trainable(args.model, full=args.full, rank=args.lora_rank, layers=args.lora_layers)
+    model, tokenizer = load_trainable(args.model, full=args.full, rank=args.lora_rank, layers=args.lora_layers)
+    return model.to(args.device), tokenizer
 
 
 class Journal:
@@ -156,7 +160,7 @@ def train(
     while optimizer.steps_taken < planned:
         for batch in loader:
             optimizer.zero_grad()
-            losses = reply_losses(wrapped, batch)
+            losses = reply_losses(wrapped, {name: values.to(args.device) for name, values in batch.items()})
             optimizer.record_losses(losses)
             losses.mean().backward()
             if step_released(optimizer):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import os
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ import torch
 
 from opacus_ac.gaussian import BLOCK, GaussianSampler, uniform
 from opacus_ac.key_stream import KeyStream
+
+if TYPE_CHECKING:
+    from opacus_ac.device_noise import DeviceSampler
 
 # Values that are drawn at once where noise is moved to another device or comes from a torch generator.
 _DEVICE_BLOCK = 1 << 20
@@ -102,14 +106,16 @@ def _add_blocks(sampler: GaussianSampler, blocks: deque[Block], std: float, scal
 class SecretStream:
     """Cryptographic stream, keyed by the operating system; never saved, never repeated after a fork.
 
-    Noise for large tensors is drawn in ``min(torch.get_num_threads(), os.cpu_count())`` threads.
+    Noise for large tensors is drawn in ``min(torch.get_num_threads(), os.cpu_count())`` threads, and for tensors on a CUDA or
+    ROCm device there, by a kernel of Triton's; where that cannot run, a warning says so and the processor draws.
 
     Args:
         hardened: make every Gaussian of four (secure mode), against attacks on the low-order bits of floating-point noise.
 
     Guarantees:
         Every thread that draws has a key of its own for AES-256 in counter mode, drawn per process; a forked child draws its
-        own, and a copy of the object is a new stream.
+        own, and a copy of the object is a new stream. A GPU has a key of its own for ChaCha20
+        (:mod:`opacus_ac.device_noise`).
 
     References:
         arXiv 2107.10138 (Holohan and Braghin 2021).
@@ -124,13 +130,15 @@ class SecretStream:
     @property
     def description(self) -> str:
         """What the noise is made of, for the report."""
-        return "AES-256-CTR, keyed by the operating system" + (", sums of four Gaussians" if self._hardened else "")
+        ciphers = "AES-256-CTR" + (" (on the GPU ChaCha20)" if any(self._on_devices.values()) else "")
+        return f"{ciphers}, keyed by the operating system" + (", sums of four Gaussians" if self._hardened else "")
 
     def _rekey(self) -> None:
         """Draw new keys and forget everything that a forked child shares with its parent, threads included."""
         self._pid = os.getpid()
         self._bits = KeyStream()
         self._samplers: list[GaussianSampler] = []
+        self._on_devices: dict[torch.device, DeviceSampler | None] = {}
         self._helpers: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
@@ -163,16 +171,54 @@ class SecretStream:
     def add_normal(self, targets: Sequence[torch.Tensor], std: float, scale: float = 1.0) -> None:
         """Set each target to ``(target + std * N(0, 1)) * scale`` in place, in float64, rounded once."""
         _check_std(std)
-        together: list[Block] = []
+        together: dict[torch.device, list[torch.Tensor]] = {}
         for target in targets:
-            direct = target.device.type == "cpu" and target.dtype in (torch.float32, torch.float64)
-            if direct and target.is_contiguous():
-                together.append(target.detach().view(-1).numpy())
-            elif direct:
-                _on_flat(target, lambda flat: self._add_on_cpu([flat.numpy()], std, scale))
-            else:
+            if target.dtype not in (torch.float32, torch.float64):
                 _on_flat(target, lambda flat: _add_in_device_blocks(flat, std, scale, self.normal))
-        self._add_on_cpu(together, std, scale)
+            elif target.is_contiguous():
+                together.setdefault(target.device, []).append(target.detach().view(-1))
+            else:
+                _on_flat(target, lambda flat: self._add_there([flat], std, scale))
+        for flats in together.values():
+            self._add_there(flats, std, scale)
+
+    def _add_there(self, flats: list[torch.Tensor], std: float, scale: float) -> None:
+        """Noise and scale tensors ``[n]`` of one device on it."""
+        device = flats[0].device
+        if device.type == "cpu":
+            self._add_on_cpu([flat.numpy() for flat in flats], std, scale)
+            return
+        sampler = self._sampler(device) if std > 0 and device.type == "cuda" else None
+        if sampler is not None:
+            with self._lock:
+                sampler.add(flats, std, scale)
+            return
+        for flat in flats:
+            _add_in_device_blocks(flat, std, scale, self.normal)
+
+    def _sampler(self, device: torch.device) -> DeviceSampler | None:
+        """Return what draws on the device, or None if the processor has to."""
+        self._check_process()
+        if device not in self._on_devices:
+            sampler = None
+            try:
+                from opacus_ac.device_noise import DeviceSampler
+
+                sampler = DeviceSampler(device, self._summed)
+            except Exception as error:  # no Triton, no compiler for it, a device that it does not know
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                warnings.warn(
+                    f"noise for {device} is drawn by the processor, which takes longer, because its kernel cannot run there "
+                    f"({reason}). Install triton and a C compiler to draw it there",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._on_devices[device] = sampler
+        return self._on_devices[device]
+
+    @property
+    def _summed(self) -> int:
+        return 4 if self._hardened else 1
 
     def _add_on_cpu(self, arrays: list[Block], std: float, scale: float) -> None:
         """Noise and scale arrays ``[n]``, in several threads if that pays."""
@@ -182,7 +228,7 @@ class SecretStream:
         blocks = deque(values[i : i + BLOCK] for values in arrays for i in range(0, values.size, BLOCK))
         with self._lock:  # a sampler serves one tensor at a time
             while len(self._samplers) < threads:
-                self._samplers.append(GaussianSampler(KeyStream(), 4 if self._hardened else 1))
+                self._samplers.append(GaussianSampler(KeyStream(), self._summed))
             if threads > 1 and self._helpers is None:
                 self._helpers = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="opacus_ac noise")
             helping = [
@@ -232,6 +278,9 @@ class SharedStream(SecretStream):
 
     def _add_on_cpu(self, arrays: list[Block], std: float, scale: float) -> None:
         raise RuntimeError("noise from a stream that all ranks share would be the same on all of them")
+
+    def _sampler(self, device: torch.device) -> None:
+        return None  # as the processor's
 
 
 class SeededStream:

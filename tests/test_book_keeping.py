@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from tiny_models import one_backward, worst_error
+from tiny_models import DEVICE, one_backward, worst_error
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample import (
@@ -39,13 +39,17 @@ def compare(
     reduction: str = "mean",
 ) -> None:
     """Norms of all records and weighted sums of all parameters against the oracle."""
+    model.to(DEVICE)
+    batch = (
+        batch.to(DEVICE) if isinstance(batch, Tensor) else {name: values.to(DEVICE) for name, values in batch.items()}
+    )
     want = per_sample_gradients(model, batch, loss_fn)
     records = next(iter(want.values())).shape[0]
     weights = torch.linspace(0.2, 1.0, records, dtype=torch.float64)
     loss = (lambda m, b: loss_fn(m, b) * records) if reduction == "sum" else loss_fn
     norms, sums = one_backward(model, batch, loss, weights, reduction=reduction)
     check_norms(norms, want, rtol=norm_tolerance)
-    expected = {n: torch.einsum("i,i...->...", weights.to(g.dtype), g) for n, g in want.items()}
+    expected = {n: torch.einsum("i,i...->...", weights.to(g.device, g.dtype), g) for n, g in want.items()}
     error, name = worst_error(sums, expected, floor=1e-5)
     assert error <= (norm_tolerance if tolerance is None else tolerance), name
 
@@ -137,7 +141,7 @@ def lora(name: str, targets: Any, **options: Any) -> nn.Module:
     config = peft.LoraConfig(
         r=3, lora_alpha=6, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM", **options
     )
-    model = peft.get_peft_model(tiny_models.build(name), config).double().train()
+    model = peft.get_peft_model(tiny_models.build(name), config).double().to(DEVICE).train()
     for parameter_name, parameter in model.named_parameters():
         if "lora_B" in parameter_name:  # zero at the start, which would hide lora_A's gradient
             parameter.data.normal_(std=0.1)
@@ -192,7 +196,9 @@ def broken_parity(name: str, batch: dict[str, Tensor] | None = None) -> None:
 @pytest.mark.parametrize("name", ["qwen2-tied", "bitnet-tied", "gpt2", "gemma3"])
 def test_without_the_tied_cross_term_parity_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
-    monkeypatch.setattr(terms, "_cross", lambda dense, lookup: torch.zeros(dense.left.shape[0], dtype=torch.float64))
+    monkeypatch.setattr(
+        terms, "_cross", lambda dense, lookup: dense.left.new_zeros(dense.left.shape[0], dtype=torch.float64)
+    )
     broken_parity(name)
 
 
@@ -346,8 +352,8 @@ def scaled_table() -> nn.Module:
     return Gemma3TextScaledWordEmbedding(10, 6, 0, embed_scale=2.5)
 
 
-FLOATS = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-IDS = torch.tensor([[1, 2, 1, 0], [3, 0, 4, 9], [5, 5, 5, 5]])
+FLOATS = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+IDS = torch.tensor([[1, 2, 1, 0], [3, 0, 4, 9], [5, 5, 5, 5]], device=DEVICE)
 
 #: Name -> (builder, batch). A new layer gets the whole battery by a row.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -382,7 +388,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 def quadratic(model: nn.Module, batch: Tensor) -> Tensor:
     output = model(batch)
-    target = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype).view(output.shape[1:])
+    target = torch.linspace(-1, 1, output[0].numel(), dtype=output.dtype, device=output.device).view(output.shape[1:])
     return (output - target).square().flatten(1).sum(1).mean()
 
 
@@ -450,7 +456,7 @@ def test_a_view_changed_in_place_is_refused_where_its_gradient_could_be_missed()
     register_rule(Sliced, rule)
     torch.manual_seed(0)
     compare(nn.Sequential(nn.Linear(6, 6), Sliced(6, 4)).double().train(), FLOATS, quadratic, norm_tolerance=1e-10)
-    model = nn.Sequential(nn.Linear(6, 6), Sliced(6, 4), nn.ReLU(inplace=True)).double().train()
+    model = nn.Sequential(nn.Linear(6, 6), Sliced(6, 4), nn.ReLU(inplace=True)).double().to(DEVICE).train()
     with pytest.raises(RuntimeError, match="modified inplace"):
         one_backward(model, FLOATS, quadratic)
 
@@ -473,7 +479,7 @@ class MixesRecords(nn.Module):
 def test_a_fallback_that_does_not_repeat_itself_is_refused(inner: nn.Module) -> None:
     from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 
-    model = nn.Sequential(nn.Linear(6, 6), Dropped(inner)).double().train()
+    model = nn.Sequential(nn.Linear(6, 6), Dropped(inner)).double().to(DEVICE).train()
     named = dict(model.named_parameters())
     detach = BookKeepingSource(model, list(named.values()), list(named)).attach()
     with pytest.raises(ValueError, match=r"1 \(Dropped\).*single records"):
@@ -490,7 +496,7 @@ class Processed(nn.Embedding):
 
 def test_an_embedding_that_processes_its_rows_is_refused_before_anything_is_released() -> None:
     register_rules()
-    model = nn.Sequential(Processed(10, 6)).double().train()
+    model = nn.Sequential(Processed(10, 6)).double().to(DEVICE).train()
     check_model(model, mode="bk")
     with pytest.raises(ValueError, match=r"Processed is not a plain lookup.*register_rule"):
         one_backward(model, (IDS > 0).long(), quadratic)

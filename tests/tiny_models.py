@@ -18,6 +18,8 @@ from opacus_ac.testing import hooks_gradients, one_backward, opacus_table_restor
 
 __all__ = ["hooks_gradients", "one_backward", "opacus_table_restored", "worst_error"]  # used from here by many tests
 
+#: Where models and batches of the batteries live: ``OPACUS_AC_TEST_DEVICE=cuda`` runs them on a GPU.
+DEVICE = torch.device(os.environ.get("OPACUS_AC_TEST_DEVICE", "cpu"))
 VOCAB = 61
 _SHAPE = {
     "vocab_size": VOCAB,
@@ -163,7 +165,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-    return model.train()
+    return model.to(DEVICE).train()
 
 
 def token_batch(batch: int = 4, length: int = 7, *, padded: bool = True, seed: int = 0) -> dict[str, Tensor]:
@@ -173,7 +175,8 @@ def token_batch(batch: int = 4, length: int = 7, *, padded: bool = True, seed: i
     ids[:, 1] = ids[:, 0]  # a token that occurs twice in a record
     lengths = torch.tensor([max(3, length - i) if padded else length for i in range(batch)]).unsqueeze(1)
     mask = (torch.arange(length).unsqueeze(0) < lengths).long()
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return {name: values.to(DEVICE) for name, values in batch.items()}
 
 
 def record_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
