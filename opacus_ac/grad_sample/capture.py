@@ -105,7 +105,10 @@ class Use:
     module: nn.Module
     call: Call
     kept: Any
-    """The graph node that holds the tensors of the call (and, last, the output, where that was asked for)."""
+    """The output of the graph node that holds the tensors of the call (and, last, the output, where that was asked for).
+
+    The node itself would not do: before torch 2.13 it lets go of them when its output is gone.
+    """
     autocast: AbstractContextManager[Any]
     """A context in which the module runs again as it ran."""
     model_pass: int
@@ -115,7 +118,7 @@ class Use:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors held; recomputed here where the forward was checkpointed. Once."""
-        tensors: tuple[Tensor, ...] = self.kept.saved_tensors
+        tensors: tuple[Tensor, ...] = self.kept.grad_fn.saved_tensors
         self.kept = None
         return tensors
 
@@ -309,7 +312,7 @@ class Capture:
         if tracked.keep_output:
             tensors = [*tensors, output]
         # Detached: the graph must not be held by what it holds.
-        kept = _Keep.apply(self._token, *(t.detach() for t in tensors)).grad_fn
+        kept = _Keep.apply(self._token, *(t.detach() for t in tensors))
         flattened = self._shapes.get(self._outer.get(id(module), 0))
         use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes, flattened)
         return self._watch(output, lambda gradient: self._arrive(use, gradient))
