@@ -17,7 +17,8 @@ Columns of the tables:
 
 Opacus gets this package's explicit rules for RMSNorm and the like (``register_rules``); without them its functorch path
 is slower; its strict checks stay on. Its ghost mode refuses tied weights. Waiting processes block on a pipe; their
-OpenMP threads spin for some milliseconds and then sleep. What they used is measured and printed. Where other programs
+OpenMP threads spin for some milliseconds and then sleep. What they used is measured and printed. On a GPU the variants are
+threads of one process, which take turns as well: its memory is counted by torch's allocator. Where other programs
 keep the cores busy, steps of several threads wait for the slowest at every operator: use --threads 1 there. BitNet's
 quantisers run without torch.compile, as everything else does; set TORCHDYNAMO_DISABLE=0 to let them compile.
 
@@ -44,6 +45,7 @@ import gc
 import json
 import math
 import multiprocessing
+import multiprocessing.dummy
 import platform
 import random
 import shlex
@@ -55,7 +57,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ class Trial:
 
     def __init__(self, shape: Shape, variant: Variant, options: Options) -> None:
         self.options = options
+        self.before = torch.cuda.memory_allocated() if options.device == "cuda" else 0
         self.batch = new_batch(shape, options.device)
         self.model: Any = new_model(shape).to(options.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -306,6 +308,9 @@ class Trial:
         self.step()
         if all(torch.equal(b, p.detach().reshape(-1)[:64]) for b, p in zip(before, self.parameters, strict=True)):
             raise RuntimeError("the last warm-up step did not move the weights: take more of them (--warmup)")
+        if self.options.device == "cuda":
+            self.synchronize()
+            self.own = (torch.cuda.memory_allocated() - self.before) / MIB
         return first
 
     def time(self, steps: int) -> float:
@@ -323,10 +328,10 @@ class Trial:
         if self.options.device == "cuda":
             self.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            level = torch.cuda.memory_allocated() / MIB
+            level = torch.cuda.memory_allocated()
             self.step()
             self.synchronize()
-            return torch.cuda.max_memory_allocated() / MIB - level, level
+            return (torch.cuda.max_memory_allocated() - level) / MIB, self.own
         if not reset_peak():
             return math.nan, resident("VmRSS")
         level = resident("VmRSS")
@@ -417,13 +422,15 @@ class Idle:
 
 
 class Worker:
-    """The parent's end of one process."""
+    """The parent's end of one process, or of one thread where the work is on a GPU."""
 
-    def __init__(self, context: SpawnContext, shape: Shape, variant: Variant, options: Options) -> None:
+    def __init__(self, context: Any, shape: Shape, variant: Variant, options: Options) -> None:
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, shape, variant, options), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, shape, variant, options))
+        self.process.daemon = True
         self.process.start()
-        theirs.close()
+        if options.device == "cpu":
+            theirs.close()
 
     def ask(self, request: str) -> Any:
         """Let the worker do something and return its answer.
@@ -475,7 +482,7 @@ class Group:
     def __init__(self, shape: Shape, names: Sequence[str], options: Options, results: dict[str, Figures]) -> None:
         self.options, self.results = options, results
         self.losses: dict[str, float] = {}
-        context = multiprocessing.get_context("spawn")
+        context: Any = multiprocessing.get_context("spawn") if options.device == "cpu" else multiprocessing.dummy
         self.workers = {name: Worker(context, shape, VARIANTS[name], options) for name in names}
 
     def ask(self, name: str, request: str) -> Any:
