@@ -20,7 +20,11 @@ SEEDS: Seeds = (0, 1, 2)
 
 
 def full(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Both models and tones: flat beside adaptive at every epsilon, every method and each part removed at epsilon 4, no noise."""
+    """Both models and tones: flat beside adaptive at every epsilon, every other method, each part removed, and no noise.
+
+    The other methods run at every epsilon for the small language model and at 1, 4 and 16 for the ternary one, as does what
+    lacks a part for both.
+    """
     places = list(product(seeds, TONES))
 
     def rows(model: str, methods: tuple[str, ...], epsilons: tuple[float, ...]) -> list[Cell]:
@@ -41,6 +45,10 @@ def full(seeds: Seeds = SEEDS) -> list[Cell]:
         + rows("bitnet", OTHERS, (4.0,))
         + rows("bitnet", MAIN, (2.0, 8.0))
         + rows("bitnet", PARTS, (4.0,))
+        + rows("llama", OTHERS, (1.0, 2.0, 8.0, 16.0))
+        + rows("llama", PARTS, (1.0, 16.0))
+        + rows("bitnet", OTHERS, (1.0, 16.0))
+        + rows("bitnet", PARTS, (1.0, 16.0))
     )
 
 

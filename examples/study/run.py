@@ -81,14 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.report is None and not arguments.quick:
         return 0
     folder = arguments.report or arguments.out.parent
-    keys = {c.key() for c in grid}
-    results = [result for result in read(arguments.out) if result["key"] in keys]
+    places = {c.key(): place for place, c in enumerate(grid)}
+    known = {result["key"]: result for result in read(arguments.out) if result["key"] in places}
+    results = sorted(known.values(), key=lambda result: places[result["key"]])
     if not results:
         raise SystemExit(f"no finished run of grid {name!r} in {arguments.out}: run it first, without --report")
     print(tables(results))
-    missing = len(keys) - len(results)
+    missing = len(places) - len(results)
     if missing:
-        print(f"\n{missing} of {len(keys)} runs are missing.")
+        print(f"\n{missing} of {len(places)} runs are missing.")
     for path in figures(results, folder):
         print(path)
     return 0
