@@ -30,6 +30,28 @@ def test_help_and_usage_errors_load_neither_torch_nor_opacus(arguments):
     assert "AssertionError" not in done.stderr
 
 
+def test_a_reader_that_goes_away_is_no_error():
+    """Before, the command reported bad usage and Python a broken pipe."""
+    command = [
+        sys.executable,
+        "-m",
+        "opacus_ac",
+        "plan",
+        "--dataset-size",
+        "1000",
+        "--batch-size",
+        "10",
+        "--target-epsilon",
+        "8",
+        "--delta",
+        "1e-5",
+    ]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    assert child.wait(60) == cli.BROKEN_PIPE
+
+
 def test_module_and_entry_point_are_the_same_command():
     done = run_python("-m", "opacus_ac", "--help")
     assert done.returncode == 0

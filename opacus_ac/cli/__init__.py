@@ -6,6 +6,7 @@ Nothing here imports torch or opacus before a subcommand needs it, so that help 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,9 @@ from opacus_ac.cli import audit, finetune, plans, show
 from opacus_ac.cli.command import BAD_USAGE, OK, REFUTED, Command
 
 __all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", "main"]
+
+BROKEN_PIPE = 128 + 13
+"""Exit code of a process whose reader went away, as shells report it."""
 
 COMMANDS: tuple[Command, ...] = (*finetune.COMMANDS, *plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
 """The subcommands, in the order in which help lists them."""
@@ -50,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         code: int = options.command.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes at its end
+        return BROKEN_PIPE
     except (ValueError, OSError) as error:
         print(f"{options.parser.prog}: error: {error}", file=sys.stderr)
         return BAD_USAGE

@@ -163,4 +163,4 @@ def _lora_problem(config: Any, method: str) -> str | None:
     return None
 
 
-__all__ = ["check_peft", "freeze_a"]
+__all__ = ["add_lora", "check_peft", "freeze_a", "load_trainable"]

@@ -137,7 +137,7 @@ def _refuse(module: nn.Module, reason: str) -> ValueError:
     name = type(module).__name__
     return ValueError(
         f"{name} is not a straight-through linear layer: {reason}. "
-        f"Write a rule for it and pass it to register_rule({name}, rule), or freeze the layer."
+        f"Write a rule for it and pass it to register_rule({name}, rule), or freeze the layer"
     )
 
 
