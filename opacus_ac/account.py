@@ -79,7 +79,20 @@ class Account:
                 "Use a PrivacyEngine of its own for each"
             )
         if self.ledger is not None:
+            self._check_ledger_is_whole()
             self.ledger.check_dataset(dataset_size, unit)
+
+    def _check_ledger_is_whole(self) -> None:
+        """Raise ``ValueError`` when the accountant has been given steps that the ledger does not hold."""
+        if self.ledger is None:
+            return
+        known, charged = sum(steps for _, _, steps in self.history), len(self.ledger.charges)
+        if known != charged:
+            raise ValueError(
+                f"the accountant holds {known} steps and the ledger {charged}: its history was changed from outside, and the next "
+                "run on this ledger would not know of it. Write earlier steps to the ledger (opacus_ac.ledger.PrivacyLedger.charge) "
+                "before the engine is built, or use an engine without ledger="
+            )
 
     @property
     def _unit(self) -> str:
@@ -141,6 +154,7 @@ class Account:
                 budget, whatever of it was spent.
             tight: also compute the privacy loss distribution, where it may be smaller.
         """
+        self._check_ledger_is_whole()
         name = self.accountant.mechanism()
         found = {name: spent(self.accountant, delta)}
         if own_rule and self.guard is not None and self.guard.is_filter:

@@ -81,6 +81,31 @@ def test_runs_on_the_same_data_add_up(tmp_path):
     assert "12 charges of 3 runs" in str(engine.privacy_report(1e-3))
 
 
+def test_steps_that_were_given_to_the_accountant_alone_are_refused(tmp_path):
+    """Before ``make_private``, and in the report; through the ledger they are welcome."""
+    engine, model, optimizer, batches = make(tmp_path / "ledger")
+    train(model, optimizer, batches)
+    engine.privacy_report(1e-5)
+    engine.accountant.history = [*engine.accountant.history, (1.0, 0.5, 7)]
+    with pytest.raises(ValueError, match="accountant holds 11 steps and the ledger 4"):
+        engine.privacy_report(1e-5)
+    other = PrivacyEngine(ledger=tmp_path / "ledger")
+    other.accountant.step(noise_multiplier=1.0, sample_rate=0.5)
+    with pytest.raises(ValueError, match="accountant holds 5 steps and the ledger 4"):
+        other.make_private(
+            module=(bare := classifier()),
+            optimizer=torch.optim.SGD(bare.parameters(), lr=0.1),
+            data_loader=loader(64, 16),
+            noise_multiplier=1.0,
+        )
+    ledger = PrivacyLedger(tmp_path / "ledger")
+    with ledger.locked():
+        ledger.charge(Event(1.0, 0.5), dataset_size=64, settings=SETTINGS)
+    again, model, optimizer, batches = make(tmp_path / "ledger")
+    train(model, optimizer, batches)
+    assert sum(steps for _, _, steps in again.accountant.history) == 9
+
+
 def test_two_engines_at_a_time_see_each_other(tmp_path):
     """Each step counts the steps that the other took before it; a target stops both together."""
     path = tmp_path / "l.jsonl"
