@@ -43,6 +43,12 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is not available: choose one of {', '.join(map(repr, choices))}")
 
 
+_NO_FLOAT64 = {
+    "mps": "which has no float64, and norms and noise are computed in it",
+    "meta": "where weights have no values",
+}
+
+
 def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for a model and optimizer that cannot be made private; change nothing."""
     hooked = any(hasattr(m, "autograd_grad_sample_hooks") for m in module.modules())
@@ -72,6 +78,11 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
             raise ValueError(
                 f"{name} is trained in {parameter.dtype}: sums of clipped gradients would round beyond C. Keep "
                 "trainable weights in float32 (frozen weights may be bfloat16)"
+            )
+        if parameter.device.type in _NO_FLOAT64:
+            raise ValueError(
+                f"{name} is on the device {parameter.device}, {_NO_FLOAT64[parameter.device.type]}: move the model to the "
+                "processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
             )
 
 

@@ -138,6 +138,14 @@ BAD = {
 }
 
 
+def test_a_device_without_float64_is_refused():
+    """Apple's "mps" is one; where no such device is, weights without values stand in for it."""
+    model = classifier().to("meta")
+    with pytest.raises(ValueError, match=r"0.weight is on the device meta.*move the model to the processor"):
+        make(model=model)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
 def count_hooks(model):
     """How many hooks of each kind every module has, and which attributes of its own."""
     return {
