@@ -107,13 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tones", choices=TONES, nargs="+", default=TONES)
+    parser.add_argument("--clippings", choices=CLIPPING, nargs="+", default=list(CLIPPING))
     parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
     parser.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
     parser.add_argument("--report", action="store_true", help="print the table of what is finished; run nothing")
     own, options = parser.parse_known_args(argv)
     own.out.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["method"], r["tone"], r["epsilon"], r["seed"]) for r in read(own.out) if r["options"] == options}
-    for seed, tone, epsilon, method in product(own.seeds, own.tones, own.epsilons, CLIPPING):
+    for seed, tone, epsilon, method in product(own.seeds, own.tones, own.epsilons, own.clippings):
         if own.report or (method, tone, epsilon, seed) in done:
             continue
         result = run(method, tone, epsilon, seed, options, own.out.with_suffix(".run"))
