@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,24 @@ def test_a_variant_that_cannot_run_by_its_nature_says_why():
     assert table["opacus-ghost"][-1] == "Opacus's ghost mode refuses tied weights"
     assert table["plain"] == ["1000", "1000 / 1000 / 1000", "1.00", "1.00", "-", "-", "-", "-"]
     assert not not_applicable("opacus-ghost", SHAPES["a-untied"])
+
+
+@pytest.mark.parametrize("variant", ["bk", "bk-fused-step"])
+def test_phases_of_a_step_add_up(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import benchmark_phases
+
+    kept = [owner.__dict__[name] for owner, name, _ in benchmark_phases.WATCHED]
+    assert benchmark_phases.main(["--shapes", "tiny", "--rounds", "1", "--threads", "1", "--variant", variant]) == 0
+    assert kept == [owner.__dict__[name] for owner, name, _ in benchmark_phases.WATCHED]
+    text = capsys.readouterr().out
+    assert "ordinary step + norms + noise" in text
+    trial = benchmark_step.Trial(SHAPES["tiny"], VARIANTS[variant], benchmark_step.Options(threads=1))
+    trial.warm_up()
+    start = time.perf_counter()
+    times = benchmark_phases.step_by_phases(trial)
+    passed = time.perf_counter() - start
+    phases = {"forward", "backward", "norms", "weighted sums", "noise", "update", "rest of the step"}
+    assert set(times) == phases | {"step"}
+    assert all(times[name] > 0 for name in phases)
+    assert sum(times[name] for name in phases) == pytest.approx(times["step"])
+    assert times["step"] <= passed
