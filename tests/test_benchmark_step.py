@@ -105,13 +105,13 @@ def test_a_variant_that_cannot_run_by_its_nature_says_why():
 def test_phases_of_a_step_add_up(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
     import benchmark_phases
 
+    trial = benchmark_step.Trial(SHAPES["tiny"], VARIANTS[variant], benchmark_step.Options(threads=1))
+    trial.warm_up()
     kept = [owner.__dict__[name] for owner, name, _ in benchmark_phases.WATCHED]
     assert benchmark_phases.main(["--shapes", "tiny", "--rounds", "1", "--threads", "1", "--variant", variant]) == 0
     assert kept == [owner.__dict__[name] for owner, name, _ in benchmark_phases.WATCHED]
     text = capsys.readouterr().out
     assert "ordinary step + norms + noise" in text
-    trial = benchmark_step.Trial(SHAPES["tiny"], VARIANTS[variant], benchmark_step.Options(threads=1))
-    trial.warm_up()
     start = time.perf_counter()
     times = benchmark_phases.step_by_phases(trial)
     passed = time.perf_counter() - start
