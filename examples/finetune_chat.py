@@ -57,6 +57,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--physical-batch-size", type=int, help="memory only; default 16 for LoRA, 8 for --full")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per dialogue; longer ones are cut")
     parser.add_argument("--lr", type=float, help="default 0.06 for LoRA, 0.0003 for --full")
+    parser.add_argument("--beta1", type=float, default=0.9, help="momentum of AdamW")
     parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA")
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument(
@@ -142,7 +143,7 @@ def train(
     steps = args.steps or (14 if args.epochs is None else None)
     wrapped, optimizer, loader = engine.make_private_with_epsilon(
         module=model,
-        optimizer=torch.optim.AdamW(trainable, lr=rate, weight_decay=0.0),
+        optimizer=torch.optim.AdamW(trainable, lr=rate, betas=(args.beta1, 0.999), weight_decay=0.0),
         data_loader=DataLoader(dataset, batch_size=args.expected_batch_size, collate_fn=collate),
         target_epsilon=args.epsilon,
         target_delta=args.delta,

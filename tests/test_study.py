@@ -177,6 +177,33 @@ def test_tables_say_what_the_lines_say():
     assert "| dp-adam-ac | 100 |  | 2.100 | 1.050 |" in report.tuning_table(tuned)
 
 
+def test_tables_of_momentum_and_of_equal_compute():
+    at = [
+        line("adamw-flat", 2.0 + b, s, rate=0.01, beta1=b, noise_multiplier=0.7)
+        for s in (0, 1)
+        for b in (0.0, 0.5, 0.9)
+    ]
+    table = report.tables(at)
+    assert "| epsilon | method | beta1 0.9 | beta1 0.5 | beta1 0 |" in table
+    assert "| 4 | adamw-flat | 2.900 ± 0.000 | 2.500 ± 0.000 | 2.000 ± 0.000 |" in table
+    own = [line("dp-adam-ac everything", 1.5, rate=0.01, beta1=None, noise_multiplier=0.6)]
+    flat = [line("adamw-flat", 2.0, rate=r, beta1=b, noise_multiplier=0.7) for r in (0.01, 0.02) for b in (None, 0.5)]
+    table = report.tables(own + flat)
+    assert "| dp-adam-ac everything | 0.5 | 200 x 30 | 0.600 | 1.500 |  |" in table
+    assert "| adamw-flat | 0.9 | 200 x 30 | 0.700 | 2.000 | 2.000 |" in table
+
+
+def test_momentum_reaches_the_optimizer():
+    """Of the cell, else of the method."""
+    own = cells.Cell("dp-adam-ac everything").resolved()
+    given = cells.Cell("dp-adam-ac everything", beta1=0.7).resolved()
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    for method, beta1 in ((own, 0.5), (given, 0.7)):
+        made = methods.OPTIMIZERS[method.optimizer](weight, method.rate, method.beta1)
+        assert made.defaults["betas"] == (beta1, 0.999)
+    assert methods.OPTIMIZERS["sgd"](weight, 0.1, 0.8).defaults["momentum"] == 0.8
+
+
 def test_rates_of_sgd_are_for_a_bound_of_one():
     tuned = [line("adamw-flat", 2.0, bound=10.0, rate=0.03, optimizer="sgd")]
     assert "| clipping | C0 | 0.3 |" in report.tuning_table(tuned)

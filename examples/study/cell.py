@@ -48,6 +48,7 @@ class Cell:
         rate: learning rate; None for that of the method.
         bound: C0; None for that of the method.
         optimizer: inner optimizer by name; None for that of the method.
+        beta1: momentum of the inner optimizer; None for that of the method.
         data: "easy", or "heavy" with outliers and one-word replies.
         steps: number of steps.
         batch: expected batch size.
@@ -64,6 +65,7 @@ class Cell:
     data: str = "easy"
     steps: int = 30
     batch: int = 200
+    beta1: float | None = None
 
     def key(self) -> str:
         """Short name of the cell and of all that its result depends on. Settings at their defaults do not enter."""
@@ -78,7 +80,7 @@ class Cell:
         """
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        own = {"rate": self.rate, "bound": self.bound, "optimizer": self.optimizer}
+        own = {"rate": self.rate, "bound": self.bound, "optimizer": self.optimizer, "beta1": self.beta1}
         return replace(METHODS[self.method], **{k: v for k, v in own.items() if v is not None})
 
 
@@ -207,7 +209,7 @@ def schedule(cell: Cell, growth: float) -> list[float]:
 
 def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Result:
     engine = PrivacyEngine(accountant=method.accountant)
-    inner = OPTIMIZERS[method.optimizer](model.parameters(), method.rate)
+    inner = OPTIMIZERS[method.optimizer](model.parameters(), method.rate, method.beta1)
     settings: dict[str, Any] = {
         "module": model,
         "optimizer": inner,
@@ -252,7 +254,7 @@ def _forever(loader: Any) -> Iterator[Any]:
 
 def _without_privacy(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Result:
     """Ordinary training on batches of the same size."""
-    optimizer = OPTIMIZERS[method.optimizer](model.parameters(), method.rate)
+    optimizer = OPTIMIZERS[method.optimizer](model.parameters(), method.rate, method.beta1)
     generator = torch.Generator().manual_seed(cell.seed)
     for _ in range(cell.steps):
         chosen = torch.randperm(len(rows), generator=generator)[: cell.batch]
@@ -285,7 +287,7 @@ def _opacus(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Re
     )
     private, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=OPTIMIZERS[method.optimizer](model.parameters(), method.rate),
+        optimizer=OPTIMIZERS[method.optimizer](model.parameters(), method.rate, method.beta1),
         data_loader=DataLoader(rows, batch_size=cell.batch, collate_fn=collate),  # type: ignore[arg-type]
         noise_multiplier=multiplier,
         max_grad_norm=method.bound,

@@ -97,16 +97,26 @@ def _tuned(
 
 
 def budget(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Equal epsilon and equal compute: 6,000 records in batches of 200 or 400, with what else the package has."""
+    """Equal epsilon and equal compute: 6,000 records in batches of 200 or 400; flat with two kinds of momentum and of accounting."""
+    flat = ("adamw-flat", "adamw-flat tighter")
     cells = []
-    for seed, (batch, steps) in product(seeds, ((200, 30), (400, 15))):
-        for rate in (0.008, 0.012, 0.016)[: 2 if batch == 200 else 3]:
-            cells += [
-                Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps)
-                for method in ("adamw-flat", "adamw-flat tighter", "dp-adam-ac everything")
-            ]
-        cells += [Cell("dp-adam-ac growing", epsilon=4.0, seed=seed, rate=0.008, batch=batch, steps=steps)]
+    for seed in seeds:
+        for batch, steps, rates in ((200, 30, (0.008, 0.012)), (400, 15, (0.008, 0.012, 0.018))):
+            for method, beta1, rate in product(flat, (None, 0.5), rates):
+                cells.append(Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps, beta1=beta1))
+            for rate in rates:
+                cells.append(Cell("dp-adam-ac everything", epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps))
     return cells
+
+
+def momentum(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Flat and the default from no momentum to AdamW's usual one, at the default size."""
+    at_four = product(seeds, MAIN, (4.0,), (0.0, 0.5, 0.8, 0.9))
+    elsewhere = product(seeds, MAIN, (1.0, 16.0), (0.5, 0.9))
+    return [
+        Cell(method, epsilon=epsilon, seed=seed, rate=0.008, beta1=beta1)
+        for seed, method, epsilon, beta1 in (*at_four, *elsewhere)
+    ]
 
 
 def quick(seeds: Seeds = (0,)) -> list[Cell]:
@@ -125,4 +135,10 @@ def quick(seeds: Seeds = (0,)) -> list[Cell]:
     return cells + references(seeds, (tone,)) + short
 
 
-GRIDS: dict[str, Callable[..., list[Cell]]] = {"full": full, "tuning": tuning, "budget": budget, "quick": quick}
+GRIDS: dict[str, Callable[..., list[Cell]]] = {
+    "full": full,
+    "tuning": tuning,
+    "budget": budget,
+    "momentum": momentum,
+    "quick": quick,
+}

@@ -4,7 +4,8 @@ All see the same private batches at the same epsilon and number of steps. ``dp-a
 ``torch.optim.AdamW``; ``dp-adam-ac+`` has every part that the package offers (noise-corrected Adam, averaged weights with a
 short memory); the rows below it take one part away each. ``paper-raw`` is the published rule on un-noised norms with the noise
 of epsilon 4: no epsilon holds for it. ``tighter`` and ``everything`` buy less noise at the same epsilon by accounting with the privacy
-loss distribution; ``everything`` also starts with batches twice as large as it ends with, at as many records in all.
+loss distribution; ``everything`` also has less momentum, and batches that end 1.5 times as large as they start, at as many
+records in all.
 
 Learning rates were chosen once, for ``llama``, the loving tone and a seed that no table contains, among 0.008 and 0.012 (AdamW),
 0.003 and 0.006 (noise-corrected), 0.3 and 0.6 (SGD) at epsilon 4; the tuning grid varies them.
@@ -22,10 +23,12 @@ from torch.optim import Optimizer
 from opacus_ac.dp_adam import DPAdamW
 
 Parameters = Iterable[torch.nn.Parameter]
-OPTIMIZERS: dict[str, Callable[[Parameters, float], Optimizer]] = {
-    "adamw": lambda parameters, rate: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
-    "dp-adamw": lambda parameters, rate: DPAdamW(parameters, lr=rate, weight_decay=0.0),
-    "sgd": lambda parameters, rate: torch.optim.SGD(parameters, lr=rate, momentum=0.9),
+OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
+    "adamw": lambda parameters, rate, beta1: torch.optim.AdamW(
+        parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
+    ),
+    "dp-adamw": lambda parameters, rate, beta1: DPAdamW(parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0),
+    "sgd": lambda parameters, rate, beta1: torch.optim.SGD(parameters, lr=rate, momentum=beta1),
 }
 
 
@@ -37,6 +40,7 @@ class Method:
         optimizer: inner optimizer, by name.
         rate: learning rate, unless the cell names one.
         bound: clipping norm C0, unless the cell names one.
+        beta1: momentum, unless the cell names one.
         arguments: of ``make_private``.
         averaged: whether the averaged weights are the result.
         engine: "opacus_ac", "opacus" (Opacus's own), or "none" (no privacy).
@@ -47,6 +51,7 @@ class Method:
     optimizer: str = "adamw"
     rate: float = 0.008
     bound: float = 1.0
+    beta1: float = 0.9
     arguments: dict[str, Any] = field(default_factory=dict)
     averaged: bool = False
     engine: str = "opacus_ac"
@@ -69,8 +74,7 @@ METHODS: dict[str, Method] = {
     ),
     "dp-adam-ac+ without noise correction": Method(averaged=True),
     "adamw-flat tighter": Method(arguments=_FLAT, accountant="vpld"),
-    "dp-adam-ac growing": Method(growth=4.0),
-    "dp-adam-ac everything": Method(growth=0.5, accountant="vpld"),
+    "dp-adam-ac everything": Method(beta1=0.5, growth=1.5, accountant="vpld"),
     "paper-raw": Method(bound=3.0, arguments={"preset": "paper", "clip_policy": "raw_percentile"}, averaged=True),
     "non-private": Method(engine="none"),
 }

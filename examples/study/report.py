@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from methods import METHODS
+
 Result = dict[str, Any]
 INK, GRID = "#808080", "#80808040"  # mid grey: readable on white and on black
 COLOURS = ("#4c8bf5", "#e8833a", "#3aa675", "#b565d8", "#d64545", "#8c8c3c", "#33a8c7", "#8a6d5a")
@@ -143,18 +145,35 @@ def tuning_table(results: list[Result]) -> str:
     return "\n".join(parts)
 
 
+def _beta1(result: Result) -> float:
+    """Momentum of a row: its own, or that of its method."""
+    own = result.get("beta1")
+    return float(METHODS[result["method"]].beta1 if own is None else own)
+
+
 def budget_table(results: list[Result]) -> str:
-    """Held-out loss by batch size and learning rate at equal epsilon and as many records in all."""
+    """Held-out loss by batch size, momentum and learning rate at equal epsilon and as many records in all."""
     rows = []
     rates = sorted({r["rate"] for r in results})
-    for (method, batch, steps), mine in grouped(results, "method", "batch", "steps").items():
+    marked = [{**r, "beta1": _beta1(r)} for r in results]
+    for (batch, steps, method, beta1), mine in grouped(marked, "batch", "steps", "method", "beta1").items():
         by_rate = grouped(mine, "rate")
         columns = [spread([r["loss"] for r in by_rate[(rate,)]]) if (rate,) in by_rate else "" for rate in rates]
-        rows.append(
-            [method, f"{batch} x {steps}", spread([r["noise_multiplier"] for r in mine]).split(" ")[0], *columns]
-        )
-    head = ["method", "batch x steps", "noise multiplier", *(f"lr {rate:g}" for rate in rates)]
+        noise = spread([r["noise_multiplier"] for r in mine]).split(" ")[0]
+        rows.append([method, f"{beta1:g}", f"{batch} x {steps}", noise, *columns])
+    head = ["method", "beta1", "batch x steps", "noise multiplier", *(f"lr {rate:g}" for rate in rates)]
     return "### Equal epsilon, equal compute\n\n" + markdown(head, rows) + "\n"
+
+
+def momentum_table(results: list[Result]) -> str:
+    """Held-out loss by momentum."""
+    rows = []
+    momenta = sorted({r["beta1"] for r in results}, reverse=True)
+    for (epsilon, method), mine in grouped(results, "epsilon", "method").items():
+        by_beta1 = grouped(mine, "beta1")
+        columns = [spread([r["loss"] for r in by_beta1[(b,)]]) if (b,) in by_beta1 else "" for b in momenta]
+        rows.append([_epsilon(epsilon), method, *columns])
+    return "### Momentum\n\n" + markdown(["epsilon", "method", *(f"beta1 {b:g}" for b in momenta)], rows) + "\n"
 
 
 def tables(results: list[Result]) -> str:
@@ -163,7 +182,11 @@ def tables(results: list[Result]) -> str:
     parts = [losses_table(main), parts_table(main), effects_table(main)] if main else []
     tuned = [r for r in results if r["bound"] is not None]
     sized = [r for r in results if r["bound"] is None and r["rate"] is not None]
-    return "\n".join([*parts, *([tuning_table(tuned)] if tuned else []), *([budget_table(sized)] if sized else [])])
+    moved = [r for r in sized if len({s.get("beta1") for s in sized}) > 2]  # the grid that varies it
+    others = [tuning_table(tuned)] if tuned else []
+    if sized:
+        others.append(momentum_table(moved) if moved else budget_table(sized))
+    return "\n".join([*parts, *others])
 
 
 # ---------------------------------------------------------------- figures
