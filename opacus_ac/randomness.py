@@ -115,7 +115,7 @@ class SecretStream:
     Guarantees:
         Every thread that draws has a key of its own for AES-256 in counter mode, drawn per process; a forked child draws its
         own, and a copy of the object is a new stream. A GPU has a key of its own for ChaCha20
-        (:mod:`opacus_ac.device_noise`).
+        (``opacus_ac/device_noise.py``).
 
     References:
         arXiv 2107.10138 (Holohan and Braghin 2021).

@@ -37,6 +37,7 @@ INTERNAL = {
     "budget": "parts of PrivacyEngine",
     "checkpoint": "parts of PrivacyEngine",
     "preparation": "parts of PrivacyEngine",
+    "device_noise": "SecretStream's noise on a GPU; it needs triton",
     "fused_step": "make_private(fused_step=True)",
     "step_state": "parts of the optimizer",
     "integrations.chat_files": "exported by chat_data and chat_users",
