@@ -104,8 +104,8 @@ def budget(seeds: Seeds = SEEDS) -> list[Cell]:
         for batch, steps, rates in ((200, 30, (0.008, 0.012)), (400, 15, (0.008, 0.012, 0.018))):
             for method, beta1, rate in product(flat, (None, 0.5), rates):
                 cells.append(Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps, beta1=beta1))
-            for rate in rates:
-                cells.append(Cell("dp-adam-ac everything", epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps))
+            for method, rate in product(("dp-adam-ac tighter", "dp-adam-ac everything"), rates):
+                cells.append(Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps))
     return cells
 
 
