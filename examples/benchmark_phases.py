@@ -25,12 +25,13 @@ import benchmark_step as steps
 import torch
 
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+from opacus_ac.grad_sample.terms import ParameterBook
 from opacus_ac.randomness import SecretStream
 
 Times = dict[str, float]
 NORMS, SUMS, NOISE, UPDATE = "norms", "weighted sums", "noise", "update"
 WATCHED = [  # (class, method, phase): disjoint but for what the caller's phase loses to them
-    (BookKeepingSource, "_deliver", NORMS),
+    (ParameterBook, "add", NORMS),
     (BookKeepingSource, "finish_batch", NORMS),
     (BookKeepingSource, "_add", SUMS),
     (SecretStream, "add_normal", NOISE),
