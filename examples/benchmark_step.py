@@ -15,6 +15,9 @@ Columns of the tables:
   (model, optimizer state); MB resident: that level, libraries included, where buffers kept between steps would show;
 * noise: share of the step that goes when ``noise_multiplier=0``, from the same rounds.
 
+Where oneDNN multiplies faster than torch does (processors of AMD with AVX-512), mode "bk" uses it, which ordinary training could
+too; the variants ``-without-onednn`` do not.
+
 Opacus gets this package's explicit rules for RMSNorm and the like (``register_rules``); without them its functorch path
 is slower; its strict checks stay on. Its ghost mode refuses tied weights. Waiting processes block on a pipe; their
 OpenMP threads spin for some milliseconds and then sleep. What they used is measured and printed. On a GPU the variants are
@@ -68,7 +71,7 @@ from torch.utils.data import DataLoader
 
 import opacus_ac
 from opacus_ac import PrivacyEngine
-from opacus_ac.grad_sample import register_rules
+from opacus_ac.grad_sample import products, register_rules
 from opacus_ac.loss import fused_causal_lm_loss
 
 Batch = dict[str, Tensor]
@@ -124,6 +127,8 @@ class Variant:
     noise_multiplier: float = 1.0
     fused_loss: bool = False
     fused_step: bool = False
+    onednn: bool = True
+    """Whether oneDNN's products may be used where they are faster than torch's own."""
 
 
 VARIANTS = {
@@ -131,9 +136,11 @@ VARIANTS = {
     "plain-fused-loss": Variant(fused_loss=True),
     "bk": Variant("opacus_ac", "bk"),
     "bk-no-noise": Variant("opacus_ac", "bk", 0.0),
+    "bk-without-onednn": Variant("opacus_ac", "bk", onednn=False),
     "bk-fused-loss": Variant("opacus_ac", "bk", fused_loss=True),
     "bk-fused-step": Variant("opacus_ac", "bk", fused_loss=True, fused_step=True),
     "bk-fused-step-no-noise": Variant("opacus_ac", "bk", 0.0, fused_loss=True, fused_step=True),
+    "bk-fused-step-without-onednn": Variant("opacus_ac", "bk", fused_loss=True, fused_step=True, onednn=False),
     "hooks": Variant("opacus_ac", "hooks"),
     "hooks-no-noise": Variant("opacus_ac", "hooks", 0.0),
     "opacus-hooks": Variant("opacus", "hooks"),
@@ -378,6 +385,8 @@ def serve(pipe: Connection, shape: Shape, variant: Variant, options: Options) ->
     """Body of a worker: do what the parent asks, one thing after the other, and block in between."""
     try:
         prepare_process(options)
+        if not variant.onednn:
+            products.onednn_is_faster = lambda: False
         trial: Any = None
         idle = Idle()
         while (request := pipe.recv()) != "stop":
@@ -659,6 +668,7 @@ def environment(options: Options, arguments: Sequence[str]) -> dict[str, str]:
         "versions": ", ".join(versions),
         "device": f"{device} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)",
         "threads": f"threads: {options.threads}",
+        "products": f"products of mode bk: {'oneDNN' if products.onednn_is_faster() else 'as of torch'}",
         "dtype": "float32, bfloat16 autocast" if options.autocast else "float32",
         "command": shlex.join(["python", "examples/benchmark_step.py", *arguments]),
     }

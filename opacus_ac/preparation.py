@@ -24,6 +24,7 @@ from opacus_ac.distributed.roles import check_alike, check_noise, check_same_rec
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
+from opacus_ac.grad_sample.precision import check_environment
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.integrations.peft import check_peft
 from opacus_ac.integrations.transformers import use_record_loss
@@ -84,6 +85,7 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
                 f"{name} is on the device {parameter.device}, {_NO_FLOAT64[parameter.device.type]}: move the model to the "
                 "processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
             )
+    check_environment({p.device.type for p in trainable})
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:

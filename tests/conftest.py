@@ -23,3 +23,17 @@ def fresh_start():
     torch.manual_seed(0)
     with opacus_table_restored():
         yield
+
+
+@pytest.fixture(params=["torch", "oneDNN"])
+def library(request, monkeypatch):
+    """Products by either library, on any machine and of any size, in whole and in pieces."""
+    from opacus_ac.grad_sample import products
+
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "oneDNN")
+    if request.param == "oneDNN":
+        if not products.onednn_is_right():
+            pytest.skip("this build of torch has no products of oneDNN's")
+        for name, value in {"_WORTH": 0, "_WORTH_A_RECORD": 0, "_WHOLE": 64, "_ROWS": 7, "_MANY": 20}.items():
+            monkeypatch.setattr(products, name, value)
+    return request.param

@@ -64,7 +64,7 @@ def test_models_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_models_in_float32(name: str) -> None:
+def test_models_in_float32(name: str, library: str) -> None:
     model = tiny_models.build(name, dtype=torch.float32)
     compare(model, tiny_models.token_batch(), tiny_models.mean_loss, norm_tolerance=2e-5, tolerance=2e-4)
 
@@ -403,7 +403,7 @@ def test_layers(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_in_float32(name: str) -> None:
+def test_layers_in_float32(name: str, library: str) -> None:
     register_ste_linear(DetachBitLinear)
     torch.manual_seed(0)
     build, batch = LAYERS[name]

@@ -75,7 +75,7 @@ def book_of(parts: list) -> ParameterBook:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("factor", [0.0, 2.0, 1e9], ids=["gram", "measured", "kept"])
 @pytest.mark.parametrize("name", CASES)
-def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, monkeypatch):
+def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, library, monkeypatch):
     """bfloat16 terms too: the tolerance is that of float32 sums, not of bfloat16 numbers."""
     monkeypatch.setattr(terms, "KEEP_FACTOR", factor)
     parts = CASES[name](dtype)

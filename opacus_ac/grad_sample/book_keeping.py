@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.by_user import CountUsers, regroup
-from opacus_ac.grad_sample.capture import Capture, Use, by_record, exact
+from opacus_ac.grad_sample.capture import Capture, Use, by_record
+from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.shards import places_of
 from opacus_ac.grad_sample.sources import Place, squares_by_parameter
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked

@@ -8,8 +8,8 @@ check against in-place changes apply to it as to anything else that a backward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.shards import ShardedParameters
 
 
@@ -151,22 +152,6 @@ def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[
         return tensor.reshape(*use.flattened, *tensor.shape[1:]) if whole else tensor
 
     return tuple(split(t) for t in tensors), split(gradient)
-
-
-def exact() -> AbstractContextManager[Any]:
-    """No graph and no autocast: ``backward()`` and ``step()`` may be called inside an autocast block."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return _without_autocast()
-    return torch.no_grad()
-
-
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    with torch.no_grad(), ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def _autocast_of(device: str) -> AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.by_user import CountUsers, sum_rows
+from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.terms import squared_norms
 
 _SUM_TOLERANCE = 0.01
@@ -195,7 +196,8 @@ class PerSampleSource:
             chosen = rows if everything else rows[kept.to(rows.device)]
             weights = factors[kept].to(device=rows.device, dtype=parameter.dtype)
             # Dropped, not multiplied by zero: a record with a non-finite gradient must leave no trace.
-            added = torch.einsum("i,i...->...", weights, chosen.to(parameter.dtype))
+            with exact():
+                added = torch.einsum("i,i...->...", weights, chosen.to(parameter.dtype))
             summed = getattr(parameter, "summed_grad", None)
             parameter.summed_grad = added if summed is None else summed.add_(added)  # type: ignore[attr-defined]
             sample: Any = parameter.grad_sample  # type: ignore[attr-defined]

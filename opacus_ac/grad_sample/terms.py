@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from opacus_ac.grad_sample.products import add_outer, inner, inner_is_faster
+
 KEEP_FACTOR = 1.0
 """A dense gradient ``[I, J]`` is materialised when ``I J <= KEEP_FACTOR T (I + J)``.
 
@@ -135,8 +137,9 @@ class Gram:
         x = wide(x)
         batch, positions, width = x.shape
         half = positions // 2
-        if positions % 2 or not _HALVED[0] <= positions or width > _HALVED[1] or not x.is_contiguous():
-            return cls(torch.bmm(x, x.transpose(1, 2)), None)
+        halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
+        if not halved or inner_is_faster(x, x):
+            return cls(inner(x, x), None)
         halves = x.view(2 * batch, half, width)
         return cls(torch.bmm(halves, halves.transpose(1, 2)), torch.bmm(x[:, :half], x[:, half:].transpose(1, 2)))
 
@@ -244,12 +247,8 @@ class ParameterBook:
         self.rows = values if self.rows is None else self.rows + values
 
     def _keep(self, term: Dense) -> None:
-        left, right = wide(term.left).transpose(1, 2), wide(term.right)
-        if self.rows is None:
-            self.rows = torch.bmm(left, right)
-        else:
-            flat = self.rows.reshape(left.shape[0], left.shape[1], right.shape[2])
-            self.rows = torch.baddbmm(flat, left, right).view(self.rows.shape)
+        rows = inner(wide(term.left).transpose(1, 2), wide(term.right).transpose(1, 2))
+        self.rows = rows if self.rows is None else self.rows + rows.view(self.rows.shape)
 
     def squares(self) -> Tensor:
         """Squared norm of each record's gradient, ``[B]`` float64."""
@@ -365,7 +364,7 @@ def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
     parts = []
     for i in _slices(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
         same = one.ids[i].unsqueeze(2) == other.ids[i].unsqueeze(1)
-        angles = torch.bmm(wide(one.right[i]), wide(other.right[i]).transpose(1, 2))
+        angles = inner(wide(one.right[i]), wide(other.right[i]))
         parts.append((same * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -374,10 +373,7 @@ def _dense_cross(one: Dense, other: Dense) -> Tensor:
     """``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` per record, ``[B]`` float64."""
     parts = []
     for i in _slices(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
-        left, right = (
-            torch.bmm(wide(x[i]), wide(y[i]).transpose(1, 2))
-            for x, y in ((one.left, other.left), (one.right, other.right))
-        )
+        left, right = (inner(wide(x[i]), wide(y[i])) for x, y in ((one.left, other.left), (one.right, other.right)))
         parts.append((left * right).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -388,7 +384,7 @@ def _cross(dense: Dense, lookup: Lookup) -> Tensor:
     for i in _slices(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
         ids, right = lookup.ids[i], wide(dense.right[i])
         picked = dense.left[i].gather(2, ids.unsqueeze(1).expand(-1, dense.left.shape[1], -1))
-        angles = torch.bmm(right, wide(lookup.right[i]).to(right.dtype).transpose(1, 2))
+        angles = inner(right, wide(lookup.right[i]).to(right.dtype))
         parts.append((wide(picked) * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -400,9 +396,4 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, fir
         left = left * scale
     else:
         right = right * scale
-    a = left.reshape(-1, left.shape[2]).to(out.dtype).t()
-    b = right.reshape(-1, right.shape[2]).to(out.dtype)
-    if first:
-        torch.mm(a, b, out=out)
-    else:
-        out.addmm_(a, b)
+    add_outer(left.to(out.dtype), right.to(out.dtype), out, first=first)
