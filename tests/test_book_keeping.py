@@ -522,7 +522,7 @@ def norms_of_transformers() -> list[nn.Module]:
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
 def test_the_short_rule_for_rms_norms_is_the_rule(index: int, size: float) -> None:
-    module, x = norms_of_transformers()[index], size * FLOATS.float()
+    module, x = norms_of_transformers()[index], size * FLOATS.float().cpu()
     module.weight.data.uniform_(-1, 1)
     backprops = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     want = normalization.rms_norm(module, [x], backprops)[module.weight]
@@ -533,7 +533,7 @@ def test_the_short_rule_for_rms_norms_is_the_rule(index: int, size: float) -> No
 
 
 def test_a_norm_that_computes_with_another_epsilon_than_it_names_keeps_the_long_rule() -> None:
-    x = FLOATS.float()
+    x = FLOATS.float().cpu()
     assert normalization.rms_norm_rows(Mislabelled(6, eps=1e-3), x, x) is None
     assert normalization.rms_norm_rows(nn.RMSNorm(6), x, x) is None  # its epsilon depends on the type
     module = nn.RMSNorm(6, eps=1e-3)

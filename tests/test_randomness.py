@@ -87,8 +87,8 @@ def test_moments_and_tails(hardened):
         for level in (3, 4, 5):
             count, expected = int(np.sum(side > level)), stats.binom(size, stats.norm.sf(level))
             assert min(expected.cdf(count), expected.sf(count - 1)) > 1e-8, (level, count, expected.mean())
-    # The cosine and the sine of a pair stand half a block apart, neighbours in a block have other angles.
-    for lag in (1, BLOCK // 2):
+    # A cosine and its sine are neighbours, as are, every other time, values of two angles.
+    for lag in (1, 2, BLOCK // 2):
         assert abs(np.mean(draws[lag:] * draws[:-lag])) < 5.5 / math.sqrt(size)
         assert abs(np.mean((draws[lag:] ** 2 - 1) * (draws[:-lag] ** 2 - 1))) < 5.5 * 2 / math.sqrt(size)
 
@@ -104,24 +104,33 @@ class Given:
 
 
 def test_draws_are_box_and_muller_to_float64():
-    """Directions at the table's points, half-way between them, at both ends and elsewhere: to 2e-15 of the radius."""
-    steps = np.arange(gaussian._DIRECTIONS) / gaussian._DIRECTIONS
-    half = 0.5 / gaussian._DIRECTIONS
+    """Directions at the table's points, at both ends of what each stands for, and elsewhere: to 2e-15 of the radius."""
     rng = np.random.default_rng(0)
-    turns = np.concatenate([steps, steps + half, steps + half * (1 - 1e-12), [1 - 2.0**-53, 2.0**-53], rng.random(99)])
-    angles = (turns * 2.0**53).astype(np.uint64)
+    steps = np.arange(1 << gaussian._CHOICE, dtype=np.uint64) << np.uint64(64 - gaussian._CHOICE)
+    width = 1 << (64 - gaussian._CHOICE)
+    ends = [steps + np.uint64(rest) for rest in (0, 1, width // 2, width - 2, width - 1)]
+    angles = np.concatenate([*ends, rng.integers(0, 2**64, 99, dtype=np.uint64)])
     # The radius, too, from its largest value to its smallest: uniform numbers in (0, 1].
     radii = rng.integers(0, 2**53, angles.size, dtype=np.uint64)
     radii[:4] = 0, 1, 2**53 - 1, 2**53 - 2
-    low = rng.integers(0, 2**11, (2, angles.size), dtype=np.uint64)  # the bits that are not used
-    words = (angles << np.uint64(11)) | low[0], (radii << np.uint64(11)) | low[1]
-    drawn = GaussianSampler(Given(*words)).draw(2 * angles.size, 1.7)
+    low = rng.integers(0, 2**11, angles.size, dtype=np.uint64)  # the bits that are not used
+    drawn = GaussianSampler(Given(angles, (radii << np.uint64(11)) | low)).draw(2 * angles.size, 1.7)
     assert np.isfinite(drawn).all()
     radius = 1.7 * np.sqrt(-2 * np.log((radii + np.uint64(1)) * 2.0**-53))
     assert radius.max() == pytest.approx(1.7 * 8.572, rel=1e-4)
-    for part, function in zip(np.split(drawn, 2), (np.cos, np.sin), strict=True):
-        exact = radius * function(2 * math.pi * angles * 2.0**-53)
-        assert np.max(np.abs(part - exact) / np.maximum(radius, 1e-300) * (radius > 0)) < 2e-15
+    # The largest multiple of a quarter turn is taken away in integers: what is left is exact to 1e-16 of a turn.
+    quarters, rest = angles >> np.uint64(62), angles & np.uint64(2**62 - 1)
+    exact = np.exp(2j * math.pi * (rest * 2.0**-64)) * np.array([1, 1j, -1, -1j])[quarters]
+    error = np.abs(drawn.view(np.complex128) - radius * exact)
+    assert np.max(error / np.maximum(radius, 1e-300) * (radius > 0)) < 2e-15
+
+
+def test_the_table_of_directions_follows_the_std():
+    words = np.random.default_rng(2).integers(0, 2**64, (2, 8), dtype=np.uint64)
+    one, other = (GaussianSampler(Given(*words, *words, *words)) for _ in range(2))
+    want = one.draw(16, 1.0).copy()
+    for std in (3.0, 3.0, 0.5):
+        np.testing.assert_allclose(other.draw(16, std), std * want, rtol=1e-15)
 
 
 def test_four_draws_make_one_in_secure_mode():
