@@ -73,7 +73,8 @@ class _FullPrecision:
     @property
     def reduced(self) -> bool:
         """Whether this has to be entered: something is set to less, perhaps only until another thread leaves."""
-        return self._inside > 0 or any(value not in _FULL for value in _read())
+        with self._lock:  # not between another thread's entering and its being counted
+            return self._inside > 0 or any(value not in _FULL for value in _read())
 
     def __enter__(self) -> None:
         with self._lock:
