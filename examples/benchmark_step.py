@@ -140,7 +140,6 @@ VARIANTS = {
     "bk-fused-loss": Variant("opacus_ac", "bk", fused_loss=True),
     "bk-fused-step": Variant("opacus_ac", "bk", fused_loss=True, fused_step=True),
     "bk-fused-step-no-noise": Variant("opacus_ac", "bk", 0.0, fused_loss=True, fused_step=True),
-    "bk-fused-step-without-onednn": Variant("opacus_ac", "bk", fused_loss=True, fused_step=True, onednn=False),
     "hooks": Variant("opacus_ac", "hooks"),
     "hooks-no-noise": Variant("opacus_ac", "hooks", 0.0),
     "opacus-hooks": Variant("opacus", "hooks"),

@@ -126,3 +126,12 @@ def test_a_library_that_rounds_to_bfloat16_or_is_missing_is_not_used(name, monke
 
     monkeypatch.setattr(products, name, missing)
     assert not products.onednn_is_right()
+
+
+def test_the_benchmark_compares_both(capsys):
+    import benchmark_products
+
+    assert benchmark_products.main(["--quick", "--threads", "1", "--rounds", "1"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\n| sum ") == text.count("\n| Gram ") == 1
+    assert text.rstrip().endswith("here")

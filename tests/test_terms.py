@@ -106,7 +106,7 @@ def test_long_sequences_are_taken_in_slices_of_records(name, limit, monkeypatch)
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("name", CASES)
-def test_a_record_of_weight_zero_leaves_no_trace(name, poison):
+def test_a_record_of_weight_zero_leaves_no_trace(name, poison, library):
     parts = CASES[name](torch.float32)
     clean = CASES[name](torch.float32)
     for part in parts:
@@ -138,7 +138,7 @@ def cancelling(share: float, dtype: torch.dtype = torch.float32) -> Dense:
 
 @pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("tie", [False, True])
-def test_gram_sums_that_nearly_cancel_are_written_down(share, tie, monkeypatch):
+def test_gram_sums_that_nearly_cancel_are_written_down(share, tie, library, monkeypatch):
     """A Gram sum in float32 would be off by far more than the clipping norm may be."""
     monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
     parts = [cancelling(share)]
@@ -155,7 +155,7 @@ def test_gram_sums_that_nearly_cancel_are_written_down(share, tie, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("share", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("factor", [0.0, 1e9], ids=["gram", "kept"])
-def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, monkeypatch):
+def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, library, monkeypatch):
     """Whatever rounding does to a gradient, what one record adds to the sum has norm C, to 1e-4."""
     monkeypatch.setattr(terms, "KEEP_FACTOR", factor)
     for record in range(B):
@@ -170,7 +170,7 @@ def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, monkey
 @pytest.mark.parametrize(
     ("left", "right"), [(1e18, 1e-24), (1e19, 1e-23), (1e-24, 1e18), (1e12, 1e-16), (1e25, 1e-25), (1e30, 1e-37)]
 )
-def test_a_record_with_sides_of_extreme_sizes_is_clipped(left, right, monkeypatch):
+def test_a_record_with_sides_of_extreme_sizes_is_clipped(left, right, library, monkeypatch):
     """The square of the small side underflows in float32: the norm would be 0, and the record would go in unclipped."""
     monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
     part = dense(dtype=torch.float32)

@@ -41,13 +41,18 @@ def exact() -> AbstractContextManager[Any]:
 
     ``backward()`` and ``step()`` may be called inside an autocast block, and a program may have asked for faster
     products (``torch.set_float32_matmul_precision``, ``allow_tf32``, ``tf32=True`` in Hugging Face's arguments). A norm
-    from such products is wrong by up to 1e-3, and a clipped record could exceed C by as much. What was set before is set
-    again afterwards, and holds for the model's own products.
+    from such products is wrong by up to 1e-3 (TF32) or 8e-3 (bfloat16), and a clipped record could exceed C by as much.
+    What was set before is set again afterwards, and holds for the model's own products.
     """
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     if autocast or _PRODUCTS.reduced:
         return _everything_off()
     return torch.no_grad()
+
+
+def less_was_asked() -> bool:
+    """Whether the program asks for less than float32 in products, as the model's own are then computed."""
+    return _PRODUCTS.asked
 
 
 @contextmanager
@@ -75,6 +80,12 @@ class _FullPrecision:
         """Whether this has to be entered: something is set to less, perhaps only until another thread leaves."""
         with self._lock:  # not between another thread's entering and its being counted
             return self._inside > 0 or any(value not in _FULL for value in _read())
+
+    @property
+    def asked(self) -> bool:
+        """Whether something was set to less before the first thread entered."""
+        with self._lock:
+            return any(value not in _FULL for value in (self._before if self._inside else _read()))
 
     def __enter__(self) -> None:
         with self._lock:

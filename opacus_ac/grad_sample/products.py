@@ -1,8 +1,8 @@
 """Float32 products of matrices on the processor, by the faster of the two libraries that torch has for them.
 
-torch multiplies with MKL, which on processors of AMD leaves their AVX-512 units alone; oneDNN, which every build of torch for
-x86 has for convolutions and for compiled models, uses them and takes half the time. Elsewhere, and where little is to be
-done, the products are torch's own.
+torch multiplies with MKL. On processors of AMD with AVX-512, oneDNN, which torch has for convolutions and for compiled models, took
+little more than half its time (``examples/benchmark_products.py``). Elsewhere, and where little is to be done, the products are torch's
+own.
 """
 
 from __future__ import annotations
@@ -53,12 +53,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
         a: ``[B, M, K]``.
         b: ``[B, N, K]``, of the same type and device.
     """
-    if not inner_is_faster(a, b):
-        return torch.bmm(a, b.transpose(1, 2))
-    out = a.new_empty(len(a), a.shape[1], b.shape[1])
-    for record in range(len(a)):
-        out[record] = _multiply(a[record], b[record])
-    return out
+    return _inner_by_onednn(a, b) if inner_is_faster(a, b) else torch.bmm(a, b.transpose(1, 2))
 
 
 def inner_is_faster(a: Tensor, b: Tensor) -> bool:
@@ -77,6 +72,13 @@ def _is_plain(x: Tensor) -> bool:
 
 def _can_be_faster(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster()
+
+
+def _inner_by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    out = a.new_empty(len(a), a.shape[1], b.shape[1])
+    for record in range(len(a)):
+        out[record] = _multiply(a[record], b[record])
+    return out
 
 
 def _add_outer_by_onednn(left: Tensor, right: Tensor, out: Tensor, *, first: bool) -> None:
