@@ -5,17 +5,32 @@ from __future__ import annotations
 import io
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import lightning
 import torch
 from torch import nn
 
-from opacus_ac.data import PrivateDataLoader
+from opacus_ac.data import LogicalBatches, PrivateDataLoader
 from opacus_ac.engine import PrivacyEngine
+from opacus_ac.integrations.lightning_released import ReleasedOnly
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 _PREFIX = "privacy/"
+
+# Callbacks of Lightning that cannot be made private, by name: a subclass of one is one.
+_CALLBACKS = {
+    "LearningRateFinder": (
+        "it chooses and publishes a learning rate by un-noised losses of private batches, on weights that it puts back: choose "
+        "the rate on public data, or by whole private runs with one ledger="
+    ),
+    "BatchSizeFinder": "its trials take private steps, on weights that it puts back: choose the batch_size of the loader",
+    "GradientAccumulationScheduler": (
+        "several draws would go into one charged step: choose the batch_size of the loader (batch_size_schedule= in make_private)"
+    ),
+    "SpikeDetection": "it skips batches by their un-noised losses: records are clipped, so leave it out",
+}
 
 
 class PrivacyCallback(lightning.Callback):
@@ -30,10 +45,13 @@ class PrivacyCallback(lightning.Callback):
         optimizer: the private optimizer.
         loader: the private loader.
         delta: delta to report epsilon at; by default the target's.
+        public_keys: names that training hooks may log because, by your word, their values are public constants.
 
     Guarantees:
-        What the callback writes are releases and public constants. A ``training_step`` that logs something is refused before
-        a logger sees it: values of private batches have no noise.
+        What the callback writes are releases and public constants. Whatever else a training hook logs, by ``self.log`` in any
+        form, a logger, its ``experiment``, ``trainer.callback_metrics`` or the progress bar, is refused before any of them
+        sees it: values of private batches have no noise. Learning rates, counters of steps and epochs, and what the hooks
+        of validation log, pass.
 
     Raises:
         ValueError: no delta; when training starts, settings of the Trainer that break the private step, all at once; a
@@ -47,23 +65,57 @@ class PrivacyCallback(lightning.Callback):
         loader: PrivateDataLoader,
         *,
         delta: float | None = None,
+        public_keys: Iterable[str] = (),
     ) -> None:
         if delta is None and engine.target_budget is None:
             raise ValueError("PrivacyCallback needs delta=... when no target was set (make_private without epsilon)")
         self.engine, self.optimizer, self.loader = engine, optimizer, loader
         self.delta: float = engine.target_budget[1] if delta is None and engine.target_budget else float(delta or 0)
+        self.public_keys = tuple(public_keys)
         self._dashboards: list[Any] = []
         self._step = 0
-        self._known: set[str] = set()
+        self._gate: ReleasedOnly | None = None
 
     # ---------------------------------------------------------------- refusals
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse callbacks that train by themselves; from here to the end of a fit let releases out only."""
+        if stage != "fit":
+            return
+        _raise_for([(True, f"{name}: {reason}") for name, reason in _refused_callbacks(trainer)])
+        self._close_gate()
+        self._gate = ReleasedOnly(trainer, self.optimizer, self.public_keys)
+        self._gate.watch()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the Trainer and its loggers back as they were."""
+        self._close_gate()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give the Trainer and its loggers back as they were."""
+        self._close_gate()
+
+    def _close_gate(self) -> None:
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Watch loggers that came since."""
+        if self._gate is not None:
+            self._gate.watch()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what would break the private step; open the Privacy tab."""
-        found = [reason for wrong, reason in self._problems(trainer) if wrong]
-        if found:
-            raise ValueError("\n  * ".join(["this training cannot be made private:", *found]))
+        _raise_for(self._problems(trainer))
         self._step = self.optimizer.steps_taken
+        assert self._gate is not None
+        self._gate.watch()
+        with self._gate.released():
+            self._open_dashboards(trainer)
+        self._gate.start()
+
+    def _open_dashboards(self, trainer: Any) -> None:
         tensorboard = sys.modules.get("torch.utils.tensorboard")
         for logger in trainer.loggers:
             writer = getattr(logger, "experiment", None)
@@ -75,6 +127,9 @@ class PrivacyCallback(lightning.Callback):
 
     def _problems(self, trainer: Any) -> list[tuple[bool, str]]:
         limit = getattr(self.loader.batch_sampler, "max_physical_batch_size", None)
+        loader = trainer.train_dataloader
+        if isinstance(loader, LogicalBatches) and not trainer.lightning_module.automatic_optimization:
+            loader, limit = loader.loader, None
         return [
             (trainer.world_size > 1, "several devices: use one (devices=1)"),
             (trainer.accumulate_grad_batches != 1, "accumulate_grad_batches: choose the batch_size of the loader"),
@@ -86,7 +141,7 @@ class PrivacyCallback(lightning.Callback):
                 "or take the steps by hand (automatic_optimization=False, opacus_ac.data.LogicalBatches)",
             ),
             (
-                trainer.train_dataloader is not self.loader,
+                loader is not self.loader,
                 "the Trainer has another training loader: pass the one that make_private returned",
             ),
             (
@@ -94,19 +149,6 @@ class PrivacyCallback(lightning.Callback):
                 "configure_optimizers returns another optimizer: return the one that make_private returned",
             ),
         ]
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Note which metrics are there already: those of validation stay from epoch to epoch."""
-        self._known = set(trainer.callback_metrics)
-
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Refuse values that ``training_step`` has just logged, before a logger sees them."""
-        logged = sorted(set(trainer.callback_metrics) - self._known)
-        if trainer.training and logged:
-            raise ValueError(
-                f"training_step logs {', '.join(logged)} of a private batch without noise: leave self.log out of it. "
-                "PrivacyCallback logs the released values; loss_bound= in make_private adds a noisy loss"
-            )
 
     # ---------------------------------------------------------------- what is shown
 
@@ -123,17 +165,23 @@ class PrivacyCallback(lightning.Callback):
             "lr_multiplier": release.lr_multiplier,
             "noisy_loss": release.loss,
         }
-        for dashboard in self._dashboards:
-            dashboard.log_step()
         shown = {_PREFIX + name: v for name, v in values.items() if v is not None and math.isfinite(v)}
-        for name, value in shown.items():
-            # To the loggers only where the dashboard does not write them already.
-            pl_module.log(name, value, prog_bar=name == "privacy/epsilon", logger=not self._dashboards, batch_size=1)
+        assert self._gate is not None
+        with self._gate.released():
+            for dashboard in self._dashboards:
+                dashboard.log_step()
+            for name, value in shown.items():
+                # To the loggers only where the dashboard does not write them already.
+                pl_module.log(
+                    name, value, prog_bar=name == "privacy/epsilon", logger=not self._dashboards, batch_size=1
+                )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the final privacy statement."""
-        while self._dashboards:
-            self._dashboards.pop().close()
+        assert self._gate is not None
+        with self._gate.released():
+            while self._dashboards:
+                self._dashboards.pop().close()
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -155,3 +203,19 @@ class PrivacyCallback(lightning.Callback):
                 "the checkpoint was written without a PrivacyCallback: what its run has spent is not known, so it cannot be "
                 "resumed"
             )
+
+
+def _refused_callbacks(trainer: Any) -> list[tuple[str, str]]:
+    """Return the callbacks of a Trainer that cannot be made private, each with the reason and the remedy."""
+    found = []
+    for callback in trainer.callbacks:
+        names = [cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in _CALLBACKS]
+        if names:
+            found.append((type(callback).__name__, _CALLBACKS[names[0]]))
+    return found
+
+
+def _raise_for(problems: list[tuple[bool, str]]) -> None:
+    found = [reason for wrong, reason in problems if wrong]
+    if found:
+        raise ValueError("\n  * ".join(["this training cannot be made private:", *found]))
