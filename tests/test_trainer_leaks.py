@@ -11,6 +11,7 @@ from tiny_trainer import generator, rows, trainer
 from transformers import Trainer, TrainerCallback
 
 from opacus_ac.integrations import PrivateTrainer
+from opacus_ac.integrations.trainer_released import ReleasedLog
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.tensorboard.tags import SCALARS
 
@@ -137,9 +138,11 @@ def without(seams, watch):
     return Leaky
 
 
-def run(folder, monkeypatch, capsys, *, seams=(), mode="bk", settings=None, **changes):
+def run(folder, monkeypatch, capsys, *, seams=(), mode="bk", settings=None, gate=True, **changes):
     """Three steps of 40 expected records with everything switched on that writes; returns (trainer, watch, numbers)."""
     watch = Watch()
+    if not gate:
+        monkeypatch.setattr(ReleasedLog, "ask", lambda self, name, value: None)
     options = {"callbacks": [watch], "noise_generator": generator(11), "eval_dataset": rows(8, seed=8)}
     made = trainer(
         folder, model="llama", data=rows(300), cls=without(seams, watch), options=options,
@@ -181,9 +184,14 @@ def test_no_private_value_is_in_anything_written(mode, settings, quiet, tmp_path
     ],
 )
 def test_a_trainer_without_a_seam_is_caught(seams, mode, place, tmp_path, monkeypatch, capsys):
-    _, watch, found = run(
-        tmp_path, monkeypatch, capsys, seams=seams, mode=mode, settings={"loss_bound": None}, save_steps=1
-    )
+    arguments = {"seams": seams, "mode": mode, "settings": {"loss_bound": None}, "save_steps": 1}
+    if "log" in seams:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match=r"(loss|grad_norm) is logged while private batches are trained on"),
+        ):
+            run(tmp_path / "refused", patch, capsys, **arguments)
+    _, watch, found = run(tmp_path / "leaky", monkeypatch, capsys, gate=False, **arguments)
     assert place in {where for where, _ in leaks(watch, found)}
 
 

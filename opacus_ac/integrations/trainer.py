@@ -31,6 +31,7 @@ from opacus_ac.integrations.trainer_checks import (
     refused_evaluation,
 )
 from opacus_ac.integrations.trainer_ranks import RanksTrainer, refused_processes
+from opacus_ac.integrations.trainer_released import ReleasedLog
 from opacus_ac.integrations.trainer_silent import LOSS_KEYS, PRIVATE_KEYS
 from opacus_ac.integrations.transformers import has_record_losses, use_record_loss
 from opacus_ac.loss import LossTape
@@ -68,10 +69,11 @@ class PrivateTrainer(RanksTrainer):
     Attributes:
         engine: the :class:`PrivacyEngine`.
         private_optimizer: the private optimizer, from the first use of the training data on; None before.
+        public_keys: names that a subclass may log in training because their values are public constants.
 
     Guarantees:
         Logs, progress bar, ``trainer_state.json``, event files and checkpoints hold releases and public constants only; the
-        training loss among them is the noisy one. The seed of the ``TrainingArguments`` has no part in noise and draws.
+        training loss among them is the noisy one. What else a subclass or a callback logs while training is refused. The seed of the ``TrainingArguments`` has no part in noise and draws.
 
     Raises:
         ValueError: settings that cannot be made private, all reasons in one message, before anything is changed.
@@ -79,6 +81,8 @@ class PrivateTrainer(RanksTrainer):
     References:
         arXiv 2510.05288.
     """
+
+    public_keys: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,6 +121,7 @@ class PrivateTrainer(RanksTrainer):
         self._saving_checkpoint = False
         self._independent = False
         super().__init__(args=args, processing_class=processing_class, **parts, **options)
+        self._gate = ReleasedLog(self)
         self._shows = PrivacyCallback(self)
         self.add_callback(self._shows)
 
@@ -267,6 +272,7 @@ class PrivateTrainer(RanksTrainer):
             return
         batch = self._prepare_inputs(loader.collate_fn([loader.dataset[0], loader.dataset[1]]))
         model.eval()
+        self._gate.checking = True
         try:
             with self.compute_loss_context_manager():
                 rtol = 2e-2 if self.args.bf16 else 1e-3
@@ -278,6 +284,7 @@ class PrivateTrainer(RanksTrainer):
                 "make the loss a mean over records (see opacus_ac.testing.check_records_independent)"
             ) from None
         finally:
+            self._gate.checking = False
             optimizer.tape.take()
         self._independent = True
 
@@ -309,12 +316,14 @@ class PrivateTrainer(RanksTrainer):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(data, str):
             raise_for(refused_evaluation(self.privacy, self.train_dataset, data), "evaluation")
-        return dict(super().evaluate(eval_dataset, *args, **kwargs))
+        with self._gate.evaluating():
+            return dict(super().evaluate(eval_dataset, *args, **kwargs))
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict on public data, with the averaged weights; refuses what :meth:`evaluate` refuses."""
         raise_for(refused_evaluation(self.privacy, self.train_dataset, test_dataset), "prediction")
-        return super().predict(test_dataset, *args, **kwargs)
+        with self._gate.evaluating():
+            return super().predict(test_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate: the loss is the mean over records, before and after training."""
@@ -330,12 +339,24 @@ class PrivateTrainer(RanksTrainer):
                 undo()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what is public: the values of the last release join the training log, private ones leave every log."""
+        """Log what is public: the values of the last release join the training log, those of the Trainer's own leave it.
+
+        Raises:
+            ValueError: a value that is no release, no public constant, and not of an evaluation.
+        """
+        if self._gate.checking:
+            return
         for key in PRIVATE_KEYS if self.privacy.loss_bound is not None else PRIVATE_KEYS + LOSS_KEYS:
             logs.pop(key, None)
         if self.private_optimizer is not None and "learning_rate" in logs:
-            logs.update(release_values(self.private_optimizer.released, self.get_epsilon()))
+            self._gate.values = release_values(self.private_optimizer.released, self.get_epsilon())
+            logs.update(self._gate.values)
         super().log(logs, None)
+
+    def save_state(self) -> None:
+        """Save ``trainer_state.json``, once all of its log is known to be public."""
+        self._gate.look(whole=True)
+        super().save_state()
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
         self._shows.close()
@@ -362,6 +383,7 @@ class PrivateTrainer(RanksTrainer):
             (folder / PRIVACY_REPORT).write_text(self.privacy_report().to_json(), encoding="utf-8")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._gate.look(whole=True)
         self._saving_checkpoint = True
         try:
             super()._save_checkpoint(*args, **kwargs)

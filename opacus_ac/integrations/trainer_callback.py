@@ -64,6 +64,7 @@ class PrivacyCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the released loss of the step to the running sum that the Trainer logs, and the release to TensorBoard."""
         released = self.trainer.private_optimizer.released
+        self.trainer._gate.add_step(released.loss)
         if released.loss is not None:
             self.trainer._tr_loss += released.loss
         for dashboard in self._dashboards:

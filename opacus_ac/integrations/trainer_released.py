@@ -1,0 +1,187 @@
+"""The one gate through which values reach what a ``Trainer`` logs: releases and public constants pass, others do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.trainer_callback import CallbackHandler
+
+_REMEDY = (
+    "it has no noise. Leave it out: the released values are logged already (loss_bound= adds a noisy loss), what is computed from "
+    "public data may be logged while evaluate() or predict() runs, and a name whose values are public constants by your word "
+    "belongs into public_keys of your subclass of PrivateTrainer"
+)
+
+
+class _Logs(dict[str, Any]):
+    """A log entry as callbacks see it: they may take values away, and add none that the gate does not know."""
+
+    gate: ReleasedLog | None = None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self.gate is not None:
+            self.gate.ask(name, value)
+        super().__setitem__(name, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Take several values, each of which is asked for."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Take a value where there is none."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __ior__(self, other: Any) -> _Logs:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+class ReleasedHandler(CallbackHandler):
+    """A callback handler whose ``on_log`` asks first: all ways of logging end there, ``Trainer.log`` itself included."""
+
+    gate: ReleasedLog
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+        """Give the entry to the callbacks once all of it is known to be public."""
+        self.gate.take(logs)
+        shown = _Logs(logs)
+        shown.gate = self.gate
+        return super().on_log(args, state, control, shown, **kwargs)
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Call the callbacks, and look at the log after them."""
+        if event == "on_train_begin":
+            self.gate.begin()
+        result = super().call_event(event, args, state, control, **kwargs)
+        self.gate.look()
+        return result
+
+
+class ReleasedLog:
+    """Refuses what would enter the log of a :class:`PrivateTrainer` from private batches.
+
+    Args:
+        trainer: the :class:`PrivateTrainer`.
+
+    Guarantees:
+        ``state.log_history``, and so ``trainer_state.json``, event files, bars and printed entries, holds only: values of
+        releases, learning rates, counters, the mean of noisy losses, names in ``public_keys``, and what was logged while
+        public data were evaluated. Values are compared, so a raw loss does not pass under the name of the noisy one.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._evaluating = 0
+        self.checking = False
+        """Whether the loss is looked at before training, on private records: what it logs then is dropped."""
+        self._taken: list[dict[str, Any]] = []
+        self.values: Mapping[str, float] = {}
+        self._rates: list[float] = []
+        self._total, self._steps = 0.0, 0  # of noisy losses since training began
+        self._logged_total, self._logged_steps = 0.0, 0  # of them, in the log already
+        handler = trainer.callback_handler
+        handler.__class__ = type("ReleasedHandler", (ReleasedHandler, type(handler)), {"gate": self})
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A context in which public data are evaluated."""
+        self._evaluating += 1
+        try:
+            yield
+        finally:
+            self._evaluating -= 1
+
+    def begin(self) -> None:
+        """Take the log of a new run, or of the checkpoint that it resumes, as it is."""
+        self._taken = [dict(entry) for entry in self._trainer.state.log_history]
+        self._total, self._steps, self._logged_total, self._logged_steps = 0.0, 0, 0.0, 0
+
+    def add_step(self, loss: float | None) -> None:
+        """Note the learning rates of a step, and its noisy loss; None where none is released."""
+        self._rates = [float(group["lr"]) for group in self._trainer.private_optimizer.param_groups]
+        self._total += math.nan if loss is None else loss
+        self._steps += 1
+
+    # ---------------------------------------------------------------- what is public
+
+    def ask(self, name: str, value: Any) -> None:
+        """Raise ``ValueError`` unless a value may stand in the log under this name."""
+        if not self._is_public(name, value):
+            self._restore()
+            raise ValueError(f"{name} is logged while private batches are trained on: {_REMEDY}")
+
+    def _is_public(self, name: str, value: Any) -> bool:
+        if self._evaluating or name in self._trainer.public_keys:
+            return True
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        return any(math.isclose(number, known, rel_tol=1e-3, abs_tol=1e-6) for known in self._known(name))
+
+    def _known(self, name: str) -> Iterator[float]:
+        """Yield the public values that have this name."""
+        trainer = self._trainer
+        if name in self.values:
+            yield self.values[name]
+        elif name == "epoch":
+            yield trainer.state.epoch or 0.0
+        elif name in ("step", "global_step"):
+            yield trainer.state.global_step
+        elif name == "learning_rate" and trainer.private_optimizer is not None:
+            yield from self._rates  # a schedule has moved on by now
+            yield from (float(group["lr"]) for group in trainer.private_optimizer.param_groups)
+        elif name == "loss":
+            yield (self._total - self._logged_total) / max(1, self._steps - self._logged_steps)
+        elif name == "train_loss":
+            yield self._total / max(1, self._steps)
+
+    # ---------------------------------------------------------------- the log
+
+    def take(self, logs: Mapping[str, Any]) -> None:
+        """Let an entry pass that ``Trainer.log`` has just put into the history, or refuse and remove it."""
+        self.look(but_last=True)
+        for name, value in logs.items():
+            self.ask(name, value)
+        if "loss" in logs:
+            self._logged_total, self._logged_steps = self._total, self._steps
+        self._taken += [dict(entry) for entry in self._trainer.state.log_history[len(self._taken) :]]
+
+    def look(self, *, but_last: bool = False, whole: bool = False) -> None:
+        """Raise ``ValueError`` if the history has anything that did not come through the gate, and take that out of it.
+
+        Args:
+            but_last: the last entry is being taken.
+            whole: compare all entries, not the number of them and the last one.
+        """
+        found = self._trainer.state.log_history
+        wanted = len(self._taken)
+        start = 0 if whole else max(0, wanted - 1)
+        if self._taken[start:] == found[start:wanted] and len(found) - int(but_last) <= wanted:
+            return
+        known = [set(entry.items()) for entry in self._taken]
+        new = [dict(e) for e in found if not any(_same(e, k) for k in known)]
+        self._restore()
+        names = sorted({str(name) for entry in new for name in entry} - {"step", "epoch"})
+        raise ValueError(
+            f"{', '.join(names) or 'an entry'} was put into state.log_history without being logged: {_REMEDY}"
+        )
+
+    def _restore(self) -> None:
+        self._trainer.state.log_history[:] = [dict(entry) for entry in self._taken]
+
+
+def _same(entry: Mapping[str, Any], known: set[tuple[str, Any]]) -> bool:
+    try:
+        return set(entry.items()) == known
+    except TypeError:  # a value that cannot be hashed
+        return False
