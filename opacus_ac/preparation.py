@@ -20,7 +20,8 @@ from opacus_ac.allocation import GroupWeights, NoiseAllocation
 from opacus_ac.clipping import ClipPolicy, build_policy, paper_policy
 from opacus_ac.control import ClipRateControl
 from opacus_ac.data import PrivateDataLoader
-from opacus_ac.distributed.roles import check_alike, check_noise, check_same_records, check_wrappers, parameter_layout
+from opacus_ac.distributed.records import check_same_records
+from opacus_ac.distributed.roles import check_alike, check_noise, check_wrappers, parameter_layout
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured

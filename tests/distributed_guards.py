@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,20 @@ def private(model: nn.Module, records: int = 24, ledger: Any = None, seed: int =
     arguments = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **options}
     loader = DataLoader(dataset(records, seed=seed), batch_size=6)
     return engine, *engine.make_private(module=model, optimizer=optimizer, data_loader=loader, **arguments)
+
+
+def ordered(order: Iterable[int], kind: Callable[..., Any] = tuple) -> tuple[Any, ...]:
+    """Make private with the records in an order of this rank."""
+    records = [dataset(24)[i] for i in order]
+    rows = records if kind is tuple else [kind(x=x, y=y) for x, y in records]
+    model = classifier()
+    return PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(rows, batch_size=6),  # type: ignore[arg-type]
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
 
 
 def message(work: Callable[[], Any]) -> str:
@@ -140,6 +155,10 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "seed differs": lambda: private(classifier(), noise_generator=seeded),
         "records differ": lambda: private(classifier(), records=24 + rank),
         "records in another order": lambda: private(classifier(), seed=1 + rank),
+        "two records in each other's place": lambda: ordered(
+            [0, 5, *range(2, 5), 1, *range(6, 24)] if rank else range(24)
+        ),
+        "mappings in another order": lambda: ordered(reversed(range(24)) if rank else range(24), UserDict),
         "model differs": lambda: private(nn.Sequential(nn.Linear(4, 3 + rank).double())),
     }
     return {name: message(case) for name, case in cases.items()}

@@ -126,6 +126,7 @@ def test_the_budget_ends_all_ranks_together(launched, tmp_path):
         ("sharded", "the model is sharded"),
         ("other arguments", "torch.distributed has 2 processes and TrainingArguments 1"),
         ("shuffled", "sampling='shuffled' does not work with several processes"),
+        ("own order", "ranks 0 and 1 have other records, or in another order"),
         ("other checkpoint", "ranks 0 and 1 read different checkpoints"),
         ("iterable", "evaluation on 2 processes"),
         ("uneven", "evaluation on 2 processes"),

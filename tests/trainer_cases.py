@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import sys
 import types
 import warnings
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from distributed_cases import language_model
 from tiny_trainer import arguments, generator, rows, trainer, weights
 from torch.utils.data import IterableDataset
+from transformers import BatchEncoding
 
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import PrivateTrainer
@@ -41,7 +43,16 @@ class Stream(IterableDataset):
 
 
 def build(
-    folder: Path, rank: int, world: int, *, settings=None, options=None, model=None, cls=PrivateTrainer, **changes
+    folder: Path,
+    rank: int,
+    world: int,
+    *,
+    settings=None,
+    options=None,
+    model=None,
+    cls=PrivateTrainer,
+    data=None,
+    **changes,
 ):
     """A trainer of four steps of 16 expected records; every rank has another folder, and other weights to begin with."""
     model = language_model(rank=rank) if model is None else model
@@ -51,7 +62,13 @@ def build(
         "save_steps": 2, "per_device_eval_batch_size": 4,
     }  # fmt: skip
     return trainer(
-        folder / f"rank{rank}", model=model, settings=settings, options=options, cls=cls, **{**defaults, **changes}
+        folder / f"rank{rank}",
+        model=model,
+        settings=settings,
+        options=options,
+        cls=cls,
+        data=data,
+        **{**defaults, **changes},
     )
 
 
@@ -112,6 +129,13 @@ def words(work) -> str:
     return "no error"
 
 
+def encodings(rank: int) -> list[BatchEncoding]:
+    """Rows as tokenizers give them, shuffled without a common seed."""
+    found = [BatchEncoding(row) for row in rows(64)]
+    random.Random(rank).shuffle(found)
+    return found
+
+
 def refused(folder: Path, rank: int, world: int, saved: Path) -> dict[str, str]:
     """What two processes cannot do, and what they say about it."""
     from torch.distributed.fsdp import fully_shard
@@ -130,6 +154,7 @@ def refused(folder: Path, rank: int, world: int, saved: Path) -> dict[str, str]:
         "sharded": words(lambda: build(folder, rank, world, model=sharded)),
         "other arguments": "\n".join(refused_processes(alone, None)),
         "shuffled": words(lambda: build(folder, rank, world, settings={"sampling": "shuffled"}).train()),
+        "own order": words(lambda: build(folder, rank, world, data=encodings(rank)).train()),
         "other checkpoint": resume(saved / f"checkpoint-{2 + 2 * rank}"),
         "no checkpoint on rank 1": resume(saved / f"checkpoint-{2 + rank}"),
         "iterable": evaluated(Stream()),

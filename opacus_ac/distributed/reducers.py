@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.distributed.world import Floats, Group, Ints
+from opacus_ac.distributed.world import Floats, Group, Ints, initialized
 
 T = TypeVar("T")
 
@@ -242,4 +242,22 @@ class ReplicatedReducer(GroupReducer):
         """Nothing to do: the model has the weights themselves."""
 
 
-LOCAL = LocalReducer()
+class AloneReducer(LocalReducer):
+    """One process, because there was no other when it began: it stops once there are others."""
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run ``work``, of which every charge is one.
+
+        Raises:
+            ValueError: the process has been joined with others since, which have the same records and their own accounts.
+        """
+        if initialized():
+            raise ValueError(
+                "torch.distributed has joined this process with others since make_private, which took it for the only one: each would "
+                "spend a budget of its own on the same records. Call init_process_group before make_private; or pass reducer='local' where "
+                "the processes are runs of their own on different people's data"
+            )
+        return work()
+
+
+LOCAL, ALONE = LocalReducer(), AloneReducer()

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.validators.module_validator import ModuleValidator
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from opacus_ac.distributed.reducers import LOCAL, Reducer, ReplicatedReducer
+from opacus_ac.distributed.reducers import ALONE, LOCAL, Reducer, ReplicatedReducer
 from opacus_ac.distributed.sharded import ShardedReducer, check_meshes
 from opacus_ac.distributed.world import Group, initialized
 from opacus_ac.grad_sample.replay import written_type
@@ -47,6 +45,9 @@ _WHOLE_MODEL: dict[tuple[str, Any], str] = {
     ),
 }
 """Settings of ``make_private`` that several processes have with the whole model on each of them only, and why."""
+
+_LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Variables in which launchers (torchrun, accelerate, mpirun, srun) say how many processes they started."""
 
 _NOISE = 1000  # first of the purposes for which seeded noise streams of the ranks are forked
 
@@ -99,9 +100,27 @@ def choose_reducer(role: str | Reducer | None, module: nn.Module, parameters: Se
         raise ValueError("reducer='fsdp2' needs a model that torch.distributed.fsdp.fully_shard was applied to")
     if role == "ddp" and not initialized():
         raise ValueError("reducer='ddp' needs several processes: start them with torchrun, and call init_process_group")
-    if role == "local" or not initialized():
+    if role == "local":
         return LOCAL
+    if not initialized():
+        check_joined()
+        return ALONE
     return ReplicatedReducer(parameters, Group(parameters[0].device))
+
+
+def check_joined() -> None:
+    """Raise ``ValueError`` where a launcher started several processes that ``init_process_group`` has not joined.
+
+    Each would train for itself on the same records, and report what it spent alone.
+    """
+    for name in _LAUNCHED:
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ValueError(
+                f"{name}={count}: this is one of several processes, and torch.distributed has not joined them, so each would spend a budget of "
+                "its own on the same records. Call torch.distributed.init_process_group before make_private; or pass reducer='local' where "
+                "the processes are runs of their own on different people's data"
+            )
 
 
 def _check_sharded_types(module: nn.Module) -> None:
@@ -180,45 +199,6 @@ def check_noise(reducer: Reducer, stream: RandomStream) -> None:
                 "make_private make the streams, without a stream of your own"
             )
         seen[row] = rank
-
-
-def check_same_records(reducer: Reducer, dataset: Any) -> None:
-    """Raise ``ValueError``, on every rank, when the ranks have other records under one number, by three of them.
-
-    A record that stands at two places is in the sums of two ranks. Records that are no plain values, or that are made at
-    random whenever they are read, cannot be compared.
-    """
-    places = (0, len(dataset) // 2, len(dataset) - 1)
-    rows = reducer.gather(np.array([_digest(dataset, place) for place in places], dtype=np.int64))
-    for rank, row in enumerate(rows):
-        if any(0 not in (mine, first) and mine != first for mine, first in zip(row, rows[0], strict=True)):
-            raise ValueError(
-                f"ranks 0 and {rank} have other records, or in another order, and one of them could be drawn twice: give "
-                "every rank the same dataset, shuffled with the same seed or not at all"
-            )
-
-
-def _digest(dataset: Any, place: int) -> int:
-    """Return a hash of a record, or 0 where it cannot be compared. Private."""
-    found = [_plain(dataset[place]) for _ in range(2)]
-    if found[0] is None or found[0] != found[1]:
-        return 0
-    return int.from_bytes(hashlib.blake2b(found[0], digest_size=8).digest(), "little", signed=True)
-
-
-def _plain(value: Any) -> bytes | None:
-    """Return the content of tensors, numbers, texts and containers of them; None for anything else."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.tobytes()
-    if isinstance(value, str | bytes | bool | int | float) or value is None:
-        return repr(value).encode()
-    items = sorted(value.items()) if isinstance(value, dict) else value
-    if not isinstance(items, list | tuple):
-        return None
-    parts = [_plain(item) for item in items]
-    return None if any(part is None for part in parts) else b";".join(part for part in parts if part is not None)
 
 
 def parameter_layout(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> dict[str, str]:
