@@ -12,8 +12,8 @@ import torch
 from opacus_ac import PrivacyEngine
 from opacus_ac.audit import CanaryTask, canary_audit, one_run_audit, scalar_audit
 from opacus_ac.audit.canary import _Auditor, private_parts
-from opacus_ac.audit.one_run import WithoutRecords
-from opacus_ac.audit.scalars import FixedDraws, released_scalars
+from opacus_ac.audit.scalars import released_scalars
+from opacus_ac.audit.streams import FixedDraws, WithoutRecords
 from opacus_ac.mechanism import StepRelease
 from opacus_ac.randomness import SeededStream
 

@@ -62,7 +62,12 @@ def test_module_and_entry_point_are_the_same_command():
 def test_audit_prints_each_bound_beside_its_claim(capsys):
     assert cli.main(QUICK) == cli.OK
     text = capsys.readouterr().out
-    for audit in ("white-box canary: not refuted", "released scalars: not refuted", "one training run: not refuted"):
+    for audit in (
+        "white-box canary: not refuted",
+        "noise over steps: not refuted",
+        "released scalars: not refuted",
+        "one training run: not refuted",
+    ):
         assert audit in text
     assert text.count("claimed epsilon <= ") == text.count("shown epsilon >= ") == 4
     assert text.endswith("No claim was refuted.\n")
@@ -72,7 +77,7 @@ def test_a_refuted_claim_is_exit_code_1_and_json_says_which(capsys):
     assert cli.main([*QUICK, "--clipping", "raw_percentile", "--format", "json"]) == cli.REFUTED
     found = json.loads(capsys.readouterr().out)
     assert found["refuted"] is True
-    assert [audit["refuted"] for audit in found["audits"]] == [False, True, False]
+    assert [audit["refuted"] for audit in found["audits"]] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from opacus_ac.audit.bounds import (
     gaussian_epsilon,
     mu_from_errors,
     mu_from_means,
-    std_interval,
 )
+from opacus_ac.audit.noise import spread_finding
+from opacus_ac.audit.published import Published
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.task import CanaryTask, endless
 from opacus_ac.data import PrivateDataLoader
@@ -27,6 +27,7 @@ from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.mechanism import StepRelease
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.statistics import FloatArray
+from opacus_ac.zeroth_order.settings import preset
 
 MakePrivate = Callable[..., tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]]
 Indices = npt.NDArray[np.int64]
@@ -57,6 +58,8 @@ def private_parts(
         from opacus_ac.engine import PrivacyEngine
 
         make_private = PrivacyEngine().make_private
+    if settings.get("clipping") == "zo":
+        settings = {"zeroth_order": preset("aggzo", num_directions=8), **settings}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bare = task.model()
     with warnings.catch_warnings():
@@ -78,17 +81,20 @@ class Observations:
     Attributes:
         inside: how often the canary was in the step's batch, ``[T]``.
         statistic: the release along the canary, 0 expected without it and 1 with it, ``[T]``.
-        squares: per tensor, sum of the squared noise in units of its claimed std, and number of values.
+        noise: per tensor, the noise of each step in units of its claimed std; NaN where a release shows none.
     """
 
     inside: list[int] = field(default_factory=list)
     statistic: list[float] = field(default_factory=list)
-    squares: dict[str, tuple[float, int]] = field(default_factory=dict)
+    noise: dict[str, list[FloatArray]] = field(default_factory=dict)
 
     def add_noise(self, name: str, values: FloatArray) -> None:
-        """Count ``values``, noise in units of its claimed std."""
-        squares, number = self.squares.get(name, (0.0, 0))
-        self.squares[name] = squares + float((values**2).sum()), number + values.size
+        """Note the noise of a tensor in one step."""
+        self.noise.setdefault(name, []).append(values)
+
+    def tables(self) -> dict[str, FloatArray]:
+        """Return the noise of each tensor, ``{name: [T, D]}``."""
+        return {name: np.array(values) for name, values in self.noise.items()}
 
 
 class _Auditor:
@@ -114,8 +120,7 @@ class _Auditor:
     ) -> None:
         self.optimizer, self.sum_over_ranks = optimizer, sum_over_ranks
         self.std = noise_multiplier * optimizer.statistics.sensitivity
-        self.parameters = dict(bare.named_parameters())
-        self.start = self._weights()
+        self.published = Published(bare, optimizer)
         grads = task.gradients()
         self.sizes = {name: g.shape[1] for name, g in grads.items()}
         self.gradients = np.concatenate(list(grads.values()), axis=1)
@@ -123,18 +128,6 @@ class _Auditor:
         self.own = task.canaries[0] if holds_canary else -1
         self.canary = sum_over_ranks(self.gradients[self.own] if holds_canary else 0 * self.gradients[0])
         self.seen = Observations()
-
-    def _weights(self) -> FloatArray:
-        flat = [p.detach().double().reshape(-1) for p in self.parameters.values()]
-        return np.asarray(torch.cat(flat).numpy())
-
-    def _put_back(self) -> None:
-        values, first = torch.from_numpy(self.start), 0
-        with torch.no_grad():
-            for parameter in self.parameters.values():
-                last = first + parameter.numel()
-                parameter.copy_(values[first:last].view_as(parameter))
-                first = last
 
     def factors(self) -> FloatArray:
         """Return every record's clip factor at the C of the step that comes, the canary's last."""
@@ -144,13 +137,7 @@ class _Auditor:
     def observe(self, release: StepRelease, members: Indices, factors: FloatArray) -> None:
         """Compare what a step published with what its batch, known to the auditor, adds up to."""
         bound, std = release.max_grad_norm, self.std
-        scale = release.lr_multiplier
-        if self.optimizer.loss_reduction == "mean":
-            scale /= release.expected_batch_size
-        if self.optimizer.normalize:
-            scale *= self.optimizer.policy.initial_bound / bound
-        published = (self.start - self._weights()) / (scale * bound)
-        self._put_back()
+        published = self.published.read()
         others = members[members != self.own]
         count = int(self.sum_over_ranks(np.array([float((members == self.own).sum())]))[0])
         rest = published - self.sum_over_ranks(factors[others] @ self.gradients[others] / bound)
@@ -162,7 +149,7 @@ class _Auditor:
             along += weights[group] * entries[group]
             weight += weights[group] ** 2
             entries[group] -= count * weights[group]
-            self.seen.add_noise("histogram", entries[weights > 1e-6] / std)
+            self.seen.add_noise("histogram", np.where(weights > 1e-6, entries, np.nan) / std)
         self.seen.inside.append(count)
         self.seen.statistic.append(along / weight)
         noise, first = (rest - count * contribution) / std, 0
@@ -227,28 +214,7 @@ def _findings(seen: Observations, noise_multiplier: float, alpha: float, delta: 
         shown = f"epsilon >= {epsilon:.3f} (mu >= {mu:.3f})"
         promised = f"epsilon <= {claim:.3f} (mu = {1 / noise_multiplier:.3f})"
         found.append(Finding(check, promised, shown, mu > 1 / noise_multiplier, claim, epsilon))
-    return (*found, _noise_finding(seen, alpha), _rate_finding(inside, alpha))
-
-
-def _noise_finding(seen: Observations, alpha: float) -> Finding:
-    """Return whether every tensor got the noise that the step says, no less and nothing beside it."""
-    intervals = {
-        name: std_interval(squares, number, alpha / len(seen.squares))
-        for name, (squares, number) in seen.squares.items()
-    }
-
-    def distance(name: str) -> float:
-        low, high = intervals[name]
-        return max(math.log(low), -math.log(high)) if low > 0 and math.isfinite(high) else math.inf
-
-    worst = max(intervals, key=distance)
-    low, high = intervals[worst]
-    return Finding(
-        "noise of every tensor",
-        "std 1 (in units of z_g C), the sum being exact",
-        f"std in [{low:.3f}, {high:.3f}] for {worst}, the worst of {len(intervals)}",
-        not low <= 1 <= high,
-    )
+    return (*found, spread_finding(seen.tables(), alpha), _rate_finding(inside, alpha))
 
 
 def _rate_finding(inside: npt.NDArray[np.bool_], alpha: float) -> Finding:
@@ -312,18 +278,15 @@ def canary_audit(
         raise ValueError(f"steps must be at least 100 for bounds that say anything, got {steps!r}")
     if not noise_multiplier > 0:
         raise ValueError(f"noise_multiplier must be > 0 to have a claim to audit, got {noise_multiplier!r}")
-    task = task or CanaryTask()
-    bare, model, optimizer, loader = private_parts(
+    seen, optimizer = _observe(
         make_private,
-        task,
-        task.size // 2,
+        task or CanaryTask(),
+        steps,
         seed,
-        lambda module: torch.optim.SGD(module.parameters(), lr=1.0),
-        noise_multiplier=noise_multiplier,
-        **settings,
+        {"noise_multiplier": noise_multiplier, **settings},
+        holds_canary,
+        sum_over_ranks,
     )
-    auditor = _Auditor(task, bare, optimizer, holds_canary, sum_over_ranks, noise_multiplier)
-    _train(task, model, optimizer, loader, auditor, steps)
     notes = () if optimizer.policy.is_private else ("the clip policy reads raw norms; this audit does not look at C",)
     return AuditResult(
         audit="white-box canary",
@@ -331,9 +294,39 @@ def canary_audit(
         observations=steps,
         confidence=confidence,
         delta=delta,
-        findings=_findings(auditor.seen, noise_multiplier, alpha, delta),
+        findings=_findings(seen, noise_multiplier, alpha, delta),
         notes=notes,
     )
+
+
+def _observe(
+    make_private: MakePrivate | None,
+    task: CanaryTask,
+    steps: int,
+    seed: int | None,
+    settings: dict[str, Any],
+    holds_canary: bool = True,
+    sum_over_ranks: Callable[[FloatArray], FloatArray] = _alone,
+) -> tuple[Observations, AdaptiveClipDPOptimizer]:
+    """Return what ``steps`` private steps showed, and the optimizer that took them."""
+    bare, model, optimizer, loader = private_parts(
+        make_private,
+        task,
+        task.size // 2,
+        seed,
+        lambda module: torch.optim.SGD(module.parameters(), lr=1.0),
+        **settings,
+    )
+    auditor = _Auditor(task, bare, optimizer, holds_canary, sum_over_ranks, settings["noise_multiplier"])
+    _train(task, model, optimizer, loader, auditor, steps)
+    return auditor.seen, optimizer
+
+
+def observe_noise(
+    make_private: MakePrivate | None, task: CanaryTask, steps: int, seed: int | None, settings: dict[str, Any]
+) -> dict[str, FloatArray]:
+    """Return the noise of each tensor, ``{name: [T, D]}`` in units of its claimed std: releases less the exact sums."""
+    return _observe(make_private, task, steps, seed, settings)[0].tables()
 
 
 def describe(noise_multiplier: float, settings: dict[str, Any]) -> str:

@@ -11,28 +11,11 @@ import torch
 from opacus_ac.audit.bounds import guess_epsilon
 from opacus_ac.audit.canary import describe
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
+from opacus_ac.audit.streams import WithoutRecords
 from opacus_ac.audit.task import CanaryTask
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.statistics import FloatArray
-
-
-class WithoutRecords:
-    """Sampling stream in which some records are never drawn: a dataset without them, whose public N stays the same.
-
-    Args:
-        stream: stream of the draws.
-        absent: indices of the records that are not there.
-    """
-
-    def __init__(self, stream: RandomStream, absent: list[int]) -> None:
-        self._stream, self._absent, self.secret = stream, absent, stream.secret
-
-    def uniform(self, size: int) -> torch.Tensor:
-        """Return ``[size]`` uniform values, 1 for the absent records: no rate exceeds it."""
-        values = self._stream.uniform(size)
-        values[self._absent] = 1.0
-        return values
 
 
 def one_run_audit(

@@ -19,6 +19,8 @@ class Finding:
         refuted: whether the two contradict each other at the audit's confidence.
         claimed_epsilon: the claim as an epsilon, where it is one.
         epsilon: the lower bound of epsilon, where the check gives one.
+        statistic: the number that decided, where it is one.
+        p_value: probability of such a number for a correct mechanism, where the check is a test.
     """
 
     check: str
@@ -27,6 +29,8 @@ class Finding:
     refuted: bool
     claimed_epsilon: float | None = None
     epsilon: float | None = None
+    statistic: float | None = None
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from numbers import Real
@@ -17,34 +17,13 @@ from scipy import special
 from opacus_ac.audit.bounds import gaussian_epsilon, mu_from_errors
 from opacus_ac.audit.canary import MakePrivate, describe, private_parts
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
+from opacus_ac.audit.streams import FixedDraws
 from opacus_ac.audit.task import CanaryTask, endless
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.statistics import FloatArray
 
 Scalars = dict[tuple[int, str], float]
 """Value of each scalar, by step (from 1) and name."""
-
-
-class FixedDraws:
-    """Sampling stream that draws the same batches in every run, the canary always or never: neighbours with one public N.
-
-    Args:
-        seed: seed of the draws.
-        present: index to whether the record is in every batch (True) or in none (False).
-    """
-
-    secret = False
-
-    def __init__(self, seed: int, present: Mapping[int, bool]) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self.present = present
-
-    def uniform(self, size: int) -> torch.Tensor:
-        """Return ``[size]`` values in [0, 1]; a record that is absent gets 1, which no rate exceeds."""
-        values = torch.rand(size, dtype=torch.float64, generator=self._generator)
-        for index, inside in self.present.items():
-            values[index] = 0.0 if inside else 1.0
-        return values
 
 
 def released_scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.statistics import FloatArray
 from opacus_ac.testing import per_sample_gradients
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 
 class CanaryTask:
@@ -90,6 +91,14 @@ class CanaryTask:
         if optimizer.statistics.loss_bound is not None:
             optimizer.record_losses(losses)
         (losses.mean() if optimizer.loss_reduction == "mean" else losses.sum()).backward()
+
+    def step(self, model: nn.Module, batch: tuple[Tensor, ...], optimizer: AdaptiveClipDPOptimizer) -> None:
+        """Do what a user's loop does with a batch, whatever the method of the optimizer."""
+        if isinstance(optimizer, ZerothOrderDPOptimizer):
+            optimizer.step(lambda: self.losses(model, batch))
+        else:
+            self.backward(model, batch, optimizer)
+            optimizer.step()
 
     @staticmethod
     def members(batch: tuple[Tensor, ...]) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""``opacus-ac audit``: three attacks on the private step, each lower bound beside its claim."""
+"""``opacus-ac audit``: attacks on the private step, each lower bound beside its claim."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run the three audits and print each lower bound beside its claim."""
-    from opacus_ac.audit import canary_audit, one_run_audit, scalar_audit
+    """Run the audits and print each lower bound beside its claim."""
+    from opacus_ac.audit import canary_audit, noise_audit, one_run_audit, scalar_audit
 
     settings = _clipping(options.clipping) | {
         "grad_sample_mode": options.mode,
@@ -63,6 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     noise = {"noise_multiplier": options.noise_multiplier}
     results = [
         canary_audit(steps=options.steps, **noise, **settings),
+        noise_audit(steps=max(50, options.steps * 2 // 5), **noise, **settings),
         scalar_audit(runs=options.runs, **noise, **settings),
         one_run_audit(target_epsilon=options.target_epsilon, **settings),
     ]
