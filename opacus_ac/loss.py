@@ -67,6 +67,18 @@ def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int
     return torch.where(counted, row_losses.view(users, -1), 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """Return the cross entropy ``[B, T]`` of every position, as :func:`per_record_token_loss` averages it; 0 where ignored."""
+    _check_shapes(logits, labels)
+    rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        _check_labels(labels, logits.shape[-1], ignore_index)
+        losses: torch.Tensor = _TokenLoss.apply(rows, targets, ignore_index)
+    else:  # torch.func does not know functions with a context
+        losses = _plain_token_loss(rows, targets, ignore_index)
+    return losses.view(labels.shape)
+
+
 def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
     """Return the mean cross entropy over each record's own labelled positions.
 
@@ -90,15 +102,9 @@ def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_ind
     >>> [round(x, 4) for x in loss.tolist()]
     [1.3863, 0.0]
     """
-    _check_shapes(logits, labels)
-    rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        _check_labels(labels, logits.shape[-1], ignore_index)
-        losses: torch.Tensor = _TokenLoss.apply(rows, targets, ignore_index)
-    else:  # torch.func does not know functions with a context
-        losses = _plain_token_loss(rows, targets, ignore_index)
+    losses = token_losses(logits, labels, ignore_index)
     counts = (labels != ignore_index).sum(1).clamp(min=1)
-    return losses.view(labels.shape).sum(1) / counts
+    return losses.sum(1) / counts
 
 
 def per_record_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -121,7 +127,7 @@ def per_record_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore
     """
     _check_shapes(logits, labels)
     # Shifting the labels copies [B, T]; cutting the last logits would copy [B, T, V], forward and backward.
-    return per_record_token_loss(logits, _next_tokens(labels, ignore_index), ignore_index)
+    return per_record_token_loss(logits, next_tokens(labels, ignore_index), ignore_index)
 
 
 def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
@@ -162,7 +168,7 @@ def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_inde
     _check_shapes(logits, labels)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return per_record_causal_lm_loss(logits, labels, ignore_index)
-    targets = _next_tokens(labels, ignore_index)
+    targets = next_tokens(labels, ignore_index)
     _check_labels(targets, logits.shape[-1], ignore_index)
     # Overwriting these would reach tensors that others hold, or hide the gradient from them.
     if logits.is_leaf or logits.retains_grad or logits._is_view() or not logits.is_contiguous():
@@ -331,7 +337,7 @@ def _overwrite_rows(logits: torch.Tensor, targets: torch.Tensor, weights: torch.
     return (gap + total.log())[:, 0]
 
 
-def _next_tokens(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def next_tokens(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Return ``[B, T]``: the label that each position predicts; the last position predicts none."""
     shifted = torch.full_like(labels, ignore_index)
     shifted[:, :-1] = labels[:, 1:]

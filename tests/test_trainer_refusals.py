@@ -1,6 +1,7 @@
 """What PrivateTrainer refuses: each reason by name, all of them in one message, nothing changed before."""
 
 import copy
+import math
 import types
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_trainer import arguments, privacy, rows, trainer, weights
 from torch.utils.data import IterableDataset
 from transformers import (
     BertConfig,
+    BertForPreTraining,
     BertForSequenceClassification,
     DataCollatorWithFlattening,
     Trainer,
@@ -142,12 +144,21 @@ def classifier():
     return BertForSequenceClassification(config)
 
 
-def test_a_classifier_trains_without_a_noisy_loss(tmp_path):
+@pytest.mark.parametrize("bound", [10.0, None])
+def test_a_classifier_trains_with_and_without_a_noisy_loss(bound, tmp_path):
     data = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows(64))]
-    with pytest.raises(ValueError, match=r"loss_bound=10: .* BertForSequenceClassification"):
-        made(tmp_path, model=classifier(), train_dataset=data)
-    private = trainer(tmp_path, model=classifier(), data=data, settings={"loss_bound": None})
-    assert private.train().global_step == 3
+    settings = {"loss_bound": bound, "noise_multiplier": 0.0, "clip_policy": "fixed"}
+    private = trainer(tmp_path, model=classifier(), data=data, settings=settings)
+    result = private.train()
+    assert result.global_step == 3
+    assert (0 < result.training_loss < 3) if bound else math.isnan(result.training_loss)
+
+
+def test_a_model_whose_losses_of_records_are_not_known_has_no_noisy_loss(tmp_path):
+    model = BertForPreTraining(classifier().config)
+    with pytest.raises(ValueError, match=r"loss_bound=10: .* BertForPreTraining"):
+        made(tmp_path, model=model)
+    made(tmp_path, model=model, settings=privacy(loss_bound=None))
 
 
 @pytest.mark.parametrize("bound", [10.0, None])

@@ -4,9 +4,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3MoeConfig,
@@ -79,22 +76,6 @@ def test_evaluation_records_nothing():
     model.eval()
     model(**inputs)
     assert tape.take() is None
-
-
-def test_a_loss_that_is_not_known_per_record_is_refused():
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, num_labels=3,
-    )  # fmt: skip
-    masked = BertForMaskedLM(config).train()
-    use_record_loss(masked, LossTape())
-    ids = torch.randint(0, 50, (2, 5))
-    with pytest.raises(ValueError, match="mean over records"):
-        masked(input_ids=ids, labels=ids)
-    masked(input_ids=ids)  # without labels the user computes the loss
-    classifier = BertForSequenceClassification(config).train()
-    use_record_loss(classifier, LossTape())
-    assert classifier(input_ids=ids, labels=torch.tensor([0, 1])).loss.dim() == 0
 
 
 def test_router_loss_is_refused():

@@ -33,7 +33,7 @@ from opacus_ac.integrations.trainer_checks import (
 from opacus_ac.integrations.trainer_ranks import RanksTrainer, refused_processes
 from opacus_ac.integrations.trainer_released import ReleasedLog
 from opacus_ac.integrations.trainer_silent import LOSS_KEYS, PRIVATE_KEYS
-from opacus_ac.integrations.transformers import has_record_losses, use_record_loss
+from opacus_ac.integrations.transformers import averages_tokens, use_record_loss
 from opacus_ac.loss import LossTape
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.preparation import public_settings
@@ -293,7 +293,7 @@ class PrivateTrainer(RanksTrainer):
         losses = optimizer.tape.take()
         if losses is not None:
             optimizer.record_losses(losses)
-        elif has_record_losses(self.model):
+        elif averages_tokens(self.model) or self.privacy.loss_bound is not None:
             raise ValueError(
                 f"compute_loss of {type(self).__name__} bypassed the model's loss per record: call the model with labels and "
                 "return its .loss, or give a loss per record [B] to private_optimizer.record_losses and return its mean"
