@@ -20,6 +20,7 @@ from opacus_ac.control import ClipRateControl, WeightEMA
 from opacus_ac.distributed.meeting import meet
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
+from opacus_ac.grad_sample.alone import RecordsAlone
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.loss import LossTape
 from opacus_ac.mechanism import GaussianMechanism, StepRelease
@@ -138,6 +139,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.control = ClipRateControl(target) if lr_control is True else (lr_control or None)
         self.ema = None if ema_decay is None else WeightEMA(self.params, ema_decay)
         self.tape = LossTape()
+        self.alone: RecordsAlone | None = None
         self.released: StepRelease | None = None
         self.current_event: Event | None = None
         self.charge: Callable[[Event | None], None] | None = None
@@ -222,6 +224,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         draw = self.plan.current() if self.plan is not None else None
         weights = self._weights()
         norms = self.source.finish_batch() if weights is None else self.source.finish_batch(weights)
+        if self.alone is not None:
+            self.alone.check(self.source)
         losses = self.tape.take()
         self._check_records(draw, norms)
         self._begin(draw)

@@ -23,6 +23,7 @@ from opacus_ac.data import PrivateDataLoader
 from opacus_ac.distributed.records import check_same_records
 from opacus_ac.distributed.roles import check_alike, check_noise, check_wrappers, parameter_layout
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
+from opacus_ac.grad_sample.alone import RecordsAlone
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
 from opacus_ac.grad_sample.precision import check_environment
@@ -311,6 +312,8 @@ def attach(
         check_peft(module)
         register_rules(module)
         check_model(module, mode=mode)
+        optimizer.alone = RecordsAlone(module, lambda: optimizer.steps_taken)
+        undo.append(optimizer.alone.remove)
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction, users))
         undo.append(expand_broadcast_embeddings(module).remove)
         undo.append(lambda: _remove_opacus_hooks(module))
