@@ -63,7 +63,7 @@ def replace_other_states() -> Undo:
     random.seed(os.urandom(64))
     numpy_before: Any = np.random.get_state() if "numpy.random" in sys.modules else None
     if numpy_before is not None:
-        np.random.set_state(("MT19937", np.frombuffer(os.urandom(4 * _WORDS), dtype=np.uint32), _WORDS))
+        np.random.set_state(("MT19937", np.frombuffer(os.urandom(4 * _WORDS), dtype=np.uint32), _WORDS, 0, 0.0))
 
     def undo() -> None:
         random.setstate(before)
