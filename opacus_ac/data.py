@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+import os
+import secrets
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-import torch
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
+from opacus_ac.delivery import tensors_of
 from opacus_ac.randomness import RandomStream
 from opacus_ac.sampling import (
     BatchSizes,
     FixedSizeBatchSampler,
+    Pass,
     PoissonBatchSampler,
     PrivateBatchSampler,
     RateSchedule,
     SamplingPlan,
     ShuffledBatchSampler,
     TruncatedPoissonBatchSampler,
+    Worker,
 )
 from opacus_ac.users import UserRows
 
@@ -30,42 +43,93 @@ _DRAWING: dict[str, type[PoissonBatchSampler]] = {
 }
 
 
-def constant_like(batch: Any) -> Any:
-    """Return ``batch`` with every tensor zeroed and every string emptied: its structure without its content.
+class EmptySafeCollate:
+    """Collates a batch; in the place of an empty one comes a stand-in, which the optimizer gives weight zero.
+
+    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that the batch was
+    empty. The stand-in is made of the first rows of the dataset, because no made-up row is sure to pass through every tokenizer, packer and
+    model: of one row, or of as many as ``collate_fn`` wants. Its gradients are left out of every sum, not multiplied by zero, so
+    no release depends on it. Each is a fresh object, which the loop may change.
+
+    Args:
+        collate_fn: puts a list of rows together.
+        dataset: where the first rows come from.
 
     Raises:
-        ValueError: the batch holds something other than tensors, numbers, strings and containers of them.
-    """
-    if isinstance(batch, torch.Tensor):
-        return torch.zeros_like(batch)
-    if isinstance(batch, str | bytes | bool | int | float) or batch is None:
-        return None if batch is None else type(batch)()
-    if isinstance(batch, Mapping):
-        return type(batch)({key: constant_like(value) for key, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(constant_like(value) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(constant_like(value) for value in batch)
-    raise ValueError(
-        f"cannot make a stand-in for an empty batch from {type(batch).__name__}: let collate_fn return tensors in "
-        "dicts, lists or tuples"
-    )
-
-
-class EmptySafeCollate:
-    """Collates a batch; an empty batch becomes a constant batch of one record, which the optimizer gives weight zero.
-
-    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that
-    the batch was empty.
+        ValueError: no batch can be made of the first rows.
     """
 
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], example: Any) -> None:
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], dataset: Any) -> None:
         self.collate_fn = collate_fn
-        self.stand_in = constant_like(collate_fn([example]))
+        self._rows: list[Any] = []
+        failure: Exception | None = None
+        for count in range(1, min(_ROWS_OF_A_STAND_IN, len(dataset)) + 1):
+            self._rows.append(dataset[count - 1])
+            try:
+                if next(tensors_of(self._stand_in()), None) is not None or count == len(dataset):
+                    return
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise ValueError(
+                f"collate_fn makes no batch of the first {len(self._rows)} rows of the dataset ({type(failure).__name__}: {failure}), and a "
+                "Poisson batch may have any number of rows: let it take any list of rows"
+            ) from failure
+        del self._rows[1:]  # a batch without tensors, which the loop makes
+
+    def _stand_in(self) -> Any:
+        return self.collate_fn(copy.deepcopy(self._rows))
 
     def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of ``records``, or the stand-in when there are none."""
-        return self.collate_fn(records) if records else self.stand_in
+        """Return the batch of ``records``, or a stand-in when there are none."""
+        return self.collate_fn(records) if records else self._stand_in()
+
+
+_ROWS_OF_A_STAND_IN = 8
+"""Rows that a stand-in is made of, at most."""
+
+_PLANS: weakref.WeakValueDictionary[str, SamplingPlan] = weakref.WeakValueDictionary()
+"""The plans of this process, by the names that batches carry from a worker."""
+
+
+class ArrivingCollate:
+    """Collates for loaders around our sampler, and tells the plan of every batch that reaches this process.
+
+    Args:
+        collate: collates a batch.
+        plan: sampling plan of the private loader.
+    """
+
+    def __init__(self, collate: EmptySafeCollate, plan: SamplingPlan) -> None:
+        self.collate = collate
+        self._plan = secrets.token_hex(8)
+        _PLANS[self._plan] = plan
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of ``records``, or a stand-in when there are none; in a worker, packed for its way out."""
+        batch = self.collate(records)
+        worker = get_worker_info()
+        if worker is not None:
+            return _Parcel(batch, (self._plan, len(records), Worker(os.getpid(), worker.id, worker.num_workers)))
+        return _unpack(batch, (self._plan, len(records), None))
+
+
+class _Parcel:
+    """A batch on its way out of a worker: it is the batch itself again, and known, as soon as it is read."""
+
+    def __init__(self, batch: Any, label: tuple[str, int, Worker | None]) -> None:
+        self.batch, self.label = batch, label
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, (self.batch, self.label)
+
+
+def _unpack(batch: Any, label: tuple[str, int, Worker | None]) -> Any:
+    name, records, worker = label
+    plan = _PLANS.get(name)
+    if plan is not None:
+        plan.arrive(batch, records, worker)
+    return batch
 
 
 class PrivateDataLoader(DataLoader[Any]):
@@ -78,11 +142,16 @@ class PrivateDataLoader(DataLoader[Any]):
         users: tells, where a record is a user, how many users the rows of the batch in hand belong to; None otherwise.
     """
 
+    _is_accelerate_prepared = True
+    """Has ``accelerate`` take the loader as it is: its own would fetch a batch ahead, and join batches into one step."""
+
     def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
+        collate = template._collate.collate_fn if isinstance(template, PrivateDataLoader) else template.collate_fn
+        self._collate = EmptySafeCollate(collate, template.dataset)
         super().__init__(
             dataset=template.dataset,
             batch_sampler=batch_sampler,
-            collate_fn=EmptySafeCollate(template.collate_fn, template.dataset[0]),
+            collate_fn=ArrivingCollate(self._collate, batch_sampler.plan),
             num_workers=template.num_workers,
             pin_memory=template.pin_memory,
             timeout=template.timeout,
@@ -107,15 +176,21 @@ class PrivateDataLoader(DataLoader[Any]):
         return self.plan.sizes.rate(self.plan.step)
 
     def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]
-        self.plan.open()
+        passing, batches = self._begin()
+        for batch in batches:
+            self.plan.deliver(passing, batch)
+            if self.users is not None:
+                self.users.note(batch)
+            yield batch
+
+    def _begin(self) -> tuple[Pass, Iterator[Any]]:
+        """Start a pass; what it fetches is delivered here, so it need not be told of."""
+        shown, self.collate_fn, self.plan.own_loader = self.collate_fn, self._collate, True
         try:
-            for batch in super().__iter__():
-                self.plan.deliver()
-                if self.users is not None:
-                    self.users.note(batch)
-                yield batch
+            batches = super().__iter__()
+            return self.plan.latest, batches
         finally:
-            self.plan.close()
+            self.collate_fn, self.plan.own_loader = shown, False
 
 
 class LogicalBatches:

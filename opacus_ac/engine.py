@@ -34,6 +34,7 @@ from opacus_ac.preparation import (
     expect_finite,
     inner_optimizer,
     named_parameters,
+    observe,
     public_settings,
     random_streams,
 )
@@ -251,7 +252,7 @@ class PrivacyEngine(AccountedEngine):
             ranks.sync_module(module)
             if measured.ema is not None:
                 measured.ema.reset()  # the weights of rank 0 are those that count
-            self._undo.append((module, lambda: None))
+            self._undo.append((module, observe(module, measured, measured.coordinates.parameters)))
             self._adopt(measured, loader)
             return module, measured, loader
         policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)

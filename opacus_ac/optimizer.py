@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,17 +18,34 @@ from opacus_ac.accounting import Event
 from opacus_ac.allocation import GroupWeights
 from opacus_ac.clipping import ClipPolicy, build_policy
 from opacus_ac.control import ClipRateControl, WeightEMA
-from opacus_ac.distributed.meeting import meet
-from opacus_ac.distributed.reducers import LOCAL, Reducer
+from opacus_ac.delivery import Delivery, Draw, Sight, tensors_of
+from opacus_ac.distributed.meeting import meet, report_failure
+from opacus_ac.distributed.reducers import LOCAL, Reducer, Source
 from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
 from opacus_ac.grad_sample.alone import RecordsAlone
-from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
+from opacus_ac.grad_sample.sources import GradientSource, OnlyTrained, PerSampleSource
+from opacus_ac.logical_batch import APPLIED, CHARGED, OPEN, RELEASED, LogicalBatch, Terms
 from opacus_ac.loss import LossTape
 from opacus_ac.mechanism import GaussianMechanism, StepRelease
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
-from opacus_ac.sampling import Draw, SamplingPlan
+from opacus_ac.sampling import SamplingPlan
 from opacus_ac.statistics import StepStatistics
 from opacus_ac.step_state import STATE_KEY, check_private_state, load_private_state, private_state
+from opacus_ac.watch import ModelWatch
+
+_NOT_COPIED = (
+    "charge",
+    "on_unknown_batch",
+    "plan",
+    "reducer",
+    "source",
+    "watch",
+    "step_hook",
+    "_batch",
+    "_delivery",
+    "_sights",
+)
+"""What a copy of an optimizer must not have: the account, the draws, the records, the processes."""
 
 
 class AdaptiveClipDPOptimizer(DPOptimizer):
@@ -146,8 +164,12 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.on_unknown_batch: Callable[[], None] = lambda: None
         self.steps_taken = 0
         self.private_nonfinite_records = 0
-        self._open_batch: int | None = None
-        self._open_bound, self._open_weights = self.policy.bound, self._weights()
+        self.watch: ModelWatch | None = None
+        self._released = list(self.params)
+        self._batch: LogicalBatch | None = None
+        self._delivery: Delivery | None = None
+        self._sights: list[Sight] = []
+        self._is_copy = False
 
     # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
 
@@ -192,6 +214,12 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             "in bfloat16 autocast, which needs no scaler (bf16=True), or in float32"
         )
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Note, as Opacus does, whether the next physical batch is one that others of its logical batch follow."""
+        super().signal_skip_step(do_skip)
+        if self.plan is not None:
+            self.plan.split(last=not do_skip)
+
     def record_losses(self, losses: Tensor) -> None:
         """Give the records' losses ``[B]`` of the batch in hand, for the noisy loss of the release."""
         self.tape.record(losses)
@@ -202,50 +230,222 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if not self._is_last_step_skipped:
             self.reducer.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
+        self._sights = self._sights[-1:]  # a forward pass may have come before, and its backward pass follow
+
+    # ---------------------------------------------------------------- which batch
+
+    def see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """Note which batch a forward pass of the model runs on; a hook before it."""
+        if not self._measures():
+            return
+        sight = Sight(None) if self.plan is None else self.plan.see(list(tensors_of((args, kwargs))))
+        again = any(sight.delivery is s.delivery for s in self._sights)
+        if not self.source.holds_records and not again:
+            self._look_away()  # an earlier pass that no backward pass followed
+        if self.watch is not None:
+            self.watch.begin()
+        if self.plan is not None and (not again or sight.repeats):
+            self._sights.append(sight)
+
+    def _measures(self) -> bool:
+        """Whether a forward pass now is one whose gradients a step may use."""
+        return torch.is_grad_enabled()
+
+    def _look_away(self) -> None:
+        """Forget what was seen: what comes next belongs to another physical batch."""
+        self._sights = []
+        if self.watch is not None:
+            self.watch.end()
+
+    def _origin(self) -> Delivery | None:
+        """Return the unused delivery that the gradients in hand come from; None where their origin is unknown.
+
+        Raises:
+            ValueError: they come from several draws, or a record may be in them twice.
+        """
+        if self.plan is None:
+            return None
+        if not self._sights:  # the model was called by its parts, or not at all
+            return self.plan.in_hand
+        if len({id(sight.delivery) for sight in self._sights}) > 1:
+            raise ValueError(
+                "gradients of more than one batch went into one step: a record that was drawn twice would count twice, at the price "
+                "of one draw. Call optimizer.zero_grad() and optimizer.step() once for every batch of the loader; for larger "
+                "batches choose the batch_size of the loader, for less memory max_physical_batch_size in make_private"
+            )
+        sight = self._sights[-1]
+        if sight.delivery is not None and sight.delivery.used:
+            if sight.delivery.draw.part or not sight.delivery.draw.last:
+                raise ValueError(
+                    "a physical batch is used again, whose records are in the sums of its logical batch already, or were. Take one step for "
+                    "every batch of the loader, in its order"
+                )
+            return None
+        if sight.repeats:
+            raise ValueError(
+                "two rows of a batch of unknown origin are the same, and one record in it twice would count twice. Take the "
+                "batches from the loader that make_private returned"
+            )
+        return sight.delivery
+
+    def _is_skipped(self, delivery: Delivery | None) -> bool:
+        """Return whether more physical batches of the logical one follow, as the draw says, or Opacus's signals.
+
+        Raises:
+            ValueError: the signals would join batches that were drawn each for itself.
+        """
+        signalled = self._check_skip_next_step(pop_next=False)
+        if delivery is None or self.plan is None:
+            if signalled and self.plan is not None:
+                raise ValueError(
+                    "a part of a logical batch is of unknown origin, so nothing tells whether a record is in it twice. Take the "
+                    "batches from the loader that make_private returned, or from BatchMemoryManager around it, each once"
+                )
+            return signalled
+        if signalled and delivery.draw.last and not delivery.split:
+            raise ValueError(
+                "signal_skip_step() would join this batch with the next one, which is drawn for itself: a record in both would count "
+                "twice. Choose the batch_size of the loader, and max_physical_batch_size in make_private"
+            )
+        return not delivery.draw.last
+
+    # ---------------------------------------------------------------- clipping
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Clip and count the batch in hand; on the last physical batch account for the step and release it."""
-        draw = self.plan.current() if self.plan is not None else None
+        """Clip and count the batch in hand; on the last physical batch account for the step and release it.
+
+        A physical batch is added whole or not at all: what fails before the release begins takes it out again, so that it can be
+        tried again. What fails later, or between two physical batches, kills the logical batch.
+        """
         self.clip_and_accumulate()
-        skip = self._check_skip_next_step() or (draw is not None and not draw.last)
+        delivery, batch = self._delivery, self._batch
+        assert batch is not None
+        try:
+            skip = self._is_skipped(delivery)
+            if not skip:
+                self._account(None if delivery is None else delivery.draw)
+        except BaseException:
+            self._withdraw()
+            raise
+        self._check_skip_next_step()  # the signal has been followed
+        if delivery is not None:
+            delivery.used = True
         if skip:
             self._settle()
             self._is_last_step_skipped = True
-            if draw is not None and self.plan is not None and self.plan.through_loader:
-                self.plan.consume()
+            self._look_away()
             return False
-        self._account(draw)
-        self.add_noise()
         self._is_last_step_skipped = False
+        batch.advance(RELEASED)
+        try:
+            self.add_noise()
+        except BaseException:
+            self._drop()
+            raise
         return True
 
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients and the statistics of the batch in hand to those of its logical batch."""
-        draw = self.plan.current() if self.plan is not None else None
-        weights = self._weights()
-        norms = self.source.finish_batch() if weights is None else self.source.finish_batch(weights)
-        if self.alone is not None:
-            self.alone.check(self.source)
-        losses = self.tape.take()
-        self._check_records(draw, norms)
-        self._begin(draw)
+        if self._is_copy:
+            raise ValueError(
+                "this is a copy of a private optimizer, whose steps nobody would account for: step the optimizer that make_private returned"
+            )
+        try:
+            delivery = self._origin()
+            draw = None if delivery is None else delivery.draw
+            self._check_outside()
+            weights = self._weights()
+            norms = self.source.finish_batch() if weights is None else self.source.finish_batch(weights)
+            losses = self.tape.take()
+            self._check_records(draw, norms)
+            if self.alone is not None:
+                self.alone.check(self.source)
+            self._begin(delivery)
+        except Exception:
+            self._die_together()
+            raise
+        self._delivery = delivery
+        before = self.statistics.sums()
         try:
             self._add_records(draw, norms, losses)
-        except BaseException:
+        except BaseException as error:
             # Part of the batch may be in the sums: were it retried, its records would count twice.
-            self.statistics.finish()
+            self.source.withdraw()
+            self.statistics.restore(before)
+            if isinstance(error, Exception):
+                self._die_together()
             raise
+        assert self._batch is not None
+        self._before = before
+        self._batch.parts += 1
+
+    def _withdraw(self) -> None:
+        """Take the physical batch in hand out of its logical batch again: its release has not begun."""
+        assert self._batch is not None
+        self.source.withdraw()
+        self.statistics.restore(self._before)
+        self._batch.parts -= 1
+        if self._batch.state == CHARGED:
+            self._batch.advance(OPEN)
+
+    def _drop(self) -> None:
+        """Give up the logical batch that is open, with all of its sums."""
+        if self._batch is not None:
+            self._batch.kill()
+        self._batch = None
+        self._is_last_step_skipped = False
+        self.statistics.finish()
+        self.source.clear(sums=True)
+        self.reducer.clear()
 
     def _weights(self) -> list[float] | None:
         """Return the public weights of the parameters, by which the release is scaled; None for 1."""
         return None if self.allocation is None else self.allocation.weights
+
+    def _terms(self) -> Terms:
+        """Return what has to stay as it is while a logical batch is open."""
+        weights = self._weights()
+        return Terms(
+            max_grad_norm=self.policy.bound,
+            noise_multiplier=self.mechanism.noise_multiplier,
+            weights=None if weights is None else tuple(weights),
+            trained=tuple(p.requires_grad for p in self._released),
+        )
+
+    def _check_outside(self) -> None:
+        """Refuse what would move weights without a release: gradients, parameters and changes that no sum knows."""
+        known = {id(p) for p in self._private_parameters()}
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.requires_grad == (id(parameter) in known) and (
+                    parameter.requires_grad or parameter.grad is None
+                ):
+                    continue
+                if not parameter.requires_grad and parameter.grad is None:
+                    continue  # frozen since
+                what = "has a gradient that was not clipped" if parameter.grad is not None else "is trained now"
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} in group {number} of the optimizer{self._name_of(parameter)} {what}, and is "
+                    "not among those that the private step trains, so that no release covers it. Freeze it and clear its "
+                    "gradient, or call engine.detach(model) and make_private again with all that is to be trained"
+                )
+        if self.watch is not None:
+            self.watch.check()
+
+    def _name_of(self, parameter: torch.nn.Parameter) -> str:
+        name = None if self.watch is None else self.watch.name_of(parameter)
+        return "" if name is None else f" ({name})"
+
+    def _private_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that a release may move."""
+        return self._released
 
     def _settle(self) -> None:
         """Turn the physical batch into sums before the next one comes."""
         try:
             self.reducer.settle(self.source)
         except BaseException:
-            self.statistics.finish()  # as above
+            self._drop()  # some parameters have the records in their sums, others not
             raise
 
     def _add_records(self, draw: Draw | None, norms: Tensor, losses: Tensor | None) -> None:
@@ -278,73 +478,97 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
-        if self.plan is None or draw is None or not self.plan.delivered(draw):
+        if self.plan is None or draw is None:
             if self.source.merged_passes:
                 raise ValueError(
                     "several forward passes of the model went into one backward pass, and without a batch of the "
                     "private loader nothing tells whether their records are the same. Call backward() after each "
                     "forward pass, or take the batches from the loader that make_private returned"
                 )
+            if self.plan is not None and self.source.backward_passes > 1:
+                raise ValueError(
+                    "several backward passes went into one step, and without a batch of the private loader nothing tells whether "
+                    "a record is in them twice. Take one step for every backward pass"
+                )
             return
-        if norms.shape[0] != max(draw.records, 1):
+        if draw.records and norms.shape[0] != draw.records:
             raise ValueError(
                 "the backward pass has another number of per-sample gradients than the loader's batch has records: "
                 "records were left out, or parts of the batch went through the model one after the other, which adds "
                 "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
             )
 
-    def _continues(self, draw: Draw | None) -> bool:
+    def _continues(self, delivery: Delivery | None) -> bool:
         """Whether the batch in hand belongs to the logical batch that is open."""
-        batch = None if draw is None else draw.batch
-        return self._is_last_step_skipped and self.statistics.started and batch == self._open_batch
+        batch = self._batch
+        if batch is None or batch.state != OPEN or not self.statistics.started:
+            return False
+        if delivery is None:
+            return batch.key is None and self._is_last_step_skipped
+        return batch.key == delivery.draw.batch
 
-    def _begin(self, draw: Draw | None) -> None:
-        """Open a logical batch, dropping what an interrupted one left behind."""
-        if self._continues(draw):
-            self._check_bound()
-            return
-        batch = None if draw is None else draw.batch
+    def _begin(self, delivery: Delivery | None) -> None:
+        """Go on with the logical batch that is open, or open another one, dropping what an interrupted one left behind."""
+        part = 0 if delivery is None else delivery.draw.part
+        if self._continues(delivery):
+            assert self._batch is not None
+            try:
+                self._batch.check(self._terms())
+            except ValueError:
+                self._give_up()
+                raise
+            if delivery is None or part == self._batch.parts:
+                return
+        if part > 0:
+            self._give_up()
+            raise ValueError(
+                "the physical batches before this one are not in the sums of their logical batch any more: a step failed, or a batch was left "
+                "out. Nothing of it was released; go on with the next batch of the loader, until a new logical batch begins"
+            )
         # Its records may be drawn again: adding them to the next batch would count one record twice.
-        for p in self.params:
+        for p in self._released:
             p.summed_grad = None
         self.reducer.clear()
-        self._open_batch, self._open_bound, self._open_weights = batch, self.policy.bound, self._weights()
+        self._batch = LogicalBatch(None if delivery is None else delivery.draw.batch, self._terms())
         self.statistics.begin(self.policy.bound, self.policy.gradient_share)
 
-    def _check_bound(self) -> None:
-        """Refuse a clipping norm that changed while a logical batch was under way: its noise would not fit."""
-        if self.policy.bound != self._open_bound:
-            raise ValueError(
-                f"max_grad_norm changed from {self._open_bound:g} to {self.policy.bound:g} within a logical batch: "
-                "step a grad clip scheduler only after optimizer.step() has taken a real step"
-            )
-        if self._weights() != self._open_weights:
-            raise ValueError(
-                "the weights of the noise allocation changed within a logical batch: its records were clipped by others. Load a "
-                "state, or update the allocation, only after optimizer.step() has taken a real step"
-            )
+    def _give_up(self) -> None:
+        """Kill the open logical batch before its records in hand are touched."""
+        if self._batch is not None:
+            self._batch.kill()
+        self._batch = None
+        self._is_last_step_skipped = False
+        self.statistics.finish()
+
+    def _die_together(self) -> None:
+        """Let the other processes know that this one takes no part in the release that they are about to meet for."""
+        delivery = self.plan.in_hand if self.plan is not None else None
+        if self.reducer.world > 1 and (delivery is None or delivery.draw.last):
+            report_failure(self.reducer, self.statistics, len(self._shared_constants(None)))
 
     def _account(self, draw: Draw | None) -> None:
         """Charge the step before anything of it is released."""
-        noise_multiplier = self.noise_multiplier
+        batch = self._batch
+        assert batch is not None
         if self.reducer.world > 1:
             # Around another loader over our sampler the batch in hand need not be the one that was announced.
-            known = draw if self.plan is not None and self.plan.delivered(draw) else None
-            meet(self.reducer, self.statistics, known, self._shared_constants(draw))
+            meet(self.reducer, self.statistics, draw, self._shared_constants(draw))
+        noise_multiplier = batch.terms.noise_multiplier if self.policy.is_private else 0.0
         if self.plan is None:
             self.current_event = None
         else:
             if draw is None:
                 self.on_unknown_batch()
-            event = self.plan.charge(draw, noise_multiplier)
+            event = self.plan.price(draw, noise_multiplier)
             self.current_event = None if event is None else replace(event, mechanism=self.mechanism.name)
             if self.charge is not None:
                 self.charge(self.current_event)
+            self.plan.paid(draw, noise_multiplier)  # only a charge that returned leaves a mark
+        batch.advance(CHARGED)
         self._draw = draw
         if self.step_hook:
             self.step_hook(self)
-        if self.plan is not None:
-            self.plan.consume()
+        batch.check(self._terms())
 
     def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
         """Return what must be the same to the last bit on all ranks, by name."""
@@ -365,16 +589,20 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def add_noise(self) -> None:
         """Release the step, scaled: the only place where private sums become public values."""
-        self._check_bound()
         bound, statistics = self.policy.bound, self.statistics
         multiplier = self.mechanism.gradient_multiplier(statistics)
         std, scale = multiplier * bound, self._gradient_scale()
         weights = self._weights()
-        stds = [std] * len(self.params) if weights is None else [std / w for w in weights]
-        self._noise = ({id(p): s for p, s in zip(self.params, stds, strict=True)}, scale, scale * self._denominator())
+        stds = [std] * len(self._released) if weights is None else [std / w for w in weights]
+        self._noise = (
+            {id(p): s for p, s in zip(self._released, stds, strict=True)},
+            scale,
+            scale * self._denominator(),
+        )
         if not self.fused_step:
-            noise = self.mechanism.noise(self.params, std if weights is None else stds, scale)
-            self.reducer.release(self.source, noise)
+            trained, source = self._trained()
+            own = std if weights is None else [self._noise[0][id(p)] for p in trained]
+            self.reducer.release(source, self.mechanism.noise(trained, own, scale))
         histogram, loss, profile = self.mechanism.release_statistics(statistics, self._denominator())
         statistics.finish()
         self.steps_taken += 1
@@ -391,6 +619,13 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             histogram=histogram,
             profile=profile,
         )
+
+    def _trained(self) -> tuple[list[torch.nn.Parameter], Source]:
+        """Return the parameters that this release moves, and where their sums come from: the frozen ones get no noise."""
+        trained = [p for p in self._released if p.requires_grad]
+        if len(trained) == len(self._released):
+            return trained, self.source
+        return trained, OnlyTrained(self.source, self._released)
 
     def _gradient_scale(self) -> float:
         """Return one over the public batch size, times C0 / C_t when ``normalize`` is set."""
@@ -413,23 +648,40 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        if not self.pre_step():
-            return None
+        return self._finish_step() if self.pre_step() else None
+
+    def _finish_step(self) -> float | None:
+        """Let everything that follows releases follow the one just made."""
         assert self.released is not None
-        self.policy.update(self.released)
-        searching = self._agree()
-        if self.plan is not None:
-            self.plan.step = self.steps_taken
-        if searching:
-            if self.fused_step:
+        assert self._batch is not None
+        try:
+            self.policy.update(self.released)
+            searching = self._agree()
+            if self.plan is not None:
+                self.plan.step = self.steps_taken
+            result = None if searching else self._apply_release()
+            if searching and self.fused_step:
                 self.source.clear(sums=True)
-            return None
+            self._batch.advance(APPLIED)
+        except BaseException:
+            self._drop()
+            raise
+        finally:
+            self._sights = []
+        if self.watch is not None:
+            self.watch.check_applied()
+        return result
+
+    def _apply_release(self) -> float | None:
+        """Let the inner optimizer, and all that follows releases, move by what was released."""
+        assert self.released is not None
         with self._controlled_learning_rate():
             result: float | None = None
             if self.fused_step:
                 self._fused_inner_step()
             else:
-                self._announce(self.params, [p.grad for p in self.params])
+                trained, _ = self._trained()
+                self._announce(trained, [p.grad for p in trained])
                 result = self.original_optimizer.step()
         if self.control is not None:
             self.control.update(self.policy.clip_rate(self.released))
@@ -463,8 +715,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self.mechanism.noise_in_place(totals, std[0] if weights is None else std, scale)
             self._announce(parameters, totals)
 
-        applying = FusedStep(self.original_optimizer, self.params, release)
-        for parameter, total in zip(self.params, self.source.sums(applying.place), strict=True):
+        trained, source = self._trained()
+        applying = FusedStep(self.original_optimizer, trained, release)
+        for parameter, total in zip(trained, source.sums(applying.place), strict=True):
             applying.add(parameter, total)
         applying.flush()
 
@@ -512,6 +765,16 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         The noise stream is saved only when it was seeded for a test; a secret stream never is.
         """
         return {**self.original_optimizer.state_dict(), STATE_KEY: private_state(self)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveClipDPOptimizer:
+        """Return a copy that holds weights and state but takes no step: nobody would account for it."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in self.__dict__.items():
+            copied.__dict__[name] = None if name in _NOT_COPIED else copy.deepcopy(value, memo)
+        copied.reducer, copied._is_copy, copied._sights = LOCAL, True, []
+        copied.on_unknown_batch = lambda: None
+        return copied
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the private part of ``state_dict`` if it fits this optimizer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SAMPLING, SamplingPlan
 from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
 from opacus_ac.users import UserRows
+from opacus_ac.watch import ModelWatch
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 Undo = Callable[[], None]
@@ -91,7 +92,16 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer to make private; one that was made private before is unwrapped, as by Opacus."""
+    """Return the optimizer to make private; one that was made private before is unwrapped, as by Opacus.
+
+    Raises:
+        ValueError: another optimizer is wrapped, whose wrapper decides by itself when it steps.
+    """
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        raise ValueError(
+            f"the optimizer is wrapped in {type(optimizer).__name__}, which may leave out steps that are charged: pass the optimizer inside (its "
+            "attribute optimizer), and prepare what make_private returns"
+        )
     return optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
 
 
@@ -328,11 +338,43 @@ def attach(
                 strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
                 force_functorch=mode == "functorch",
             )
+        undo.append(observe(module, optimizer, named_parameters(module, optimizer.original_optimizer)[0]))
         undo.append(lambda: optimizer.source.clear(sums=True))
     except BaseException:
         take_off()
         raise
     return wrapped, take_off
+
+
+class _Eyes:
+    """The hook by which the optimizer sees every forward pass of exactly this model object; copies of the model have none."""
+
+    def __init__(self, module: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
+        self._module, self._see = id(module), optimizer.see
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if id(module) == self._module:
+            self._see(module, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Eyes:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blind, ()
+
+
+def _blind() -> Callable[..., None]:
+    """What the hook becomes in a pickled model."""
+    return _see_nothing
+
+
+def _see_nothing(*_: Any) -> None: ...
+
+
+def observe(module: nn.Module, optimizer: AdaptiveClipDPOptimizer, trained: Sequence[nn.Parameter]) -> Undo:
+    """Have the optimizer see which batch goes into the model, and whether the model changes; return what undoes it."""
+    optimizer.watch = ModelWatch(module, trained, moves=isinstance(optimizer, ZerothOrderDPOptimizer))
+    return module.register_forward_pre_hook(_Eyes(module, optimizer), prepend=True, with_kwargs=True).remove
 
 
 def _remove_opacus_hooks(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Which records enter a step, and with which probability: drawn here, carried with the batch, accounted as drawn.
 
-A :class:`Draw` travels beside every physical batch, so that the rate that is accounted is the rate that was drawn,
-whatever the user's loop skips, repeats or interrupts.
+Every physical batch that reaches the loop is tied to its :class:`~opacus_ac.delivery.Draw`, so that the rate that is accounted
+is the rate that was drawn, whatever the loop skips, repeats or interrupts.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
 from opacus_ac.accounting import Event, ShuffledEpochs
+from opacus_ac.delivery import Delivery, Draw, Recognition, Sight, rows_repeat
 from opacus_ac.randomness import RandomStream
 
 RateSchedule = Callable[[int], float] | Sequence[float]
@@ -27,30 +29,8 @@ SAMPLING = ("poisson", "truncated_poisson", "fixed_size", "shuffled")
 _UNIFORMS = 2.0**53
 """Number of values of a float64 uniform draw."""
 
-
-@dataclass(frozen=True)
-class Draw:
-    """How a physical batch came about.
-
-    Attributes:
-        batch: number of the logical batch that it belongs to.
-        sample_rate: probability with which each record was drawn; 1 where no amplification by sampling holds.
-        expected_batch_size: public denominator of the logical batch.
-        records: number of records in this physical batch; private. 0 marks a constant stand-in for an empty batch.
-        last: whether this is the last physical batch of its logical batch.
-        pass_index: pass over the data that it belongs to.
-        step_in_pass: number of the logical batch within that pass.
-        selection: hash of all records of the logical batch, of all processes; private.
-    """
-
-    batch: int
-    sample_rate: float
-    expected_batch_size: float
-    records: int
-    last: bool
-    pass_index: int
-    step_in_pass: int
-    selection: int = 0
+_UNKNOWN = -1
+"""Number of records of a part that another loader makes, until it comes."""
 
 
 class BatchSizes:
@@ -112,6 +92,73 @@ class BatchSizes:
         return self.expected(step) / self.dataset_size
 
 
+@dataclass(frozen=True)
+class Worker:
+    """A process that puts batches together for a loader.
+
+    Attributes:
+        process: its process id.
+        number: its number among the workers of the loader.
+        workers: how many there are; they take batches in turns.
+    """
+
+    process: int
+    number: int
+    workers: int
+
+
+class Pass:
+    """One iteration over the sampler: what it has announced, and what of that has come.
+
+    Args:
+        number: number of the pass.
+        own: whether our own loader iterates.
+    """
+
+    def __init__(self, number: int, *, own: bool) -> None:
+        self.number, self.own = number, own
+        self.announced: deque[Draw] = deque()
+        self.ended = False
+        self.is_split = False
+        self._latest: Draw | None = None
+        self._arrived = 0
+        self._taken: dict[int, Draw] = {}
+        self._places = 0
+        self._workers: dict[int, tuple[int, int]] = {}
+
+    def announce(self, draw: Draw) -> None:
+        """Note a physical batch that will come."""
+        self.announced.append(draw)
+        self._latest = None if draw.part else draw
+
+    def split(self, last: bool) -> None:
+        """Announce the next part of the logical batch that was announced last; its parts come in its stead."""
+        self.is_split = True
+        if self._latest is None:
+            return
+        if self._latest.records != _UNKNOWN:  # not split yet
+            self.announced.pop()
+            self._latest = replace(self._latest, records=_UNKNOWN, last=last)
+        else:
+            self._latest = replace(self._latest, part=self._latest.part + 1, last=last)
+        self.announced.append(self._latest)
+
+    def take(self, worker: Worker | None) -> Draw | None:
+        """Return the draw of a batch that has just been put together; None where that is not known."""
+        if worker is None:
+            place, self._arrived = self._arrived, self._arrived + 1
+        else:
+            process, count = self._workers.get(worker.number, (worker.process, 0))
+            if process != worker.process or not (self.announced or self._taken or self._places):
+                return None  # of workers of another loader, or left over from the pass before
+            self._workers[worker.number] = process, count + 1
+            place = worker.number + worker.workers * count
+        while self.announced and self._places <= place:
+            self._taken[self._places] = self.announced.popleft()
+            self._places += 1
+        return self._taken.pop(place, None)
+
+
 class SamplingPlan:
     """Joins sampler, loader and optimizer: which draw the batch in hand came from, and what its step costs.
 
@@ -144,82 +191,125 @@ class SamplingPlan:
         self.max_batch_size, self.max_rows_per_user = max_batch_size, max_rows_per_user
         self.step = 0
         self.passes = 0
+        self.own_loader = False
         self._batches = 0
-        self._emitted: deque[Draw] = deque()
-        self._current: Draw | None = None
-        self._through_loader = False
+        self.latest = Pass(0, own=True)
+        self._pulled = self.latest
+        self._of_worker: dict[int, Pass] = {}
+        self._current: Delivery | None = None
+        self._ahead = False
+        self._recognition = Recognition()
         self._epochs = ShuffledEpochs()
 
-    def open(self) -> None:
-        """Start a pass through our loader."""
-        self._through_loader = True
-        self._emitted.clear()
-        self._current = None
+    # ---------------------------------------------------------------- announcing
 
-    def close(self) -> None:
-        """End a pass through our loader."""
-        self._through_loader = False
-        self._emitted.clear()
-
-    @property
-    def through_loader(self) -> bool:
-        """Whether batches are delivered by our loader now (and not by another loader around our sampler)."""
-        return self._through_loader
-
-    def begin_pass(self) -> int:
-        """Count a new pass and return the step at which it starts."""
+    def begin_pass(self) -> Pass:
+        """Count a new pass of the sampler, by our loader if ``own_loader`` is set, else by a loader around it."""
         self.passes += 1
-        self._emitted.clear()
-        self._current = None
-        return self.step
+        self.latest = Pass(self.passes, own=self.own_loader)
+        self._current, self._ahead = None, False
+        return self.latest
 
-    def emit(self, step_in_pass: int, expected: float, sizes: Sequence[int], selection: int = 0) -> None:
+    def emit(self, passing: Pass, step_in_pass: int, expected: float, sizes: Sequence[int], selection: int = 0) -> None:
         """Announce the physical batches, of ``sizes`` records, of the next logical batch, ``expected`` records large.
 
         ``selection`` is the hash of its records.
         """
         self._batches += 1
+        self._pulled = passing
         rate = 1.0 if self.sampling == "shuffled" else expected / self.sizes.dataset_size
-        for i, records in enumerate(sizes):
-            last = i == len(sizes) - 1
-            draw = Draw(self._batches, rate, expected, records, last, self.passes, step_in_pass, selection)
-            self._emitted.append(draw)
+        for part, records in enumerate(sizes):
+            last = part == len(sizes) - 1
+            draw = Draw(self._batches, rate, expected, records, last, passing.number, step_in_pass, selection, part)
+            passing.announce(draw)
 
-    def deliver(self) -> None:
+    def split(self, last: bool) -> None:
+        """Note that a loader around our sampler makes a physical batch of the logical one that was announced last."""
+        self._pulled.split(last)
+
+    # ---------------------------------------------------------------- delivering
+
+    def deliver(self, passing: Pass, batch: Any) -> None:
         """Note that our loader hands the next announced physical batch to the user."""
-        if self._current is not None and not self._current.last:
+        before = self._current
+        if before is not None and not before.used and not before.draw.last:
             raise RuntimeError(
                 "a physical batch was not followed by optimizer.step(): with max_physical_batch_size every batch "
                 "of the loader needs its own backward() and step(), or part of the logical batch is lost"
             )
-        self._current = self._emitted.popleft()
+        self._hand_out(Delivery(passing.announced.popleft()), batch)
+
+    def arrive(self, batch: Any, records: int, worker: Worker | None = None) -> None:
+        """Note that a loader around our sampler has put a physical batch of ``records`` records together.
+
+        Args:
+            batch: the batch.
+            records: number of its records; 0 for the stand-in of an empty batch.
+            worker: who has done so; None for this process, where a batch is handed out as soon as it is there.
+        """
+        passing = self._pulled if worker is None else self._pass_of(worker)
+        draw = None if passing.own else passing.take(worker)
+        if draw is None:
+            return
+        delivery = Delivery(replace(draw, records=records), split=passing.is_split)
+        if worker is None:
+            self._hand_out(delivery, batch)
+        else:
+            self._recognition.remember(delivery, batch)
+
+    def _pass_of(self, worker: Worker) -> Pass:
+        """Return the pass that a worker works for: workers stay with a pass until it has ended."""
+        known = self._of_worker.get(worker.process)
+        if known is None or known.ended:
+            known = self._of_worker[worker.process] = self.latest
+        return known
+
+    def _hand_out(self, delivery: Delivery, batch: Any) -> None:
+        if self._current is not None and not self._current.used:
+            self._ahead = True  # skipped, or fetched ahead by whoever is around the loader
+        self._current = delivery
+        self._recognition.remember(delivery, batch)
+
+    # ---------------------------------------------------------------- in hand
+
+    @property
+    def in_hand(self) -> Delivery | None:
+        """The batch that was handed out last, unless a step has used it."""
+        return None if self._current is None or self._current.used else self._current
 
     def current(self) -> Draw | None:
         """Return the draw of the batch in hand, or None when no fresh draw is there."""
-        if self._through_loader or self._current is not None:
-            return self._current
-        return self._emitted[0] if self._emitted else None
+        return None if self.in_hand is None else self.in_hand.draw
 
-    def delivered(self, draw: Draw | None) -> bool:
-        """Whether ``draw`` is the physical batch that our loader handed out last, so that its size is known."""
-        return draw is not None and draw is self._current
+    def see(self, tensors: list[Tensor]) -> Sight:
+        """Return what a forward pass of the model runs on.
 
-    def consume(self) -> None:
-        """Note that a step used the batch in hand: no second step may use it at its rate."""
-        if self._current is None and not self._through_loader and self._emitted:
-            self._emitted.popleft()
-        self._current = None
+        Args:
+            tensors: what goes into the model.
+        """
+        found, known = self._recognition.find(tensors, self._current)
+        if found is None and not known and not self._ahead:
+            found = self.in_hand  # it was changed on its way, and nothing tells of another one
+        if found is None:
+            return Sight(None, rows_repeat(tensors))
+        self._recognition.follow(found, tensors)
+        return Sight(found)
 
-    def charge(self, draw: Draw | None, noise_multiplier: float) -> Event | None:
-        """Return the event that a step on ``draw`` costs; None when its pass has been paid for.
+    def price(self, draw: Draw | None, noise_multiplier: float) -> Event | None:
+        """Return the event that a step on ``draw`` costs; None when its pass has been paid for. Nothing is noted.
 
         A batch of unknown origin (``draw`` None) gets no amplification: it is charged at rate 1.
         """
         if draw is None:
             return Event(noise_multiplier, 1.0, "shuffled" if self.sampling == "shuffled" else "poisson")
         if self.sampling == "shuffled":
-            return self._epochs.charge(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
+            return self._epochs.price(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
         return self.event(noise_multiplier, draw.sample_rate)
+
+    def paid(self, draw: Draw | None, noise_multiplier: float) -> None:
+        """Note that what :meth:`price` said of a step has been charged."""
+        if draw is not None and self.sampling == "shuffled":
+            self._epochs.paid(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
 
     def event(self, noise_multiplier: float, sample_rate: float) -> Event:
         """Return what one step at ``sample_rate`` costs (of "shuffled" batches, what one pass costs)."""
@@ -271,17 +361,23 @@ class PrivateBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         limit = self.max_physical_batch_size
-        if not self.plan.through_loader and (limit is not None or self.plan.sizes.varies):
+        if not self.plan.own_loader and (limit is not None or self.plan.sizes.varies):
             raise ValueError(
                 "BatchMemoryManager cannot split this loader again: it already splits batches or follows a "
                 "batch_size_schedule. Iterate over the loader itself and set max_physical_batch_size in make_private"
             )
-        start = self.plan.begin_pass()
-        for step, (expected, indices) in enumerate(self._logical_batches(start)):
-            chunks = self._physical_batches(indices)
-            selection = _digest(indices) if self.world > 1 else 0
-            self.plan.emit(step, expected, [len(chunk) for chunk in chunks], selection)
-            yield from chunks
+        return self._announced(self.plan.begin_pass())
+
+    def _announced(self, passing: Pass) -> Iterator[list[int]]:
+        """Yield the physical batches of a pass, each announced."""
+        try:
+            for step, (expected, indices) in enumerate(self._logical_batches(self.plan.step)):
+                chunks = self._physical_batches(indices)
+                selection = _digest(indices) if self.world > 1 else 0
+                self.plan.emit(passing, step, expected, [len(chunk) for chunk in chunks], selection)
+                yield from chunks
+        finally:
+            passing.ended = True
 
     def _physical_batches(self, indices: list[int]) -> list[list[int]]:
         """Return the physical batches of this process: as many on every one, of which the last may be empty.

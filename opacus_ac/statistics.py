@@ -254,6 +254,15 @@ class StepStatistics:
                 )
             self._profile_sum += energy_profiles(squares).sum(axis=0)
 
+    def sums(self) -> tuple[Any, ...]:
+        """Return the sums so far, for :meth:`restore`. Private."""
+        return self._counts.copy(), self._loss_sum, self._profile_sum.copy()
+
+    def restore(self, sums: tuple[Any, ...]) -> None:
+        """Take back what was observed since :meth:`sums`."""
+        counts, self._loss_sum, profile = sums
+        self._counts, self._profile_sum = counts.copy(), profile.copy()
+
     def tally(self) -> npt.NDArray[np.int64]:
         """Return the sums of this process as integers ``[bins + 3]``: counts, and the bits of the loss sum. Private."""
         if self.groups:

@@ -136,7 +136,6 @@ def drawn(rank: int, world: int) -> dict[str, Any]:
             noise_generator=generator,
         )
         sampler: PoissonBatchSampler = loader.batch_sampler
-        loader.plan.open()
         return [list(batch) for _ in range(2) for batch in sampler]
 
     return {"secret": batches(None), "seeded": batches(torch.Generator().manual_seed(4))}

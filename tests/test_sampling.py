@@ -1,7 +1,7 @@
 """Draws and their price: the rate that is accounted is the rate that was drawn, whatever the loop does."""
 
 import math
-from collections import namedtuple
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Weighte
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.accounting import ADJACENCY, Event
-from opacus_ac.data import constant_like, private_loader
+from opacus_ac.data import private_loader
+from opacus_ac.delivery import tensors_of
 from opacus_ac.errors import SamplingWarning
 from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.randomness import SecretStream, SeededStream
@@ -216,7 +217,7 @@ def test_workers_and_splits_keep_draws_and_batches_together(workers, split):
         assert split is None or len(batch) <= split
         logical.add(draw.batch)
         records += draw.records
-        batches.plan.consume()
+        batches.plan.in_hand.used = True
     assert len(logical) == len(batches) == 8
     assert 30 < records < 100
 
@@ -389,16 +390,48 @@ def test_rates_outside_zero_and_one_are_refused(size, schedule, message):
         BatchSizes(64, size, schedule)
 
 
-def test_stand_in_has_the_structure_without_the_content():
-    Pair = namedtuple("Pair", "a b")
-    batch = {"x": torch.ones(1, 3), "ids": [torch.ones(1, 2, dtype=torch.long)], "text": ["secret"], "n": 3}
-    stand_in = constant_like({**batch, "pair": Pair(torch.ones(1), None)})
-    assert stand_in["x"].shape == (1, 3)
-    assert float(stand_in["x"].sum()) == 0
-    assert stand_in["text"] == [""]
-    assert (stand_in["n"], stand_in["pair"].b) == (0, None)
-    with pytest.raises(ValueError, match="stand-in"):
-        constant_like({"x": object()})
+class Texts(list):
+    """A dataset of texts, which the loop turns into tensors."""
+
+
+def two_rows(rows):
+    if len(rows) < 2:
+        raise ValueError("planted: a contrastive batch needs two rows")
+    return torch.stack(rows)
+
+
+STAND_INS = {
+    "tensors": (torch.randn(4, 3), None),
+    "texts that the loop tokenizes": (Texts(["a b", "c", "d", "e"]), list),
+    "a default dictionary": ([{"x": torch.ones(2)}] * 4, lambda rows: defaultdict(list, x=torch.stack([r["x"] for r in rows]))),
+    "two rows at least": (torch.randn(4, 3), two_rows),
+    "a first row that is left out": ([None, torch.ones(2), torch.ones(2), torch.ones(2)],
+                                     lambda rows: torch.stack([r for r in rows if r is not None])),
+    "lengths for packing": ([(torch.randn(5, 3), 5)] * 4, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_a_stand_in_is_a_batch_as_any_other_and_a_fresh_one(kind):
+    data, collate = STAND_INS[kind]
+    batches = private_loader(DataLoader(data, batch_size=2, collate_fn=collate), sampling="poisson", stream=seeded())
+    first, second = batches.collate_fn([]), batches.collate_fn([])
+    assert type(first) is type(batches.collate_fn([data[1], data[2]]))
+    for mine, other in zip(tensors_of(first), tensors_of(second), strict=True):
+        assert len(mine) >= 1
+        assert torch.equal(mine, other)
+        assert mine.data_ptr() != other.data_ptr()
+    if isinstance(first, dict):
+        first.clear()
+        assert batches.collate_fn([])
+
+
+def test_a_collate_that_makes_nothing_of_the_first_rows_is_refused():
+    def never(rows):
+        raise ValueError("planted: not enough rows")
+
+    with pytest.raises(ValueError, match=r"collate_fn makes no batch of the first 8 rows .*planted"):
+        private_loader(DataLoader(list(range(20)), batch_size=2, collate_fn=never), sampling="poisson", stream=seeded())
 
 
 def test_a_forked_child_draws_its_own_noise():

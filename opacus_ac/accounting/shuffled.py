@@ -52,15 +52,22 @@ class ShuffledEpochs:
         Raises:
             ValueError: If an argument is out of range; nothing changes then.
         """
-        pass_index, step = check_count(pass_index, "pass_index"), check_count(step_in_pass, "step_in_pass")
-        block = (pass_index, step // check_count(steps_per_pass, "steps_per_pass", minimum=1))
-        noise = check_noise_multiplier(noise_multiplier)
-        paid = block == self._open and step > self._last_step and noise >= self._noise_multiplier
+        event = self.price(pass_index, step_in_pass, steps_per_pass, noise_multiplier)
+        self.paid(pass_index, step_in_pass, steps_per_pass, noise_multiplier)
+        return event
+
+    def price(self, pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float) -> Event | None:
+        """What :meth:`charge` returns, with nothing noted: the charge may still fail. Arguments and errors as there."""
+        block, step, noise = _place(pass_index, step_in_pass, steps_per_pass, noise_multiplier)
+        covered = block == self._open and step > self._last_step and noise >= self._noise_multiplier
+        return None if covered else Event(noise, 1.0, "shuffled")
+
+    def paid(self, pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float) -> None:
+        """Note that what :meth:`price` asked for has been charged. Arguments and errors as in :meth:`charge`."""
+        block, step, noise = _place(pass_index, step_in_pass, steps_per_pass, noise_multiplier)
+        if self.price(pass_index, step_in_pass, steps_per_pass, noise_multiplier) is not None:
+            self._open, self._noise_multiplier = block, noise
         self._last_step = step
-        if paid:
-            return None
-        self._open, self._noise_multiplier = block, noise
-        return Event(noise, 1.0, "shuffled")
 
     def state_dict(self) -> dict[str, Any]:
         """The open pass as plain values; the events already charged live in the accountant."""
@@ -88,3 +95,12 @@ class ShuffledEpochs:
             raise ValueError(f"state_dict is not one of ShuffledEpochs: {error!r}") from error
         last, noise = check_count(last, "last_step", minimum=-1), check_noise_multiplier(noise)
         self._open, self._last_step, self._noise_multiplier = (block if same_order else None), last, noise
+
+
+def _place(
+    pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float
+) -> tuple[tuple[int, int], int, float]:
+    """Return (pass and block of steps in it, step, noise multiplier), checked."""
+    pass_index, step = check_count(pass_index, "pass_index"), check_count(step_in_pass, "step_in_pass")
+    block = pass_index, step // check_count(steps_per_pass, "steps_per_pass", minimum=1)
+    return block, step, check_noise_multiplier(noise_multiplier)

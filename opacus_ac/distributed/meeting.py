@@ -35,7 +35,13 @@ def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, consta
     }
     shared = {**place, **constants}
     header = np.array([_bits(value) for value in shared.values()], dtype=np.int64)
-    rows = reducer.gather(np.concatenate([header, statistics.tally()]))
+    rows = reducer.gather(np.concatenate([[0], header, statistics.tally()]))
+    failed, rows = np.flatnonzero(rows[:, 0]), rows[:, 1:]
+    if failed.size:
+        raise ValueError(
+            f"rank {failed[0]} failed before the release of this step, so no rank takes it, and nothing was charged. Look for the error of that "
+            "rank; every rank may try the batch again, or go on with the next one"
+        )
     _check_alike(shared, rows[:, : header.size])
     if (rows[:, 0] < 0).any():
         raise ValueError(
@@ -43,6 +49,17 @@ def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, consta
             "could have the same record twice. Take one step per batch of the loader that make_private returned"
         )
     statistics.merge(rows[:, header.size :])
+
+
+def report_failure(reducer: Reducer, statistics: StepStatistics, constants: int) -> None:
+    """Meet the other ranks in the place of :func:`meet`, to say that this one has failed.
+
+    Args:
+        reducer: the processes.
+        statistics: the sums of this rank, for their number.
+        constants: number of values that all ranks compare.
+    """
+    reducer.gather(np.array([1] + [0] * (2 + constants + statistics.bins + 3), dtype=np.int64))
 
 
 def _bits(value: float | int) -> int:

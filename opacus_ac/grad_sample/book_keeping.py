@@ -102,7 +102,7 @@ class BookKeepingSource:
             self._check_batch(chunk, use, gradient)
             for parameter, term in self._rules[use.path](use, tensors, gradient):
                 index = self._index.get(id(parameter), self._places(parameter, use.module))
-                if index is not None:
+                if index is not None and self._parameters[index].requires_grad:
                     book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
                     book.add(term if self._users is None else regroup(term, chunk.records), self._grams)
             chunk.model_passes.add(use.model_pass)
@@ -150,7 +150,7 @@ class BookKeepingSource:
             )
         if self._failed:
             raise ValueError(
-                "the last backward pass failed half-way: call optimizer.zero_grad() and run forward and backward again"
+                "the last backward pass or step failed half-way: call optimizer.zero_grad() and run forward and backward again"
             )
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if parameter.grad is not None:
@@ -183,6 +183,16 @@ class BookKeepingSource:
         scales = [size if self._mean else 1 for size in sizes]
         factors = factors.to(self._parameters[0].device)
         self._weights = [Weights(f * scale) for f, scale in zip(factors.split(sizes), scales, strict=True)]
+
+    def withdraw(self) -> None:
+        """Take back :meth:`accumulate`."""
+        self._weights = None
+        self._failed = True  # the records stay until they are cleared, but no step may use them
+
+    @property
+    def holds_records(self) -> bool:
+        """Whether a backward pass has left records."""
+        return any(chunk.books for chunk in self._chunks)
 
     def settle(self) -> None:
         """Form the sums now and let go of the records: another physical batch of the logical one follows."""

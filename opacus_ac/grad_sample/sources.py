@@ -44,6 +44,9 @@ class GradientSource(Protocol):
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""
 
+    def withdraw(self) -> None:
+        """Take back :meth:`accumulate`: the step failed before its release began."""
+
     def settle(self) -> None:
         """Let go of the physical batch: another one of the same logical batch follows."""
 
@@ -58,12 +61,38 @@ class GradientSource(Protocol):
         """Forget the physical batch, and with ``sums`` the logical batch too."""
 
     @property
+    def holds_records(self) -> bool:
+        """Whether records of a physical batch are there."""
+
+    @property
     def backward_passes(self) -> int:
         """Number of backward passes since the last step, at least 1."""
 
     @property
     def merged_passes(self) -> bool:
         """Whether several forward passes of the model were taken for one, record by record."""
+
+
+class OnlyTrained:
+    """The sums of a source for the parameters that are trained now; those of frozen ones are passed over.
+
+    Args:
+        source: the source.
+        parameters: all of its parameters, in its order.
+    """
+
+    def __init__(self, source: GradientSource, parameters: Sequence[nn.Parameter]) -> None:
+        self._source, self._parameters = source, list(parameters)
+
+    def settle(self) -> None:
+        """As the source."""
+        self._source.settle()
+
+    def sums(self, place: Place | None = None) -> Iterable[Tensor | None]:
+        """Give the sums of the trained parameters."""
+        trained = [p.requires_grad for p in self._parameters]
+        every = self._source.sums(None if place is None else lambda p: place(p) if p.requires_grad else None)
+        return (total for total, wanted in zip(every, trained, strict=True) if wanted)
 
 
 def squares_by_parameter(found: Mapping[int, Tensor], parameters: int) -> Tensor:
@@ -101,6 +130,7 @@ class PerSampleSource:
         self._users = users
         self._verified: set[int] = set()
         self._squares: dict[int, Tensor] = {}
+        self._before: list[Tensor | None] = []
 
     def _rows(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""
@@ -189,6 +219,7 @@ class PerSampleSource:
         """Add the weighted sum of the records to each parameter's ``summed_grad``."""
         kept = factors.nonzero().reshape(-1)
         everything = kept.numel() == factors.numel()
+        self._before = [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
         for parameter in self._parameters:
             rows = self._rows(parameter)
             if rows is None:
@@ -199,13 +230,26 @@ class PerSampleSource:
             with exact():
                 added = torch.einsum("i,i...->...", weights, chosen.to(parameter.dtype))
             summed = getattr(parameter, "summed_grad", None)
-            parameter.summed_grad = added if summed is None else summed.add_(added)  # type: ignore[attr-defined]
+            # Not in place: what was there before is wanted again where the step fails.
+            parameter.summed_grad = added if summed is None else summed + added  # type: ignore[attr-defined]
             sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
             for part in sample if isinstance(sample, list) else [sample]:
                 part._processed = True  # Opacus's mark against using gradients twice
 
+    def withdraw(self) -> None:
+        """Take back :meth:`accumulate`."""
+        for parameter, before in zip(self._parameters, self._before, strict=False):
+            parameter.summed_grad = before  # type: ignore[attr-defined]
+        self._before = []
+
     def settle(self) -> None:
-        """Nothing to do: the sums are formed at once."""
+        """Let go of the sums before: the physical batch is in them for good."""
+        self._before = []
+
+    @property
+    def holds_records(self) -> bool:
+        """Whether a backward pass has left per-sample gradients."""
+        return any(getattr(parameter, "grad_sample", None) is not None for parameter in self._parameters)
 
     @property
     def backward_passes(self) -> int:
@@ -224,7 +268,7 @@ class PerSampleSource:
 
     def clear(self, *, sums: bool) -> None:
         """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
-        self._squares = {}
+        self._squares, self._before = {}, []
         for parameter in self._parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from opacus_ac.accounting import Event
 from opacus_ac.control import WeightEMA
+from opacus_ac.delivery import Delivery, Draw
 from opacus_ac.distributed.reducers import LOCAL, Reducer, ReplicatedReducer
 from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
-from opacus_ac.sampling import Draw
 from opacus_ac.statistics import StepStatistics
 from opacus_ac.zeroth_order import checks, pruning
 from opacus_ac.zeroth_order.coordinates import Coordinates
@@ -104,6 +104,8 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self.ema = None if self.settings.ema_decay is None else WeightEMA(trained, self.settings.ema_decay)
         self.check_budget: Callable[[Event], None] = lambda event: None
         self._stage: int | None = None
+        self._measuring = False
+        self._stage_and_seeds: tuple[int, list[int]] = (0, [])
         self._rounded: list[Tensor] | None = None
 
     def _exchanging(self, ranks: Reducer) -> Reducer:
@@ -186,26 +188,37 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self._look_ahead()
         self._enter_stage()
         self.tape.take()
-        if not self._continues(None if self.plan is None else self.plan.current()):
+        self._look_away()
+        if not self._continues(None if self.plan is None else self.plan.in_hand):
             self._rounded = None
-        self.tape.record(self.differences.measure(closure, self.direction_seeds, self.smoothing))
+        self._measuring = True
+        try:
+            self.tape.record(self.differences.measure(closure, self.direction_seeds, self.smoothing))
+        finally:
+            self._measuring = False
         if self._rounded is not None:
             # How many physical batches follow is private: the weights show the roundings of the first one only.
             self.coordinates.restore(self._rounded)
         # Those of this step: what follows counts it.
-        stage, seeds = self.stage, self.direction_seeds
+        self._stage_and_seeds = self.stage, self.direction_seeds
         if not self.pre_step():
             self._rounded = self.coordinates.copy() if self._rounded is None else self._rounded
             return
         self._rounded = None
-        assert self.released is not None
-        self.policy.update(self.released)
-        searching = self._agree()
-        if self.plan is not None:
-            self.plan.step = self.steps_taken
-        if not searching:
-            self._move(stage, seeds)
+        self._finish_step()
         self.differences.clear(sums=True)
+
+    def _apply_release(self) -> None:
+        """Move the weights along the directions of the step that was released."""
+        self._move(*self._stage_and_seeds)
+
+    def _private_parameters(self) -> list[nn.Parameter]:
+        """The weights that move along the directions."""
+        return self.coordinates.parameters
+
+    def _measures(self) -> bool:
+        """Whether a forward pass now is one of a closure whose losses are being measured."""
+        return self._measuring
 
     def _look_ahead(self) -> None:
         """Refuse a step that cannot be paid for before the weights are touched at all."""
@@ -235,8 +248,8 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
             self.coordinates.set_anchor()
         self._stage = stage
 
-    def _begin(self, draw: Draw | None) -> None:
-        super()._begin(draw)
+    def _begin(self, delivery: Delivery | None) -> None:
+        super()._begin(delivery)
         self.differences.bound = self.policy.bound
 
     def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
@@ -250,9 +263,9 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse another number of losses than the batch that the loader handed out has records."""
-        if self.plan is None or draw is None or not self.plan.delivered(draw):
+        if self.plan is None or draw is None:
             return
-        if norms.shape[0] != max(draw.records, 1):
+        if draw.records and norms.shape[0] != draw.records:
             raise ValueError(
                 "the closure returned another number of losses than the loader's batch has records: return one loss for every "
                 "record of the batch, and split batches with max_physical_batch_size only"

@@ -39,6 +39,12 @@ class DifferenceSource:
         self.order, self.grid = order, grid
         self.bound = 1.0  # C of the open logical batch, for the grid
         self._deltas: Tensor | None = None
+        self._before: Tensor | None = None
+
+    @property
+    def holds_records(self) -> bool:
+        """Whether differences of records are there."""
+        return self._deltas is not None
 
     def measure(self, closure: Closure, seeds: Sequence[int], smoothing: float) -> Tensor:
         """Evaluate the records of the physical batch at both ends of every direction.
@@ -105,7 +111,12 @@ class DifferenceSource:
             clipped = (clipped * (self.grid / self.bound)).trunc_()
         added = clipped.sum(0)
         summed: Tensor | None = getattr(self.coefficients, "summed_grad", None)
+        self._before = summed
         self.coefficients.summed_grad = added if summed is None else summed + added  # type: ignore[attr-defined]
+
+    def withdraw(self) -> None:
+        """Take back :meth:`accumulate`."""
+        self.coefficients.summed_grad = self._before  # type: ignore[attr-defined]
 
     def settle(self) -> None:
         """Let go of the physical batch."""
