@@ -147,7 +147,7 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
         collate = template._collate.collate_fn if isinstance(template, PrivateDataLoader) else template.collate_fn
-        self._collate = EmptySafeCollate(collate, template.dataset)
+        self._collate: EmptySafeCollate = EmptySafeCollate(collate, template.dataset)
         super().__init__(
             dataset=template.dataset,
             batch_sampler=batch_sampler,

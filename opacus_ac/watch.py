@@ -17,7 +17,7 @@ _SAMPLED = 16
 class _State:
     """What the tensors of a model looked like."""
 
-    marks: dict[str, tuple[int, int, int]]
+    marks: dict[str, tuple[int, ...]]
     """Per name: identity of the tensor, its version, its memory."""
     samples: list[Tensor]
     """Some values of those that must not change at all."""
@@ -94,12 +94,10 @@ class ModelWatch:
         for name in sorted(before.marks.keys() | now.marks.keys()):
             if name not in before.marks or name not in now.marks:
                 self._refuse(name, "was added or removed", when)
-            mark, is_trained = now.marks[name], now.marks[name][0] in self._trained
-            if is_trained:
-                moved = trained and before.marks[name][1] != mark[1]  # its memory may be another, where it is sharded
-            else:
-                moved = before.marks[name] != mark
-            if moved:
+            was, now_is = before.marks[name], now.marks[name]
+            if now_is[0] in self._trained:  # where it is sharded its memory may be another one
+                was, now_is = (was[1:2], now_is[1:2]) if trained else ((), ())
+            if was != now_is:
                 self._refuse(name, "was changed", when)
         same = len(before.samples) == len(now.samples) and all(map(torch.equal, before.samples, now.samples))
         if not same or before.sums != now.sums:
@@ -114,7 +112,8 @@ class ModelWatch:
         )
 
     def _look(self, *, sums: bool) -> _State:
-        marks, still = {}, []
+        marks: dict[str, tuple[int, ...]] = {}
+        still: list[Tensor] = []
         for path, name, tensor in _tensors(list(self._module.named_modules())):
             if _sharded(tensor) or tensor.is_meta:
                 continue  # gathered and let go of around its layer
