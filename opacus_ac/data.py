@@ -8,6 +8,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -34,6 +35,7 @@ from opacus_ac.sampling import (
     TruncatedPoissonBatchSampler,
     Worker,
 )
+from opacus_ac.secret_state import secret_randomness
 from opacus_ac.users import UserRows
 
 _DRAWING: dict[str, type[PoissonBatchSampler]] = {
@@ -78,11 +80,15 @@ class EmptySafeCollate:
         del self._rows[1:]  # a batch without tensors, which the loop makes
 
     def _stand_in(self) -> Any:
-        return self.collate_fn(copy.deepcopy(self._rows))
+        with secret_randomness():
+            return self.collate_fn(copy.deepcopy(self._rows))
 
     def __call__(self, records: list[Any]) -> Any:
         """Return the batch of ``records``, or a stand-in when there are none."""
-        return self.collate_fn(records) if records else self._stand_in()
+        if not records:
+            return self._stand_in()
+        with secret_randomness():  # the masks of a collator would tell, by a known seed, how many records came before
+            return self.collate_fn(records)
 
 
 _ROWS_OF_A_STAND_IN = 8
@@ -132,6 +138,21 @@ def _unpack(batch: Any, label: tuple[str, int, Worker | None]) -> Any:
     return batch
 
 
+class _SecretWorker:
+    """Starts a worker whose global generators have secret states: torch derives their seeds from a public one."""
+
+    def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
+        inner = worker_init_fn.worker_init_fn if isinstance(worker_init_fn, _SecretWorker) else worker_init_fn
+        self.worker_init_fn: Callable[[int], None] | None = inner
+        self._secret: AbstractContextManager[None] | None = None
+
+    def __call__(self, worker: int) -> None:
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker)
+        self._secret = secret_randomness()  # for as long as the worker lives
+        self._secret.__enter__()
+
+
 class PrivateDataLoader(DataLoader[Any]):
     """A ``DataLoader`` over private draws; built by ``make_private``, used as any other loader.
 
@@ -155,7 +176,7 @@ class PrivateDataLoader(DataLoader[Any]):
             num_workers=template.num_workers,
             pin_memory=template.pin_memory,
             timeout=template.timeout,
-            worker_init_fn=template.worker_init_fn,
+            worker_init_fn=_SecretWorker(template.worker_init_fn),
             multiprocessing_context=template.multiprocessing_context,
             prefetch_factor=template.prefetch_factor,
             persistent_workers=template.persistent_workers,
@@ -177,7 +198,12 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]
         passing, batches = self._begin()
-        for batch in batches:
+        while True:
+            try:
+                with secret_randomness():  # a dataset may draw at random, too
+                    batch = next(batches)
+            except StopIteration:
+                return
             self.plan.deliver(passing, batch)
             if self.users is not None:
                 self.users.note(batch)
