@@ -50,7 +50,9 @@ INTERNAL = {
     "integrations.trainer_checkpoint": "parts of PrivateTrainer",
     "integrations.trainer_checks": "parts of PrivateTrainer",
     "integrations.trainer_ranks": "parts of PrivateTrainer",
+    "integrations.trainer_released": "parts of PrivateTrainer",
     "integrations.trainer_silent": "parts of PrivateTrainer",
+    "integrations.lightning_released": "parts of Lightning's PrivacyCallback",
 }
 
 

@@ -128,7 +128,9 @@ def test_a_dry_run_says_what_it_would_cost_and_leaves_nothing(place, tmp_path, c
 
 def test_the_command_line_overrides_the_configuration_file(place, tmp_path, capsys):
     config = tmp_path / "run.yaml"
-    config.write_text("target_epsilon: 3\nmax_steps: 7\nlr_control: false\nreport_to: [none]\nema-decay: null\n")
+    config.write_text(
+        "target_epsilon: 3\nmax_steps: 7\nweight_decay: -0.0\nlr_control: false\nreport_to: [none]\nema-decay: null\n"
+    )
     rest = command(place, tmp_path / "out", target_epsilon=None, max_steps=5)
     assert cli.main([*rest, "--config", str(config), "--dry_run"]) == 0
     text = capsys.readouterr().out
@@ -264,6 +266,11 @@ def test_several_processes_are_refused(place, tmp_path, capsys, monkeypatch):
 
 
 CONFIGS = {
+    "an option in a list": ("report_to: [none, --target_epsilon, '80']\n", "starts with '-'"),
+    "an option with its value": ("report_to: [none, --target_epsilon=80]\n", "starts with '-'"),
+    "an option as a value": ("model_name_or_path: --full\n", "starts with '-'"),
+    "a short option": ("run_name: -h\n", "starts with '-'"),
+    "the end of options": ("report_to: ['none', '--']\n", "starts with '-'"),
     "unknown": ("target_epsilom: 3\n", "there is no option 'target_epsilom'"),
     "no mapping": ("- 3\n", "is not a mapping"),
     "no YAML": ("a: [\n", "run.yaml"),

@@ -131,9 +131,15 @@ def damage(folder, name):
     (folder / name).write_bytes(data)
 
 
-def replace_step(folder):
+def edit_state(folder, **changes):
     path = folder / "trainer_state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "global_step": 1}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def false_epsilon(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    log = [entry | ({"epsilon": 0.1} if "epsilon" in entry else {}) for entry in state["log_history"]]
+    edit_state(folder, log_history=log)
 
 
 def replace_privacy_state(folder):
@@ -152,8 +158,22 @@ def replace_privacy_state(folder):
         (lambda f: (f / "optimizer.pt").unlink(), "optimizer.pt is missing, new or changed"),
         (lambda f: (f / "scheduler.pt").unlink(), "scheduler.pt is missing, new or changed"),
         (lambda f: (f / "adapter_model.bin").write_bytes(b"1"), "adapter_model.bin is missing, new or changed"),
-        (replace_step, "trainer_state.json is of step 1, privacy_state.pt of step 3"),
-        (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json is of step None"),
+        (lambda f: edit_state(f, global_step=1), "trainer_state.json is missing, new or changed"),
+        (false_epsilon, "trainer_state.json is missing, new or changed"),
+        (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json is missing, new or changed"),
+        (lambda f: (f / "trainer_state.json").write_text("{"), "trainer_state.json is missing, new or changed"),
+        (lambda f: torch.save({}, f / "rng_state.pth"), "rng_state.pth is missing, new or changed"),
+        (lambda f: torch.save({}, f / "rng_state_0.pth"), "rng_state_0.pth is missing, new or changed"),
+        (lambda f: torch.save({}, f / "scaler.pt"), "scaler.pt is missing, new or changed"),
+        (lambda f: torch.save({}, f / "scheduler.pt"), "scheduler.pt is missing, new or changed"),
+        (lambda f: damage(f, "training_args.bin"), "training_args.bin is missing, new or changed"),
+        (lambda f: damage(f, "config.json"), "config.json is missing, new or changed"),
+        (lambda f: damage(f, "privacy_report.json"), "privacy_report.json is missing, new or changed"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json is missing, new or changed"),
+        (
+            lambda f: (f / "global_step3").mkdir() or torch.save({}, f / "global_step3" / "a.pt"),
+            "a.pt is missing, new or",
+        ),
         (replace_privacy_state, "digest differs"),
     ],
 )
@@ -166,6 +186,13 @@ def test_a_folder_that_is_no_whole_checkpoint_is_refused(change, words, checkpoi
     assert made.private_optimizer.steps_taken == 0
     assert len(made.engine.accountant) == 0
     assert torch.equal(weights(made.model), before)
+
+
+def test_notes_beside_a_checkpoint_do_no_harm(checkpoint):
+    (checkpoint / "README.md").write_text("mine")
+    (checkpoint / ".cache").mkdir()
+    (checkpoint / ".cache" / "metadata.json").write_text("{}")
+    assert run(checkpoint.parent).train(resume_from_checkpoint=str(checkpoint)).global_step == 7
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,23 @@ def _of_config(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
         if value is not None:
             values = value if isinstance(value, list) else [value]
             shown = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+            for text in shown:
+                _refuse_option(path, name, text)
             arguments += [f"--{name}", *shown]
     return arguments
+
+
+def _refuse_option(path: str, name: str, text: str) -> None:
+    """Raise for a value that the parser would take for an option of its own: a value is not to change another setting."""
+    try:
+        float(text)  # a negative number
+    except ValueError:
+        if text.startswith("-"):
+            raise FinetuneError(
+                f"{path}: the value {text!r} of {name} starts with '-' and would be read as an option: write options as "
+                "names of their own, such as: target_epsilon: 8",
+                2,
+            ) from None
 
 
 def _check_output(job: Job) -> str | None:

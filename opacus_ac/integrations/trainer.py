@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from opacus_ac.data import LogicalBatches, PrivateDataLoader
 from opacus_ac.engine import PrivacyEngine
@@ -383,18 +383,20 @@ class PrivateTrainer(RanksTrainer):
             (folder / PRIVACY_REPORT).write_text(self.privacy_report().to_json(), encoding="utf-8")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint, and last what proves that all of its files belong together."""
         self._gate.look(whole=True)
         self._saving_checkpoint = True
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with trainer_checkpoint.sealing(self.state, self._seal, writes=self.args.should_save):
+                super()._save_checkpoint(*args, **kwargs)
         finally:
             self._saving_checkpoint = False
         self.engine._ranks.on_first(lambda: None)  # no rank reads the folder before it is whole
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the optimizer, whose state has C, window and averages, and last what proves that all belongs together."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        trainer_checkpoint.save(self.engine, Path(output_dir), self.state.global_step)
+    def _seal(self) -> None:
+        if not self.args.save_only_model:
+            folder = Path(self.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            trainer_checkpoint.save(self.engine, folder, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, once the whole folder has been found to be one checkpoint of this run."""

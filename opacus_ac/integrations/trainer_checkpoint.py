@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,43 @@ from opacus_ac import checkpoint
 from opacus_ac.engine import PrivacyEngine
 
 PRIVACY_STATE = "privacy_state.pt"
-"""File beside ``optimizer.pt``: accountant, settings, head of the ledger, step, and the hashes of the other files."""
+"""File beside ``optimizer.pt``: accountant, settings, head of the ledger, step, and the hashes of all other files."""
 
-_SUFFIXES = (".safetensors", ".bin", ".pt")
+_INERT = (".md", ".txt", ".csv", ".html", ".png", ".svg", ".log")
+"""Suffixes of files that may come into a folder later on: nothing loads them."""
 
 
 def save(engine: PrivacyEngine, folder: Path, step: int) -> None:
-    """Write, on rank 0, the privacy state of a folder that has weights and optimizer already; every rank calls it."""
-    state = {"step": step, "files": _digests(folder), "module_state_dict": {}}
-    engine._ranks.on_first(lambda: engine._write(state, folder / PRIVACY_STATE))
+    """Write, on rank 0, the privacy state of a folder that has all other files already; every rank calls it."""
+
+    def write() -> None:
+        engine._write({"step": step, "files": _digests(folder), "module_state_dict": {}}, folder / PRIVACY_STATE)
+
+    engine._ranks.on_first(write)
+
+
+@contextmanager
+def sealing(state: Any, seal: Callable[[], None], *, writes: bool) -> Iterator[None]:
+    """A context in which ``seal`` runs once, after the last file of a checkpoint and before it is pushed or others are deleted.
+
+    Args:
+        state: the ``TrainerState``, which is written last.
+        seal: writes the privacy state; every rank runs it.
+        writes: whether this rank writes ``state``.
+    """
+
+    def save_to_json(path: str) -> None:
+        type(state).save_to_json(state, path)
+        seal()
+
+    if writes:
+        state.save_to_json = save_to_json
+    try:
+        yield
+        if not writes:
+            seal()
+    finally:
+        vars(state).pop("save_to_json", None)
 
 
 def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -58,14 +86,12 @@ def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) 
     checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
     _check_settings(state[checkpoint.SETTINGS] or {}, settings)
     found, written = _digests(folder), state["files"]
-    wrong = sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name))
+    known = written.keys() | {name for name in found if not _is_inert(name)}
+    wrong = sorted(name for name in known if found.get(name) != written.get(name))
     if wrong:
-        raise ValueError(f"{folder / wrong[0]} is missing, new or changed since the checkpoint was written")
-    progress = folder / "trainer_state.json"
-    step = json.loads(progress.read_text(encoding="utf-8"))["global_step"] if progress.is_file() else None
-    if step != state["step"]:
         raise ValueError(
-            f"{progress} is of step {step}, {PRIVACY_STATE} of step {state['step']}: one of them was replaced"
+            f"{folder / wrong[0]} is missing, new or changed since the checkpoint was written"
+            + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else "")
         )
     return state
 
@@ -89,12 +115,16 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of weights and states."""
-    return {
-        path.relative_to(folder).as_posix(): _digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix in _SUFFIXES and path.name not in (PRIVACY_STATE, "training_args.bin")
-    }
+    """Return the SHA-256 of every file but the privacy state."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: _digest(path) for name, path in found.items() if name != PRIVACY_STATE}
+
+
+def _is_inert(name: str) -> bool:
+    """Whether nothing loads a file: notes, pictures, and what is hidden, such as the cache of a download."""
+    path = Path(name)
+    return path.suffix in _INERT or any(part.startswith(".") for part in path.parts)
 
 
 def _digest(path: Path) -> str:
