@@ -9,16 +9,19 @@ from typing import Any
 
 import opacus
 import torch
+from opacus.accountants import IAccountant
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from opacus_ac import accounting, checkpoint
-from opacus_ac.account import Account
+from opacus_ac.account import Account, kept_terms
 from opacus_ac.accounting import Event
-from opacus_ac.budget import spent
+from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant, checked
+from opacus_ac.charges import Terms
 from opacus_ac.data import PrivateDataLoader
 from opacus_ac.distributed.reducers import LOCAL, Reducer
+from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.randomness import RandomStream
 from opacus_ac.report import PrivacyReport, make_report
@@ -45,6 +48,14 @@ class AccountedEngine(opacus.PrivacyEngine):
             # Opacus warns about torch's generator, which is not used here.
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
             super().__init__(accountant=accountant, secure_mode=False)
+        self.accountant: IAccountant = checked(self.accountant)
+        if isinstance(self.accountant, CheckedGDPAccountant):
+            warnings.warn(
+                'accountant="gdp" is an approximation by the central limit theorem, which can lie far below the truth: epsilon is '
+                'reported as infinity. Use accountant="vrdp" (the default), "vpld" or "prv"',
+                NotPrivateWarning,
+                stacklevel=2,
+            )
         self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
         self._account = Account(self.accountant, ledger)
         self._optimizer: AdaptiveClipDPOptimizer | None = None
@@ -54,14 +65,21 @@ class AccountedEngine(opacus.PrivacyEngine):
 
     def _look_ahead(self, event: Event) -> None:
         """Raise when ``event`` would exceed the target, before the work that leads to its release; charge nothing."""
-        if self._account.guard is not None:
-            self._account.guard.check(event)
+        self._account.look_ahead(event)
 
     # ---------------------------------------------------------------- budget
 
     def get_epsilon(self, delta: float) -> float:
-        """Return the epsilon spent so far at ``delta``; infinity when no bound holds."""
-        return spent(self.accountant, delta)
+        """Return the epsilon spent so far at ``delta``; infinity when no bound holds.
+
+        It is never below that of :meth:`privacy_report`, and counts what other processes have added to the ledger. Where rates
+        or noise may have followed from releases it is that of the privacy filter's whole budget.
+
+        Raises:
+            ValueError: ``delta`` is negative.
+            LedgerError: the ledger is damaged.
+        """
+        return self._account.epsilon(delta)
 
     @property
     def target_budget(self) -> tuple[float, float] | None:
@@ -81,8 +99,14 @@ class AccountedEngine(opacus.PrivacyEngine):
         if guard is None or self._optimizer is None or self._loader is None:
             raise ValueError("there is no target budget: use make_private_with_epsilon")
         plan = self._loader.plan
-        event = plan.event(self._optimizer.noise_multiplier, plan.sizes.rate(plan.step))
-        return guard.remaining(event) * (plan.steps_per_pass if plan.sampling == "shuffled" else 1)
+        return self._account.remaining(self._next_event()) * (plan.steps_per_pass if plan.sampling == "shuffled" else 1)
+
+    def _next_event(self) -> Event:
+        """Return what the next step would be charged as."""
+        assert self._optimizer is not None
+        assert self._loader is not None
+        plan = self._loader.plan
+        return plan.event(self._optimizer.noise_multiplier, plan.sizes.rate(plan.step))
 
     # ---------------------------------------------------------------- report
 
@@ -104,15 +128,15 @@ class AccountedEngine(opacus.PrivacyEngine):
                 raise ValueError("privacy_report needs delta=... when no target was set")
             delta = self.target_budget[1]
         plan, account = self._loader.plan, self._account
-        own_rule = plan.sizes.is_function or self._optimizer.mechanism.noise_multiplier != account.noise_multiplier
+        bounds = account.bounds(delta, tight)
         return make_report(
             self._optimizer,
             plan,
-            bounds=account.bounds(delta, own_rule, tight),
+            bounds=bounds,
             delta=delta,
             adjacency=account.adjacency(plan.sampling),
             history=account.history,
-            adaptive=own_rule and not account.is_filtered,
+            notes=account.notes(delta, self._next_event()),
             unknown_batches=self._unknown_batches,
             ledger=None if account.ledger is None else account.ledger.summary,
         )
@@ -203,7 +227,8 @@ class AccountedEngine(opacus.PrivacyEngine):
         needed = tuple(f"{name}_state_dict" for name, scheduler in schedulers.items() if scheduler is not None)
         checkpoint.check(state, module, optimizer, self.accountant.mechanism(), self._account.settings, needed)
         self._account.check_checkpoint(state[checkpoint.LEDGER])
-        for key in (checkpoint.DIGEST, checkpoint.SETTINGS, checkpoint.LEDGER):
+        self._account.check_terms(self._kept(state))
+        for key in (checkpoint.DIGEST, checkpoint.LEDGER):
             del state[key]
         if optimizer is not None:
             optimizer.load_state_dict(state.pop("optimizer_state_dict"))
@@ -224,6 +249,7 @@ class AccountedEngine(opacus.PrivacyEngine):
         stream = self._sampling_stream()
         state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
         state["sampling_stream"] = {} if stream is None else stream.state_dict()
+        state[checkpoint.ACCOUNT] = self._account.state_dict()
         state[checkpoint.SETTINGS] = self._account.settings
         state[checkpoint.LEDGER] = self._account.ledger_head
         state[checkpoint.NAME] = self._account.mark()
@@ -232,13 +258,21 @@ class AccountedEngine(opacus.PrivacyEngine):
 
     def _take_over(self, state: dict[str, Any]) -> None:
         """Continue account and seeded draws from what :meth:`_write` added, which is taken out; every rank has to call it."""
+        terms, ranks = self._kept(state), self._ranks
         spent_before, name = state.pop("privacy_accountant_state_dict"), state.pop(checkpoint.NAME)
-        ranks = self._ranks
-        ranks.on_first(lambda: self._account.resume(spent_before, name))
+        state.pop(checkpoint.SETTINGS, None)
+        state.pop(checkpoint.ACCOUNT, None)
+        ranks.on_first(lambda: self._account.resume(spent_before, name, terms))
         self._account.join(ranks)
         stream, saved = self._sampling_stream(), state.pop("sampling_stream", {})
         if stream is not None:
             stream.load_state_dict(saved)
+
+    @staticmethod
+    def _kept(state: dict[str, Any]) -> Terms:
+        """Return what holds for the charges of a checkpoint."""
+        accountant = state["privacy_accountant_state_dict"]
+        return kept_terms(accountant, state.get(checkpoint.ACCOUNT), state[checkpoint.SETTINGS])
 
     def _refuse_several_processes(self) -> None:
         if self._ranks.name != "local":

@@ -17,6 +17,8 @@ from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 DIGEST = "digest"
 SETTINGS = "privacy_settings"
+ACCOUNT = "account"
+"""What holds for the charges (:class:`opacus_ac.charges.Terms`); not in checkpoints of older versions."""
 LEDGER = "ledger"
 NAME = "checkpoint_name"
 _ACCOUNTANT = "privacy_accountant_state_dict"

@@ -307,7 +307,7 @@ class PrivacyEngine(AccountedEngine):
             )
         self.dataset: Any = loader.dataset
         self._optimizer, self._loader = optimizer, loader
-        self._account.begin(public_settings(optimizer, loader.plan))
+        self._account.begin(public_settings(optimizer, loader.plan), by_function=loader.plan.sizes.is_function)
         self._account.join(optimizer.reducer)
         optimizer.charge = self._account.charge
         optimizer.on_unknown_batch = self._warn_unknown_batch

@@ -21,23 +21,16 @@ from typing import Any
 from filelock import FileLock
 
 from opacus_ac.accounting import Event
+from opacus_ac.charges import RECORD, Charge, Limit, privacy_unit
 from opacus_ac.errors import LedgerError
+
+__all__ = ["RECORD", "SECTOR", "VERSIONS", "PrivacyLedger", "privacy_unit", "repair"]
 
 VERSIONS = {1: "gaussian", 2: "laplace"}
 """What the charges of a ledger are, by the version in its first line: those who know version 1 only take all for Gaussian."""
 
 SECTOR = 512
 """Lines are padded with spaces to a multiple of this many bytes: a sector and a page hold whole lines."""
-
-RECORD = "one record (a row of the dataset)"
-"""The privacy unit of ordinary training: what one neighbouring dataset has more than the other."""
-
-
-def privacy_unit(max_rows_per_user: int | None) -> str:
-    """Return what a run protects, in words: a row of the dataset, or a user with at most so many rows."""
-    if max_rows_per_user is None:
-        return RECORD
-    return f"one user with at most {max_rows_per_user} row{'' if max_rows_per_user == 1 else 's'}"
 
 
 def _canonical(entry: Mapping[str, Any]) -> str:
@@ -50,6 +43,19 @@ def _encode(entry: dict[str, Any], previous: str) -> tuple[bytes, str]:
     digest = hashlib.sha256(_canonical(chained).encode()).hexdigest()
     text = _canonical({**chained, "hash": digest}).encode()
     return text + b" " * (-(len(text) + 1) % SECTOR) + b"\n", digest
+
+
+def _origin(entry: Mapping[str, Any]) -> tuple[bool | None, Limit | None]:
+    """Return what a line says of the origin of its charge: whether it is adaptive (None in old files), and its filter."""
+    adaptive, limit = entry.get("adaptive"), entry.get("limit")
+    if adaptive is not None and not isinstance(adaptive, bool):
+        raise ValueError(f"adaptive = {adaptive!r} is neither true nor false")
+    if limit is None:
+        return adaptive, None
+    order, budget = (float(value) for value in limit)
+    if not (order > 1.0 and 0.0 < budget < float("inf")):
+        raise ValueError(f"limit = {limit!r} is no order and budget of a privacy filter")
+    return adaptive, Limit(order, budget)
 
 
 _REMEDIES = {"gaussian": 'use an accountant such as "vrdp"', "laplace": 'use accountant="pure"'}
@@ -69,7 +75,8 @@ class _Chain:
         self.hashes: list[str] = []
         self.header: dict[str, Any] | None = None
         self.runs: set[str] = set()
-        self.charges: list[Event] = []
+        self.settings: dict[str, Any] | None = None  # of the run that began last
+        self.charges: list[Charge] = []
 
     @property
     def last(self) -> str:
@@ -116,9 +123,10 @@ class _Chain:
             values = {f.name: entry[f.name] for f in fields(Event) if f.name in entry}
             event = Event(**values)  # old lines do not name their mechanism: it is Gaussian
             self.check_mechanism(event, number)
-            self.charges.append(event)
+            self.charges.append(Charge(event, *_origin(entry)))
         elif kind == "run":
             self.runs.add(entry["run"])
+            self.settings = dict(entry.get("settings") or {})
         elif kind == "ledger" and number == 1:
             self.header = {"dataset_size": int(entry["dataset_size"]), "unit": str(entry["unit"])}
         else:
@@ -179,7 +187,32 @@ class PrivacyLedger:
     @property
     def charges(self) -> list[Event]:
         """Every charge known so far, in order, of all runs."""
-        return list(self._chain.charges)
+        return [charge.event for charge in self._chain.charges]
+
+    def __len__(self) -> int:
+        """Number of charges known so far."""
+        return len(self._chain.charges)
+
+    def entries(self, start: int = 0) -> list[Charge]:
+        """Return the charges from number ``start`` on, with what is noted of their origin."""
+        return self._chain.charges[start:]
+
+    @property
+    def unit(self) -> str | None:
+        """What all charges protect; None before the first."""
+        return None if self._chain.header is None else str(self._chain.header["unit"])
+
+    @property
+    def last_settings(self) -> dict[str, Any] | None:
+        """Public settings of the run that began last; None before the first."""
+        return self._chain.settings
+
+    def refresh(self) -> None:
+        """Read and check what other processes have written since the last look."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._chain.size:
+            with self._lock:
+                self._read_on()
 
     @property
     def mechanism(self) -> str | None:
@@ -200,7 +233,7 @@ class PrivacyLedger:
         )
 
     def _read_on(self) -> list[Event]:
-        """Read and check what was written since the last look; return its charges."""
+        """Read and check what was written since the last look; return its events."""
         chain = self._chain
         size = self.path.stat().st_size if self.path.exists() else 0
         if size < chain.size:
@@ -213,7 +246,7 @@ class PrivacyLedger:
                 file.seek(chain.size)
                 for line in file:
                     chain.take(line)
-        return chain.charges[before:]
+        return [charge.event for charge in chain.charges[before:]]
 
     def check_dataset(self, dataset_size: int, unit: str = RECORD) -> None:
         """Raise ``LedgerError`` when the ledger is about another dataset or another privacy unit."""
@@ -244,7 +277,16 @@ class PrivacyLedger:
         with self._lock:
             yield self._read_on()
 
-    def charge(self, event: Event, *, dataset_size: int, unit: str = RECORD, settings: Mapping[str, Any]) -> None:
+    def charge(
+        self,
+        event: Event,
+        *,
+        dataset_size: int,
+        unit: str = RECORD,
+        settings: Mapping[str, Any],
+        adaptive: bool | None = False,
+        limit: Limit | None = None,
+    ) -> None:
         """Write a charge; call it inside of :meth:`locked`, before the release.
 
         Args:
@@ -252,6 +294,8 @@ class PrivacyLedger:
             dataset_size: N, for the first line of a new ledger.
             unit: the privacy unit, likewise.
             settings: public settings of the run, noted with its first charge.
+            adaptive: whether rate or noise of the event may have followed from earlier releases; None if nobody knows.
+            limit: the privacy filter that has accepted it.
 
         Raises:
             LedgerError: the ledger is about another dataset or unit, or another mechanism.
@@ -267,7 +311,10 @@ class PrivacyLedger:
             started = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self._append({"kind": "run", "run": self.run, "started": started, "settings": dict(settings)})
         values = {name: value for name, value in asdict(event).items() if value is not None}
-        self._append({"kind": "charge", "run": self.run, **values})
+        origin: dict[str, Any] = {} if adaptive is None else {"adaptive": adaptive}
+        if limit is not None:
+            origin["limit"] = [limit.order, limit.budget]
+        self._append({"kind": "charge", "run": self.run, **values, **origin})
 
     def _append(self, entry: dict[str, Any]) -> None:
         line, _ = _encode(entry, self._chain.last)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from opacus_ac.ledger import privacy_unit
+from opacus_ac.charges import privacy_unit
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling import SamplingPlan
 
@@ -103,7 +104,7 @@ def make_report(
     delta: float,
     adjacency: str,
     history: list[tuple[float, float, int]],
-    adaptive: bool = False,
+    notes: Sequence[str] = (),
     unknown_batches: int = 0,
     ledger: str | None = None,
 ) -> PrivacyReport:
@@ -116,7 +117,7 @@ def make_report(
         delta: delta.
         adjacency: neighbouring relation under which they hold.
         history: accounted (noise multiplier, sample rate, steps).
-        adaptive: rates or noise may have followed from releases, and no preset budget covers that.
+        notes: what the account says beside its bounds (:meth:`opacus_ac.account.Account.notes`).
         unknown_batches: steps on batches of unknown origin.
         ledger: the ledger in words.
     """
@@ -142,7 +143,7 @@ def make_report(
         released=_released(optimizer),
         noise_source=optimizer.mechanism.stream.description,
         ledger=ledger,
-        warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches, adaptive),
+        warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches, notes),
     )
 
 
@@ -164,7 +165,7 @@ def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
 
 
 def _warnings(
-    optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int, adaptive: bool
+    optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int, notes: Sequence[str]
 ) -> list[str]:
     """Say what a reader of the claim must know."""
     found = []
@@ -176,11 +177,7 @@ def _warnings(
         found.append("the noise multiplier is 0: nothing is protected")
     if delta >= 1 / records:
         found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
-    if adaptive:
-        found.append(
-            "the noise multiplier or the batch size changed by a rule of yours: epsilon holds if the rule knows the number "
-            "of the step only. A rule that looks at releases needs a target budget (make_private_with_epsilon, vrdp)"
-        )
+    found += notes
     if unknown_batches:
         found.append(f"{unknown_batches} steps on batches of unknown origin were charged at sample rate 1")
     return found

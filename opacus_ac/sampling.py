@@ -52,7 +52,8 @@ class BatchSizes:
     ) -> None:
         self.dataset_size = dataset_size
         self._constant = batch_size
-        self._schedule = schedule
+        # A copy: entries of a list that changed during the run would follow a rule that nobody knows of.
+        self._schedule = schedule if callable(schedule) or schedule is None else tuple(schedule)
         self._whole = whole
         self.expected(0)
         if isinstance(schedule, Sequence):

@@ -52,7 +52,8 @@ def test_returns_what_users_of_opacus_expect():
 def test_accountants_of_opacus_work(accountant):
     engine, model, optimizer, batches = make(PrivacyEngine(accountant=accountant))
     train(model, optimizer, batches)
-    assert 0 < engine.get_epsilon(1e-3) < 10
+    epsilon = engine.get_epsilon(1e-3)
+    assert epsilon == math.inf if accountant == "gdp" else 0 < epsilon < 10
     assert engine.accountant.history == [(1.0, 0.25, 4)]
 
 

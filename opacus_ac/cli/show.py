@@ -12,6 +12,7 @@ from opacus_ac.cli.command import OK, Command, add_format, add_option
 
 if TYPE_CHECKING:
     from opacus_ac.accounting import Event
+    from opacus_ac.charges import Terms
 
 REPORT_FILE = "privacy_report.json"
 
@@ -51,26 +52,37 @@ def _of_report(path: Path) -> dict[str, Any]:
 def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
     """Return what the charges of a ledger add up to; every line of it is checked."""
     from opacus_ac.accounting import common_adjacency
+    from opacus_ac.charges import Terms
     from opacus_ac.ledger import PrivacyLedger
 
     if delta is None:
         raise ValueError("a ledger has no delta of its own: give --delta")
-    ledger = PrivacyLedger(path)
+    ledger, terms = PrivacyLedger(path), Terms()
+    for charge in ledger.entries():
+        terms.take(charge, ledger.unit)
     counts: Counter[Event] = Counter(ledger.charges)
+    notes = terms.notes()
     return {
-        "epsilon": _epsilon(counts, delta) if all(event.noise_multiplier > 0 for event in counts) else "infinity",
+        "epsilon": _epsilon(counts, terms, delta)
+        if all(event.noise_multiplier > 0 for event in counts)
+        else "infinity",
         "delta": delta,
-        "neighbours": common_adjacency({event.sampling for event in counts}) if counts else "none yet",
+        "protects": ledger.unit or "nothing yet",
+        "neighbours": common_adjacency(terms.samplings) if counts else "none yet",
         "ledger": ledger.summary,
         "charges": [[repr(event), count] for event, count in counts.items()],
+        **({"warnings": notes} if notes else {}),
     }
 
 
-def _epsilon(counts: Counter[Event], delta: float) -> float:
+def _epsilon(counts: Counter[Event], terms: Terms, delta: float) -> float:
     """Return what the charges of a ledger, which are of one mechanism, cost together."""
     from opacus_ac.accounting import PureDPAccountant, pld_epsilon
+    from opacus_ac.charges import renyi_epsilon
 
     if any(event.mechanism == "gaussian" for event in counts):
+        if terms.adaptive:
+            return max(renyi_epsilon(counts, delta), terms.limit_epsilon(delta))
         return pld_epsilon(counts, delta)
     accountant = PureDPAccountant()
     for event, count in counts.items():

@@ -27,6 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from opacus_ac.account import kept_terms
+from opacus_ac.charges import Terms
 from opacus_ac.checkpoint import check_settings
 from opacus_ac.engine import PrivacyEngine
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
@@ -86,6 +88,7 @@ def load_checkpoint(
     ranks = optimizer.reducer
     saved = _read_text(folder)
     ranks.on_first(lambda: engine._account.check_checkpoint(saved["ledger"]))
+    ranks.on_first(lambda: engine._account.check_terms(_terms(saved)))
     saved["step"][ZEROTH_ORDER] = _zeroth_order_state(model, optimizer, saved["step"].get(ZEROTH_ORDER), folder)
     _check_fits(engine, optimizer, saved)
     tensors = _tensors(model, optimizer)
@@ -143,6 +146,7 @@ def _text(engine: PrivacyEngine, model: nn.Module, optimizer: AdaptiveClipDPOpti
             "world": optimizer.reducer.world,
             "step": state,
             "accountant": dict(engine.accountant.state_dict()),
+            "account": account.state_dict(),
             "settings": account.settings,
             "ledger": account.ledger_head,
             "name": account.mark(),
@@ -263,5 +267,10 @@ def _check_shapes(folder: str | os.PathLike[str], tensors: Mapping[str, Mapping[
 def _resume(engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
     """Take over what had been spent, on rank 0, and have the others follow it."""
     account = engine._account
-    optimizer.reducer.on_first(lambda: account.resume(saved["accountant"], saved["name"]))
+    optimizer.reducer.on_first(lambda: account.resume(saved["accountant"], saved["name"], _terms(saved)))
     account.join(optimizer.reducer)
+
+
+def _terms(saved: Mapping[str, Any]) -> Terms:
+    """Return what holds for the charges that were saved."""
+    return kept_terms(saved["accountant"], saved.get("account"), saved["settings"])

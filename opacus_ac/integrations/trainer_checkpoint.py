@@ -78,6 +78,7 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
                 f"ranks 0 and {rank} read different checkpoints at {folder}: use a folder that all of them see"
             )
     ranks.on_first(lambda: engine._account.check_checkpoint(state[checkpoint.LEDGER]))
+    ranks.on_first(lambda: engine._account.check_terms(engine._kept(state)))
 
 
 def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,220 @@
+"""What is known of every charge beside its event, and what follows from that for the bounds that hold for all of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from opacus_ac.accounting import DEFAULT_ORDERS, Event, RDPTable, epsilon_from_rdp, rdp_event
+from opacus_ac.accounting.rdp import FloatArray
+
+RECORD = "one record (a row of the dataset)"
+"""The privacy unit of ordinary training: what one neighbouring dataset has more than the other."""
+
+
+def privacy_unit(max_rows_per_user: int | None) -> str:
+    """Return what a run protects, in words: a row of the dataset, or a user with at most so many rows."""
+    if max_rows_per_user is None:
+        return RECORD
+    return f"one user with at most {max_rows_per_user} row{'' if max_rows_per_user == 1 else 's'}"
+
+
+_RULE = (
+    "the noise multiplier or the batch size changed by a rule of yours, or from run to run: epsilon holds if the rule knows the "
+    "number of the step only. A rule that looks at releases needs a target budget (make_private_with_epsilon, vrdp)"
+)
+_UNKNOWN = (
+    "some charges come from a file, or an accountant, that does not say whether their rates and noise followed from releases: it is "
+    "taken as if they had, and epsilon holds if they had not"
+)
+_SEVERAL = (
+    "charges whose rates or noise followed from releases went through filters at several Renyi orders, which have no common bound: "
+    "epsilon holds if they followed from the number of the step only. Use one ledger for runs on the same data"
+)
+
+_SHARES = (0.5, 0.1, 0.01, 0.9, 0.99)
+"""Shares of delta for the filters, where what was charged beside them takes the rest."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The privacy filter that a charge went through.
+
+    Attributes:
+        order: its preset Renyi order.
+        budget: divergence that all charges of the account together may have there, this one included, in nats.
+    """
+
+    order: float
+    budget: float
+
+
+@dataclass(frozen=True)
+class Charge:
+    """An event that was charged, and how it came about.
+
+    Attributes:
+        event: what was released.
+        adaptive: whether its rate or noise may have followed from earlier releases; None where an older file does not say,
+            which counts as True.
+        limit: the privacy filter that it went through; None without one.
+    """
+
+    event: Event
+    adaptive: bool | None = False
+    limit: Limit | None = None
+
+
+@dataclass
+class Terms:
+    """What holds for the charges of an account as a whole; it only ever gets worse, and two of them add up.
+
+    Attributes:
+        samplings: kinds of sampling that were charged.
+        units: what the charges protect.
+        adaptive: the rate or noise of some charge may have followed from releases.
+        unknown: of some charge that is not noted; it counts as adaptive, outside of any filter.
+        unlimited: some charge that is known to be adaptive went through no privacy filter.
+        limits: by order, the budget of the filters that adaptive charges went through, and the events that were charged after
+            the last of those, which no filter has counted.
+
+    References:
+        Feldman and Zrnic 2021 (arXiv 2008.11193), theorem 4.3: with adaptive charges only the whole budget of a filter at one
+        preset order bounds what was spent.
+    """
+
+    samplings: set[str] = field(default_factory=set)
+    units: set[str] = field(default_factory=set)
+    adaptive: bool = False
+    unknown: bool = False
+    unlimited: bool = False
+    limits: dict[float, tuple[float, dict[Event, int]]] = field(default_factory=dict)
+
+    def take(self, charge: Charge, unit: str | None = None) -> None:
+        """Add a charge, which came after all that are known."""
+        event, limit = charge.event, charge.limit
+        adaptive = charge.adaptive is not False
+        self.samplings.add(event.sampling)
+        if unit is not None:
+            self.units.add(unit)
+        self.adaptive |= adaptive
+        self.unknown |= charge.adaptive is None
+        self.unlimited |= charge.adaptive is True and limit is None
+        for _, after in self.limits.values():
+            after[event] = after.get(event, 0) + 1
+        if limit is not None and (charge.adaptive or limit.order in self.limits):
+            before = self.limits[limit.order][0] if limit.order in self.limits else 0.0
+            self.limits[limit.order] = max(before, limit.budget), {}  # the filter has counted all that came before
+
+    def join(self, other: Terms, mine: Mapping[Event, int], theirs: Mapping[Event, int]) -> None:
+        """Add what holds for the charges of another account, which this one's filters did not see.
+
+        Args:
+            other: terms of the other account.
+            mine: events charged in this one, and how often each.
+            theirs: the same of the other.
+        """
+        limits: dict[float, tuple[float, dict[Event, int]]] = {}
+        for order in self.limits.keys() | other.limits.keys():
+            budget, after = 0.0, Counter[Event]()
+            for terms, events in ((self, mine), (other, theirs)):
+                part, beside = terms.limits.get(order, (0.0, events))
+                budget += part
+                after.update(beside)
+            limits[order] = budget, dict(after)
+        self.limits = limits
+        self.samplings |= other.samplings
+        self.units |= other.units
+        self.adaptive |= other.adaptive
+        self.unknown |= other.unknown
+        self.unlimited |= other.unlimited
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether adaptive charges were made, all of them through filters at one order, so that a bound holds."""
+        return self.adaptive and not (self.unlimited or self.unknown) and len(self.limits) == 1
+
+    def notes(self, to_come: bool = False) -> list[str]:
+        """Say what a reader of a bound must know; ``to_come``: the next charge will be adaptive, without a filter."""
+        found = [_UNKNOWN] if self.unknown else []
+        if to_come or self.unlimited:
+            found.append(_RULE)
+        elif len(self.limits) > 1:
+            found.append(_SEVERAL)
+        return found
+
+    def limit_epsilon(self, delta: float) -> float:
+        """Return the epsilon of the filters' whole budgets and of what was charged beside them; 0 where there are none."""
+        return max((_limit_epsilon(order, *parts, delta) for order, parts in self.limits.items()), default=0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "samplings": sorted(self.samplings),
+            "units": sorted(self.units),
+            "adaptive": self.adaptive,
+            "unknown": self.unknown,
+            "unlimited": self.unlimited,
+            "limits": [
+                [order, budget, [[*astuple(event), steps] for event, steps in after.items()]]
+                for order, (budget, after) in sorted(self.limits.items())
+            ],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Terms:
+        """Return the terms that :meth:`state_dict` described."""
+        flags = {name: bool(state[name]) for name in ("adaptive", "unknown", "unlimited")}
+        limits = {
+            float(order): (float(budget), {Event(*values): int(steps) for *values, steps in after})
+            for order, budget, after in state["limits"]
+        }
+        return cls(samplings=set(state["samplings"]), units=set(state["units"]), limits=limits, **flags)
+
+    @classmethod
+    def worst(cls, history: Iterable[tuple[float, float, int]], others: Iterable[Event] = ()) -> Terms:
+        """Return the worst that may hold for charges of which only the events are known.
+
+        At rate 1 they may have been shuffled, their rates may have followed from releases, and what protects a user protects
+        each row, so that no more than rows are protected.
+        """
+        rates = [rate for _, rate, steps in history if steps]
+        samplings = {"shuffled" if rate == 1.0 else "poisson" for rate in rates} | {e.sampling for e in others}
+        if not samplings:
+            return cls()
+        return cls(samplings=samplings, units={RECORD}, adaptive=True, unknown=True)
+
+
+def renyi_epsilon(counts: Mapping[Event, int], delta: float) -> float:
+    """Return the Renyi bound of Gaussian events, at their best order; 0 for none."""
+    return epsilon_from_rdp(_divergences(counts), DEFAULT_ORDERS, delta)[0]
+
+
+def _divergences(counts: Mapping[Event, int]) -> FloatArray:
+    """Return the divergence of events at each of the default orders, in nats."""
+    table = RDPTable(DEFAULT_ORDERS)
+    total: FloatArray = 0.0 * table.orders
+    for event, steps in counts.items():
+        total = total + steps * table.event_row(event)
+    return total
+
+
+def _limit_epsilon(order: float, budget: float, after: Mapping[Event, int], delta: float) -> float:
+    """Return the epsilon of a filter's whole budget together with events that it has not counted.
+
+    Either all at the filter's order, or by basic composition, the events at the best order of their own.
+    """
+    if not after:
+        return epsilon_from_rdp([budget], [order], delta)[0]
+    if any(event.mechanism != "gaussian" for event in after):
+        return math.inf
+    beside = math.fsum(steps * float(rdp_event(event, [order])[0]) for event, steps in after.items())
+    found = [epsilon_from_rdp([budget + beside], [order], delta)[0]]
+    spent = _divergences(after)
+    for share in _SHARES:
+        whole = epsilon_from_rdp([budget], [order], share * delta)[0]
+        found.append(whole + epsilon_from_rdp(spent, DEFAULT_ORDERS, (1 - share) * delta)[0])
+    return min(found)
