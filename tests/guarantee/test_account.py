@@ -562,4 +562,4 @@ def test_targets_of_opacus_accountants_are_kept_and_used(name, epsilon):
     with pytest.raises(PrivacyBudgetExceeded):
         train(model, optimizer, [next(left)])
     assert engine.accountant.history == [(noise, 0.25, 8)]
-    assert 0.97 * epsilon < engine.get_epsilon(DELTA) <= epsilon
+    assert 0.97 * epsilon < engine.accountant.get_epsilon(DELTA) <= epsilon
