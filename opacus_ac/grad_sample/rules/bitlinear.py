@@ -219,20 +219,49 @@ def ste_linear_factors(module: nn.Module, x: Tensor, backprops: Tensor) -> Facto
             against the gradient at hand, because a clipping mask may set in only after some steps.
     """
     replay = _replay(module, x.detach(), backprops.dtype)
-    product, backprops = replay.product, backprops.to(replay.output.dtype)
-    _check_parameters(module, product)
-    # retain_graph: the checks below walk the same graph once more; it dies with this frame.
-    at_product = torch.autograd.grad(replay.output, product.output, backprops, retain_graph=True)[0]
-    factors = Factors(product.inputs.detach().to(at_product.dtype), at_product)
+    _check_parameters(module, replay.product)
+    factors, backprops = _factors_of(replay, backprops)
     weight = module._parameters.get("weight")
-    if weight is not None and weight.requires_grad and x.shape[0] > 0:
-        flat_b, flat_a = at_product.reshape(-1, at_product.shape[-1]), factors.inputs.reshape(-1, x.shape[-1])
-        total = flat_b.T @ flat_a
-        if module not in _STRUCTURE_CHECKED:
-            _check_structure(module, replay, backprops, total)
-            _STRUCTURE_CHECKED.add(module)
-        _check_identity(module, product, total)
+    if weight is not None and weight.requires_grad:
+        _check_weight_path(module, replay, factors, x.detach(), backprops)
     return factors
+
+
+def _factors_of(replay: _Replay, backprops: Tensor) -> tuple[Factors, Tensor]:
+    """Factors of a layer that was run again, and ``backprops`` in the type of its output."""
+    backprops = backprops.to(replay.output.dtype)
+    # retain_graph: the checks walk the same graph once more; it dies with their caller.
+    at_product = torch.autograd.grad(replay.output, replay.product.output, backprops, retain_graph=True)[0]
+    return Factors(replay.product.inputs.detach().to(at_product.dtype), at_product), backprops
+
+
+_ORDINARY = 1e15
+"""Products of inputs and gradients beyond this say nothing about a layer: sums of them overflow, or drown all others."""
+
+
+def _ordinary_records(factors: Factors) -> Tensor:
+    """Which records the layer can be judged by ``[B]``: what one record holds must not stop the run of all others."""
+    if factors.inputs.shape[0] == 0:
+        return torch.zeros(0, dtype=torch.bool, device=factors.inputs.device)
+    inputs, backprops = (part.detach().abs().flatten(1).amax(1).double() for part in factors)
+    return inputs * backprops < _ORDINARY  # False for NaN, and for what became infinite
+
+
+def _check_weight_path(module: nn.Module, replay: _Replay, factors: Factors, x: Tensor, backprops: Tensor) -> None:
+    """Compare what the factors say with autograd, on the records that are not poisonous."""
+    ordinary = _ordinary_records(factors)
+    if not bool(ordinary.any()):
+        return
+    if not bool(ordinary.all()):
+        x, backprops = x[ordinary], backprops[ordinary]
+        replay = _replay(module, x, backprops.dtype)
+        factors, backprops = _factors_of(replay, backprops)
+    flat_b, flat_a = (part.reshape(-1, part.shape[-1]) for part in (factors.backprops, factors.inputs))
+    total = flat_b.T @ flat_a
+    if module not in _STRUCTURE_CHECKED:
+        _check_structure(module, replay, backprops, total)
+        _STRUCTURE_CHECKED.add(module)
+    _check_identity(module, replay.product, total)
 
 
 def ste_linear(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
