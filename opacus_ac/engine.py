@@ -56,8 +56,9 @@ class PrivacyEngine(AccountedEngine):
 
     Args:
         accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp"); "pure" for Laplace noise.
-        secure_mode: make every Gaussian of four, against attacks on the low-order bits of floating-point noise; about four
-            times as slow to draw. Noise and batches come from a cryptographic generator (AES-256-CTR, keyed by the
+        secure_mode: make every Gaussian of four, against attacks on the low-order bits of floating-point noise, about four
+            times as slow to draw; and form sums in float64 until the noise is in, so that a record more or less does not
+            change how the others are rounded. Noise and batches come from a cryptographic generator (AES-256-CTR, keyed by the
             operating system) in any case.
         ledger: path of the privacy ledger, see :class:`opacus_ac.ledger.PrivacyLedger`: every charge is on disk before its
             release, runs on the same data add up, and a crash cannot lose one. Use one ledger per dataset, for all runs.
@@ -272,7 +273,9 @@ class PrivacyEngine(AccountedEngine):
             lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
             ema_decay=ema_decay,
             fused_step=fused_step,
-            source=choose_source(module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users),
+            source=choose_source(
+                module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users, self.secure_mode
+            ),
             plan=loader.plan,
             stream=noise_stream,
             allocation=allocation,

@@ -61,7 +61,9 @@ class FusedStep:
         groups = self._inner.param_groups
         try:
             for parameter, total in waiting:
-                parameter.grad = total.view_as(parameter)
+                parameter.grad = total.to(parameter.dtype).view_as(
+                    parameter
+                )  # a float64 sum is rounded after the noise
             self._inner.param_groups = [
                 {**group, "params": [p for p, _ in waiting if self._owners[id(p)] is group]} for group in groups
             ]

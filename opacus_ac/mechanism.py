@@ -119,26 +119,27 @@ class GaussianMechanism:
         Args:
             parameters: the trainable parameters.
             sums: summed clipped gradients, taken one by one; None is a sum of zero (and gets its noise). A sum in the
-                parameter's dtype becomes the ``grad`` itself, without a copy.
+                parameter's dtype becomes the ``grad`` itself, without a copy; a float64 one is rounded after the noise.
             std: std of the noise per coordinate (of the sum, before division by the expected batch size), or one for each
                 parameter.
             scale: public factor, such as one over the expected batch size.
         """
         named = list(parameters)
         # All sums first: after a matrix product the threads of BLAS spin for a while, on the cores that the noise needs.
-        grads = [
-            torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+        totals = [
+            torch.zeros_like(parameter) if total is None else total
             for parameter, total in zip(named, sums, strict=True)
         ]
-        self.noise_in_place(grads, std, scale)
-        for parameter, grad in zip(named, grads, strict=True):
-            parameter.grad = grad.view_as(parameter)
+        self.noise_in_place(totals, std, scale)
+        for i, parameter in enumerate(named):
+            parameter.grad = totals[i].to(parameter.dtype).view_as(parameter)
+            totals[i] = parameter.grad  # the float64 sum goes
 
     def noise_in_place(self, totals: Sequence[torch.Tensor], std: float | Sequence[float], scale: float = 1.0) -> None:
         """Set sums of clipped gradients to ``(total + N(0, std^2)) * scale``.
 
         Args:
-            totals: sums, each in its parameter's dtype.
+            totals: sums, each in its parameter's dtype or in float64.
             std: std of the noise per coordinate (of the sum, before ``scale``), or one for each total.
             scale: public factor.
 

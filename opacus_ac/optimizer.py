@@ -474,6 +474,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 f"{type(self.policy).__name__}.factors left a gradient longer than C = {self.policy.bound:g}, or gave no finite factor "
                 "per record: nothing was released. opacus_ac.testing.policies.check_clip_policy says which"
             )
+        self.statistics.check_kept(norms.numpy(), (kept.abs() / self.policy.bound).numpy())
         return factors
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:

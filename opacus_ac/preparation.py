@@ -280,18 +280,19 @@ def choose_source(
     loss_reduction: str,
     batch_first: bool,
     users: UserRows | None = None,
+    secure: bool = False,
 ) -> GradientSource:
-    """Return where the optimizer gets norms and clipped sums from; nothing is attached yet."""
+    """Return where the optimizer gets norms and clipped sums from, in secure mode exact ones; nothing is attached yet."""
     parameters, names = named_parameters(module, optimizer)
     count = None if users is None else users.drawn
     if mode != "bk":
-        return PerSampleSource(parameters, names, loss_reduction, count)
+        return PerSampleSource(parameters, names, loss_reduction, count, exact_sums=secure)
     if not batch_first:
         raise ValueError(
             'grad_sample_mode="bk" needs the records in the first dimension: pass batch_first=True, or '
             'grad_sample_mode="hooks"'
         )
-    return BookKeepingSource(module, parameters, names, loss_reduction, count)
+    return BookKeepingSource(module, parameters, names, loss_reduction, count, exact_sums=secure)
 
 
 def attach(

@@ -215,8 +215,8 @@ class StepStatistics:
         """
         self._window = NormWindow.around(bound, self.bins)
         upper = np.append(self._window.edges / bound, np.inf)
-        share = np.clip(gradient_share(upper), 0.0, 1.0)
-        self._weights = np.sqrt(np.maximum(1 + self.histogram_weight**2 - share**2, 0.0))
+        self._shares = np.clip(gradient_share(upper), 0.0, 1.0)
+        self._weights = np.sqrt(np.maximum(1 + self.histogram_weight**2 - self._shares**2, 0.0))
         self._counts = np.zeros(self.bins + 2, dtype=np.int64)
         self._loss_sum = 0.0
         self._profile_sum = np.zeros(self.groups)
@@ -225,6 +225,26 @@ class StepStatistics:
     def started(self) -> bool:
         """Whether a logical batch is open."""
         return self._window is not None
+
+    def check_kept(self, norms: FloatArray, kept: FloatArray) -> None:
+        """Refuse clipped gradients that use room which the histogram was given.
+
+        Args:
+            norms: gradient norms of the records ``[B]``.
+            kept: their norms after clipping, in units of C.
+
+        Raises:
+            ValueError: one keeps more than the ``gradient_share`` of its bin: histogram and gradient together would exceed the
+                declared sensitivity.
+        """
+        assert self._window is not None
+        if self.histogram and not bool((kept <= self._shares[self._window.groups(norms)] + 1e-6).all()):
+            raise ValueError(
+                "the clip policy leaves a gradient longer than its gradient_share declares, and the histogram was encoded to use that "
+                "room: nothing was released. A policy that enlarges small gradients overrides gradient_share(ratio) with the "
+                "largest norm over C that it leaves of gradients up to ratio times C (AutomaticPolicy returns 1); "
+                "opacus_ac.testing.policies.check_clip_policy says where it is exceeded"
+            )
 
     def observe(self, norms: FloatArray, losses: FloatArray | None, squares: FloatArray | None = None) -> None:
         """Add a physical batch: ``norms`` ``[B]``, and what else is released: ``losses`` ``[B]``, ``squares`` ``[B, G]``.

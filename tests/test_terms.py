@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample import terms
-from opacus_ac.grad_sample.terms import Dense, GramCache, Lookup, ParameterBook, Rows, Weights, squared_norms
+from opacus_ac.grad_sample import certified as certification
+from opacus_ac.grad_sample import gram, terms
+from opacus_ac.grad_sample.bounds import squared_norms
+from opacus_ac.grad_sample.certified import certified
+from opacus_ac.grad_sample.gram import GramCache
+from opacus_ac.grad_sample.terms import Dense, Lookup, ParameterBook, Rows, Weights
 
 B, T, V, D = 5, 6, 23, 11
 
@@ -72,6 +76,16 @@ def book_of(parts: list) -> ParameterBook:
     return book
 
 
+def squares_of(book: ParameterBook) -> Tensor:
+    """The squared norms as computed, those of doubtful records in float64."""
+    return certified([book], [1.0])[1][0]
+
+
+def bounds_of(book: ParameterBook) -> Tensor:
+    """The norms by which records are clipped."""
+    return certified([book], [1.0])[0]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("factor", [0.0, 2.0, 1e9], ids=["gram", "measured", "kept"])
 @pytest.mark.parametrize("name", CASES)
@@ -81,7 +95,7 @@ def test_norms_and_sums_are_those_of_the_gradients(name, factor, dtype, library,
     parts = CASES[name](dtype)
     want = sum(written_down(part) for part in parts)
     book = book_of(parts)
-    torch.testing.assert_close(book.squares(), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0)
+    torch.testing.assert_close(squares_of(book), want.flatten(1).square().sum(1), rtol=TOLERANCE[dtype], atol=0)
     weights = torch.tensor([0.3, 0.0, 1.0, 2.0, 0.7], dtype=torch.float64)
     for w in (weights, weights + 0.1, torch.zeros(B, dtype=torch.float64)):
         out = torch.full((V, D), 7.0, dtype=torch.promote_types(dtype, torch.float32))
@@ -99,9 +113,9 @@ def test_the_kept_route_is_taken_where_it_is_cheaper():
 @pytest.mark.parametrize("name", ["dense", "tied", "tied twice", "three lookups", "two dense"])
 @pytest.mark.parametrize("limit", [1, 300])
 def test_long_sequences_are_taken_in_slices_of_records(name, limit, monkeypatch):
-    whole = book_of(CASES[name](torch.float64)).squares()
+    whole = squares_of(book_of(CASES[name](torch.float64)))
     monkeypatch.setattr(terms, "_GRAM_BYTES", limit)
-    torch.testing.assert_close(book_of(CASES[name](torch.float64)).squares(), whole, rtol=1e-13, atol=0)
+    torch.testing.assert_close(squares_of(book_of(CASES[name](torch.float64))), whole, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
@@ -116,8 +130,8 @@ def test_a_record_of_weight_zero_leaves_no_trace(name, poison, library):
     weights = torch.tensor([1.0, 0.5, 0.0, 0.2, 1.0], dtype=torch.float64)
     got, want = torch.empty(V, D), torch.empty(V, D)
     book, reference = book_of(parts), book_of(clean)
-    squares = book.squares()
-    expected = reference.squares()
+    squares = squares_of(book)
+    expected = squares_of(reference)
     others = torch.tensor([0, 1, 3, 4])
     torch.testing.assert_close(squares[others], expected[others])
     # Its own norm must not come out as something that would let it through.
@@ -145,10 +159,10 @@ def test_gram_sums_that_nearly_cancel_are_written_down(share, tie, library, monk
     if tie:
         parts.append(Lookup(ids(), share * draw(B, T, D, dtype=torch.float32)))
     want = sum(written_down(p) for p in parts).flatten(1).square().sum(1)
-    torch.testing.assert_close(book_of(parts).squares(), want, rtol=2e-5, atol=0)
+    torch.testing.assert_close(squares_of(book_of(parts)), want, rtol=2e-5, atol=0)
     if share <= 1e-3:  # the guard is what does it
-        monkeypatch.setattr(terms, "CANCELLATION", -1e30)
-        error = (book_of(parts).squares() - want).abs() / want
+        monkeypatch.setattr(certification, "WORTHWHILE", float("inf"))
+        error = (squares_of(book_of(parts)) - want).abs() / want
         assert float(error.max()) > 1e-3
 
 
@@ -161,7 +175,7 @@ def test_no_clipped_record_adds_more_than_the_bound(factor, share, dtype, librar
     for record in range(B):
         book = book_of([cancelling(share, dtype), Lookup(ids(), share * draw(B, T, D, dtype=dtype))])
         weights = torch.zeros(B, dtype=torch.float64)
-        weights[record] = 0.25 / book.squares()[record].sqrt()
+        weights[record] = 0.25 / squares_of(book)[record].sqrt()
         out = torch.empty(V, D)
         book.weighted_sum(Weights(weights), out)
         assert float(out.double().norm()) == pytest.approx(0.25, rel=1e-4)
@@ -178,17 +192,18 @@ def test_a_record_with_sides_of_extreme_sizes_is_clipped(left, right, library, m
     part.right[2, 1] = right * draw(D, dtype=torch.float32)
     part.left[2, 0], part.left[2, 2:] = 0, 0
     want = written_down(part).flatten(1).square().sum(1)
-    torch.testing.assert_close(book_of([part]).squares(), want, rtol=2e-6, atol=0)
-    if left == 1e18:  # the guard is what does it
-        monkeypatch.setattr(terms, "EXTREME", float("inf"))
-        assert float(book_of([part]).squares()[2]) < 0.5 * float(want[2])
+    torch.testing.assert_close(squares_of(book_of([part])), want, rtol=2e-6, atol=0)
+    if left == 1e18:  # the guards are what does it
+        monkeypatch.setattr(certification, "WORTHWHILE", float("inf"))
+        monkeypatch.setattr(certification, "EXTREME", float("inf"))
+        assert float(squares_of(book_of([part]))[2]) < 0.5 * float(want[2])
 
 
 def test_a_gradient_that_is_exactly_zero_has_norm_zero():
     zero = Dense(torch.zeros(B, T, V), torch.zeros(B, T, D))
-    assert book_of([zero]).squares().tolist() == [0.0] * B
+    assert squares_of(book_of([zero])).tolist() == [0.0] * B
     opposite = Dense(torch.cat([torch.ones(B, 1, V), -torch.ones(B, 1, V)], 1), torch.ones(B, 2, D))
-    assert book_of([opposite]).squares().tolist() == [0.0] * B
+    assert squares_of(book_of([opposite])).tolist() == [0.0] * B
 
 
 def test_squared_norms_of_millions_of_entries_are_not_biased():
@@ -206,14 +221,17 @@ def test_squared_norms_of_millions_of_entries_are_not_biased():
 def test_gram_matrices_by_halves(positions, monkeypatch):
     x, y = draw(B, positions, D), draw(B, positions, V, seed=1)
     want = [torch.bmm(z, z.transpose(1, 2)) for z in (x, y)]
-    trace = (want[0] * want[1]).diagonal(dim1=1, dim2=2).sum(-1)
-    for fewest in (2, 10**9):
-        monkeypatch.setattr(terms, "_HALVED", (fewest, 10**9))
-        torch.testing.assert_close(terms.Gram.of(x).whole(), want[0], rtol=1e-12, atol=1e-12)
-        for other in (terms.Gram.of(y), terms.Gram(want[1], None)):
-            got = terms._products(terms.Gram.of(x), other)
-            largest = torch.maximum(*(w.diagonal(dim1=1, dim2=2).amax(-1) for w in want))
-            torch.testing.assert_close(got, ((want[0] * want[1]).sum((1, 2)), trace, largest), rtol=1e-12, atol=1e-12)
+    reach = (want[0].diagonal(dim1=1, dim2=2) * want[1].diagonal(dim1=1, dim2=2)).sqrt().sum(-1)
+    largest = [w.diagonal(dim1=1, dim2=2).amax(-1) for w in want]
+    for chunk in (4, 10**9):
+        monkeypatch.setattr(gram, "CHUNK", chunk)
+        for fewest in (2, 10**9):
+            monkeypatch.setattr(gram, "_HALVED", (fewest, 10**9))
+            torch.testing.assert_close(gram.Gram.of(x).whole(), want[0], rtol=1e-12, atol=1e-12)
+            for other in (gram.Gram.of(y), gram.Gram(want[1], None)):
+                got = gram.products(gram.Gram.of(x), other)
+                expected = ((want[0] * want[1]).sum((1, 2)), reach, torch.maximum(*largest))
+                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gram_cache_shares_one_input_and_forgets():

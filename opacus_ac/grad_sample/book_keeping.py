@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.by_user import CountUsers, regroup
 from opacus_ac.grad_sample.capture import Capture, Use, by_record
+from opacus_ac.grad_sample.certified import certified
+from opacus_ac.grad_sample.gram import GramCache
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.shards import places_of
 from opacus_ac.grad_sample.sources import Place, squares_by_parameter
 from opacus_ac.grad_sample.term_rules import flattening_modules, tracked
-from opacus_ac.grad_sample.terms import GramCache, ParameterBook, Weights
+from opacus_ac.grad_sample.terms import ParameterBook, Weights
 
 
 @dataclass
@@ -45,9 +47,11 @@ class BookKeepingSource:
         names: their names, for messages.
         loss_reduction: "mean" or "sum" over the records, as the loop computes the loss.
         users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
+        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the others add.
 
     Guarantees:
-        Norms are in float32 or better whatever the type of the activations, and exact to rounding. A trained parameter
+        Norms are in float32 or better whatever the type of the activations, and upper bounds of what each record adds, rounding
+        included. Tensors that change between norm and sum are refused. A trained parameter
         that is also used where no rule sees it gets an ordinary gradient in the backward pass, and the step is refused.
         Two backward passes before a step are records of their own.
 
@@ -62,8 +66,10 @@ class BookKeepingSource:
         names: Sequence[str],
         loss_reduction: str = "mean",
         users: CountUsers | None = None,
+        exact_sums: bool = False,
     ) -> None:
         self._model = model
+        self._exact_sums = exact_sums
         self._parameters, self._names = list(parameters), list(names)
         self._index = {id(p): i for i, p in enumerate(self._parameters)}
         self._mean = loss_reduction == "mean"
@@ -104,7 +110,8 @@ class BookKeepingSource:
                 index = self._index.get(id(parameter), self._places(parameter, use.module))
                 if index is not None and self._parameters[index].requires_grad:
                     book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
-                    book.add(term if self._users is None else regroup(term, chunk.records), self._grams)
+                    term = term if self._users is None else regroup(term, chunk.records)
+                    book.add(term, self._grams, use.path)
             chunk.model_passes.add(use.model_pass)
         except BaseException:
             self._failed = True
@@ -126,11 +133,11 @@ class BookKeepingSource:
     # ---------------------------------------------------------------- GradientSource
 
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return the gradient norm of each record, ``[B]`` float64; ``weights`` as in ``GradientSource``.
+        """Return the norm by which each record is clipped, ``[B]`` float64; as in ``GradientSource``.
 
         Raises:
             ValueError: there was no backward pass, a part of the model was used outside of its rule, a backward pass
-                failed half-way, or gradients of the step before were not cleared.
+                failed half-way, gradients of the step before were not cleared, or inputs or gradients were written to since.
         """
         if self._capture is not None:
             self._capture.restore()
@@ -165,11 +172,11 @@ class BookKeepingSource:
             )
 
     def _norms(self, chunk: _Chunk, weights: Sequence[float] | None) -> Tensor:
-        total = torch.zeros(chunk.records, dtype=torch.float64)
-        for index in sorted(chunk.books):
-            squares = chunk.squares[index] = chunk.books[index].squares().cpu()
-            total += squares if weights is None else squares * weights[index] ** 2
-        return total.sqrt() * (chunk.records if self._mean else 1)
+        places = sorted(chunk.books)
+        chosen = [1.0 if weights is None else weights[index] for index in places]
+        norms, squares = certified([chunk.books[index] for index in places], chosen)
+        chunk.squares = dict(zip(places, squares, strict=True))
+        return norms * (chunk.records if self._mean else 1)
 
     def parameter_squares(self) -> Tensor:
         """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
@@ -218,15 +225,15 @@ class BookKeepingSource:
             yield total
         self._released = True
 
-    @staticmethod
     def _add(
-        parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, place: Place | None
+        self, parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, place: Place | None
     ) -> Tensor:
         """Return ``total`` plus the weighted sum of a book."""
-        out = place(parameter) if total is None and place is not None else None
+        out = place(parameter) if total is None and place is not None and not self._exact_sums else None
         if out is None:
             # Of the whole parameter, also where a rank holds a shard of it.
-            out = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            dtype = torch.float64 if self._exact_sums else parameter.dtype
+            out = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
         with exact():
             book.weighted_sum(weights, out)
             return out if total is None else total.add_(out)

@@ -36,7 +36,7 @@ def add_outer(left: Tensor, right: Tensor, out: Tensor, *, first: bool) -> None:
         first: whether what ``out`` holds is to be overwritten.
     """
     worth = left.numel() * right.shape[2] >= _WORTH
-    if worth and left.is_contiguous() and right.is_contiguous() and _can_be_faster(left):
+    if worth and left.is_contiguous() and right.is_contiguous() and may_be_faster(left):
         _add_outer_by_onednn(left, right, out, first=first)
         return
     a, b = left.reshape(-1, left.shape[2]).t(), right.reshape(-1, right.shape[2])
@@ -59,7 +59,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def inner_is_faster(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN is faster at :func:`inner`."""
     worth = a.shape[1] * a.shape[2] * b.shape[1] >= _WORTH_A_RECORD
-    return worth and all(_is_plain(x) for x in (a, b)) and _can_be_faster(a)
+    return worth and all(_is_plain(x) for x in (a, b)) and may_be_faster(a)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -70,7 +70,8 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_contiguous() or x.transpose(1, 2).is_contiguous()
 
 
-def _can_be_faster(x: Tensor) -> bool:
+def may_be_faster(x: Tensor) -> bool:
+    """Whether oneDNN's products may be faster for tensors of this kind, where there is enough to be done."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster()
 
 

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.bounds import of_rows
 from opacus_ac.grad_sample.by_user import CountUsers, sum_rows
 from opacus_ac.grad_sample.precision import exact
-from opacus_ac.grad_sample.terms import squared_norms
+from opacus_ac.grad_sample.terms import add_rows
+from opacus_ac.grad_sample.unchanged import Unchanged
 
 _SUM_TOLERANCE = 0.01
 """Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
@@ -28,7 +30,10 @@ class GradientSource(Protocol):
     """What a way of computing per-sample gradients offers to the optimizer."""
 
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return the gradient norm of each record of the physical batch, ``[B]`` float64. Private.
+        """Return a norm of the gradient of each record of the physical batch, ``[B]`` float64. Private.
+
+        It is an upper bound of the norm of what the record adds to the sum with the factor 1, rounding included; for a record
+        whose gradients can be computed well it is within a per cent of it.
 
         Args:
             weights: one factor > 0 per parameter on its gradient; None for 1. The sums are those of the gradients as
@@ -38,7 +43,8 @@ class GradientSource(Protocol):
     def parameter_squares(self) -> Tensor:
         """Return the squared gradient norms ``[B, P]`` of the batch that was finished, one column per parameter. Private.
 
-        They are those of the gradients as they are, without weights; float64.
+        They are as computed, where :meth:`finish_batch` returns upper bounds, and those of the gradients as they are, without
+        weights; float64.
         """
 
     def accumulate(self, factors: Tensor) -> None:
@@ -111,6 +117,7 @@ class PerSampleSource:
         names: their names, for messages.
         loss_reduction: "mean" or "sum", as the per-sample gradients were scaled.
         users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
+        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the others add.
 
     Guarantees:
         The first time that a parameter gets a gradient, its per-sample gradients must add up to what autograd
@@ -123,14 +130,17 @@ class PerSampleSource:
         names: Sequence[str] | None = None,
         loss_reduction: str = "mean",
         users: CountUsers | None = None,
+        exact_sums: bool = False,
     ) -> None:
         self._parameters = list(parameters)
+        self._exact_sums = exact_sums
         self._names = list(names) if names is not None else [f"parameter {i}" for i in range(len(self._parameters))]
         self._mean = loss_reduction == "mean"
         self._users = users
         self._verified: set[int] = set()
         self._squares: dict[int, Tensor] = {}
         self._before: list[Tensor | None] = []
+        self._used = Unchanged()
 
     def _rows(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""
@@ -148,29 +158,35 @@ class PerSampleSource:
         return summed * (users / sample.shape[0]) if self._mean else summed
 
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return the gradient norm of each record, ``[B]`` float64; ``weights`` as in :class:`GradientSource`.
+        """Return the norm by which each record is clipped, ``[B]`` float64; as in :class:`GradientSource`.
 
         Raises:
             ValueError: no parameter has per-sample gradients, a parameter received an ordinary gradient without
                 one, batch sizes differ between parameters, or the gradients were not cleared.
         """
         total: Tensor | None = None
-        self._squares = {}
+        self._squares, self._used = {}, Unchanged()
         for index, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
             self._check(name, parameter)
             rows = self._rows(parameter)
             if rows is None:
                 continue
-            squares = squared_norms(rows).cpu()
+            certificate = of_rows(rows)
+            squares, bound = certificate.squares.cpu(), certificate.bounds().square().cpu()
+            for record in (squares == 0).nonzero().reshape(-1).tolist():
+                if not bool(rows[record].any()):  # nothing that underflow could have taken
+                    bound[record] = 0.0
             self._verify(name, parameter, rows, squares)
+            sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            self._used.note(f"the per-sample gradient of {name}", *(sample if isinstance(sample, list) else [sample]))
             if total is not None and squares.shape != total.shape:
                 raise ValueError(
                     f"{name} has per-sample gradients of {squares.shape[0]} records, other parameters of "
                     f"{total.shape[0]}: the batch must be the first dimension of every layer's input"
                 )
             self._squares[index] = squares
-            squares = squares if weights is None else squares * weights[index] ** 2
-            total = squares if total is None else total + squares
+            bound = bound if weights is None else bound * weights[index] ** 2
+            total = bound if total is None else total + bound
         if total is None:
             raise ValueError(
                 "Per sample gradient is not initialized: no parameter has grad_sample. Run forward and backward "
@@ -216,7 +232,12 @@ class PerSampleSource:
             self._verified.add(id(parameter))
 
     def accumulate(self, factors: Tensor) -> None:
-        """Add the weighted sum of the records to each parameter's ``summed_grad``."""
+        """Add the weighted sum of the records to each parameter's ``summed_grad``.
+
+        Raises:
+            ValueError: per-sample gradients were written to after their norms were taken.
+        """
+        self._used.check()
         kept = factors.nonzero().reshape(-1)
         everything = kept.numel() == factors.numel()
         self._before = [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
@@ -224,11 +245,12 @@ class PerSampleSource:
             rows = self._rows(parameter)
             if rows is None:
                 continue
-            chosen = rows if everything else rows[kept.to(rows.device)]
-            weights = factors[kept].to(device=rows.device, dtype=parameter.dtype)
             # Dropped, not multiplied by zero: a record with a non-finite gradient must leave no trace.
+            chosen = rows if everything else rows[kept.to(rows.device)]
+            dtype = torch.float64 if self._exact_sums else parameter.dtype
+            added = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
             with exact():
-                added = torch.einsum("i,i...->...", weights, chosen.to(parameter.dtype))
+                add_rows(chosen if self._exact_sums else chosen.to(dtype), factors[kept], added, first=True)
             summed = getattr(parameter, "summed_grad", None)
             # Not in place: what was there before is wanted again where the step fails.
             parameter.summed_grad = added if summed is None else summed + added  # type: ignore[attr-defined]
@@ -268,7 +290,7 @@ class PerSampleSource:
 
     def clear(self, *, sums: bool) -> None:
         """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
-        self._squares, self._before = {}, []
+        self._squares, self._before, self._used = {}, [], Unchanged()
         for parameter in self._parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None

@@ -3,7 +3,8 @@
 Every use of a matrix parameter adds ``sum_t left_t (x) right_t`` to a record's gradient. For a dense layer both sides
 are dense (output gradient and input), for an embedding the left side is one-hot (the token id). Using a parameter
 again is concatenation along t; tying an embedding to a head adds the cross term between the two kinds. Norms come from
-``[T, T]`` Gram matrices or, where that is cheaper, from the materialised gradient, which is then kept.
+``[T, T]`` Gram matrices or, where that is cheaper, from the materialised gradient, which is then kept. What rounding can do to
+either is known (:mod:`bounds`); a record for which it is too much is computed in float64 (:mod:`written_down`).
 
 References:
     Bu et al., arXiv 2210.00038 (book-keeping); Lee and Kifer, arXiv 2009.03106 (Gram norms); Li et al., arXiv 2110.05679.
@@ -12,13 +13,27 @@ References:
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample.products import add_outer, inner, inner_is_faster
+from opacus_ac.grad_sample import written_down
+from opacus_ac.grad_sample.bounds import (
+    RECORDS,
+    ROWS,
+    Certificate,
+    inner_terms,
+    of_rows,
+    relative_error,
+    smallest,
+    sum_terms,
+    unit,
+    wide,
+)
+from opacus_ac.grad_sample.gram import Gram, GramCache, inner_by_pieces, products, sizes
+from opacus_ac.grad_sample.products import add_outer, inner
+from opacus_ac.grad_sample.unchanged import Unchanged
 
 KEEP_FACTOR = 1.0
 """A dense gradient ``[I, J]`` is materialised when ``I J <= KEEP_FACTOR T (I + J)``.
@@ -29,32 +44,9 @@ and then that product. A factor of 2 would save a few percent of time on small m
 ordinary training has.
 """
 
-CANCELLATION = 1e-2
-"""Share of its diagonal below which a Gram sum has cancelled so far that float32 may be wrong by more than 1e-5."""
-
-EXTREME = 1e16
-"""Squared norm of one side of an outer product above which the square of the other may have been lost to underflow."""
-
 _GRAM_BYTES = 1 << 26
-_BLOCK = 1 << 22
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 or better: squares and sums of bfloat16 numbers are not kept in bfloat16."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Return the squared L2 norm of each row of ``[B, ...]`` in float64.
-
-    The norm of the last dimension in the native type, then float64: a flat float32 norm over millions of elements
-    is biased by 1e-4 on CPU, which would let clipped records exceed C.
-    """
-    if rows.numel() == 0:
-        return torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
-    rows = wide(rows)
-    inner = torch.linalg.vector_norm(rows.reshape(rows.shape[0], -1, rows.shape[-1] if rows.dim() > 1 else 1), dim=-1)
-    return inner.double().square_().sum(1)
+_PIECE = 1 << 20
+"""Numbers of a result that are computed at once where it is added to another."""
 
 
 @dataclass
@@ -104,6 +96,7 @@ class Weights:
     """
 
     def __init__(self, values: Tensor) -> None:
+        self._all = values
         kept = values.nonzero().reshape(-1)
         self._kept = None if kept.numel() == values.numel() else kept
         self.values = values if self._kept is None else values[kept]
@@ -112,88 +105,22 @@ class Weights:
         """The records ``[B, ...]`` that have a weight."""
         return records if self._kept is None else records[self._kept]
 
+    def of(self, record: int) -> float:
+        """The weight of one record."""
+        return float(self._all[record])
+
+    def without(self, records: list[int]) -> Weights:
+        """The same, but for some records, which have no weight."""
+        if not records:
+            return self
+        values = self._all.clone()
+        values[records] = 0
+        return Weights(values)
+
 
 def keeps(positions: int, rows: int, columns: int) -> bool:
     """Whether a dense gradient ``[rows, columns]`` of ``positions`` outer products is materialised."""
     return rows * columns <= KEEP_FACTOR * positions * (rows + columns)
-
-
-@dataclass
-class Gram:
-    """The inner products of all pairs of positions, of which those below the diagonal need not be computed.
-
-    For an even number of positions the matrix is kept as its two diagonal blocks and the one above them, which saves
-    a quarter of the work.
-    """
-
-    blocks: Tensor
-    """``[B, T, T]``, or ``[2 B, T / 2, T / 2]``."""
-    above: Tensor | None
-    """``[B, T / 2, T / 2]``, or None where ``blocks`` is everything."""
-
-    @classmethod
-    def of(cls, x: Tensor) -> Gram:
-        """Of ``x`` ``[B, T, d]``."""
-        x = wide(x)
-        batch, positions, width = x.shape
-        half = positions // 2
-        halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
-        if not halved or inner_is_faster(x, x):
-            return cls(inner(x, x), None)
-        halves = x.view(2 * batch, half, width)
-        return cls(torch.bmm(halves, halves.transpose(1, 2)), torch.bmm(x[:, :half], x[:, half:].transpose(1, 2)))
-
-    def whole(self) -> Tensor:
-        """``[B, T, T]``."""
-        if self.above is None:
-            return self.blocks
-        batch, half = self.above.shape[:2]
-        first, second = self.blocks.view(batch, 2, half, half).unbind(1)
-        return torch.cat([torch.cat([first, self.above], 2), torch.cat([self.above.transpose(1, 2), second], 2)], 1)
-
-
-_HALVED = (64, 4096)
-"""Fewest positions and greatest width for which computing a Gram matrix by halves is faster, as measured."""
-
-
-class GramCache:
-    """Gram matrices of the last few inputs: the projections of one input share theirs.
-
-    Keyed by storage address; the tensors are held, so that an address cannot come back as another tensor.
-    """
-
-    def __init__(self, size: int = 4) -> None:
-        self._size = size
-        self._grams: OrderedDict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Tensor, Gram]] = OrderedDict()
-
-    def gram(self, x: Tensor) -> Gram:
-        """That of ``x`` ``[B, T, d]``; not to be written to."""
-        key = (x.data_ptr(), tuple(x.shape), x.stride())
-        if key in self._grams:
-            self._grams.move_to_end(key)
-            return self._grams[key][1]
-        gram = Gram.of(x)
-        self._grams[key] = (x, gram)
-        if len(self._grams) > self._size:
-            self._grams.popitem(last=False)
-        return gram
-
-
-def _products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two Gram matrices ``[B, T, T]``: the sum and the diagonal sum of their elementwise product, float64 ``[B]``.
-
-    And the largest square on the diagonal of either.
-    """
-    if (left.above is None) != (right.above is None):
-        left, right = Gram(left.whole(), None), Gram(right.whole(), None)
-    product = left.blocks * right.blocks
-    total = product.sum((1, 2), dtype=torch.float64)
-    trace = product.diagonal(dim1=1, dim2=2).sum(-1, dtype=torch.float64)
-    largest = torch.maximum(*(g.blocks.diagonal(dim1=1, dim2=2).amax(-1) for g in (left, right)))
-    if left.above is None or right.above is None:
-        return total, trace, largest
-    above = (left.above * right.above).sum((1, 2), dtype=torch.float64)
-    return total.view(-1, 2).sum(1) + 2 * above, trace.view(-1, 2).sum(1), largest.view(-1, 2).amax(1)
 
 
 @dataclass
@@ -207,65 +134,84 @@ class ParameterBook:
     dense: list[Dense] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     rows: Tensor | None = None
-    _total: Tensor | None = None
-    """Squared norms so far, ``[B]`` float64; meaningless once there are rows."""
-    _trace: Tensor | None = None
-    """The diagonal's share of them, ``[B]`` float64."""
-    _extreme: Tensor | None = None
-    """Records with a side so large that float32 may have lost the other one, ``[B]``."""
+    apart: list[int] = field(default_factory=list)
+    """Records whose gradients are computed in float64, for their norm and for the sum."""
+    _found: _Found | None = None
+    """Meaningless once there are rows."""
+    _used: Unchanged = field(default_factory=Unchanged)
 
-    def add(self, term: Term, cache: GramCache) -> None:
-        """Add one use of the parameter."""
+    def add(self, term: Term, cache: GramCache, path: str = "") -> None:
+        """Add one use of the parameter, by the module ``path``."""
         if isinstance(term, Rows):
-            self._add_rows(term.values)
+            self._add_rows(term.values, path)
         elif isinstance(term, Dense) and (self.rows is not None or (not self.dense and term.worth_keeping)):
             self._keep(term)
-        elif self.rows is not None:
-            assert isinstance(term, Lookup)
-            self.lookups.append(term)
+            self._count(_dense_sizes(term, cache), [])
         elif isinstance(term, Dense):
             crosses = [_dense_cross(term, other) for other in self.dense]
-            total, trace, largest = _dense_squares(term, cache)
-            self._count((total, trace), crosses + [_cross(term, other) for other in self.lookups])
-            self._extreme = largest > EXTREME if self._extreme is None else self._extreme | (largest > EXTREME)
+            crosses += [_cross(term, other) for other in self.lookups]
+            self._count(_dense_squares(term, cache), crosses)
             self.dense.append(term)
+            self._used.note(_described(path), term.left, term.right)
         else:
-            crosses = [_lookup_cross(term, other) for other in self.lookups]
-            self._count(_lookup_squares(term), crosses + [_cross(other, term) for other in self.dense])
+            crosses = [] if self.rows is not None else [_lookup_cross(term, other) for other in self.lookups]
+            crosses += [] if self.rows is not None else [_cross(other, term) for other in self.dense]
+            self._count(_lookup_squares(term, written_down=self.rows is not None), crosses)
             self.lookups.append(term)
+            self._used.note(_described(path), term.ids, term.right)
 
-    def _count(self, own: tuple[Tensor, Tensor], crosses: list[Tensor]) -> None:
-        total, trace = own
+    def _count(self, own: _Found, crosses: list[Tensor]) -> None:
         for cross in crosses:
-            total = total + 2 * cross
-        self._total = total if self._total is None else self._total + total
-        self._trace = trace if self._trace is None else self._trace + trace
+            own.squares = own.squares + 2 * cross
+        self._found = own if self._found is None else self._found.plus(own)
 
-    def _add_rows(self, values: Tensor) -> None:
+    def _add_rows(self, values: Tensor, path: str) -> None:
         values = wide(values)
-        # Not in place: a rule may have returned a view of something that is still needed.
-        self.rows = values if self.rows is None else self.rows + values
+        if self.rows is None:
+            self.rows = values
+            self._used.note(_described(path), values)
+        else:
+            # Not in place: a rule may have returned a view of something that is still needed.
+            self.rows = self.rows + values
 
     def _keep(self, term: Dense) -> None:
         rows = inner(wide(term.left).transpose(1, 2), wide(term.right).transpose(1, 2))
         self.rows = rows if self.rows is None else self.rows + rows.view(self.rows.shape)
 
-    def squares(self) -> Tensor:
-        """Squared norm of each record's gradient, ``[B]`` float64."""
+    def check_unchanged(self) -> None:
+        """Raise ``ValueError`` when what the norms were computed from was written to since."""
+        self._used.check()
+
+    def certificate(self) -> Certificate:
+        """What is known of each record's norm.
+
+        Raises:
+            ValueError: what it was computed from was written to since.
+        """
+        self.check_unchanged()
         if self.rows is not None:
             self._materialise()
-            return squared_norms(self.rows)
-        assert self._total is not None
-        assert self._trace is not None
-        total = self._total.cpu()
-        doubtful = total < CANCELLATION * self._trace.cpu()
-        if self._extreme is not None:
-            extreme = self._extreme.cpu()
-            doubtful |= extreme
-            self._extreme = extreme if bool(extreme.any()) else None
-        for record in doubtful.nonzero().reshape(-1).tolist():
-            total[record] = self._exact_square(record)
-        return total
+            alone = of_rows(self.rows)
+            if self._found is None:
+                return alone
+            found = self._found.certify(alone.squares, self.rows)
+            return replace(found, tiny=found.tiny + alone.tiny)
+        assert self._found is not None
+        return self._found.certify(self._found.squares, self.dense[0].left if self.dense else self.lookups[0].right)
+
+    def write_down(self, record: int) -> tuple[float, float]:
+        """Compute one record's gradient in float64 from now on, and return a bound of its norm, and the squared norm."""
+        self.apart.append(record)
+        held = self.dense[0].left if self.dense else self.lookups[0].right
+        return written_down.bound(self.shape, self.dense, self.lookups, record, unit(held.dtype, held.device))
+
+    def is_zero(self, record: int) -> bool:
+        """Whether nothing but zeros was added up for a record."""
+        if self.rows is not None:
+            return not bool(self.rows[record].any())
+        sides = [(d.left[record], d.right[record]) for d in self.dense]
+        whole = all(not bool(left.any()) or not bool(right.any()) for left, right in sides)
+        return whole and not any(bool(entry.right[record].any()) for entry in self.lookups)
 
     def _materialise(self) -> None:
         """Fold everything into ``rows``: once part of the gradient is written down, the rest is added to it."""
@@ -281,53 +227,38 @@ class ParameterBook:
             self.rows = flat.view(batch, rows, width)
         self.dense, self.lookups = [], []
 
-    def _exact_square(self, record: int) -> float:
-        """Squared norm of one record's gradient written down in float64, some rows at a time."""
-        height, width = self.shape
-        step = max(1, _BLOCK // width)
-        total = 0.0
-        for first in range(0, height, step):
-            last = min(first + step, height)
-            device = (self.dense[0].right if self.dense else self.lookups[0].right).device
-            block = torch.zeros(last - first, width, dtype=torch.float64, device=device)
-            for d in self.dense:
-                block.addmm_(d.left[record, :, first:last].double().t(), d.right[record].double())
-            for entry in self.lookups:
-                inside = (entry.ids[record] >= first) & (entry.ids[record] < last)
-                block.index_add_(0, entry.ids[record][inside] - first, entry.right[record][inside].double())
-            total += float(block.square_().sum())
-        return total
-
     def weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous."""
-        if weights.values.numel() == 0:
-            out.zero_()
-            return
-        factors = weights.values.to(device=out.device, dtype=out.dtype)
+        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous.
+
+        In float64 where ``out`` is.
+
+        Raises:
+            ValueError: what the norms were computed from was written to since.
+        """
+        self.check_unchanged()
         if self.rows is not None:
-            rows = weights.pick(self.rows)
-            torch.mv(rows.reshape(rows.shape[0], -1).to(out.dtype).t(), factors, out=out.view(-1))
+            add_rows(weights.pick(self.rows), weights.values, out.zero_(), first=True)
             return
-        if self._extreme is not None and bool(weights.pick(self._extreme.to(weights.values.device)).any()):
-            # The factor times one side might overflow, and infinity times the other side, zero, is no number.
-            exact = torch.zeros(out.shape, dtype=torch.float64, device=out.device)
-            self._add_terms(weights, exact, weights.values.to(exact).view(-1, 1, 1))
-            out.copy_(exact)
-        else:
-            self._add_terms(weights, out, factors.view(-1, 1, 1))
+        together = weights.without(self.apart)
+        factors = together.values.to(device=out.device, dtype=out.dtype)
+        self._add_terms(together, out, factors.view(-1, 1, 1))
+        for record in self.apart:
+            if weights.of(record) != 0:
+                for part, block in written_down.blocks(self.shape, self.dense, self.lookups, record):
+                    out[part] += block.mul_(weights.of(record)).to(out)
 
     def _add_terms(self, weights: Weights, out: Tensor, factors: Tensor) -> None:
         """Write the weighted sum of all outer products into ``out``; factors ``[kept, 1, 1]`` in its type."""
-        if not self.dense:
+        first = True
+        for d in self.dense if len(factors) else []:
+            left, right = wide(weights.pick(d.left)).to(out.dtype), wide(weights.pick(d.right)).to(out.dtype)
+            _add_product(out, left, right, factors, first=first)
+            first = False
+        if first:
             out.zero_()
-        for i, d in enumerate(self.dense):
-            left, right = wide(weights.pick(d.left)), wide(weights.pick(d.right))
-            if out.dtype == torch.float64:
-                left, right = left.double(), right.double()
-            _add_product(out, left, right, factors, first=i == 0)
-        for entry in self.lookups:
-            values = wide(weights.pick(entry.right)).to(out.dtype) * factors
-            out.index_add_(0, weights.pick(entry.ids).reshape(-1), values.reshape(-1, out.shape[-1]))
+        for entry in self.lookups if len(factors) else []:
+            values = weights.pick(entry.right).double() * factors.double()
+            _add_lookups(weights.pick(entry.ids).reshape(-1), values.flatten(0, 1), out)
 
     @property
     def routes(self) -> str:
@@ -336,27 +267,104 @@ class ParameterBook:
         return "+".join(names)
 
 
+@dataclass
+class _Found:
+    """Sums over the uses of a parameter so far, as in :class:`Certificate`; ``[B]`` float64."""
+
+    squares: Tensor
+    """Meaningless where the gradients are written down."""
+    reach: Tensor
+    largest: Tensor
+    rows: int
+    """Of the products that will make the weighted sum."""
+    uses: int
+    terms: int
+    """Error of the inner products, in units of u."""
+    underflow: float
+    """What underflow may take from a norm, beside sides of length 1."""
+
+    def plus(self, other: _Found) -> _Found:
+        """The same for the uses of both; the cross terms are in one of them."""
+        return _Found(
+            self.squares + other.squares,
+            self.reach + other.reach,
+            torch.maximum(self.largest, other.largest),
+            max(self.rows, other.rows),
+            self.uses + other.uses,
+            max(self.terms, other.terms),
+            self.underflow + other.underflow,
+        )
+
+    def certify(self, squares: Tensor, held: Tensor) -> Certificate:
+        """The certificate for squared norms that are known by now, and values ``[B, ...]`` of the type that is computed in."""
+        u = unit(held.dtype, held.device)
+        return Certificate(
+            squares,
+            self.reach,
+            smallest(held.dtype) * self.underflow * (1 + self.largest.sqrt()),
+            self.largest,
+            relative_error(held),
+            # A little more, because D itself is computed.
+            1.01 * (self.terms + 8) * u,
+            1.01 * (sum_terms(ROWS, self.rows) + self.uses + 8) * u,
+        )
+
+
+def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
+    """Add ``sum_i factors[i] rows[i]`` to ``out``, in its type; rows ``[B, ...]``; ``first``: it is zero."""
+    flat, total, factors = rows.flatten(1), out.view(-1), factors.to(out)
+    if out.dtype == flat.dtype:
+        for start in range(0, len(flat), RECORDS):
+            part = slice(start, start + RECORDS)
+            if first and start == 0:
+                torch.mv(flat[part].t(), factors[part], out=total)
+            else:
+                total += torch.mv(flat[part].t(), factors[part])
+        return
+    for row, factor in zip(flat, factors.tolist(), strict=True):  # no copy of all of them in another type
+        total.add_(row.to(out.dtype), alpha=factor)
+
+
+def _described(path: str) -> str:
+    return f"the input of {path or 'the model'}, or the gradient at its output,"
+
+
 def _slices(batch: int, *positions: int) -> list[slice]:
     """Stretches of records whose ``[T, T']`` matrices fit into the memory set aside for them."""
     step = max(1, _GRAM_BYTES // max(1, 4 * math.prod(positions)))
     return [slice(start, start + step) for start in range(0, batch, step)]
 
 
-def _dense_squares(term: Dense, cache: GramCache) -> tuple[Tensor, Tensor, Tensor]:
+def _dense_squares(term: Dense, cache: GramCache) -> _Found:
     batch, positions = term.left.shape[:2]
     slices = _slices(batch, positions, positions)
     if len(slices) == 1:
-        return _products(cache.gram(term.left), cache.gram(term.right))
+        return _dense_found(term, *products(cache.gram(term.left), cache.gram(term.right)))
     # Slices of long sequences: too large to hold, and nobody shares them.
-    parts = [_products(Gram.of(term.left[i]), Gram.of(term.right[i])) for i in slices]
-    total, trace, largest = (torch.cat(values) for values in zip(*parts, strict=True))
-    return total, trace, largest
+    parts = [products(Gram.of(term.left[i]), Gram.of(term.right[i])) for i in slices]
+    return _dense_found(term, *(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _lookup_squares(term: Lookup) -> tuple[Tensor, Tensor]:
-    total = _lookup_cross(term, term)
-    # Squares of the positions' own rows.
-    return total, wide(term.right).square().sum((1, 2), dtype=torch.float64)
+def _dense_sizes(term: Dense, cache: GramCache) -> _Found:
+    """The same without squared norms, for gradients that are written down: their bounds must not depend on the route."""
+    left, right = cache.sizes(term.left), cache.sizes(term.right)
+    reach = (left * right).sum(1)
+    return _dense_found(term, torch.zeros_like(reach), reach, torch.zeros_like(reach))
+
+
+def _dense_found(term: Dense, squares: Tensor, reach: Tensor, largest: Tensor) -> _Found:
+    batch, positions, height = term.left.shape
+    width = term.right.shape[2]
+    terms = inner_terms(height) + inner_terms(width)
+    return _Found(squares, reach, largest, batch * positions, 1, terms, positions * (height + width + 1) ** 0.5)
+
+
+def _lookup_squares(term: Lookup, *, written_down: bool) -> _Found:
+    lengths = sizes(term.right)
+    squares = torch.zeros_like(lengths[:, 0]) if written_down else _lookup_cross(term, term)
+    largest = torch.zeros_like(squares) if written_down else lengths.amax(1).square()
+    positions, width = term.right.shape[1:]
+    return _Found(squares, lengths.sum(1), largest, 0, 1, inner_terms(width), positions * (width + 1) ** 0.5)
 
 
 def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
@@ -364,7 +372,7 @@ def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
     parts = []
     for i in _slices(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
         same = one.ids[i].unsqueeze(2) == other.ids[i].unsqueeze(1)
-        angles = inner(wide(one.right[i]), wide(other.right[i]))
+        angles = inner_by_pieces(one.right[i], other.right[i])
         parts.append((same * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -373,7 +381,7 @@ def _dense_cross(one: Dense, other: Dense) -> Tensor:
     """``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` per record, ``[B]`` float64."""
     parts = []
     for i in _slices(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
-        left, right = (inner(wide(x[i]), wide(y[i])) for x, y in ((one.left, other.left), (one.right, other.right)))
+        left, right = (inner_by_pieces(x[i], y[i]) for x, y in ((one.left, other.left), (one.right, other.right)))
         parts.append((left * right).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -384,7 +392,7 @@ def _cross(dense: Dense, lookup: Lookup) -> Tensor:
     for i in _slices(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
         ids, right = lookup.ids[i], wide(dense.right[i])
         picked = dense.left[i].gather(2, ids.unsqueeze(1).expand(-1, dense.left.shape[1], -1))
-        angles = inner(right, wide(lookup.right[i]).to(right.dtype))
+        angles = inner_by_pieces(right, wide(lookup.right[i]).to(right.dtype))
         parts.append((wide(picked) * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -396,4 +404,35 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, fir
         left = left * scale
     else:
         right = right * scale
-    add_outer(left.to(out.dtype), right.to(out.dtype), out, first=first)
+    rows = left.shape[0] * left.shape[1]
+    if rows <= ROWS and first:
+        add_outer(left, right, out, first=True)
+        return
+    left, right = left.flatten(0, 1).unsqueeze(0), right.flatten(0, 1).unsqueeze(0)
+    for start in range(0, rows, ROWS):
+        part = slice(start, start + ROWS)
+        if first:
+            add_outer(left[:, part], right[:, part], out, first=True)
+        else:
+            _add_apart(left[0, part], right[0, part], out)
+        first = False
+
+
+def _add_apart(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Add ``left^T right`` to ``out`` after it was computed: a product that starts from ``out`` rounds as often as it has rows."""
+    step = max(1, _PIECE // max(out.shape[1], 1))
+    for start in range(0, out.shape[0], step):
+        part = slice(start, start + step)
+        out[part] += left[:, part].t() @ right
+
+
+def _add_lookups(ids: Tensor, values: Tensor, out: Tensor) -> None:
+    """Add ``values`` ``[R, D]`` (float64) to the rows ``ids`` ``[R]`` of ``out``; each row is added up in float64 and rounded once."""
+    if not len(ids):
+        return
+    order = ids.argsort()
+    ids = ids[order]
+    # Numbers of the stretches of equal ids: there are fewer than rows, and those that are not used add zeros to row 0.
+    stretch = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    sums = torch.zeros_like(values).index_add_(0, stretch, values[order])
+    out.index_add_(0, torch.zeros_like(ids).scatter_(0, stretch, ids), sums.to(out.dtype))

@@ -141,9 +141,17 @@ def _largest_move(
 
     def release(rows: Tensor) -> Tensor:
         losses = None if statistics.loss_bound is None else rows.norm(dim=1) * 1e3
-        return released_vector(
-            rows, losses, clip_policy=make_policy(bound), max_grad_norm=bound, statistics=statistics, lr_control=False
-        )
+        try:
+            return released_vector(
+                rows,
+                losses,
+                clip_policy=make_policy(bound),
+                max_grad_norm=bound,
+                statistics=statistics,
+                lr_control=False,
+            )
+        except ValueError as error:  # the step itself holds a policy to C and to its gradient_share
+            raise AssertionError(f"with {name} and C = {bound:g}, a step is refused: {error}") from error
 
     batch = _draw(generator, 3, bound)
     before, worst = release(batch), 0.0

@@ -65,7 +65,8 @@ def one_backward(
         reduction: "mean" or "sum".
 
     Returns:
-        Norms ``[B]`` over all trainable parameters, and ``{name: sum_i weights_i g_i}``.
+        Norms ``[B]`` over all trainable parameters (as computed; records are clipped by upper bounds of them), and
+        ``{name: sum_i weights_i g_i}``.
 
     Raises:
         ValueError: the model is refused in mode "bk".
@@ -78,7 +79,9 @@ def one_backward(
         detach = source.attach()
         try:
             loss_fn(model, batch).backward()
-            norms = source.finish_batch()
+            bounds = source.finish_batch()
+            norms = source.parameter_squares().sum(1).sqrt()
+            assert not bool((bounds < norms).any()), "a record is clipped by less than its norm"
             source.accumulate(torch.ones_like(norms) if weights is None else weights)
             sums = {
                 n: torch.zeros_like(p) if s is None else s

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.bounds import wide
 from opacus_ac.grad_sample.replay import bare_twin, call_with, map_tensors, to_double
 from opacus_ac.grad_sample.rules.linear import sum_positions
-from opacus_ac.grad_sample.terms import wide
 
 # Module -> (epsilon that it names, whether it computes with it).
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[float, bool]] = weakref.WeakKeyDictionary()

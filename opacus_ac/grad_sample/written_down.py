@@ -1,0 +1,75 @@
+"""Gradients of single records written down in float64, some rows at a time: the expensive way, for records that need it.
+
+They do when a norm from float32 products cannot be told from rounding (terms that cancel), or when a side is so large that the
+square of the other one, or a clip factor times it, is lost to underflow. The same numbers then go into norm and sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 22
+"""Numbers that are written down at a time."""
+
+_UNIT = 2.0**-53
+
+
+class _Dense(Protocol):
+    left: Tensor
+    right: Tensor
+
+
+class _Lookup(Protocol):
+    ids: Tensor
+    right: Tensor
+
+
+def blocks(
+    shape: torch.Size, dense: Sequence[_Dense], lookups: Sequence[_Lookup], record: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield stretches of rows of one record's gradient, ``[rows, J]`` float64 each."""
+    height, width = shape
+    step = max(1, _BLOCK // max(width, 1))
+    device = (dense[0].right if dense else lookups[0].right).device
+    for first in range(0, height, step):
+        part = slice(first, min(first + step, height))
+        block = torch.zeros(part.stop - first, width, dtype=torch.float64, device=device)
+        for d in dense:
+            block.addmm_(d.left[record, :, part].double().t(), d.right[record].double())
+        for entry in lookups:
+            inside = (entry.ids[record] >= first) & (entry.ids[record] < part.stop)
+            block.index_add_(0, entry.ids[record][inside] - first, entry.right[record][inside].double())
+        yield part, block
+
+
+def bound(
+    shape: torch.Size, dense: Sequence[_Dense], lookups: Sequence[_Lookup], record: int, unit: float
+) -> tuple[float, float]:
+    """Return an upper bound of the norm of what one record adds, and its squared norm as computed.
+
+    Args:
+        shape: of the parameter, ``[I, J]``.
+        dense: uses of the parameter by dense layers.
+        lookups: uses by lookups.
+        record: number of the record.
+        unit: roundoff of the type in which it is added to the sum.
+    """
+    reach, positions = 0.0, 0
+    for d in dense:
+        reach += float((_sizes(d.left[record]) * _sizes(d.right[record])).sum())
+        positions += d.left.shape[1]
+    for entry in lookups:
+        reach += float(_sizes(entry.right[record]).sum())
+        positions += entry.ids.shape[1]
+    if reach == 0:
+        return 0.0, 0.0
+    square = sum(float(block.square_().sum()) for _, block in blocks(shape, dense, lookups, record))
+    return float(square**0.5 * (1 + 8 * unit) + 2 * (positions + 8) * _UNIT * reach), square
+
+
+def _sizes(side: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(side.double(), dim=-1)
