@@ -312,7 +312,7 @@ class _Found:
 
 def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
     """Add ``sum_i factors[i] rows[i]`` to ``out``, in its type; rows ``[B, ...]``; ``first``: it is zero."""
-    flat, total, factors = rows.flatten(1), out.view(-1), factors.to(out)
+    flat, total, factors = rows.unsqueeze(-1).flatten(1), out.view(-1), factors.to(out)
     if out.dtype == flat.dtype:
         for start in range(0, len(flat), RECORDS):
             part = slice(start, start + RECORDS)
