@@ -238,6 +238,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         """Note which batch a forward pass of the model runs on; a hook before it."""
         if not self._measures():
             return
+        if isinstance(self.source, PerSampleSource) and not all(p.requires_grad for p in self._released):
+            raise ValueError(
+                "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
+                "take turns, or call engine.detach(model) and make_private again"
+            )
         sight = Sight(None) if self.plan is None else self.plan.see(list(tensors_of((args, kwargs))))
         again = any(sight.delivery is s.delivery for s in self._sights)
         if not self.source.holds_records and not again:
