@@ -138,6 +138,9 @@ class Pass:
         if self._latest is None:
             return
         if self._latest.records != _UNKNOWN:  # not split yet
+            if not self.announced or self.announced[-1] is not self._latest:
+                self._latest = None  # what is split here is a batch of another pass
+                return
             self.announced.pop()
             self._latest = replace(self._latest, records=_UNKNOWN, last=last)
         else:

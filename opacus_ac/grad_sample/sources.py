@@ -291,8 +291,18 @@ class PerSampleSource:
     def clear(self, *, sums: bool) -> None:
         """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
         self._squares, self._before, self._used = {}, [], Unchanged()
+        if any(hasattr(parameter, "_current_grad_sample") for parameter in self._parameters):
+            self._forget_broken_pass()
         for parameter in self._parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None
             if sums:
                 parameter.summed_grad = None  # type: ignore[attr-defined]
+
+    def _forget_broken_pass(self) -> None:
+        """Take off what a backward pass that was broken off has left: Opacus would add the next one's gradients to it."""
+        for parameter in self._parameters:
+            if hasattr(parameter, "_current_grad_sample"):
+                del parameter._current_grad_sample
+            if hasattr(parameter, "_forward_counter"):
+                parameter._forward_counter = 0

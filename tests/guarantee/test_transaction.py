@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded, SamplingWarning
 
-pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::opacus_ac.errors.SamplingWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::opacus_ac.errors.NotPrivateWarning", "ignore::opacus_ac.errors.SamplingWarning"
+)
 N, C = 24, 0.5
 
 
@@ -36,7 +38,19 @@ class Marks(nn.Module):
 class Run:
     """A private run over N records, and what every release had in it."""
 
-    def __init__(self, *, batch_size=8, workers=0, inner=torch.optim.SGD, wide=False, engine=None, data=None, collate=None, target=None, **options):
+    def __init__(
+        self,
+        *,
+        batch_size=8,
+        workers=0,
+        inner=torch.optim.SGD,
+        wide=False,
+        engine=None,
+        data=None,
+        collate=None,
+        target=None,
+        **options,
+    ):
         torch.manual_seed(0)
         self.model = Marks(wide)
         self.engine = engine or PrivacyEngine()
@@ -89,6 +103,11 @@ class Run:
             assert float(total.min()) >= 0
 
 
+def train(run, batches):
+    for batch in batches:
+        run.step(batch)
+
+
 MODES = ("bk", "hooks", "functorch")
 SAMPLINGS = (
     {},
@@ -108,11 +127,20 @@ def memory_manager(run):
 
 
 def around(run):
-    return DataLoader(run.loader.dataset, batch_sampler=run.loader.batch_sampler, collate_fn=run.loader.collate_fn, num_workers=run.loader.num_workers)
+    return DataLoader(
+        run.loader.dataset,
+        batch_sampler=run.loader.batch_sampler,
+        collate_fn=run.loader.collate_fn,
+        num_workers=run.loader.num_workers,
+    )
 
 
 def around_with_another_collate(run):
-    return DataLoader(run.loader.dataset, batch_sampler=run.loader.batch_sampler, collate_fn=lambda rows: torch.utils.data.default_collate(rows or [{"i": torch.tensor(0)}]))
+    return DataLoader(
+        run.loader.dataset,
+        batch_sampler=run.loader.batch_sampler,
+        collate_fn=lambda rows: torch.utils.data.default_collate(rows or [{"i": torch.tensor(0)}]),
+    )
 
 
 def fetched_ahead(run):
@@ -125,7 +153,13 @@ def fetched_ahead(run):
     yield ahead
 
 
-LOADERS = {"own": own, "BatchMemoryManager": memory_manager, "around": around, "fetched ahead": fetched_ahead, "all at once": lambda run: list(run.loader)}
+LOADERS = {
+    "own": own,
+    "BatchMemoryManager": memory_manager,
+    "around": around,
+    "fetched ahead": fetched_ahead,
+    "all at once": lambda run: list(run.loader),
+}
 
 
 def rate_of(options):
@@ -196,8 +230,7 @@ def test_workers_under_batch_memory_manager_keep_parts_and_draws_together(worker
 def test_a_loader_with_another_collate_is_of_unknown_origin():
     run = Run()
     with pytest.warns(SamplingWarning, match="sample rate 1"):
-        for batch in around_with_another_collate(run):
-            run.step(batch)
+        train(run, around_with_another_collate(run))
     assert run.charges == {1.0: 3}
 
 
@@ -247,7 +280,7 @@ def accumulate(run, batches, steps=2):
 @pytest.mark.parametrize("kind", LOADERS)
 def test_gradients_of_two_draws_in_one_step_are_refused(kind, mode):
     run = Run(**ALWAYS[mode])
-    with pytest.raises(ValueError, match="more than one batch|number of per-sample|Poisson sampling|several"):
+    with pytest.raises(ValueError, match=r"more than one batch|number of per-sample|Poisson sampling|several"):
         accumulate(run, LOADERS[kind](run))
     assert run.charges == {}
     assert run.sums == []
@@ -259,12 +292,16 @@ def test_a_prepared_loader_of_accelerate_is_ours():
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     net, optimizer, loader = accelerator.prepare(run.net, run.optimizer, run.loader)
     assert loader is run.loader
-    with pytest.raises(ValueError, match="more than one batch"):
+
+    def loop():
         for batch in loader:
             with accelerator.accumulate(net):
                 accelerator.backward(net(batch["i"]).sum())
                 optimizer.step()
                 optimizer.zero_grad()
+
+    with pytest.raises(ValueError, match="more than one batch"):
+        loop()
     assert run.charges == {}
 
 
@@ -292,9 +329,8 @@ def test_two_passes_over_one_batch_before_a_step_are_refused(kind, mode):
     run = Run(**ALWAYS[mode])
     batch = next(iter(LOADERS[kind](run)))
     run.backward(batch)
-    with pytest.raises(ValueError, match="number of per-sample gradients|Poisson sampling is not compatible"):
-        run.backward(batch)
-        run.optimizer.step()
+    with pytest.raises(ValueError, match=r"number of per-sample gradients|Poisson sampling is not compatible"):
+        accumulate(run, [batch], 1)
     assert run.charges == {}
 
 
@@ -472,7 +508,9 @@ def test_what_changes_within_a_logical_batch_kills_it(name, when):
 def test_weights_of_an_allocation_that_change_in_place_are_seen():
     from opacus_ac.allocation import NoiseAllocation
 
-    run = Run(max_physical_batch_size=6, batch_size=N, noise_allocation=NoiseAllocation(source="constant", weights={"*": 2.0}))
+    run = Run(
+        max_physical_batch_size=6, batch_size=N, noise_allocation=NoiseAllocation(source="constant", weights={"*": 2.0})
+    )
     batches = iter(run.loader)
     run.step(next(batches))
     run.optimizer.allocation.weights[0] = 0.1

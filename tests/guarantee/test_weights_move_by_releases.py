@@ -35,7 +35,10 @@ def private(net, *, inner=torch.optim.SGD, parameters=None, noise=0.0, engine=No
     engine = engine or PrivacyEngine()
     arguments = {"noise_multiplier": noise, "max_grad_norm": 1.0, "clipping": "flat", "ema_decay": None, **options}
     made = engine.make_private(
-        module=net, optimizer=inner(parameters or net.parameters(), lr=0.5), data_loader=DataLoader(dataset(16), batch_size=16), **arguments
+        module=net,
+        optimizer=inner(parameters or net.parameters(), lr=0.5),
+        data_loader=DataLoader(dataset(16), batch_size=16),
+        **arguments,
     )
     return (engine, *made)
 
@@ -89,12 +92,9 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("what", WRITES)
+@pytest.mark.parametrize(("what", "mode"), [(what, mode) for what in WRITES for mode in MODES])
 def test_a_forward_pass_that_writes_is_refused_before_the_charge(what, mode):
     write, name = WRITES[what]
-    if mode == "functorch" and "buffer" in what:
-        pytest.skip("functorch runs on copies")
     net = Net()
     engine, model, optimizer, loader = private(net, noise=1.0, grad_sample_mode=mode)
     net.on_the_way = write
@@ -181,16 +181,15 @@ def test_a_raw_gradient_of_a_parameter_that_was_frozen_does_not_reach_the_weight
 @pytest.mark.parametrize("mode", MODES)
 def test_a_parameter_that_is_frozen_between_backward_and_step_keeps_no_raw_gradient(mode):
     net = Net()
-    engine, model, optimizer, loader = private(net, noise=1.0, grad_sample_mode=mode)
+    _, model, optimizer, loader = private(net, noise=1.0, grad_sample_mode=mode)
     before = net.first.weight.detach().clone()
-    for batch in loader:
-        optimizer.zero_grad()
-        loss_of(model, batch).backward()
-        net.first.weight.requires_grad_(False)
-        try:
+    loss_of(model, next(iter(loader))).backward()
+    net.first.weight.requires_grad_(False)
+    if mode == "bk":  # left out of the release
+        optimizer.step()
+    else:
+        with pytest.raises(ValueError, match=r"first\.weight"):
             optimizer.step()
-        except ValueError as error:
-            assert "first.weight" in str(error)
     assert torch.equal(before, net.first.weight)
 
 
@@ -237,7 +236,9 @@ def test_layers_that_take_turns_are_clipped_and_noised_as_what_is_trained(fused)
         before = {n: p.detach().clone() for n, p in net.named_parameters()}
         step(model, optimizer, batch)
         for name, parameter in net.named_parameters():
-            torch.testing.assert_close(before[name] - parameter, updates.get(name, torch.zeros_like(parameter)), rtol=1e-7, atol=1e-10)
+            torch.testing.assert_close(
+                before[name] - parameter, updates.get(name, torch.zeros_like(parameter)), rtol=1e-7, atol=1e-10
+            )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -245,7 +246,9 @@ def test_layers_that_take_turns_are_clipped_and_noised_as_what_is_trained(fused)
 def test_a_parameter_that_was_not_made_private_is_not_trained(how, mode):
     net = Net()
     parameters = [*net.first.parameters(), *net.second.parameters()]
-    engine, model, optimizer, loader = private(net, noise=1.0, parameters=None if how == "unfrozen" else parameters, grad_sample_mode=mode)
+    engine, model, optimizer, loader = private(
+        net, noise=1.0, parameters=None if how == "unfrozen" else parameters, grad_sample_mode=mode
+    )
     before = net.frozen.weight.detach().clone()
     net.frozen.requires_grad_(True)
     if how == "added":
