@@ -100,10 +100,10 @@ class Account:
     def check_dataset(self, dataset_size: int, max_rows_per_user: int | None = None) -> None:
         """Raise ``ValueError`` when what was charged, here or in the ledger, is about another dataset or privacy unit."""
         self.refresh()
-        self._check_unit(privacy_unit(max_rows_per_user), self._terms().units)
         if self.ledger is not None:
             self._check_ledger_is_whole()
             self.ledger.check_dataset(dataset_size, privacy_unit(max_rows_per_user))
+        self._check_unit(privacy_unit(max_rows_per_user), self._terms().units)
 
     def _check_unit(self, unit: str, charged: set[str]) -> None:
         others = sorted(charged - {unit})
@@ -193,10 +193,11 @@ class Account:
         """
         self.refresh()
         self._check_ledger_is_whole()
-        name, terms, figure = self.accountant.mechanism(), self._terms(), spent(self.accountant, delta)
+        name, terms, figure = self.accountant.mechanism(), self.terms, spent(self.accountant, delta)
         if terms.adaptive:
             figure = max(figure, self._renyi(delta), terms.limit_epsilon(delta))
-            return {f"{name} (privacy filter)" if terms.is_limited else name: figure}
+            return {f"{name} (privacy filter)" if self._terms().is_limited else name: figure}
+        tight = tight and not self._terms().unknown
         found = {name: figure}
         if tight and type(self.accountant) is VariableRateRDPAccountant and 0 < figure < math.inf:
             found["privacy loss distribution"] = pld_epsilon(self.accountant.counts(), delta)

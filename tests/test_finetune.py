@@ -161,6 +161,14 @@ def test_a_signal_ends_the_run_after_a_whole_step_from_which_it_goes_on(place, t
     assert "holds a run already" in capsys.readouterr().err
     assert cli.main(command(place, out, resume_from_checkpoint="last")) == 0
     assert sum(charges(out).values()) == last_step(out) == report(out)["steps"] == STEPS
+    before, written = charges(out), (out / "privacy_report.json").read_bytes()
+    capsys.readouterr()
+    assert cli.main(command(place, out, resume_from_checkpoint="last")) == 0
+    said = capsys.readouterr()
+    assert f"complete: its {STEPS} steps were taken" in said.err
+    assert "differential privacy" in said.out
+    assert charges(out) == before
+    assert (out / "privacy_report.json").read_bytes() == written
 
 
 def test_a_second_signal_ends_it_at_once(place, tmp_path, monkeypatch, capsys):

@@ -108,6 +108,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one(model, mode, plan, tmp_path)
     assert resumed.state.epoch == whole.state.epoch
 
 
+@pytest.mark.parametrize(
+    "plan", [{"max_steps": 3}, {"max_steps": 4, "save_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.75}]
+)
+@pytest.mark.parametrize("ledger", [False, True])
+@pytest.mark.parametrize("budget", [{}, {"target_epsilon": None, "noise_multiplier": 1.0}])
+def test_a_run_that_is_complete_takes_no_further_step(tmp_path, plan, ledger, budget):
+    settings = {**budget, **({"ledger": str(tmp_path / "ledger")} if ledger else {})}
+    whole = run(tmp_path / "run", settings=settings, **plan)
+    steps = whole.train().global_step
+    files = sorted(p.name for p in (tmp_path / "run").rglob("*"))
+    again = run(tmp_path / "run", settings=settings, **plan)
+    with pytest.warns(UserWarning, match=f"complete: its {steps} steps were taken"):
+        output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == again.private_optimizer.steps_taken == steps
+    assert again.was_complete
+    assert not whole.was_complete
+    assert again.engine.accountant.history == whole.engine.accountant.history
+    assert again.get_epsilon() == whole.get_epsilon()
+    assert torch.equal(weights(again.model), weights(whole.model))
+    assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == files
+    assert not ledger or len(PrivacyLedger(tmp_path / "ledger").charges) == steps
+
+
 def test_with_a_ledger_the_steps_after_the_checkpoint_stay_spent(tmp_path):
     ledger = str(tmp_path / "ledger.jsonl")
     with pytest.raises(InterruptedError):

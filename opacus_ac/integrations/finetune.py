@@ -207,6 +207,9 @@ def _run(job: Job) -> int:
     trainer.add_callback(interruption)
     with _failing_with(5, ValueError), interruption.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.was_complete:
+        print(trainer.privacy_report())
+        return 0  # the warning has said why
     if interruption.signal is None:
         return _finish(trainer, job)
     step = trainer.state.global_step

@@ -22,7 +22,7 @@ from opacus_ac.engine import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import trainer_checkpoint
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
-from opacus_ac.integrations.trainer_callback import PrivacyCallback, release_values
+from opacus_ac.integrations.trainer_callback import PrivacyCallback, RunComplete, release_values
 from opacus_ac.integrations.trainer_checks import (
     check_two_records,
     raise_for,
@@ -69,6 +69,7 @@ class PrivateTrainer(RanksTrainer):
     Attributes:
         engine: the :class:`PrivacyEngine`.
         private_optimizer: the private optimizer, from the first use of the training data on; None before.
+        was_complete: whether :meth:`train` found nothing left to do.
         public_keys: names that a subclass may log in training because their values are public constants.
 
     Guarantees:
@@ -119,6 +120,7 @@ class PrivateTrainer(RanksTrainer):
         self._batches: LogicalBatches | None = None
         self._noise_generator = noise_generator
         self._saving_checkpoint = False
+        self.was_complete = False
         self._independent = False
         super().__init__(args=args, processing_class=processing_class, **parts, **options)
         self._gate = ReleasedLog(self)
@@ -216,6 +218,8 @@ class PrivateTrainer(RanksTrainer):
     ) -> TrainOutput:
         """Train as ``Trainer.train`` does; stop, saved, before a step that would exceed the budget.
 
+        Resuming a run that has taken all of its steps takes none, charges nothing, and warns.
+
         Returns:
             ``training_loss`` is the mean of the noisy losses, NaN when none is released.
 
@@ -227,10 +231,25 @@ class PrivateTrainer(RanksTrainer):
             warnings.filterwarnings("ignore", message="Full backward hook is firing")  # token ids need no gradient
             try:
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            except RunComplete:
+                return self._nothing_left()
             except PrivacyBudgetExceeded as reason:
                 if self.state.global_step == self._initial_global_step:
                     raise
                 return self._stop(reason)
+
+    def _nothing_left(self) -> TrainOutput:
+        """End a resumed run that was complete: weights and account are those of the checkpoint, and nothing was charged."""
+        self.was_complete = True
+        step = self.state.global_step
+        warnings.warn(
+            f"the run is complete: its {self.state.max_steps} steps were taken before the checkpoint of step {step}, so nothing was "
+            "done and nothing charged. To train on, start a run of its own from the saved weights",
+            stacklevel=4,
+        )
+        self._shows.close()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(step, math.nan, {})
 
     def _stop(self, reason: PrivacyBudgetExceeded) -> TrainOutput:
         """End the run after its last step that was taken."""

@@ -29,6 +29,10 @@ def release_values(release: StepRelease | None, epsilon: float) -> dict[str, flo
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
+class RunComplete(Exception):
+    """Ends a resumed run that has taken all of its steps before it takes another one."""
+
+
 class PrivacyCallback(TrainerCallback):
     """Adds the noisy loss to the Trainer's, epsilon to its progress bar, and the Privacy tab to its event file.
 
@@ -42,7 +46,13 @@ class PrivacyCallback(TrainerCallback):
         self._dashboards: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open a dashboard on each event file of the Trainer, which are opened by now, and a checkpoint loaded."""
+        """Open a dashboard on each event file of the Trainer, which are opened by now, and a checkpoint loaded.
+
+        Raises:
+            RunComplete: the checkpoint is of the last step: the Trainer would take one more before it looked.
+        """
+        if state.global_step >= state.max_steps:
+            raise RunComplete
         writers = [c.tb_writer for c in self._others(TensorBoardCallback) if c.tb_writer is not None]
         tensorboard = sys.modules.get("torch.utils.tensorboard")
         for writer in writers:
