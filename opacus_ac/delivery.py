@@ -64,26 +64,48 @@ class Delivery:
         draw: the draw that it is, or is a part of.
         used: whether a step has been charged for it, or its records are in the sums of an open logical batch.
         split: whether another loader made it, a part of a logical batch.
+        owner: the plan whose draw it is.
         contents: what the content of its tensors is known by.
     """
 
     draw: Draw
     used: bool = False
     split: bool = False
+    owner: Any = None
     contents: set[bytes] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Sight:
     """What a forward pass of the model was seen to run on.
 
     Attributes:
         delivery: the delivery that the batch is; None for a batch of unknown origin.
         repeats: whether two rows of a batch of unknown origin have the same content.
+        contents: what a batch of unknown origin is known by.
+        confirmed: whether a backward pass has come back to its output.
     """
 
     delivery: Delivery | None
     repeats: bool = False
+    contents: frozenset[bytes] = frozenset()
+    confirmed: bool = False
+
+    def confirm(self) -> None:
+        """Note that a backward pass has come back."""
+        self.confirmed = True
+
+    def same(self, other: Sight) -> bool:
+        """Whether both are of the same batch; of unknown ones that have nothing to tell them apart, one never is."""
+        if self.delivery is not None or other.delivery is not None:
+            return self.delivery is other.delivery
+        return bool(self.contents) and self.contents == other.contents
+
+
+def unknown(tensors: list[Tensor]) -> Sight:
+    """Return the sight of a batch of unknown origin."""
+    contents = frozenset(content for content in map(content_of, tensors) if content is not None)
+    return Sight(None, rows_repeat(tensors), contents)
 
 
 def tensors_of(batch: Any, depth: int = 6) -> Iterator[Tensor]:
@@ -231,6 +253,10 @@ class Recognition:
         deliveries = _distinct(delivery for size, delivery in found if size == largest)
         # Of two that fit equally well the one that is not in hand tells more.
         return [d for d in deliveries if d is not current] if len(deliveries) > 1 else deliveries
+
+
+RECOGNITION = Recognition()
+"""That of the process: a batch that one loader has handed out is known to the optimizer of another one."""
 
 
 def _distinct(deliveries: Iterable[Delivery | None]) -> list[Delivery]:

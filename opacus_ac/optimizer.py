@@ -18,7 +18,7 @@ from opacus_ac.accounting import Event
 from opacus_ac.allocation import GroupWeights
 from opacus_ac.clipping import ClipPolicy, build_policy
 from opacus_ac.control import ClipRateControl, WeightEMA
-from opacus_ac.delivery import Delivery, Draw, Sight, tensors_of
+from opacus_ac.delivery import Delivery, Draw
 from opacus_ac.distributed.meeting import meet, report_failure
 from opacus_ac.distributed.reducers import LOCAL, Reducer, Source
 from opacus_ac.fused_step import ONE_BY_ONE, FusedStep
@@ -27,6 +27,7 @@ from opacus_ac.grad_sample.sources import GradientSource, OnlyTrained, PerSample
 from opacus_ac.logical_batch import APPLIED, CHARGED, OPEN, RELEASED, LogicalBatch, Terms
 from opacus_ac.loss import LossTape
 from opacus_ac.mechanism import GaussianMechanism, StepRelease
+from opacus_ac.origin import Origin
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.sampling import SamplingPlan
 from opacus_ac.statistics import StepStatistics
@@ -43,7 +44,7 @@ _NOT_COPIED = (
     "step_hook",
     "_batch",
     "_delivery",
-    "_sights",
+    "origin",
 )
 """What a copy of an optimizer must not have: the account, the draws, the records, the processes."""
 
@@ -168,7 +169,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self._released = list(self.params)
         self._batch: LogicalBatch | None = None
         self._delivery: Delivery | None = None
-        self._sights: list[Sight] = []
+        self.origin = Origin()
         self._is_copy = False
 
     # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
@@ -230,7 +231,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if not self._is_last_step_skipped:
             self.reducer.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
-        self._sights = self._sights[-1:]  # a forward pass may have come before, and its backward pass follow
+        self.origin.gradients_cleared()
 
     # ---------------------------------------------------------------- which batch
 
@@ -243,14 +244,16 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
                 "take turns, or call engine.detach(model) and make_private again"
             )
-        sight = Sight(None) if self.plan is None else self.plan.see(list(tensors_of((args, kwargs))))
-        again = any(sight.delivery is s.delivery for s in self._sights)
-        if not self.source.holds_records and not again:
-            self._look_away()  # an earlier pass that no backward pass followed
+        another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
         if self.watch is not None:
+            if another:
+                self.watch.end()  # the model was the caller's since a pass that no backward pass followed
             self.watch.begin()
-        if self.plan is not None and (not again or sight.repeats):
-            self._sights.append(sight)
+
+    def seen(self, output: Any) -> None:
+        """Note the output of a forward pass; a hook after it, with None where it failed."""
+        if self._measures():
+            self.origin.leave(output)
 
     def _measures(self) -> bool:
         """Whether a forward pass now is one whose gradients a step may use."""
@@ -258,40 +261,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def _look_away(self) -> None:
         """Forget what was seen: what comes next belongs to another physical batch."""
-        self._sights = []
+        self.origin.forget()
         if self.watch is not None:
             self.watch.end()
-
-    def _origin(self) -> Delivery | None:
-        """Return the unused delivery that the gradients in hand come from; None where their origin is unknown.
-
-        Raises:
-            ValueError: they come from several draws, or a record may be in them twice.
-        """
-        if self.plan is None:
-            return None
-        if not self._sights:  # the model was called by its parts, or not at all
-            return self.plan.in_hand
-        if len({id(sight.delivery) for sight in self._sights}) > 1:
-            raise ValueError(
-                "gradients of more than one batch went into one step: a record that was drawn twice would count twice, at the price "
-                "of one draw. Call optimizer.zero_grad() and optimizer.step() once for every batch of the loader; for larger "
-                "batches choose the batch_size of the loader, for less memory max_physical_batch_size in make_private"
-            )
-        sight = self._sights[-1]
-        if sight.delivery is not None and sight.delivery.used:
-            if sight.delivery.draw.part or not sight.delivery.draw.last:
-                raise ValueError(
-                    "a physical batch is used again, whose records are in the sums of its logical batch already, or were. Take one step for "
-                    "every batch of the loader, in its order"
-                )
-            return None
-        if sight.repeats:
-            raise ValueError(
-                "two rows of a batch of unknown origin are the same, and one record in it twice would count twice. Take the "
-                "batches from the loader that make_private returned"
-            )
-        return sight.delivery
 
     def _is_skipped(self, delivery: Delivery | None) -> bool:
         """Return whether more physical batches of the logical one follow, as the draw says, or Opacus's signals.
@@ -356,7 +328,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "this is a copy of a private optimizer, whose steps nobody would account for: step the optimizer that make_private returned"
             )
         try:
-            delivery = self._origin()
+            delivery = None if self.plan is None else self.origin.delivery(self.plan)
             draw = None if delivery is None else delivery.draw
             self._check_outside()
             weights = self._weights()
@@ -673,7 +645,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             self._drop()
             raise
         finally:
-            self._sights = []
+            self.origin.forget()
         if self.watch is not None:
             self.watch.check_applied()
         return result
@@ -778,7 +750,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
             copied.__dict__[name] = None if name in _NOT_COPIED else copy.deepcopy(value, memo)
-        copied.reducer, copied._is_copy, copied._sights = LOCAL, True, []
+        copied.reducer, copied._is_copy, copied.origin = LOCAL, True, Origin()
         copied.on_unknown_batch = lambda: None
         return copied
 

@@ -348,34 +348,50 @@ def attach(
 
 
 class _Eyes:
-    """The hook by which the optimizer sees every forward pass of exactly this model object; copies of the model have none."""
+    """The hooks by which the optimizer sees every forward pass of exactly this model object; copies of the model have none."""
 
     def __init__(self, module: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
-        self._module, self._see = id(module), optimizer.see
+        self._module, self._optimizer = id(module), optimizer
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Hook before the forward pass."""
         if id(module) == self._module:
-            self._see(module, args, kwargs)
+            self._optimizer.see(module, args, kwargs)
+
+    def after(self, module: nn.Module, _args: Any, output: Any) -> None:
+        """Hook after it, also where it failed."""
+        if id(module) == self._module:
+            self._optimizer.seen(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Eyes:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _blind, ()
+        return _Blind, ()
 
 
-def _blind() -> Callable[..., None]:
-    """What the hook becomes in a pickled model."""
-    return _see_nothing
+class _Blind:
+    """What the hooks become in a pickled model."""
 
+    def before(self, *_: Any) -> None: ...
 
-def _see_nothing(*_: Any) -> None: ...
+    def after(self, *_: Any) -> None: ...
 
 
 def observe(module: nn.Module, optimizer: AdaptiveClipDPOptimizer, trained: Sequence[nn.Parameter]) -> Undo:
     """Have the optimizer see which batch goes into the model, and whether the model changes; return what undoes it."""
     optimizer.watch = ModelWatch(module, trained, moves=isinstance(optimizer, ZerothOrderDPOptimizer))
-    return module.register_forward_pre_hook(_Eyes(module, optimizer), prepend=True, with_kwargs=True).remove
+    eyes = _Eyes(module, optimizer)
+    handles = [
+        module.register_forward_pre_hook(eyes.before, prepend=True, with_kwargs=True),
+        module.register_forward_hook(eyes.after, always_call=True),
+    ]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
 def _remove_opacus_hooks(module: nn.Module) -> None:

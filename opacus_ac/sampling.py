@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
 from opacus_ac.accounting import Event, ShuffledEpochs
-from opacus_ac.delivery import Delivery, Draw, Recognition, Sight, rows_repeat
+from opacus_ac.delivery import RECOGNITION, Delivery, Draw, Sight, unknown
 from opacus_ac.randomness import RandomStream
 
 RateSchedule = Callable[[int], float] | Sequence[float]
@@ -202,7 +202,6 @@ class SamplingPlan:
         self._of_worker: dict[int, Pass] = {}
         self._current: Delivery | None = None
         self._ahead = False
-        self._recognition = Recognition()
         self._epochs = ShuffledEpochs()
 
     # ---------------------------------------------------------------- announcing
@@ -241,7 +240,7 @@ class SamplingPlan:
                 "a physical batch was not followed by optimizer.step(): with max_physical_batch_size every batch "
                 "of the loader needs its own backward() and step(), or part of the logical batch is lost"
             )
-        self._hand_out(Delivery(passing.announced.popleft()), batch)
+        self._hand_out(Delivery(passing.announced.popleft(), owner=self), batch)
 
     def arrive(self, batch: Any, records: int, worker: Worker | None = None) -> None:
         """Note that a loader around our sampler has put a physical batch of ``records`` records together.
@@ -255,11 +254,11 @@ class SamplingPlan:
         draw = None if passing.own else passing.take(worker)
         if draw is None:
             return
-        delivery = Delivery(replace(draw, records=records), split=passing.is_split)
+        delivery = Delivery(replace(draw, records=records), split=passing.is_split, owner=self)
         if worker is None:
             self._hand_out(delivery, batch)
         else:
-            self._recognition.remember(delivery, batch)
+            RECOGNITION.remember(delivery, batch)
 
     def _pass_of(self, worker: Worker) -> Pass:
         """Return the pass that a worker works for: workers stay with a pass until it has ended."""
@@ -272,7 +271,7 @@ class SamplingPlan:
         if self._current is not None and not self._current.used:
             self._ahead = True  # skipped, or fetched ahead by whoever is around the loader
         self._current = delivery
-        self._recognition.remember(delivery, batch)
+        RECOGNITION.remember(delivery, batch)
 
     # ---------------------------------------------------------------- in hand
 
@@ -291,12 +290,12 @@ class SamplingPlan:
         Args:
             tensors: what goes into the model.
         """
-        found, known = self._recognition.find(tensors, self._current)
+        found, known = RECOGNITION.find(tensors, self._current)
         if found is None and not known and not self._ahead:
             found = self.in_hand  # it was changed on its way, and nothing tells of another one
-        if found is None:
-            return Sight(None, rows_repeat(tensors))
-        self._recognition.follow(found, tensors)
+        if found is None or found.owner is not self:
+            return unknown(tensors)
+        RECOGNITION.follow(found, tensors)
         return Sight(found)
 
     def price(self, draw: Draw | None, noise_multiplier: float) -> Event | None:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "opacus_ac"
 RANK = {
     "gaussian": -1, "secret_state": -1, "forward_randomness": 0, "key_stream": -1, "device_noise": -1,
     "_version": 0, "errors": 0, "randomness": 0, "accounting": 0, "loss": 0, "testing": 2, "testing.policies": 7,
-    "statistics": 1, "mechanism": 3, "clipping": 4, "control": 4, "grad_sample": 1, "delivery": 0, "watch": 0, "logical_batch": 0, "sampling": 1, "users": 2, "data": 3, "allocation": 4, "allocation_rule": 3, "dp_adam": 0,
+    "statistics": 1, "mechanism": 3, "clipping": 4, "control": 4, "grad_sample": 1, "delivery": 0, "watch": 0, "logical_batch": 0, "sampling": 1, "origin": 2, "users": 2, "data": 3, "allocation": 4, "allocation_rule": 3, "dp_adam": 0,
     "ledger": 1, "budget": 2, "account": 4, "fused_step": 1, "step_state": 5, "optimizer": 6, "report": 7, "projection": 7, "checkpoint": 7, "integrations": 7, "zeroth_order": 7, "preparation": 8, "zeroth_order.preparation": 8.5, "accounted_engine": 8.7, "engine": 9,
     "charges": 0.5,
     "audit": 10, "tensorboard": 10,

@@ -196,11 +196,6 @@ class BookKeepingSource:
         self._weights = None
         self._failed = True  # the records stay until they are cleared, but no step may use them
 
-    @property
-    def holds_records(self) -> bool:
-        """Whether a backward pass has left records."""
-        return any(chunk.books for chunk in self._chunks)
-
     def settle(self) -> None:
         """Form the sums now and let go of the records: another physical batch of the logical one follows."""
         if self._weights is None:

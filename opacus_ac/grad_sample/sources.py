@@ -67,10 +67,6 @@ class GradientSource(Protocol):
         """Forget the physical batch, and with ``sums`` the logical batch too."""
 
     @property
-    def holds_records(self) -> bool:
-        """Whether records of a physical batch are there."""
-
-    @property
     def backward_passes(self) -> int:
         """Number of backward passes since the last step, at least 1."""
 
@@ -267,11 +263,6 @@ class PerSampleSource:
     def settle(self) -> None:
         """Let go of the sums before: the physical batch is in them for good."""
         self._before = []
-
-    @property
-    def holds_records(self) -> bool:
-        """Whether a backward pass has left per-sample gradients."""
-        return any(getattr(parameter, "grad_sample", None) is not None for parameter in self._parameters)
 
     @property
     def backward_passes(self) -> int:

@@ -41,11 +41,6 @@ class DifferenceSource:
         self._deltas: Tensor | None = None
         self._before: Tensor | None = None
 
-    @property
-    def holds_records(self) -> bool:
-        """Whether differences of records are there."""
-        return self._deltas is not None
-
     def measure(self, closure: Closure, seeds: Sequence[int], smoothing: float) -> Tensor:
         """Evaluate the records of the physical batch at both ends of every direction.
 

@@ -286,6 +286,79 @@ def test_gradients_of_two_draws_in_one_step_are_refused(kind, mode):
     assert run.sums == []
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["own", "BatchMemoryManager", "all at once"])
+def test_two_draws_of_one_size_joined_in_one_backward_pass_are_refused(kind, mode):
+    """Record i of one and record i of the other would be clipped as one person."""
+    run = Run(sampling="fixed_size", **ALWAYS[mode])
+    one, other = itertools.islice(iter(LOADERS[kind](run)), 2)
+    (run.net(one["i"]).sum() + run.net(other["i"]).sum()).backward()
+    with pytest.raises(ValueError, match="more than one batch"):
+        run.optimizer.step()
+    assert run.charges == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("when", ["before the forward pass", "before the backward pass", "after the step"])
+def test_gradients_may_be_cleared_where_people_clear_them(when, mode):
+    run = Run(sampling="fixed_size", workers=2, **ALWAYS[mode])
+    for batch in BatchMemoryManager(
+        data_loader=run.loader, max_physical_batch_size=3, optimizer=run.optimizer
+    ).__enter__():
+        if when == "before the forward pass":
+            run.optimizer.zero_grad()
+        loss = run.net(batch["i"]).sum()
+        if when == "before the backward pass":
+            run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        if when == "after the step":
+            run.optimizer.zero_grad()
+    assert run.charges == {8 / N: 3}
+    run.check()
+
+
+def test_a_forward_pass_that_the_loop_leaves_out_is_none():
+    run = Run()
+    for number, batch in enumerate(run.loader):
+        loss = run.net(batch["i"])
+        if number == 0:
+            continue
+        loss.sum().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert run.charges == {8 / N: 2}
+
+
+class InPlace(Marks):
+    """The output is a view of something else, and the loop changes it in place."""
+
+    def forward(self, i):
+        return torch.stack([super().forward(i), super().forward(i) * 0], 1)[:, 0]
+
+
+def test_outputs_that_are_changed_in_place_are_followed(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.Marks", lambda wide: InPlace())
+    run = Run(sampling="fixed_size")
+    one, other = itertools.islice(iter(run.loader), 2)
+    losses = [run.net(batch["i"]) for batch in (one, other)]
+    for loss in losses:
+        loss[:1] *= 2
+    sum(loss.sum() for loss in losses).backward()
+    with pytest.raises(ValueError, match="more than one batch"):
+        run.optimizer.step()
+
+
+def test_a_batch_of_another_loader_is_no_draw_of_this_one():
+    first = Run()
+    kept = next(iter(first.loader))
+    first.step(kept)
+    run = Run(engine=first.engine)
+    for _batch in run.loader:
+        run.step(kept)
+    assert run.charges == {8 / N: 1, 1.0: 3}
+
+
 def test_a_prepared_loader_of_accelerate_is_ours():
     accelerate = pytest.importorskip("accelerate")
     run = Run()
