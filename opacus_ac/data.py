@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from opacus_ac.delivery import tensors_of
+from opacus_ac.public_randomness import carried_generator
 from opacus_ac.randomness import RandomStream
 from opacus_ac.sampling import (
     BatchSizes,
@@ -36,7 +37,7 @@ from opacus_ac.sampling import (
     Worker,
 )
 from opacus_ac.secret_state import secret_randomness
-from opacus_ac.users import UserRows
+from opacus_ac.users import UserRows, check_rows_of_users
 
 _DRAWING: dict[str, type[PoissonBatchSampler]] = {
     "poisson": PoissonBatchSampler,
@@ -287,6 +288,7 @@ def private_loader(
         ValueError: a dataset or sampler for which no sampling bound is known, or items that are other records than said.
     """
     _check_records(loader.dataset, max_rows_per_user)
+    _check_collate(loader, max_rows_per_user)
     batch_size, steps = _check(loader, drawn=sampling != "shuffled")
     records = len(loader.dataset)  # type: ignore[arg-type]
     if dataset_size is not None and dataset_size != records:
@@ -321,6 +323,19 @@ def _check_records(dataset: Any, max_rows_per_user: int | None) -> None:
             f"each item of {type(dataset).__name__} is a user with at most {said} rows, and max_rows_per_user="
             f"{max_rows_per_user!r}: pass max_rows_per_user={said}"
         )
+
+
+def _check_collate(loader: DataLoader[Any], max_rows_per_user: int | None) -> None:
+    """Refuse a ``collate_fn`` whose random draws are public, or that puts the rows of users elsewhere than said."""
+    collate = loader._collate.collate_fn if isinstance(loader, PrivateDataLoader) else loader.collate_fn
+    carried = carried_generator(collate)
+    if carried is not None:
+        raise ValueError(
+            f"collate_fn has a generator of its own ({carried}), whose draws for a batch tell how many records came before: leave "
+            "its seed or generator out, so that it draws from the global ones, which are secret during a step"
+        )
+    if max_rows_per_user is not None:
+        check_rows_of_users(loader.dataset, collate)
 
 
 def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:

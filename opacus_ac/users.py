@@ -7,13 +7,22 @@ under one clipping bound, or one person under several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor
 
+from opacus_ac.chosen_records import choose_records, fresh, named_rows, same
 from opacus_ac.sampling import Draw, SamplingPlan
+from opacus_ac.secret_state import secret_randomness
+
+_NOT_IN_BLOCKS = (
+    "the rows of a batch of collate_fn are not as many for each of its users, one user after the other: with max_rows_per_user a "
+    "clipping bound would be about rows of several people. Use opacus_ac.integrations.chat_users.UserCollate, or put the rows of "
+    "the first user into the batch, then those of the next, each filled up to as many"
+)
 
 
 class UserRows:
@@ -106,7 +115,7 @@ def row_count(batch: Any) -> int:
     Raises:
         ValueError: it has no tensors, or they disagree.
     """
-    sizes = set(_sizes(batch))
+    sizes = {len(rows) for _, rows in named_rows(batch)}
     if len(sizes) != 1:
         raise ValueError(
             f"the tensors of a batch have {len(sizes)} different first dimensions, and with max_rows_per_user all of them need "
@@ -115,13 +124,74 @@ def row_count(batch: Any) -> int:
     return sizes.pop()
 
 
-def _sizes(batch: Any) -> Iterator[int]:
-    if isinstance(batch, Tensor):
-        if batch.dim():
-            yield batch.shape[0]
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _sizes(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _sizes(value)
+def check_rows_of_users(dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+    """Refuse a ``collate`` that does not put the rows of a user one after the other, as many for each user.
+
+    A few users with different numbers of rows are put together and alone; the rows that one has alone must stand in one block of the
+    batch of all, which is no other user's.
+
+    Raises:
+        ValueError: rows of a user stand elsewhere, or nothing tells whose rows are whose.
+    """
+    users = choose_records(dataset, most=3)
+    if len(users) < 2:
+        return
+    with secret_randomness():
+        alone = [dict(named_rows(collate(fresh([user])))) for user in users]
+        told = False
+        for order in (users, users[::-1]):
+            together, again = (dict(named_rows(collate(fresh(order)))) for _ in range(2))
+            fixed = {name: rows for name, rows in together.items() if same(rows, again.get(name))}
+            told = _tell_apart(together, fixed, alone if order is users else alone[::-1]) or told
+    if not told and not all(same(part, alone[0]) for part in alone):
+        raise ValueError(
+            "nothing in the batches of collate_fn tells whose rows are whose: let it put a user's rows into a batch as they are, and "
+            "draw at random in the dataset or in the loop"
+        )
+
+
+def _tell_apart(together: dict[str, Tensor], fixed: dict[str, Tensor], alone: list[dict[str, Tensor]]) -> bool:
+    """Check that a batch of users has those of each, as ``alone`` has them, in one block; say whether anything tells.
+
+    Args:
+        together: tensors of the batch, by name.
+        fixed: those that are the same each time.
+        alone: tensors of a batch of each user.
+    """
+    counts = {len(rows) for rows in together.values()}
+    if len(counts) != 1:  # refused as a batch, whatever it has
+        return True
+    users = len(alone)
+    if counts.pop() % users:
+        raise ValueError(_NOT_IN_BLOCKS)
+    told = False
+    for name, rows in fixed.items():
+        own = [part[name] for part in alone if name in part]
+        if len(own) < users or not len(rows):
+            continue
+        blocks = [list(block) for block in rows.split(len(rows) // users)]
+        found = [[_blocks_with(row, blocks) for row in part] for part in own]
+        if not all(where for places in found for where in places):  # not put in as they are
+            continue
+        homes = [set.intersection(*places) for places in found if places]
+        if not any(all(map(set.__contains__, homes, order)) for order in permutations(range(users))):
+            raise ValueError(_NOT_IN_BLOCKS)
+        told = told or any(len(home) < users for home in homes)
+    return told
+
+
+def _blocks_with(row: Tensor, blocks: list[list[Tensor]]) -> set[int]:
+    """Return the places of the blocks that have ``row``."""
+    return {place for place, block in enumerate(blocks) if any(_is_row(row, other) for other in block)}
+
+
+def _is_row(row: Tensor, other: Tensor) -> bool:
+    """Say whether ``other`` is ``row``, but for padding at one end."""
+    if row.dim() != other.dim():
+        return False
+    if not row.dim():
+        return bool(row == other)
+    length = row.shape[0]
+    if row.shape[1:] != other.shape[1:] or length > other.shape[0]:
+        return False
+    return same(row, other[:length]) or same(row, other[other.shape[0] - length :])

@@ -380,22 +380,81 @@ def test_bad_arguments_change_nothing(data, rows, words):
     private(model, items, pad)
 
 
-def test_a_loss_that_averages_rows_is_refused():
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+def test_a_loss_that_averages_rows_is_made_one_of_users(mode):
     """Of a classifier the library computes a mean over all labelled rows of the batch, whoever has them."""
     from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
+    torch.manual_seed(1)
     config = Qwen2Config(**{**tiny_models._SHAPE, "pad_token_id": 0, "num_labels": 3})
     model = Qwen2ForSequenceClassification(config).double().train()
-    data = [[{"input_ids": torch.randint(3, 50, (6,)), "labels": torch.tensor(1)}] * 2 for _ in range(3)]
+    data = [
+        [{"input_ids": torch.randint(3, 50, (6,)), "labels": torch.tensor(i % 3)} for i in range(rows)]
+        for rows in (1, 3, 2)
+    ]
 
     def collate(items):
-        rows = [row for user in items for row in user]
-        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        most = max(map(len, items))
+        filling = {"input_ids": torch.full((6,), 3), "labels": torch.tensor(-100)}
+        rows = [row for user in items for row in (*user, *[filling] * (most - len(user)))]
+        return {key: torch.stack([row[key] for row in rows]) for key in filling}
 
-    wrapped, _, loader = private(model, data, collate)
-    batch = next(iter(loader))
-    with pytest.raises(ValueError, match="ForSequenceClassification loss"):
-        wrapped(**batch)
+    def own_loss(model, rows):
+        return torch.stack([model(**collate([[row]])).loss for row in rows]).mean()
+
+    compare(model, data, collate, users.token_loss, own_loss, 1e-6, grad_sample_mode=mode)
+
+
+def round_robin(items):
+    """The first row of each user, then the second of each."""
+    batch, most = pad(items), max([1, *map(len, items)])
+    order = torch.arange(len(items) * most).view(len(items), most).T.reshape(-1)
+    return {key: value[order] for key, value in batch.items()}
+
+
+def rows_backwards(items):
+    return {key: value.flip(0) for key, value in pad(items).items()}
+
+
+def filling_last(items):
+    """All rows, then what fills up."""
+    batch = pad(items)
+    order = torch.argsort(~batch["has"], stable=True)
+    return {key: value[order] for key, value in batch.items()}
+
+
+def filled_first(items):
+    """In its block, but with what fills up before the rows."""
+    batch, most = pad(items), max([1, *map(len, items)])
+    return {
+        key: value.view(len(items), most, *value.shape[1:]).flip(1).reshape(value.shape) for key, value in batch.items()
+    }
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+@pytest.mark.parametrize(
+    ("collate", "good"),
+    [(round_robin, False), (rows_backwards, True), (filling_last, False), (filled_first, True), (pad, True)],
+)
+def test_rows_of_users_in_another_layout_are_refused(collate, good, count):
+    """Users with equally many rows, one of which has no label, too: a mean over users of their mean cannot tell those."""
+    data = [users.user_of(2 if collate is round_robin else 1 + i % 2, seed=i) for i in range(count)]
+    model, engine = users.mlp(), PrivacyEngine()
+    if good:
+        private(model, data, collate, engine=engine)
+        return
+    with pytest.raises(ValueError, match="one user after the other"):
+        private(model, data, collate, engine=engine)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert len(engine.accountant) == 0
+
+
+def test_rows_that_nobody_can_recognise_are_refused():
+    def blurred(items):
+        return {key: value + torch.rand(()) if key == "x" else value * 0 for key, value in pad(items).items()}
+
+    with pytest.raises(ValueError, match="nothing in the batches"):
+        private(users.mlp(), number_users((1, 3, 2)), blurred)
 
 
 # ---------------------------------------------------------------- the account

@@ -11,8 +11,7 @@ from torch.utils.data import IterableDataset
 
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.integrations.transformers import has_record_losses
-from opacus_ac.testing import check_losses_add_up, select_records
-from opacus_ac.users import UserRows, row_count
+from opacus_ac.public_randomness import carried_generator
 
 _DEFAULT_MAX_GRAD_NORM = 1.0  # of TrainingArguments: nobody asked for it
 
@@ -149,6 +148,12 @@ def _about_data(privacy: PrivacyArguments, train_dataset: Any, eval_dataset: Any
         found.append(
             "data_collator DataCollatorWithFlattening packs the records of a batch into one row: use one that pads"
         )
+    carried = None if collator is None else carried_generator(collator)
+    if carried is not None:
+        found.append(
+            f"data_collator {type(collator).__name__} has a generator of its own ({carried}), whose draws for a batch tell how many "
+            "records came before: leave its seed or generator out, so that it draws from the global ones, which are secret during a step"
+        )
     return found
 
 
@@ -208,76 +213,3 @@ def refuse_bases(cls: type) -> None:
                 "private batch and packs rows: inherit from PrivateTrainer alone, and prepare the rows with "
                 "opacus_ac.integrations.chat_data"
             )
-
-
-def check_two_records(
-    loss_of: Callable[[Any], Any], batch: Any, users: UserRows | None = None, *, rtol: float = 1e-3
-) -> None:
-    """Raise ``AssertionError`` unless the loss of two records is the mean of their losses alone; forward passes only.
-
-    Args:
-        loss_of: the loss of a batch.
-        batch: two records, of which one gets fewer labels than it has.
-        users: where a record is a user: then one row more that fills up must not change the loss either, because how many
-            there are depends on the other users of a batch.
-        rtol: tolerance relative to the losses.
-    """
-    batch = of_different_lengths(batch)
-    if users is None:
-        check_losses_add_up(loss_of, batch, rtol=rtol)
-        return
-    rows = row_count(batch) // 2
-    with users.suppose(rows), torch.no_grad():
-        check_losses_add_up(loss_of, batch, rtol=rtol, rows_per_record=rows)
-        loss = float(loss_of(batch))
-    labelled = _labelled_row(batch, rows)
-    if labelled is None:
-        return
-    with users.suppose(rows + 1), torch.no_grad():
-        # Of users with equally many labelled rows a mean over all rows would be a mean over users.
-        different = _with_one_row_more(batch, rows, labelled)
-        check_losses_add_up(loss_of, different, rtol=rtol, rows_per_record=rows + 1)
-        loss_of_filled = float(loss_of(_with_one_row_more(batch, rows)))
-    if not abs(loss - loss_of_filled) <= rtol * max(abs(loss), abs(loss_of_filled)):
-        raise AssertionError(
-            "the loss of a user changes with the number of rows without labels that fill up the users of its batch: make it a "
-            "mean over the user's labelled rows (opacus_ac.loss.per_user_loss)"
-        )
-
-
-def _labels(batch: Any) -> Any:
-    """Return a copy of the labels ``[R, T]`` of a batch of token ids; None without any."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return None if labels is None or labels.dim() != 2 else labels.clone()
-
-
-def _labelled_row(batch: Any, rows: int) -> int | None:
-    """Return a labelled row of the one of two users, ``rows`` rows each, who has more such rows; None without any."""
-    labels = _labels(batch)
-    labelled = torch.zeros(0) if labels is None else (labels != -100).any(1).view(2, rows)
-    if not bool(labelled.any()):
-        return None
-    more = int(labelled.sum(1).argmax())
-    return more * rows + int(labelled[more].nonzero()[0])
-
-
-def _with_one_row_more(batch: Any, rows: int, labelled: int | None = None) -> Any:
-    """Return a batch of two users, ``rows`` rows each, with a row more for each: without labels, but for a copy of ``labelled``."""
-    more = [0, rows]
-    if labelled is not None:
-        more[labelled // rows] = labelled
-    longer = select_records(batch, torch.tensor([*range(rows), more[0], *range(rows, 2 * rows), more[1]]))
-    for user in (0, 1):
-        if labelled is None or user != labelled // rows:
-            longer["labels"][user * (rows + 1) + rows] = -100
-    return longer
-
-
-def of_different_lengths(batch: Any) -> Any:
-    """Return a batch of token ids with half of the first record's labels masked: a token mean would couple its records."""
-    labels = _labels(batch)
-    if labels is None:
-        return batch
-    labelled = (labels[0] != -100).nonzero().reshape(-1)
-    labels[0, labelled[: labelled.numel() // 2]] = -100
-    return {**batch, "labels": labels}

@@ -5,31 +5,20 @@ The oracle is a loop of batch size one with plain autograd. It is slow and has n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.chosen_records import fresh, named_rows, remade
 from opacus_ac.grad_sample.capture import is_captured
 
 LossFn = Callable[[Any, Any], Tensor]
 
 
-def _leaves(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        if batch.dim():
-            yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _leaves(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _leaves(value)
-
-
 def _batch_size(batch: Any) -> int:
-    sizes = {t.shape[0] for t in _leaves(batch)}
+    sizes = {len(rows) for _, rows in named_rows(batch)}
     if len(sizes) != 1:
         raise ValueError(f"every tensor of the batch must have the records first; found sizes {sorted(sizes)}")
     return sizes.pop()
@@ -40,12 +29,29 @@ def select_records(batch: Any, index: Tensor) -> Any:
     if isinstance(batch, Tensor):
         return batch[index.to(batch.device)] if batch.dim() else batch
     if isinstance(batch, Mapping):
-        return {key: select_records(value, index) for key, value in batch.items()}
+        return remade(batch, {key: select_records(value, index) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(select_records(value, index) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(select_records(value, index) for value in batch)
     return batch
+
+
+def trim_padding(batch: Any) -> Any:
+    """Return a batch without the columns that no record of it attends to, as it would have come without longer records beside it.
+
+    Columns go where ``attention_mask`` ``[B, T]`` is 0 for all, in every tensor ``[B, T, ...]``, unless there are labels in them.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel():
+        return batch
+    kept = (mask != 0).any(0)
+    labels = batch.get("labels")
+    labelled = isinstance(labels, Tensor) and labels.shape[1:2] == kept.shape and bool((labels[:, ~kept] != -100).any())
+    if bool(kept.all()) or not bool(kept.any()) or labelled:
+        return batch
+    wide = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.dim() > 1 and v.shape[1] == len(kept)}
+    return remade(batch, {**batch, **{key: value[:, kept] for key, value in wide.items()}})
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,14 +150,14 @@ def _scaled_gradient(
 ) -> dict[str, Tensor]:
     """Gradient of the sum of the records' losses."""
     factor = _batch_size(batch) if reduction == "mean" else 1
-    return {n: factor * g for n, g in _gradient(loss_fn(model, batch), params).items()}
+    return {n: factor * g for n, g in _gradient(loss_fn(model, fresh(batch)), params).items()}
 
 
 def _share_of(
     model: nn.Module, batch: Any, loss_fn: LossFn, params: Mapping[str, nn.Parameter], reduction: str, record: int
 ) -> dict[str, Tensor]:
     """What ``record`` adds to the gradient of the batch."""
-    losses = loss_fn(model, batch)
+    losses = loss_fn(model, fresh(batch))
     if losses.dim() == 1:
         return _gradient(losses[record], params)
     size = _batch_size(batch)
@@ -166,7 +172,7 @@ def _alone(
 ) -> dict[str, Tensor]:
     """Gradient of ``record`` in a batch of its own, which must be possible where the whole batch was."""
     try:
-        loss = loss_fn(model, select_records(batch, torch.tensor([record]))).sum()
+        loss = loss_fn(model, trim_padding(select_records(batch, torch.tensor([record])))).sum()
     except (ValueError, RuntimeError) as error:
         raise AssertionError(
             f"record {record} cannot be computed without the other records of the batch, as batch normalisation cannot: {error}"
@@ -238,12 +244,14 @@ def check_losses_add_up(
     """Check, by forward passes alone, that the loss of a batch is the mean of the losses of its records.
 
     Cheaper than :func:`check_records_independent`, and also good for a model with hooks: it finds losses that are averaged over
-    the batch's tokens, batch normalisation, in-batch negatives, load-balancing terms of mixtures of experts.
+    the batch's tokens, class weights, batch normalisation, in-batch negatives, load-balancing terms of mixtures of experts, what
+    depends on the padded length (a record alone comes without padding, where the batch has an ``attention_mask``) or on the order.
 
     Args:
-        loss_fn: ``loss_fn(batch)`` gives a scalar; without dropout.
-        batch: at least two records, as for :func:`per_sample_gradients`, different in what could couple them (length).
-        rtol: tolerance relative to the losses.
+        loss_fn: ``loss_fn(batch)`` gives a scalar; without dropout. It may change the batch that it is given.
+        batch: at least two records, as for :func:`per_sample_gradients`, different in what could couple them (length, class).
+        rtol: largest tolerance relative to the losses. A difference of more than 2 % of how much the losses of the records differ
+            is not tolerated either, unless it is below a tenth of ``rtol``.
         rows_per_record: number of rows of each record, one record after the other, where a record is a user.
 
     Raises:
@@ -264,13 +272,42 @@ def check_losses_add_up(
     size = rows // rows_per_record
     if size < 2:
         raise ValueError(f"independence needs at least two records, not {size}")
+    parts = torch.arange(rows).split(rows_per_record)
+    alone = [select_records(batch, part) for part in parts]
+    # A user's rows keep their padding: rows that fill up may have nothing else.
+    losses = _losses(loss_fn, alone if rows_per_record > 1 else [trim_padding(part) for part in alone])
+    for order in _orders(size):
+        chosen = select_records(batch, torch.cat([parts[i] for i in order]))
+        expect_mean(_losses(loss_fn, [chosen])[0], [losses[i] for i in order], rtol, rtol / 10)
+
+
+def _orders(size: int) -> list[list[int]]:
+    """Return which records are put together, in which order: all, all the other way round, and every other one of three or more."""
+    whole = list(range(size))
+    return [whole, whole[::-1], *([whole[::2]] if size > 2 else [])]
+
+
+def _losses(loss_fn: Callable[[Any], Any], batches: list[Any]) -> list[float]:
+    """Return the losses of batches, of which ``loss_fn`` gets copies."""
     with torch.no_grad():
-        together = float(loss_fn(batch))
-        parts = torch.arange(rows).split(rows_per_record)
-        alone = sum(float(loss_fn(select_records(batch, part))) for part in parts) / size
-    if not abs(together - alone) <= rtol * max(abs(together), abs(alone)):
+        return [float(loss_fn(fresh(batch))) for batch in batches]
+
+
+def expect_mean(together: float, alone: list[float], rtol: float, floor: float) -> None:
+    """Raise ``AssertionError`` unless the loss of a batch is the mean of the losses of its records alone.
+
+    Args:
+        together: loss of the batch.
+        alone: loss of each record.
+        rtol: largest tolerance, relative to the losses.
+        floor: smallest one: what rounding may make of a loss. In between it is 2 % of how much the losses differ.
+    """
+    mean = sum(alone) / len(alone)
+    scale = max(abs(together), abs(mean))
+    tolerance = min(max(0.02 * (max(alone) - min(alone)), floor * scale), rtol * scale)
+    if not abs(together - mean) <= tolerance:
         raise AssertionError(
-            f"the loss of a batch ({together:.6g}) is not the mean of the losses of its records alone ({alone:.6g}): the loss "
+            f"the loss of a batch ({together:.6g}) is not the mean of the losses of its records alone ({mean:.6g}): the loss "
             "or the model couples records, so clipping would not bound what one of them does. Make it a mean over records"
         )
 
