@@ -44,6 +44,7 @@ INTERNAL = {
     "integrations.finetune": "the command opacus-ac finetune",
     "integrations.finetune_arguments": "the command opacus-ac finetune",
     "integrations.finetune_callbacks": "the command opacus-ac finetune",
+    "integrations.public_rows": "parts of PrivateTrainer, of the command line and of Lightning's callback",
     "integrations.trainer": "exported by integrations",
     "integrations.trainer_arguments": "exported by integrations",
     "integrations.trainer_callback": "parts of PrivateTrainer",

@@ -21,7 +21,7 @@ RANK = {
     "public_randomness": 0, "chosen_records": 0,
     "audit": 10, "tensorboard": 10,
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
-    "integrations.default_model": 6, "integrations.trainer_arguments": 7, "integrations.trainer_checks": 8, "integrations.trainer_silent": 8, "integrations.trainer_released": 8,
+    "integrations.default_model": 6, "integrations.trainer_arguments": 7, "integrations.trainer_checks": 8, "integrations.public_rows": 0, "integrations.trainer_silent": 8, "integrations.trainer_released": 8,
     "integrations.finetune_arguments": 8, "integrations.finetune_callbacks": 8, "integrations.trainer_ranks": 9, "integrations.trainer_checkpoint": 10, "integrations.lightning_released": 10, "integrations.lightning": 11,
     "integrations.trainer_callback": 11, "integrations.trainer": 12, "integrations.finetune": 13, "cli": 14, "__main__": 15,
     # The mechanism and the optimizer use the reducers; the checkpoints of several processes use the engine.

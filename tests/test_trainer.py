@@ -394,7 +394,7 @@ def test_the_trainer_still_has_every_seam():
         "_save_optimizer_and_scheduler": ["output_dir"], "_load_optimizer_and_scheduler": ["checkpoint"],
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"], "_save_rng_state": ["output_dir"],
         "_save_checkpoint": ["model", "trial"], "_finalize_training": ["trial", "num_train_samples", "start_time"],
-        "save_model": ["output_dir", "_internal_call"], "log": ["logs", "start_time"],
+        "save_state": [], "save_model": ["output_dir", "_internal_call"], "log": ["logs", "start_time"],
         "train": ["resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     }  # fmt: skip
     for name, wanted in seams.items():

@@ -37,6 +37,7 @@ from opacus_ac.integrations.finetune_arguments import (
 )
 from opacus_ac.integrations.finetune_callbacks import Interruption, StepLines
 from opacus_ac.integrations.peft import load_trainable
+from opacus_ac.integrations.public_rows import PrivateRows, same_file
 from opacus_ac.integrations.trainer import PrivateTrainer
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.ledger import LedgerError
@@ -257,6 +258,8 @@ def build_trainer(job: Job) -> PrivateTrainer:
     with _failing_with(3, ValueError, OSError, ImportError):
         private = _read(job.data)
         public = read_dialogues(job.data.validation_file) if job.data.validation_file else None
+        if public is not None and job.privacy.evaluation_is_public:  # without it, refused by the Trainer
+            _check_public(job.data, private, public)
     torch.manual_seed(job.training.seed)
     options: dict[str, Any] = {"full": job.model.full, "rank": job.model.lora_r, "layers": job.model.lora_layers}
     with _failing_with(5, ModelUnavailableError, ValueError, ImportError):
@@ -296,6 +299,18 @@ def _read(data: DataArguments) -> Any:
     if data.group_by is None:
         return read_dialogues(str(data.train_file))
     return read_users(str(data.train_file), data.group_by)
+
+
+def _check_public(data: DataArguments, private: Any, public: Any) -> None:
+    """Raise ``ValueError`` for a validation file that is the private one, or has dialogues of it."""
+    assert data.train_file is not None
+    assert data.validation_file is not None
+    shared = same_file(data.validation_file, data.train_file)
+    if shared is None:
+        dialogues = [d for rows in private.values() for d in rows] if data.group_by is not None else private
+        shared = PrivateRows(dialogues).shared_by(public)
+    if shared is not None:
+        raise ValueError(f"--validation_file {data.validation_file} is not public: {shared}")
 
 
 def _records(data: DataArguments, dialogues: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning
@@ -15,6 +15,7 @@ from torch import nn
 from opacus_ac.data import LogicalBatches, PrivateDataLoader
 from opacus_ac.engine import PrivacyEngine
 from opacus_ac.integrations.lightning_released import ReleasedOnly
+from opacus_ac.integrations.public_rows import PrivateRows
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 _PREFIX = "privacy/"
@@ -75,6 +76,7 @@ class PrivacyCallback(lightning.Callback):
         self._dashboards: list[Any] = []
         self._step = 0
         self._gate: ReleasedOnly | None = None
+        self._rows = PrivateRows(loader.dataset)
 
     # ---------------------------------------------------------------- refusals
 
@@ -99,6 +101,21 @@ class PrivacyCallback(lightning.Callback):
         if self._gate is not None:
             self._gate.close()
             self._gate = None
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse validation data with rows of the private data: what validation logs is public."""
+        self._check_public(trainer.val_dataloaders, "validation")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse test data with rows of the private data: what a test logs is public."""
+        self._check_public(trainer.test_dataloaders, "test")
+
+    def _check_public(self, loaders: Any, what: str) -> None:
+        if isinstance(loaders, Mapping | list | tuple):
+            for loader in loaders.values() if isinstance(loaders, Mapping) else loaders:
+                self._check_public(loader, what)
+        elif (shared := self._rows.shared_by(getattr(loaders, "dataset", None))) is not None:
+            raise ValueError(f"the {what} data are not public, and what is logged of them has no noise: {shared}")
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch loggers that came since."""

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from opacus_ac.data import LogicalBatches, PrivateDataLoader
 from opacus_ac.engine import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import trainer_checkpoint
+from opacus_ac.integrations.public_rows import PrivateRows, same_rows_of_one
 from opacus_ac.integrations.record_checks import check_some_records
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.integrations.trainer_callback import PrivacyCallback, RunComplete, release_values
@@ -105,7 +106,8 @@ class PrivateTrainer(RanksTrainer):
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
         options = {"data_collator": data_collator, **kwargs}
         parts = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        found = refusals(args=args, privacy=privacy, options=options, **parts)
+        self._rows = PrivateRows(train_dataset)
+        found = refusals(args=args, privacy=privacy, options=options, rows=self._rows, **parts)
         raise_for(found + refused_processes(args, model), "this training")
         self.privacy = privacy
         self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -121,6 +123,7 @@ class PrivateTrainer(RanksTrainer):
         self._noise_generator = noise_generator
         self._saving_checkpoint = False
         self.was_complete = False
+        self._unsealed: Path | None = None  # a checkpoint that lacks its privacy state
         self._independent = False
         super().__init__(args=args, processing_class=processing_class, **parts, **options)
         self._gate = ReleasedLog(self)
@@ -337,29 +340,42 @@ class PrivateTrainer(RanksTrainer):
         """Evaluate on public data, with the averaged weights.
 
         Raises:
-            ValueError: the data are the training data, or were not declared public.
+            ValueError: the data were not declared public, or have rows of the training data.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(data, str):
-            raise_for(refused_evaluation(self.privacy, self.train_dataset, data), "evaluation")
+        if isinstance(data, str):  # a name of one of them
+            data = self.eval_dataset[data]  # type: ignore[index]
+        self._check_public(data, "evaluation")
         with self._gate.evaluating():
             return dict(super().evaluate(eval_dataset, *args, **kwargs))
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Predict on public data, with the averaged weights; refuses what :meth:`evaluate` refuses."""
-        raise_for(refused_evaluation(self.privacy, self.train_dataset, test_dataset), "prediction")
+        self._check_public(test_dataset, "prediction")
         with self._gate.evaluating():
             return super().predict(test_dataset, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate: the loss is the mean over records, before and after training."""
+    def _check_public(self, data: Any, what: str) -> None:
+        if self._rows.dataset is not self.train_dataset:
+            self._rows = PrivateRows(self.train_dataset)
+        raise_for(refused_evaluation(self.privacy, self._rows, data), what)
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate: the loss is the mean over records, before and after training.
+
+        Raises:
+            ValueError: the loader is one of the training data.
+        """
+        data = getattr(getattr(dataloader, "loader", dataloader), "dataset", None)
+        if data is not None and same_rows_of_one(data, self.train_dataset):
+            self._check_public(self.train_dataset, "evaluation")
         undo = None
         if self.private_optimizer is None:
             self.share_weights()
             undo = use_record_loss(self.model, LossTape())
         try:
             with self.ema_weights():
-                return super().evaluation_loop(*args, **kwargs)
+                return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             if undo is not None:
                 undo()
@@ -419,9 +435,14 @@ class PrivateTrainer(RanksTrainer):
             self._saving_checkpoint = False
         self.engine._ranks.on_first(lambda: None)  # no rank reads the folder before it is whole
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer, whose state has C, window and averages, and know that this folder is to be resumed from."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._unsealed = Path(output_dir)
+
     def _seal(self) -> None:
-        if not self.args.save_only_model:
-            folder = Path(self.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder, self._unsealed = self._unsealed, None
+        if folder is not None:
             trainer_checkpoint.save(self.engine, folder, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

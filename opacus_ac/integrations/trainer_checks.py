@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from opacus_ac.integrations.public_rows import PrivateRows
 from opacus_ac.integrations.trainer_arguments import PrivacyArguments
 from opacus_ac.integrations.transformers import has_record_losses
 from opacus_ac.public_randomness import carried_generator
@@ -99,6 +100,7 @@ def refusals(
     train_dataset: Any,
     eval_dataset: Any,
     options: Mapping[str, Any],
+    rows: PrivateRows | None = None,
 ) -> list[str]:
     """Return every reason for which this Trainer cannot be made private, each with its remedy.
 
@@ -109,6 +111,7 @@ def refusals(
         train_dataset: private data, or None.
         eval_dataset: evaluation data, or None.
         options: the other arguments of ``Trainer``.
+        rows: the rows of ``train_dataset``, where they have been read already.
     """
     found = [
         f"{name}={_text(getattr(args, name))!r}: {reason}"
@@ -121,7 +124,7 @@ def refusals(
     ):
         if options.get(name) is not None:
             found.append(f"{name}: {reason}")
-    found += _about_data(privacy, train_dataset, eval_dataset, options.get("data_collator"))
+    found += _about_data(privacy, rows or PrivateRows(train_dataset), eval_dataset, options.get("data_collator"))
     if privacy.grad_sample_mode != "bk":
         found += _about_hooks(args)
     if isinstance(model, nn.Module):
@@ -129,8 +132,8 @@ def refusals(
     return found
 
 
-def _about_data(privacy: PrivacyArguments, train_dataset: Any, eval_dataset: Any, collator: Any) -> list[str]:
-    found = []
+def _about_data(privacy: PrivacyArguments, rows: PrivateRows, eval_dataset: Any, collator: Any) -> list[str]:
+    found, train_dataset = [], rows.dataset
     if train_dataset is not None and (
         isinstance(train_dataset, IterableDataset) or not hasattr(train_dataset, "__len__")
     ):
@@ -138,7 +141,7 @@ def _about_data(privacy: PrivacyArguments, train_dataset: Any, eval_dataset: Any
             "train_dataset is iterable: records cannot be drawn from it. Use a dataset with __len__ and __getitem__"
         )
     if eval_dataset is not None:
-        found += refused_evaluation(privacy, train_dataset, eval_dataset)
+        found += refused_evaluation(privacy, rows, eval_dataset)
     if getattr(train_dataset, "max_rows_per_user", None) is not None and collator is None:
         found.append(
             "data_collator is missing: the items of train_dataset are users, whose rows the Trainer's own cannot put together. "
@@ -157,8 +160,9 @@ def _about_data(privacy: PrivacyArguments, train_dataset: Any, eval_dataset: Any
     return found
 
 
-def refused_evaluation(privacy: PrivacyArguments, train_dataset: Any, eval_dataset: Any) -> list[str]:
-    """Return the reasons for which data must not be evaluated on."""
+def refused_evaluation(privacy: PrivacyArguments, rows: PrivateRows, eval_dataset: Any) -> list[str]:
+    """Return the reasons for which data must not be evaluated on, beside the private ``rows``."""
+    train_dataset = rows.dataset
     sets = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
     if train_dataset is not None and any(data is train_dataset for data in sets):
         return ["eval_dataset is train_dataset: its loss and metrics would be published without noise. Use public data"]
@@ -169,7 +173,8 @@ def refused_evaluation(privacy: PrivacyArguments, train_dataset: Any, eval_datas
             "eval_dataset: its loss and metrics are published without noise. If these data need no protection, say "
             "evaluation_is_public=True"
         ]
-    return []
+    shared = rows.shared_by(eval_dataset)
+    return [] if shared is None else [f"eval_dataset is not public: {shared}"]
 
 
 def _about_hooks(args: Any) -> list[str]:

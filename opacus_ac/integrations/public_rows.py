@@ -1,0 +1,261 @@
+"""Whether data that are said to be public have rows of the private data, or are the same file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
+
+COMPUTED_ROWS = 50_000
+"""Of a dataset that makes its rows when they are asked for (decodes images, say) so many are looked at, evenly spread."""
+
+_REMEDY = "take them out of one of the two, or evaluate on other public data"
+
+
+class _NotPlainError(Exception):
+    """A value that is no number, text, array, or collection of them."""
+
+
+# ---------------------------------------------------------------- files
+
+
+def same_file(public: str | os.PathLike[str], private: str | os.PathLike[str]) -> str | None:
+    """Return how two paths are one file, or files of one content; None if they are not."""
+    first, second = Path(public), Path(private)
+    if not (first.is_file() and second.is_file()):
+        return None
+    if first.samefile(second):
+        return f"{public} is the private file {private}" + (" under another name" if first != second else "")
+    if first.stat().st_size == second.stat().st_size and _sha256(first) == _sha256(second):
+        return f"{public} has the content of the private file {private}"
+    return None
+
+
+def _sha256(path: Path) -> bytes:
+    total = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+    return total.digest()
+
+
+# ---------------------------------------------------------------- rows
+
+
+class PrivateRows:
+    """The rows of the private data by hash, to compare others with; read when first needed, and kept.
+
+    Args:
+        dataset: the private data; None where there are none.
+
+    Guarantees:
+        Rows are equal when their plain values are: numbers by value, whatever their type or container, texts, arrays,
+        mappings (None is as good as missing) and sequences of them. Of a dataset of users each row counts. What cannot be compared
+        is let through: iterable datasets, rows with other objects in them, rows with other columns, and of datasets that
+        make their rows when asked, what lies beyond :data:`COMPUTED_ROWS` evenly spread ones.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._digests: dict[frozenset[str] | None, set[bytes]] = {}
+        self._columns: frozenset[str] | None = None
+        self._answers: list[tuple[Any, int, str | None]] = []  # with the dataset, so that its id stays its own
+
+    def shared_by(self, public: Any) -> str | None:
+        """Return what ``public`` shares with the private data, with the remedy; None if nothing was found.
+
+        Args:
+            public: a dataset, or a mapping of names to datasets.
+        """
+        if self.dataset is None or public is None:
+            return None
+        if isinstance(public, Mapping):
+            found = ((name, self.shared_by(data)) for name, data in public.items())
+            return next((f"{name}: {reason}" for name, reason in found if reason is not None), None)
+        length = len(public) if hasattr(public, "__len__") else -1
+        for data, size, answer in self._answers:
+            if data is public and size == length:
+                return answer
+        answer = self._compare(public)
+        self._answers = [*self._answers[-7:], (public, length, answer)]
+        return answer
+
+    def _compare(self, public: Any) -> str | None:
+        if same_rows_of_one(public, self.dataset):
+            return f"it is, or has rows of, the private dataset itself: {_REMEDY}"
+        with _unmoved():
+            rows = [(number, row) for number, row in _rows(public)]
+            columns = _columns(row for _, row in rows[:1])
+            shared = self._common(columns)
+            if shared is _NOTHING:
+                return None
+            wanted = self._hashes(shared)
+            found = [number for number, row in rows if _digest(row, shared) in wanted]
+        if not found:
+            return None
+        shown = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        return f"{len(found)} of its rows are rows of the private data (from 0: {shown}): {_REMEDY}"
+
+    def _common(self, columns: frozenset[str] | None) -> Any:
+        """Return the columns to compare; None where rows are no mappings, ``_NOTHING`` where they cannot be compared."""
+        first = next((row for _, row in _rows(self.dataset)), None)
+        own = _columns([first])
+        if own == columns:
+            return columns
+        common = None if own is None or columns is None else own & columns
+        # A label alone is in many rows: what is compared must have more than one value.
+        if not common or not isinstance(first, Mapping) or not any(_is_rich(first[name]) for name in common):
+            return _NOTHING
+        return common
+
+    def _hashes(self, columns: frozenset[str] | None) -> set[bytes]:
+        if columns not in self._digests:
+            found = (_digest(row, columns) for _, row in _rows(self.dataset))
+            self._digests[columns] = {digest for digest in found if digest is not None}
+        return self._digests[columns]
+
+
+_NOTHING = object()
+
+
+def _is_rich(value: Any) -> bool:
+    try:
+        return len(value) > 1
+    except TypeError:
+        return False
+
+
+def _columns(rows: Iterable[Any]) -> frozenset[str] | None:
+    first = next(iter(rows), None)
+    return frozenset(first) if isinstance(first, Mapping) else None
+
+
+# ---------------------------------------------------------------- reading datasets
+
+
+def _base(dataset: Any) -> tuple[Any, set[int] | None]:
+    """Return what lies below ``Subset``s, and which of its rows; None for all."""
+    indices: list[int] | None = None
+    while isinstance(dataset, Subset):
+        own = [int(i) for i in dataset.indices]
+        indices = own if indices is None else [own[i] for i in indices]
+        dataset = dataset.dataset
+    return dataset, None if indices is None else set(indices)
+
+
+def same_rows_of_one(first: Any, second: Any) -> bool:
+    """Whether two datasets are one, or ``Subset``s of one with a row in common; reads no row."""
+    (a, of_a), (b, of_b) = _base(first), _base(second)
+    if a is not b:
+        return False
+    return of_a is None or of_b is None or bool(of_a & of_b)
+
+
+def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
+    """Yield (number, row) of a dataset that has a length; of users, each row of theirs."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return
+    raw = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    users = getattr(dataset, "max_rows_per_user", None) is not None
+    for number in _numbers(dataset):
+        try:
+            item = raw[number]
+        except Exception:  # what cannot be read cannot be compared; whoever uses the row will see the error
+            continue
+        for row in item if users else (item,):
+            yield number, row
+
+
+def _numbers(dataset: Any) -> range:
+    rows = len(dataset)
+    return range(0, rows, 1 if _is_stored(dataset) else max(1, -(-rows // COMPUTED_ROWS)))
+
+
+def _is_stored(dataset: Any) -> bool:
+    """Whether rows are there already, so that all can be read."""
+    if isinstance(dataset, Subset):
+        return _is_stored(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(map(_is_stored, dataset.datasets))
+    stored = getattr(dataset, "rows", getattr(dataset, "users", None))
+    return (
+        isinstance(dataset, list | tuple | TensorDataset) or hasattr(dataset, "with_format") or isinstance(stored, list)
+    )
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """A context after which the generators of the process are where they were: a dataset may augment its rows."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+# ---------------------------------------------------------------- plain values
+
+
+def _digest(row: Any, columns: frozenset[str] | None) -> bytes | None:
+    """Return a hash of a row's plain values; None if it has others."""
+    total = hashlib.blake2b(digest_size=16)
+    try:
+        if columns is not None:
+            row = {name: value for name, value in row.items() if name in columns}
+        _update(total, row)
+    except (_NotPlainError, AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    return total.digest()
+
+
+def _update(total: Any, value: Any) -> None:
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        total.update(b"t%d:" % len(value) + value)
+    elif isinstance(value, Mapping):
+        kept = {str(name): item for name, item in value.items() if item is not None}
+        total.update(b"m%d:" % len(kept))
+        for name in sorted(kept):
+            _update(total, name)
+            _update(total, kept[name])
+    elif isinstance(value, list | tuple) and not _all_numbers(value):
+        total.update(b"s%d:" % len(value))
+        for item in value:
+            _update(total, item)
+    elif value is None:
+        total.update(b"n")
+    else:
+        _update_array(total, value)
+
+
+def _all_numbers(value: Any) -> bool:
+    return len(value) > 0 and all(isinstance(item, bool | int | float) for item in value)
+
+
+def _update_array(total: Any, value: Any) -> None:
+    """Add a number or an array of numbers, by value."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+    if not isinstance(
+        value, bool | int | float | np.ndarray | np.generic | torch.Tensor | list | tuple
+    ) and not hasattr(value, "__array__"):
+        raise _NotPlainError(type(value).__name__)
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise _NotPlainError(str(array.dtype))
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)  # a number of Python's beside the same one in a tensor
+    shape = array.shape
+    total.update(b"a" + struct.pack(f"<{len(shape) + 1}q", len(shape), *shape))
+    total.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
