@@ -152,7 +152,10 @@ def test_rows_are_evaluated_one_by_one(tmp_path):
     tokenizer = byte_tokenizer()
     talks = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "So." * (1 + i)}] for i in range(9)]
     data = UserDataset([talks[i : i + 2] for i in range(8)], tokenizer, max_length=90, max_rows_per_user=2)
-    public = ChatDataset(talks[:4], tokenizer, max_length=90)
+    others = [
+        [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "No." * (1 + i)}] for i in range(4)
+    ]
+    public = ChatDataset(others, tokenizer, max_length=90)
     made = PrivateTrainer(
         chat_model(tokenizer), arguments(tmp_path, per_device_eval_batch_size=4, gradient_accumulation_steps=1),
         train_dataset=data, eval_dataset=public,
