@@ -19,9 +19,9 @@ from opacus_ac.audit.bounds import (
     mu_from_means,
 )
 from opacus_ac.audit.noise import spread_finding
-from opacus_ac.audit.published import Published
+from opacus_ac.audit.published import Published, entry_weights
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
-from opacus_ac.audit.task import CanaryTask, endless
+from opacus_ac.audit.task import CanaryTask, Task, endless
 from opacus_ac.data import PrivateDataLoader
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.mechanism import StepRelease
@@ -41,7 +41,7 @@ def _alone(values: FloatArray) -> FloatArray:
 
 def private_parts(
     make_private: MakePrivate | None,
-    task: CanaryTask,
+    task: Task,
     batch_size: int,
     seed: int | None,
     inner: Callable[[nn.Module], torch.optim.Optimizer],
@@ -59,7 +59,7 @@ def private_parts(
 
         make_private = PrivacyEngine().make_private
     if settings.get("clipping") == "zo":
-        settings = {"zeroth_order": preset("aggzo", num_directions=8), **settings}
+        settings = {"zeroth_order": preset("aggzo", num_directions=8, direction_seed=seed), **settings}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bare = task.model()
     with warnings.catch_warnings():
@@ -162,8 +162,7 @@ class _Auditor:
         histogram = release.histogram
         if histogram is None:
             return None
-        # The release shows an entry's weight: it divided the noise by it.
-        weights = release.gradient_noise_multiplier / np.sqrt(histogram.variances)
+        weights = entry_weights(release)
         groups = histogram.window.groups(self.norms[others])
         exact = self.sum_over_ranks(np.bincount(groups, minlength=weights.size).astype(np.float64))
         group = int(histogram.window.groups(np.array([np.linalg.norm(self.canary)]))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 
 from opacus_ac.audit.bounds import guess_epsilon
 from opacus_ac.audit.canary import describe
+from opacus_ac.audit.replay import charges
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.streams import WithoutRecords
 from opacus_ac.audit.task import CanaryTask
+from opacus_ac.audit.usage import account_finding
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
 from opacus_ac.statistics import FloatArray
@@ -82,7 +85,10 @@ def one_run_audit(
     inside = coins.uniform(canaries).numpy() < 0.5
     settings = {"target_epsilon": target_epsilon, "target_delta": delta, "epochs": epochs, **settings}
     task = CanaryTask(records, canaries, strength=30.0)
-    scores, optimizer = _train(engine, task, inside, batch_size, learning_rate, seed, settings)
+    before = charges(engine)
+    scores, optimizer, releases = _train(engine, task, inside, batch_size, learning_rate, seed, settings)
+    rate = min(1.0, batch_size / task.size)
+    due = Counter({(optimizer.mechanism.noise_multiplier, rate): releases})
     order = np.argsort(scores)
     half = guesses // 2
     correct = int(inside[order[-half:]].sum() + (~inside[order[:half]]).sum())
@@ -97,7 +103,10 @@ def one_run_audit(
         observations=canaries,
         confidence=confidence,
         delta=delta,
-        findings=(Finding("guessing the canaries", promised, shown, epsilon > claim, claim, epsilon),),
+        findings=(
+            Finding("guessing the canaries", promised, shown, epsilon > claim, claim, epsilon),
+            account_finding("charges of the steps seen", engine, due, rate, delta, since=before),
+        ),
         notes=(f"a perfect guesser could show epsilon {guess_epsilon(canaries, guesses, guesses, delta, alpha):.2f}",),
     )
 
@@ -110,11 +119,11 @@ def _train(
     learning_rate: float,
     seed: int | None,
     settings: dict[str, Any],
-) -> tuple[FloatArray, Any]:
+) -> tuple[FloatArray, Any, int]:
     """Train without the canaries whose coin says out.
 
     Returns:
-        How far the weights went down each canary's loss, ``[m]``, and the optimizer.
+        How far the weights went down each canary's loss, ``[m]``, the optimizer, and how often it released something.
     """
     bare = task.model()
     before = [p.detach().clone() for p in bare.parameters()]
@@ -129,13 +138,14 @@ def _train(
         )
     absent = [index for index, there in zip(task.canaries, inside, strict=True) if not there]
     loader.batch_sampler.stream = WithoutRecords(loader.batch_sampler.stream, absent)
+    releases, last = 0, optimizer.released
     for _ in range(settings["epochs"]):
         for batch in loader:
-            task.backward(model, batch, optimizer)
-            optimizer.step()
+            task.step(model, batch, optimizer)
+            releases, last = releases + (optimizer.released is not last), optimizer.released
     engine.detach(model)
     moved = [
         (start - p.detach()).double().flatten().numpy() for start, p in zip(before, bare.parameters(), strict=True)
     ]
     gradients = zip(task.gradients().values(), moved, strict=True)
-    return np.asarray(sum(g[task.canaries] @ change for g, change in gradients)), optimizer
+    return np.asarray(sum(g[task.canaries] @ change for g, change in gradients)), optimizer, releases

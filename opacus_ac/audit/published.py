@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from opacus_ac.mechanism import StepRelease
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.statistics import FloatArray
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
@@ -20,13 +21,14 @@ class Published:
     """
 
     def __init__(self, bare: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
-        self.optimizer = optimizer
-        self.parameters = dict(bare.named_parameters())
+        self.bare, self.optimizer = bare, optimizer
+        self.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
+        self.forward_only = isinstance(optimizer, ZerothOrderDPOptimizer)
         self.start = self.weights()
         self._directions: FloatArray | None = None
 
     def weights(self) -> FloatArray:
-        """Return all weights, ``[D]``."""
+        """Return all trained weights, ``[D]``."""
         flat = [p.detach().double().reshape(-1) for p in self.parameters.values()]
         return np.asarray(torch.cat(flat).numpy())
 
@@ -67,3 +69,22 @@ class Published:
             return np.asarray(moved)
         found, *_ = np.linalg.lstsq(self._directions, moved * self._directions.shape[1], rcond=None)
         return np.asarray(found)
+
+    def statistics(self) -> FloatArray:
+        """Return what was released beside the gradient, in the units in which a record adds at most ``sqrt(a^2 + b^2 + c^2)``."""
+        release, own = self.optimizer.released, self.optimizer.statistics
+        assert release is not None
+        parts = [np.zeros(0)]
+        if release.histogram is not None:
+            parts.append(release.histogram.counts * entry_weights(release))
+        if release.loss is not None and own.loss_bound is not None:
+            parts.append(np.array([release.loss * release.expected_batch_size / own.loss_bound * own.loss_weight]))
+        if release.profile is not None:
+            parts.append(release.profile.energies * release.expected_batch_size * own.group_weight)
+        return np.concatenate(parts)
+
+
+def entry_weights(release: StepRelease) -> FloatArray:
+    """Return the weight of each entry of a released histogram: the release shows it, since the noise was divided by it."""
+    assert release.histogram is not None
+    return np.asarray(release.gradient_noise_multiplier / np.sqrt(release.histogram.variances))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from numbers import Real
 from typing import Any
@@ -17,7 +15,7 @@ from scipy import special
 from opacus_ac.audit.bounds import gaussian_epsilon, mu_from_errors
 from opacus_ac.audit.canary import MakePrivate, describe, private_parts
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
-from opacus_ac.audit.streams import FixedDraws
+from opacus_ac.audit.streams import FixedDraws, public_generators, seed_public_generators
 from opacus_ac.audit.task import CanaryTask, endless
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.statistics import FloatArray
@@ -46,25 +44,6 @@ def released_scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
         raise TypeError(f"the release holds {name} of type {type(value).__name__}, which the leak test cannot read")
 
 
-@contextmanager
-def _public_generators_kept() -> Iterator[None]:
-    """Restore the global generators of torch, numpy and Python afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _seed_public_generators(seed: int) -> None:
-    """Seed every generator whose seed an attacker may know: noise that follows them is no noise."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # the legacy generator is the global one that code might use by mistake
-    random.seed(seed)
-
-
 def _one_run(
     make_private: MakePrivate | None,
     task: CanaryTask,
@@ -80,10 +59,9 @@ def _one_run(
     loader.batch_sampler.stream = FixedDraws(1, {task.canaries[0]: inside})  # type: ignore[union-attr]
     found: Scalars = {}
     for batch in endless(loader):
-        _seed_public_generators(0)
-        task.backward(model, batch, optimizer)
+        seed_public_generators(0)
         before = optimizer.steps_taken
-        optimizer.step()
+        task.step(model, batch, optimizer)
         if optimizer.steps_taken > before:
             found.update({(optimizer.steps_taken, name): value for name, value in _after_step(optimizer)})
             if optimizer.steps_taken == steps:
@@ -171,7 +149,7 @@ def scalar_audit(
         raise ValueError(f"noise_multiplier must be > 0 to have a claim to audit, got {noise_multiplier!r}")
     task = task or CanaryTask()
     settings = {"loss_bound": 5.0, "noise_multiplier": noise_multiplier, **settings}
-    with _public_generators_kept():
+    with public_generators():
         found = [
             _one_run(make_private, task, i % 2 == 0, steps, None if seed is None else seed + i, settings)
             for i in range(2 * runs)

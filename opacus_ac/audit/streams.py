@@ -1,9 +1,12 @@
-"""Sampling streams of audits: the same batches again, with a record or without it."""
+"""Random numbers of audits: the same batches again, with a record or without it, and generators that an attacker knows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from opacus_ac.randomness import RandomStream
@@ -50,3 +53,22 @@ class WithoutRecords:
         values = self._stream.uniform(size)
         values[self._absent] = 1.0
         return values
+
+
+def seed_public_generators(seed: int) -> None:
+    """Seed every generator whose seed an attacker may know: noise that follows them is no noise."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # the legacy generator is the global one that code might use by mistake
+    random.seed(seed)
+
+
+@contextmanager
+def public_generators() -> Iterator[None]:
+    """Restore the global generators of torch, numpy and Python afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

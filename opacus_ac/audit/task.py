@@ -1,8 +1,8 @@
-"""A small classification task in which chosen records, the canaries, have an input feature that no other record uses."""
+"""Small classification tasks; in some, chosen records, the canaries, have an input feature that no other record uses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,74 @@ from opacus_ac.testing import per_sample_gradients
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 
-class CanaryTask:
+class Task:
     """Data, model and loss of an audit.
+
+    Args:
+        inputs: one row per record.
+        targets: class of each record, or what its outputs should be.
+        model: makes the model, the same at each call, in training mode.
+        canaries: indices of the records that an audit is about.
+        public_randomness: the model's forward pass draws numbers, so that equal batches need not have equal gradients.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        model: Callable[[], nn.Module],
+        canaries: Sequence[int],
+        *,
+        public_randomness: bool = False,
+    ) -> None:
+        # Numbers from 1: the stand-in for an empty batch is all zeros and must not pass for a record.
+        self.dataset = TensorDataset(torch.arange(1, len(inputs) + 1), inputs, targets)
+        self.size = len(inputs)
+        self.canaries = list(canaries)
+        self.model = model
+        self.public_randomness = public_randomness
+
+    def loader(self, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
+        """Return an ordinary loader, as a user would pass it to ``make_private``."""
+        return DataLoader(self.dataset, batch_size=batch_size)
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return the loss of each record, ``[B]``: cross entropy, or half the squared error of targets that are no classes."""
+        _, inputs, targets = batch
+        if targets.is_floating_point():
+            return (model(inputs) - targets).square().flatten(1).sum(1) / 2
+        return F.cross_entropy(model(inputs), targets, reduction="none")
+
+    def backward(self, model: nn.Module, batch: tuple[Tensor, ...], optimizer: AdaptiveClipDPOptimizer) -> None:
+        """Do what a user's loop does before ``optimizer.step()``."""
+        optimizer.zero_grad()
+        losses = self.losses(model, batch)
+        if optimizer.statistics.loss_bound is not None:
+            optimizer.record_losses(losses)
+        (losses.mean() if optimizer.loss_reduction == "mean" else losses.sum()).backward()
+
+    def step(self, model: nn.Module, batch: tuple[Tensor, ...], optimizer: AdaptiveClipDPOptimizer) -> None:
+        """Do what a user's loop does with a batch, whatever the method of the optimizer."""
+        if isinstance(optimizer, ZerothOrderDPOptimizer):
+            optimizer.step(lambda: self.losses(model, batch))
+        else:
+            self.backward(model, batch, optimizer)
+            optimizer.step()
+
+    @staticmethod
+    def members(batch: tuple[Tensor, ...]) -> npt.NDArray[np.int64]:
+        """Return the indices of the records in a batch, without the stand-in for an empty one."""
+        numbers = batch[0].numpy()
+        return np.asarray(numbers[numbers > 0] - 1, dtype=np.int64)
+
+    def gradients(self) -> dict[str, FloatArray]:
+        """Return every record's gradient at the initial weights, ``{name: [size, numel]}``, from the batch-1 loop."""
+        grads = per_sample_gradients(self.model(), self.dataset.tensors, lambda m, batch: self.losses(m, batch).sum())
+        return {name: g.flatten(1).double().numpy() for name, g in grads.items()}
+
+
+class CanaryTask(Task):
+    """A task with canaries that are made to be seen.
 
     The last ``canaries`` records are canaries: canary ``j`` has the value ``strength`` in the input feature ``j`` that
     only it uses, and zeros elsewhere. Its gradient lies, up to 1 / strength, in the weights behind this feature, where
@@ -53,19 +119,16 @@ class CanaryTask:
         inputs[:records, :features] = torch.randn(records, features, generator=generator)
         for j in range(canaries):
             inputs[records + j, features + j] = strength
-        # Numbers from 1: the stand-in for an empty batch is all zeros and must not pass for a record.
-        numbers = torch.arange(1, size + 1)
-        self.dataset = TensorDataset(numbers, inputs, torch.randint(0, classes, (size,), generator=generator))
-        self.size = size
-        self.canaries = list(range(records, size))
+        targets = torch.randint(0, classes, (size,), generator=generator)
         self._weights = [
             torch.cat([torch.randn(hidden, features, generator=generator), torch.zeros(hidden, canaries)], 1) / 2,
             torch.randn(hidden, generator=generator) / 2,
             torch.randn(classes, hidden, generator=generator) / 2,
             torch.randn(classes, generator=generator) / 2,
         ]
+        super().__init__(inputs, targets, self._model, range(records, size))
 
-    def model(self) -> nn.Module:
+    def _model(self) -> nn.Module:
         """Return a new model with the task's initial weights."""
         hidden, width = self._weights[0].shape
         model = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, self._weights[2].shape[0]))
@@ -73,43 +136,6 @@ class CanaryTask:
             for parameter, weight in zip(model.parameters(), self._weights, strict=True):
                 parameter.copy_(weight)
         return model
-
-    def loader(self, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
-        """Return an ordinary loader, as a user would pass it to ``make_private``."""
-        return DataLoader(self.dataset, batch_size=batch_size)
-
-    @staticmethod
-    def losses(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of each record, ``[B]``."""
-        _, inputs, targets = batch
-        return F.cross_entropy(model(inputs), targets, reduction="none")
-
-    def backward(self, model: nn.Module, batch: tuple[Tensor, ...], optimizer: AdaptiveClipDPOptimizer) -> None:
-        """Do what a user's loop does before ``optimizer.step()``."""
-        optimizer.zero_grad()
-        losses = self.losses(model, batch)
-        if optimizer.statistics.loss_bound is not None:
-            optimizer.record_losses(losses)
-        (losses.mean() if optimizer.loss_reduction == "mean" else losses.sum()).backward()
-
-    def step(self, model: nn.Module, batch: tuple[Tensor, ...], optimizer: AdaptiveClipDPOptimizer) -> None:
-        """Do what a user's loop does with a batch, whatever the method of the optimizer."""
-        if isinstance(optimizer, ZerothOrderDPOptimizer):
-            optimizer.step(lambda: self.losses(model, batch))
-        else:
-            self.backward(model, batch, optimizer)
-            optimizer.step()
-
-    @staticmethod
-    def members(batch: tuple[Tensor, ...]) -> npt.NDArray[np.int64]:
-        """Return the indices of the records in a batch, without the stand-in for an empty one."""
-        numbers = batch[0].numpy()
-        return np.asarray(numbers[numbers > 0] - 1, dtype=np.int64)
-
-    def gradients(self) -> dict[str, FloatArray]:
-        """Return every record's gradient at the initial weights, ``{name: [size, numel]}``, from the batch-1 loop."""
-        grads = per_sample_gradients(self.model(), self.dataset.tensors, lambda m, batch: self.losses(m, batch).sum())
-        return {name: g.flatten(1).double().numpy() for name, g in grads.items()}
 
 
 def endless(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
