@@ -12,7 +12,7 @@ from typing import Any
 from opacus_ac.audit.canary import describe
 from opacus_ac.audit.cases import model_task
 from opacus_ac.audit.neighbours import TOLERANCE, moves
-from opacus_ac.audit.replay import Run, charges, replay
+from opacus_ac.audit.replay import REFUSED, Run, charges, replay
 from opacus_ac.audit.result import AuditResult, Finding
 from opacus_ac.audit.scripts import SCRIPTS, Script
 
@@ -72,7 +72,6 @@ def account_finding(
     delta: float,
     *,
     replayed: Charges | None = None,
-    since: Charges | None = None,
     more: str = "",
 ) -> Finding:
     """Return whether an engine's account covers what was due.
@@ -84,19 +83,22 @@ def account_finding(
         rate: sampling rate of an amplified step.
         delta: of the epsilons.
         replayed: what the privacy ledger says, where there is one.
-        since: what the engine had spent before.
         more: what else to show.
     """
-    before = since or Counter()
-    charged = charges(engine) - before
-    least, said = epsilon_at_least(needed + before, delta), float(engine.get_epsilon(delta))
-    bad = not covered(needed, charged, rate) or said < least
+    charged, least = charges(engine), epsilon_at_least(needed, delta)
+    try:
+        said, told = float(engine.get_epsilon(delta)), ""
+    except REFUSED as error:
+        said, told = math.nan, f"; no report: {str(error).splitlines()[0][:90]}"
+    bad = not covered(needed, charged, rate) or not said >= least
     steps = f"{sum(charged.values())} charges, {sum(n for (_, r), n in charged.items() if r >= 1)} at rate 1"
     if replayed is not None and not covered(needed, replayed, rate):
         bad, steps = True, f"{steps}, {sum(replayed.values())} on disk"
     unamplified = sum(n for (_, r), n in needed.items() if r >= 1)
     claim = f"{sum(needed.values())} releases, {unamplified} of them unamplified: epsilon >= {least:.3f}"
-    return Finding(check, claim, f"{steps}: epsilon {said:.3f}{more}", bad, said, least)
+    return Finding(
+        check, claim, f"{steps}: epsilon {said:.3f}{told}{more}", bad, None if math.isnan(said) else said, least
+    )
 
 
 def usage_audit(
@@ -159,18 +161,18 @@ def _play(
     engine: Callable[..., Any], script: Script, delta: float, seed: int, settings: dict[str, Any]
 ) -> tuple[Finding, int]:
     task = model_task("no coupling")
+    outside = replay(engine, task, script.play, [False], seed=seed, rate=RATE, **settings)
     with tempfile.TemporaryDirectory() as folder:
         ledger = Path(folder) / "ledger.jsonl"
         inside = replay(lambda: engine(ledger=ledger), task, script.play, [True], seed=seed, rate=RATE, **settings)
         if inside.refused is not None and script.ordinary:
             raise ValueError(inside.refused)
+        moved = moves(inside, outside)
+        more = f"; a record counts up to {max(moved):.3g} times" if moved else ""
+        if inside.refused is not None:
+            more += f"; refused: {inside.refused.splitlines()[0][:90]}"
+        needed = due(inside, moved, settings["noise_multiplier"], RATE)
+        # Another engine reads what the next run on these data would know.
         replayed = charges(engine(ledger=ledger))
-    outside = replay(lambda: engine(), task, script.play, [False], seed=seed, rate=RATE, **settings)
-    moved = moves(inside, outside)
-    needed = due(inside, moved, settings["noise_multiplier"], RATE)
-    more = f"; a record counts up to {max(moved):.3g} times" if moved else ""
-    if inside.refused is not None:
-        more += f"; refused: {inside.refused.splitlines()[0][:90]}"
-    return account_finding(script.name, inside.engine, needed, RATE, delta, replayed=replayed, more=more), len(
-        inside.releases
-    )
+        found = account_finding(script.name, inside.engine, needed, RATE, delta, replayed=replayed, more=more)
+    return found, len(inside.releases)
