@@ -6,8 +6,11 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from opacus_ac.audit.canary import describe
 from opacus_ac.audit.cases import model_task
@@ -53,13 +56,17 @@ def epsilon_at_least(events: Charges, delta: float) -> float:
     References:
         Gopi, Lee and Wutschitz 2021 (arXiv 2106.02848).
     """
+    return _composed(tuple(sorted(events.items())), delta) if events else 0.0
+
+
+@lru_cache(maxsize=64)
+def _composed(events: tuple[tuple[tuple[float, float], int], ...], delta: float) -> float:
     from opacus.accountants import PRVAccountant
 
-    if not events:
-        return 0.0
     accountant = PRVAccountant()
-    accountant.history = [(noise, rate, steps) for (noise, rate), steps in events.items()]
-    composed = accountant._get_dprv(eps_error=0.02, delta_error=delta / 1000)
+    accountant.history = [(noise, rate, steps) for (noise, rate), steps in events]
+    with np.errstate(divide="ignore"):  # a rate of 1 has losses without a lower end
+        composed = accountant._get_dprv(eps_error=0.02, delta_error=delta / 1000)
     lower, _, _ = composed.compute_epsilon(delta, delta / 1000, 0.02)
     return max(0.0, float(lower))
 

@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> int:
         "max_physical_batch_size": options.max_physical_batch_size,
         "fused_step": options.fused_step,
     }
-    settings = {name: value for name, value in settings.items() if value not in (None, False)}
+    settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     plan = Plan(
         noise_multiplier=options.noise_multiplier,
         steps=options.steps,
