@@ -319,6 +319,53 @@ def damaged(rank: int, world: int) -> str:
     return message(lambda: train(model, optimizer, loader, damage))
 
 
+def one_fails(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 fails while it clips the last part of its third batch; every rank tries the batch again, and goes on."""
+    engine, model, optimizer, loader = private(
+        classifier(), ledger=FOLDER / f"failed{rank}", noise_multiplier=0.0, max_physical_batch_size=2, clipping="flat"
+    )
+    accumulate, errors = optimizer.source.accumulate, []
+    failures = [1] if rank == 1 else []
+
+    def fail(factors: torch.Tensor) -> None:
+        accumulate(factors)
+        if optimizer.steps_taken == 2 and optimizer.plan.current().last and failures:
+            failures.pop()
+            raise RuntimeError("planted: out of memory")
+
+    optimizer.source.accumulate = fail
+    PoissonBatchSampler._draw, kept = fixed_draws(DRAWS), PoissonBatchSampler._draw
+    try:
+        for batch in loader:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            try:
+                optimizer.step()
+            except (ValueError, RuntimeError) as error:
+                errors.append(str(error))
+                optimizer.zero_grad()
+                loss_of(model, batch).backward()
+                optimizer.step()
+    finally:
+        PoissonBatchSampler._draw = kept
+    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    return {
+        "errors": errors,
+        "taken": optimizer.steps_taken,
+        "charges": len(engine._account.history),
+        "weights": weights,
+    }
+
+
+def untroubled(rank: int, world: int) -> torch.Tensor:
+    """Return the weights of the same run without a failure."""
+    _, model, optimizer, loader = private(
+        classifier(), noise_multiplier=0.0, max_physical_batch_size=2, clipping="flat"
+    )
+    train(model, optimizer, loader)
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

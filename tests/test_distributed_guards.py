@@ -75,7 +75,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, list[Any]]:
-    return run([*TABLES, "2:bounds", "2:uncounted", "2:budget", "2:damaged", *DEATHS], folder)
+    return run(
+        [*TABLES, "2:bounds", "2:uncounted", "2:budget", "2:damaged", "2:one_fails", "2:untroubled", *DEATHS], folder
+    )
 
 
 @pytest.mark.slow
@@ -114,6 +116,17 @@ def test_a_budget_is_spent_on_rank_0_and_refused_everywhere(results, folder):
 @pytest.mark.slow
 def test_a_damaged_ledger_stops_every_rank(results):
     assert [error.split(":")[0] for error in results["2:damaged"]] == ["LedgerError", "LedgerError"]
+
+
+@pytest.mark.slow
+def test_when_a_rank_fails_before_the_release_all_do_and_all_may_try_again(results):
+    first, second = results["2:one_fails"]
+    assert re.match("rank 1 failed before the release of this step, so no rank takes it", first["errors"][0])
+    assert second["errors"] == ["planted: out of memory"]
+    for got, expected in zip((first, second), results["2:untroubled"], strict=True):
+        assert len(got["errors"]) == 1
+        assert got["taken"] == 4
+        torch.testing.assert_close(got["weights"], expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
