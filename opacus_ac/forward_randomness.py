@@ -81,6 +81,7 @@ class RecordMasks(TorchDispatchMode):
     Args:
         tensors: the inputs of the model, of which the first one tells the number of records.
         moment: number of the step and of the forward pass within it.
+        digests: those of the records, where they are known.
 
     Attributes:
         used: whether anything was drawn.
@@ -89,11 +90,11 @@ class RecordMasks(TorchDispatchMode):
             in the backward pass, from the secret state that was kept for it).
     """
 
-    def __init__(self, tensors: list[Tensor], moment: tuple[int, int]) -> None:
+    def __init__(self, tensors: list[Tensor], moment: tuple[int, int], digests: list[bytes] | None = None) -> None:
         super().__init__()
         self._tensors, self._moment = tensors, moment
-        self._records = tensors[0].shape[0] if tensors else 0
-        self._digests: list[bytes] | None = None
+        self._records = len(digests) if digests is not None else tensors[0].shape[0] if tensors else 0
+        self._digests = digests
         self._calls = 0
         self.used = self.joint = False
 
@@ -147,13 +148,20 @@ class RecordMasks(TorchDispatchMode):
             return torch.cat(parts)
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
-    def _seeds(self) -> Iterator[int]:
-        """Yield a seed per record, which depends on its content and the number of the call."""
+    def of(self, first: int, count: int) -> RecordMasks:
+        """Return what draws for some of the records alone what this one drew for them in the batch."""
+        return RecordMasks([], self._moment, self._known()[first : first + count])
+
+    def _known(self) -> list[bytes]:
         if self._digests is None:
             self._digests = record_digests(self._tensors)
+        return self._digests
+
+    def _seeds(self) -> Iterator[int]:
+        """Yield a seed per record, which depends on its content and the number of the call."""
         key = process_key()
         moment = repr((*self._moment, self._calls)).encode()
-        for digest in self._digests:
+        for digest in self._known():
             seed = hashlib.blake2b(digest + moment, key=key, digest_size=8).digest()
             yield int.from_bytes(seed, "little", signed=True)
 
@@ -221,6 +229,9 @@ class ForwardRandomness:
         model: the model.
         step: tells the number of the logical step in hand.
 
+    Attributes:
+        last: what drew in the last pass; None where nothing draws.
+
     Guarantees:
         During a forward pass in training mode the global generators of torch, numpy and Python have secret states; afterwards,
         also by an exception, they have those of before, so that neither a known seed nor a saved state tells anything about
@@ -235,6 +246,7 @@ class ForwardRandomness:
         self._depth = 0
         self._needed = True  # until a pass has shown otherwise
         self._mode: RecordMasks | None = None
+        self.last: RecordMasks | None = None
         self._undo: list[Undo] = []
         self._fresh: Tensor | None = None
         self._handles = [
@@ -254,6 +266,10 @@ class ForwardRandomness:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, ()
+
+    def expect(self) -> None:
+        """Note what the next pass draws, so that a record can be run again by itself."""
+        self._needed = True
 
     def next_batch(self) -> None:
         """Count passes anew: how many came before tells how many physical batches a step had."""
@@ -284,6 +300,7 @@ class ForwardRandomness:
 
     def _close(self) -> None:
         self._depth = 0
+        self.last = self._mode
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._needed = self._mode.used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,12 +23,23 @@ class LossTape:
 
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context in which nothing is kept."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def record(self, losses: torch.Tensor) -> None:
         """Keep the losses ``[B]`` of the records of one forward pass."""
         if losses.dim() != 1:
             raise ValueError(f"record_losses takes one loss per record, shape [B], got shape {tuple(losses.shape)}")
-        self._losses.append(losses.detach())
+        if not self._paused:
+            self._losses.append(losses.detach())
 
     def take(self) -> torch.Tensor | None:
         """Return and forget what was recorded since the last call, or None."""

@@ -323,8 +323,6 @@ def attach(
         check_peft(module)
         register_rules(module)
         check_model(module, mode=mode)
-        optimizer.alone = RecordsAlone(module, lambda: optimizer.steps_taken)
-        undo.append(optimizer.alone.remove)
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction, users))
         undo.append(expand_broadcast_embeddings(module).remove)
         undo.append(lambda: _remove_opacus_hooks(module))
@@ -341,6 +339,17 @@ def attach(
             )
         undo.append(observe(module, optimizer, named_parameters(module, optimizer.original_optimizer)[0]))
         undo.append(lambda: optimizer.source.clear(sums=True))
+        # The last hooks: what they see is what the model returns.
+        optimizer.alone = RecordsAlone(
+            module,
+            *named_parameters(module, optimizer.original_optimizer),
+            lambda: optimizer.steps_taken,
+            optimizer.tape,
+            mean=loss_reduction == "mean",
+            batch_first=batch_first,
+            users=users,
+        )
+        undo.append(optimizer.alone.remove)
     except BaseException:
         take_off()
         raise

@@ -184,6 +184,21 @@ class BookKeepingSource:
         parts = [squares_by_parameter(chunk.squares, len(self._parameters)) for chunk in self._chunks]
         return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)])
 
+    @property
+    def records(self) -> int:
+        """Number of records that the last backward pass went through."""
+        return self._chunks[-1].records
+
+    def record_gradients(self, record: int) -> Iterator[Tensor | None]:
+        """Yield what a record of the last backward pass adds to each parameter's ordinary gradient; nothing is used up."""
+        chunk = self._chunks[-1]
+        chosen = torch.zeros(chunk.records, dtype=torch.float64, device=self._parameters[0].device)
+        chosen[record] = 1.0
+        weights = Weights(chosen)
+        for index, parameter in enumerate(self._parameters):
+            book = chunk.books.get(index)
+            yield None if book is None else self._add(parameter, book, weights, None, None)
+
     def accumulate(self, factors: Tensor) -> None:
         """Note the factors; the sums are formed parameter by parameter when they are needed."""
         sizes = [chunk.records for chunk in self._chunks]

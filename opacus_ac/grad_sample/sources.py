@@ -7,7 +7,7 @@ here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,13 @@ class GradientSource(Protocol):
         They are as computed, where :meth:`finish_batch` returns upper bounds, and those of the gradients as they are, without
         weights; float64.
         """
+
+    @property
+    def records(self) -> int:
+        """Number of records that the last backward pass went through."""
+
+    def record_gradients(self, record: int) -> Iterable[Tensor | None]:
+        """Give what a record of the last backward pass adds to each parameter's ordinary gradient; None is zero. Private."""
 
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""
@@ -193,6 +200,22 @@ class PerSampleSource:
     def parameter_squares(self) -> Tensor:
         """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
         return squares_by_parameter(self._squares, len(self._parameters))
+
+    @property
+    def records(self) -> int:
+        """Number of records that the last backward pass went through."""
+        return next((len(rows) for p in self._parameters if (rows := self._last(p)) is not None), 0)
+
+    def _last(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the rows of the last backward pass."""
+        sample: Any = getattr(parameter, "grad_sample", None)
+        return sample[-1] if isinstance(sample, list) else self._rows(parameter)
+
+    def record_gradients(self, record: int) -> Iterator[Tensor | None]:
+        """Yield what a record of the last backward pass adds to each parameter's ordinary gradient."""
+        for parameter in self._parameters:
+            rows = self._last(parameter)
+            yield None if rows is None else rows[record] / (len(rows) if self._mean else 1)
 
     @staticmethod
     def _check(name: str, parameter: nn.Parameter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,15 @@ class DifferenceSource:
         if self._deltas is None:
             raise ValueError("nothing was measured: pass a closure to optimizer.step(closure)")
         return torch.linalg.vector_norm(self._deltas, ord=self.order, dim=1)
+
+    @property
+    def records(self) -> int:
+        """Number of records that were measured."""
+        return 0 if self._deltas is None else len(self._deltas)
+
+    def record_gradients(self, record: int) -> Iterable[Tensor | None]:
+        """Not known here: there are no gradients."""
+        raise NotImplementedError("a difference of losses has no gradients of parameters")
 
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * delta_i`` to the sum of the logical batch; records with factor 0 leave no trace."""

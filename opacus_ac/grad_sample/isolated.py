@@ -1,0 +1,78 @@
+"""Running a model again, on single records, without leaving a trace in it."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.replay import bare_twin
+
+_LARGE = 1 << 24
+"""Elements of a buffer that is not copied: quantised weights, which no forward pass writes to."""
+
+
+def isolated_twin(module: nn.Module) -> nn.Module:
+    """Return a twin of ``module`` that shares its parameters and nothing that a forward pass might write to.
+
+    Hooks are left out, gradient checkpointing is switched off, buffers, tensors and containers held as attributes are copied.
+    """
+    twin = bare_twin(module)
+    originals = dict(zip(twin.modules(), module.modules(), strict=True))
+    for inner, original in originals.items():
+        _copy_state(inner)
+        _rebind(inner, original)
+        if getattr(inner, "gradient_checkpointing", False) is True:
+            inner.gradient_checkpointing = False  # type: ignore[assignment]
+    return twin
+
+
+def _copy_state(twin: nn.Module) -> None:
+    for key, buffer in twin._buffers.items():
+        if buffer is not None and buffer.numel() < _LARGE:
+            twin._buffers[key] = buffer.detach().clone()
+    for key, value in twin.__dict__.items():
+        if key in ("_parameters", "_buffers", "_modules", "training") or "_hooks" in key:
+            continue
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            twin.__dict__[key] = value.detach().clone()
+        elif isinstance(value, list | dict | set | deque):
+            twin.__dict__[key] = copy.copy(value)
+
+
+def _rebind(twin: nn.Module, original: nn.Module) -> None:
+    """Give methods that an instance has of its own, such as a forward that was wrapped, the twin for ``self``."""
+    for key, value in twin.__dict__.items():
+        if isinstance(value, types.MethodType) and value.__self__ is original:
+            twin.__dict__[key] = types.MethodType(value.__func__, twin)
+
+
+def shapes_of(twin: nn.Module) -> set[int]:
+    """Return a set that fills with the dimensions of what the layers of a twin take and return."""
+    seen: set[int] = set()
+
+    def note(_module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in (*args, output):
+            if isinstance(tensor, Tensor):
+                seen.update(tensor.shape)
+
+    for inner in twin.modules():
+        inner.register_forward_hook(note)
+    return seen
+
+
+def is_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether a parameter lies in parts on several processes."""
+    return any(hasattr(p, "full_tensor") for p in parameters)
+
+
+def is_coarse(module: nn.Module, tensors: Iterable[Tensor]) -> bool:
+    """Whether anything is computed in less than float32 now."""
+    low = (torch.bfloat16, torch.float16)
+    asked = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return asked or any(t.dtype in low for t in (*module.parameters(), *tensors))
