@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -329,6 +331,7 @@ def attach(
         if isinstance(optimizer.source, BookKeepingSource):
             undo.append(optimizer.source.attach())
             wrapped: Any = module
+            pause: Callable[[], AbstractContextManager[None]] = optimizer.source.paused
         else:
             wrapped = (GradSampleModule if wrap_model else GradSampleHooks)(
                 module,
@@ -337,6 +340,7 @@ def attach(
                 strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
                 force_functorch=mode == "functorch",
             )
+            pause = partial(_hooks_off, wrapped)
         undo.append(observe(module, optimizer, named_parameters(module, optimizer.original_optimizer)[0]))
         undo.append(lambda: optimizer.source.clear(sums=True))
         # The last hooks: what they see is what the model returns.
@@ -348,6 +352,7 @@ def attach(
             mean=loss_reduction == "mean",
             batch_first=batch_first,
             users=users,
+            pause=pause,
         )
         undo.append(optimizer.alone.remove)
     except BaseException:
@@ -401,6 +406,16 @@ def observe(module: nn.Module, optimizer: AdaptiveClipDPOptimizer, trained: Sequ
             handle.remove()
 
     return undo
+
+
+@contextmanager
+def _hooks_off(wrapped: Any) -> Iterator[None]:
+    """Switch Opacus's hooks off for a while."""
+    before, wrapped.hooks_enabled = wrapped.hooks_enabled, False
+    try:
+        yield
+    finally:
+        wrapped.hooks_enabled = before
 
 
 def _remove_opacus_hooks(module: nn.Module) -> None:

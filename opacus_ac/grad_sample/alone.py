@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,7 @@ class RecordsAlone:
         mean: whether the loss is a mean over records.
         batch_first: whether the records come first in the inputs.
         users: counts the users of a batch, where a record is a user of several rows.
+        pause: a context in which what takes gradients of records apart looks away.
 
     Guarantees:
         On the first physical batch with a gradient, and again after training flags or the trained set changed, or when a batch has
@@ -115,8 +116,9 @@ class RecordsAlone:
         mean: bool = True,
         batch_first: bool = True,
         users: UserRows | None = None,
+        pause: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._model = model
+        self._pause = pause
         self._parameters, self._names = list(parameters), list(names)
         self._tape, self._mean, self._dim, self._users = tape, mean, 0 if batch_first else 1, users
         self._modules = {id(m): (name, m) for name, m in model.named_modules()}
@@ -269,6 +271,7 @@ class RecordsAlone:
         """Return a context in which a run leaves no trace in random states and records of losses."""
         stack = ExitStack()
         stack.callback(replace_torch_state())
+        stack.enter_context(self._pause())
         stack.enter_context(self._tape.paused())
         if self._users is not None:
             stack.enter_context(self._users.suppose(rows))
@@ -294,8 +297,9 @@ class RecordsAlone:
             self._could_not("its inputs cannot be taken apart into records")
             return
         informative = 0
-        for place, cut in enumerate(calls[0].cuts):
-            informative += self._compare(calls, place, cut.first // cut.count, source)
+        with self._pause():
+            for place, cut in enumerate(calls[0].cuts):
+                informative += self._compare(calls, place, cut.first // cut.count, source)
         rows = calls[0].rows
         if informative:
             self._checked.add(rows)

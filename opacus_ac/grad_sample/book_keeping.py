@@ -7,6 +7,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,18 @@ class BookKeepingSource:
         self._shared = quantized.clear
         self._capture = Capture(self._model, items, self._deliver, self._on_forward, flattening_modules(self._model))
         return self._capture.remove
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context in which forward passes leave no records."""
+        capture = self._capture
+        if capture is not None:
+            capture.paused = True
+        try:
+            yield
+        finally:
+            if capture is not None:
+                capture.paused = False
 
     # ---------------------------------------------------------------- in forward and backward passes
 

@@ -171,6 +171,9 @@ class Capture:
         on_forward: called when a tracked module starts in a forward pass (not in a recomputation).
         flattening: modules that take ``[B, T, d]`` and hand ``[B T, d]``, record after record, to modules inside.
 
+    Attributes:
+        paused: while true, forward passes are not noted.
+
     Guarantees:
         A module in evaluation mode, or run without gradients, is not watched: nothing is held for it. ``requires_grad``
         is what it was before whenever no forward pass is running, also after an exception. A parameter that is used
@@ -191,6 +194,7 @@ class Capture:
         self._shards = ShardedParameters(model, self._tracked.values())
         self._flattening = list(flattening)
         self._passes = 0
+        self.paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
         self._outer = {id(inner): id(m) for m in self._flattening for inner in m.modules()}
         self._running: list[tuple[int, list[nn.Parameter]]] = []
@@ -243,10 +247,11 @@ class Capture:
 
     def _watching(self, module: nn.Module) -> Tracked | None:
         tracked = self._tracked.get(id(module))
-        return tracked if tracked is not None and module.training and torch.is_grad_enabled() else None
+        watched = tracked is not None and module.training and torch.is_grad_enabled() and not self.paused
+        return tracked if watched else None
 
     def _start(self, module: nn.Module, _args: Any) -> None:
-        if id(module) == self._model_id and module.training and torch.is_grad_enabled():
+        if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,17 +22,18 @@ def isolated_twin(module: nn.Module) -> nn.Module:
 
     Hooks are left out, gradient checkpointing is switched off, buffers, tensors and containers held as attributes are copied.
     """
-    twin = bare_twin(module)
-    originals = dict(zip(twin.modules(), module.modules(), strict=True))
-    for inner, original in originals.items():
-        _copy_state(inner)
+    twins: dict[int, nn.Module] = {}
+    twin = bare_twin(module, twins)
+    for original in module.modules():
+        inner = twins[id(original)]
+        _copy_state(inner, twins)
         _rebind(inner, original)
         if getattr(inner, "gradient_checkpointing", False) is True:
             inner.gradient_checkpointing = False  # type: ignore[assignment]
     return twin
 
 
-def _copy_state(twin: nn.Module) -> None:
+def _copy_state(twin: nn.Module, twins: dict[int, nn.Module]) -> None:
     for key, buffer in twin._buffers.items():
         if buffer is not None and buffer.numel() < _LARGE:
             twin._buffers[key] = buffer.detach().clone()
@@ -41,8 +42,19 @@ def _copy_state(twin: nn.Module) -> None:
             continue
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             twin.__dict__[key] = value.detach().clone()
-        elif isinstance(value, list | dict | set | deque):
-            twin.__dict__[key] = copy.copy(value)
+        else:
+            twin.__dict__[key] = _copied(value, twins)
+
+
+def _copied(value: Any, twins: dict[int, nn.Module]) -> Any:
+    """Return a copy of a container, with twins for the modules that it holds (a recurrent layer's list of cells); else the value."""
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, twins) for item in value)
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        return type(value)((key, _copied(item, twins)) for key, item in value.items())
+    return copy.copy(value) if isinstance(value, dict | set | deque | list) else value
 
 
 def _rebind(twin: nn.Module, original: nn.Module) -> None:
