@@ -28,6 +28,7 @@ from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, regi
 from opacus_ac.grad_sample.alone import RecordsAlone
 from opacus_ac.grad_sample.book_keeping import BookKeepingSource
 from opacus_ac.grad_sample.capture import is_captured
+from opacus_ac.grad_sample.coupled import check_records_apart
 from opacus_ac.grad_sample.precision import check_environment
 from opacus_ac.grad_sample.sources import GradientSource, PerSampleSource
 from opacus_ac.integrations.peft import check_peft
@@ -323,6 +324,7 @@ def attach(
 
     try:
         check_peft(module)
+        check_records_apart(module)
         register_rules(module)
         check_model(module, mode=mode)
         undo.append(use_record_loss(module, optimizer.tape, loss_reduction, users))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from opacus_ac.forward_randomness import ForwardRandomness, RecordMasks
 from opacus_ac.grad_sample.alone_trace import explain_difference
-from opacus_ac.grad_sample.isolated import is_coarse, is_sharded, isolated_twin, shapes_of
+from opacus_ac.grad_sample.isolated import is_coarse, is_sharded, isolated_twin, shapes_of, without_checkpoints
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.single import (
     Cut,
@@ -99,6 +99,9 @@ class RecordsAlone:
         users: counts the users of a batch, where a record is a user of several rows.
         pause: a context in which what takes gradients of records apart looks away.
 
+    Attributes:
+        compared: number of records that were compared so far, with gradients that tell.
+
     Guarantees:
         On the first physical batch with a gradient, and again after training flags or the trained set changed, or when a batch has
         as many records as some layer has features, positions or constants, up to three records are compared. The model, its
@@ -127,6 +130,7 @@ class RecordsAlone:
         self._sizes: set[int] = set()
         self._checked: set[int] = set()
         self._attempts = 0
+        self.compared = 0
         self._calls: list[_Call] = []
         self._open: tuple[int, _Call] | None = None
         self._depth = 0
@@ -273,6 +277,7 @@ class RecordsAlone:
         stack.callback(replace_torch_state())
         stack.enter_context(self._pause())
         stack.enter_context(self._tape.paused())
+        stack.enter_context(without_checkpoints())
         if self._users is not None:
             stack.enter_context(self._users.suppose(rows))
         return stack
@@ -301,6 +306,7 @@ class RecordsAlone:
             for place, cut in enumerate(calls[0].cuts):
                 informative += self._compare(calls, place, cut.first // cut.count, source)
         rows = calls[0].rows
+        self.compared += informative
         if informative:
             self._checked.add(rows)
         if informative and (rows > 1 or self._verified is None):

@@ -24,7 +24,7 @@ _OUTPUT = (
     "by one that treats each record for itself, keeping nothing (GroupNorm or LayerNorm for BatchNorm, say)"
 )
 _PADDING = (
-    "it depends on the length to which the longest record of the batch pads it, first in {name} ({kind}). Use rotary embeddings of "
+    "it depends on the length to which the longest record of the batch pads it, first in {where}. Use rotary embeddings of "
     'type "default", pass position_ids and attention_mask, or pad all batches to one length'
 )
 _RULE = (
@@ -63,8 +63,8 @@ def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float
         if found is None and cut.positions is not None:
             trimmed, _ = _trace(call, cut.take(call.arguments), cut.first, cut.count, runner)
             found = _first(batch, trimmed, cut, loose)
-            if found is not None:
-                return _INTRO + _PADDING.format(name=found[0].name, kind=found[0].kind)
+            where = "the loss" if found is None else f"{found[0].name} ({found[0].kind})"
+            return _INTRO + _PADDING.format(where=where)
         if found is not None:
             return _INTRO + found[1].format(name=found[0].name, kind=found[0].kind)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.replay import bare_twin
@@ -62,6 +64,26 @@ def _rebind(twin: nn.Module, original: nn.Module) -> None:
     for key, value in twin.__dict__.items():
         if isinstance(value, types.MethodType) and value.__self__ is original:
             twin.__dict__[key] = types.MethodType(value.__func__, twin)
+
+
+class _NotCheckpointed:
+    """Stands in for the function of torch that checkpoints with re-entry, whose backward pass writes ordinary gradients."""
+
+    @staticmethod
+    def apply(run: Any, _preserve: Any, *args: Any) -> Any:
+        return run(*args)
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Return a context in which checkpointing with re-entry does nothing."""
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    module.CheckpointFunction = _NotCheckpointed
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
 
 
 def shapes_of(twin: nn.Module) -> set[int]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Optimizer
 
+from opacus_ac.grad_sample.coupled import check_records_apart
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
 _RANDOM = ("drop", "jitter")
@@ -22,6 +23,7 @@ def check_model(module: nn.Module) -> None:
                 f"{name or 'the model'} is a {type(inner).__name__}: it mixes the records of a batch, or keeps their statistics. "
                 "Replace it by GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix)"
             )
+    check_records_apart(module)
 
 
 def check_not_random(module: nn.Module) -> None:

@@ -1,0 +1,37 @@
+"""Layers whose forward pass couples the records of a batch, or writes to weights and buffers, trained or not."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+
+def coupling(module: nn.Module) -> str | None:
+    """Return what is wrong with a layer, with the remedy; None where its records stay apart."""
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        return (
+            "it normalises by the mean and variance of the batch, so that every record moves all others, frozen and without weights too"
+            + ("" if module.running_mean is None else ", and saves running statistics of private batches")
+            + ". Replace it by GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix)"
+            + ("" if module.running_mean is None else ", or keep it in evaluation mode while training: layer.eval()")
+        )
+    if isinstance(module, _InstanceNorm) and module.track_running_stats and module.training:
+        return "it saves running statistics of private batches: use track_running_stats=False"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return (
+            "max_norm rewrites the rows that a batch looks up in the forward pass, frozen or not, so that the weights tell which tokens "
+            "occur. Set max_norm=None; rows may be rescaled once, before make_private"
+        )
+    return None
+
+
+def check_records_apart(model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model with a layer whose forward pass couples records or writes statistics of them."""
+    found = [
+        f"{name or 'the model itself'} ({type(m).__name__}): {problem}"
+        for name, m in model.named_modules()
+        if (problem := coupling(m)) is not None
+    ]
+    if found:
+        raise ValueError("the records of a batch would not be apart:\n  " + "\n  ".join(found))
