@@ -22,7 +22,7 @@ _LARGE = 1 << 24
 def isolated_twin(module: nn.Module) -> nn.Module:
     """Return a twin of ``module`` that shares its parameters and nothing that a forward pass might write to.
 
-    Hooks are left out, gradient checkpointing is switched off, buffers, tensors and containers held as attributes are copied.
+    Hooks are left out but those marked ``of_records``, gradient checkpointing is switched off, buffers, tensors and containers held as attributes are copied.
     """
     twins: dict[int, nn.Module] = {}
     twin = bare_twin(module, twins)
@@ -30,6 +30,10 @@ def isolated_twin(module: nn.Module) -> nn.Module:
         inner = twins[id(original)]
         _copy_state(inner, twins)
         _rebind(inner, original)
+        for key, hook in original._forward_hooks.items():
+            if getattr(hook, "of_records", False):  # makes the loss that the model returns one of records
+                inner._forward_hooks[key] = hook
+                inner._forward_hooks_with_kwargs[key] = True
         if getattr(inner, "gradient_checkpointing", False) is True:
             inner.gradient_checkpointing = False  # type: ignore[assignment]
     return twin

@@ -203,6 +203,8 @@ def _replace_loss(model: Any, records: _Records) -> Callable[[], None]:
 class _Watch:
     """Looks at what leaves a model, replaces a loss that it can compute per record, and refuses any other."""
 
+    of_records = True  # goes with the model where single records are run through it
+
     def __init__(self, model: Any, records: _Records, record: RecordLoss | None) -> None:
         self.model, self.records, self.record = model, records, record
         self.head: Head | None = head_of(model)
