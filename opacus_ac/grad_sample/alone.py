@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from opacus_ac.grad_sample.single import (
 from opacus_ac.grad_sample.sources import GradientSource
 from opacus_ac.loss import LossTape
 from opacus_ac.secret_state import replace_torch_state
-from opacus_ac.users import UserRows
 
 _TOLERANCE = (1e-3, 1e-2)
 """Largest difference of a parameter's gradients over its norm, and the smallest such norm over that of all parameters.
@@ -51,6 +50,16 @@ _COPIED = 1 << 24
 
 _PATIENCE = 3
 """Batches that may pass without a comparison that tells anything, before it is said that there was none."""
+
+
+class Users(Protocol):
+    """Knows which rows of a batch are of one user."""
+
+    def count(self, rows: int) -> int:
+        """Return the number of users of ``rows`` rows."""
+
+    def suppose(self, rows_per_user: int) -> AbstractContextManager[None]:
+        """Return a context in which batches have users of so many rows each."""
 
 
 @dataclass
@@ -118,7 +127,7 @@ class RecordsAlone:
         *,
         mean: bool = True,
         batch_first: bool = True,
-        users: UserRows | None = None,
+        users: Users | None = None,
         pause: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._pause = pause
