@@ -234,6 +234,36 @@ def test_losses_of_records_can_be_released(head):
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize("precision", ["autocast", "half"])
+@pytest.mark.parametrize("head", HEADS)
+def test_in_lower_precision_too(head, precision):
+    """What the library computes in bfloat16 is still known for what it is."""
+    make, labels = HEADS[head]
+    model, batch = built(make).float(), collate(rows(labels))
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+    model = model.bfloat16() if precision == "half" else model
+    use_record_loss(model, LossTape())
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "SEQ_CLS", "QUESTION_ANS"])
+def test_with_adapters(task):
+    """Through the wrapper, whose own forward passes labels on; with a prefix it computes some losses by itself."""
+    peft = pytest.importorskip("peft")
+    head = {"TOKEN_CLS": "token classes", "SEQ_CLS": "classes", "QUESTION_ANS": "question answering"}[task]
+    make, labels = HEADS[head]
+
+    def adapted():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type=task, r=2, target_modules=["query", "value"], init_lora_weights=False)
+        return peft.get_peft_model(make(), config)
+
+    model = built(adapted)
+    assert any(p.requires_grad for p in model.parameters())
+    compare(one_step(model, rows(labels), as_tuple), oracle(built(adapted), rows(labels)))
+
+
 # ---------------------------------------------------------------- what is refused
 
 
