@@ -294,7 +294,8 @@ class PrivateTrainer(RanksTrainer):
         if self._independent or len(loader.dataset) < 2:  # type: ignore[arg-type]
             return
         # Lower precision rounds a loss by more than records that couple may change it.
-        tolerances = {"rtol": 2e-2, "floor": 2e-2} if self.args.bf16 else {}
+        lower = self.args.bf16 or torch.get_float32_matmul_precision() != "highest"
+        tolerances = {"rtol": 2e-2, "floor": 2e-2} if lower else {}
         model.eval()
         self._gate.checking = True
         try:

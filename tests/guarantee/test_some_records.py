@@ -157,7 +157,9 @@ def test_what_depends_on_the_padded_length(name, tmp_path):
     """Each record is collated alone as well, so that it comes without the padding that others bring."""
     make, collate, good = PADDED[name]
     torch.manual_seed(0)
-    made = trainer(tmp_path, model=make().float(), data=ragged(), max_steps=1, options={"data_collator": collate})
+    data = ragged(29, lengths=(5, 7, 7, 7))
+    data.insert(13, ragged(1, lengths=(16,))[0])
+    made = trainer(tmp_path, model=make().float(), data=data, max_steps=1, options={"data_collator": collate})
     if good:
         assert made.train().global_step == 1
     else:
