@@ -46,7 +46,7 @@ def noise_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Four findings: the spread of every tensor's noise, correlation with the noise of the steps before, the two steps whose noise is most alike, and
+        Four findings, which are the spread of every tensor's noise, correlation with the noise of the steps before, the two steps whose noise is most alike, and
         correlation within a step.
 
     Guarantees:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from opacus_ac.audit.canary import canary_audit
@@ -27,7 +27,7 @@ class Plan:
         confidence: of all verdicts together.
         delta: delta of every epsilon.
         seed: for a run that can be repeated; None audits the secret streams.
-        settings: of ``make_private``.
+        settings: of ``make_private``; None for its defaults.
     """
 
     noise_multiplier: float = 1.0
@@ -37,7 +37,12 @@ class Plan:
     confidence: float = 0.996
     delta: float = 1e-5
     seed: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings as a dictionary, empty without any."""
+        return dict(self.settings or {})
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def _scalars(plan: Plan, confidence: float) -> AuditResult:
 
 def _one_run(plan: Plan, confidence: float) -> AuditResult:
     return one_run_audit(
-        target_epsilon=plan.target_epsilon, confidence=confidence, delta=plan.delta, seed=plan.seed, **plan.settings
+        target_epsilon=plan.target_epsilon, confidence=confidence, delta=plan.delta, seed=plan.seed, **plan.arguments
     )
 
 
@@ -82,11 +87,11 @@ def _usage(plan: Plan, confidence: float) -> AuditResult:
 
 
 def _poison(plan: Plan, confidence: float) -> AuditResult:
-    return poison_audit(seed=plan.seed, noise_multiplier=plan.noise_multiplier, **plan.settings)
+    return poison_audit(seed=plan.seed, noise_multiplier=plan.noise_multiplier, **plan.arguments)
 
 
 def _coupling(plan: Plan, confidence: float) -> AuditResult:
-    return coupling_audit(seed=plan.seed, noise_multiplier=plan.noise_multiplier, **plan.settings)
+    return coupling_audit(seed=plan.seed, noise_multiplier=plan.noise_multiplier, **plan.arguments)
 
 
 def _common(plan: Plan) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def _common(plan: Plan) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "delta": plan.delta,
         "seed": plan.seed,
-        **plan.settings,
+        **plan.arguments,
     }
 
 
@@ -141,6 +146,6 @@ def run_audits(plan: Plan | None = None, names: Iterable[str] | None = None) -> 
         ValueError: what cannot be audited.
     """
     plan = plan or Plan()
-    audits = chosen_audits(names, plan.settings.get("clipping") == "zo")
+    audits = chosen_audits(names, plan.arguments.get("clipping") == "zo")
     alpha = check_confidence(plan.confidence) / max(1, sum(audit.tests for audit in audits))
     return [audit.run(plan, 1 - alpha) for audit in audits]
