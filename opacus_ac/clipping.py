@@ -101,6 +101,25 @@ class ClipPolicy:
         """Return the largest clipped norm over C of records with norm / C up to ``ratio``."""
         return np.minimum(1.0, ratio)
 
+    def true_share(self, ratio: FloatArray) -> FloatArray:
+        """Return the larger of :meth:`gradient_share` and what the factors leave of norms on a fine grid up to ``ratio``.
+
+        A rule of somebody's own may enlarge small gradients and inherit a share that says otherwise. Each step holds its factors to
+        what is returned here.
+
+        Args:
+            ratio: increasing norms over C; the last may be infinite.
+        """
+        declared = np.asarray(self.gradient_share(ratio))
+        edges = ratio[np.isfinite(ratio)]
+        pieces = [
+            np.geomspace(low, high, 17) for low, high in zip(np.append(edges[0] * 1e-12, edges), edges, strict=False)
+        ]
+        grid = np.concatenate(pieces)
+        left = np.maximum.accumulate(self.factors(torch.from_numpy(grid * self._bound)).numpy() * grid)
+        found = left[np.searchsorted(grid, edges, side="right") - 1]
+        return np.asarray(np.maximum(declared, np.append(found, declared[edges.size :])))
+
     def update(self, release: StepRelease) -> None:
         """Choose the next C from the released values."""
 

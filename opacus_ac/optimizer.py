@@ -508,7 +508,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             p.summed_grad = None
         self.reducer.clear()
         self._batch = LogicalBatch(None if delivery is None else delivery.draw.batch, self._terms())
-        self.statistics.begin(self.policy.bound, self.policy.gradient_share)
+        self.statistics.begin(self.policy.bound, self.policy.true_share)
 
     def _give_up(self) -> None:
         """Kill the open logical batch before its records in hand are touched."""

@@ -77,21 +77,41 @@ def test_the_bound_is_attained(name):
     assert distance == pytest.approx(statistics.sensitivity, rel=1e-9)
 
 
-def test_battery_trips_on_a_policy_that_lies_about_its_bins(monkeypatch):
-    """A planted bug: AUTO-S enlarges small gradients, so the slack of plain clipping is not there."""
+class Liar(AutomaticPolicy):
+    """AUTO-S enlarges small gradients, so the slack of plain clipping, which it declares, is not there."""
 
-    class Liar(AutomaticPolicy):
-        gradient_share = ClipPolicy.gradient_share
+    gradient_share = ClipPolicy.gradient_share
 
+
+class Hidden(ClipPolicy):
+    """Enlarges the gradients of one norm, which no grid is likely to meet."""
+
+    def _factors(self, norms):
+        return torch.where((norms - 0.0441).abs() < 1e-9, self.bound / norms, super()._factors(norms))
+
+
+def small_record(policy, norm=0.0441):
     statistics = StepStatistics(histogram=True)
-    small = torch.full((1, 5), 0.02, dtype=torch.float64)
-    with pytest.raises(ValueError, match="gradient_share"):  # the step refuses it
-        release_vector(small, clip_policy=Liar(1.0), statistics=statistics, lr_control=False)
-    honest = release_vector(small, clip_policy=AutomaticPolicy(1.0), statistics=statistics, lr_control=False)
-    assert honest.norm() <= statistics.sensitivity
+    row = torch.full((1, 5), norm / math.sqrt(5), dtype=torch.float64)
+    return float(
+        release_vector(row, clip_policy=policy(1.0), statistics=statistics, lr_control=False).norm()
+    ), statistics.sensitivity
+
+
+def test_a_policy_that_lies_about_its_bins_gets_those_that_it_has(monkeypatch):
+    moved_by, sensitivity = small_record(Liar)
+    assert moved_by <= sensitivity
+    monkeypatch.setattr(ClipPolicy, "true_share", ClipPolicy.gradient_share)
+    with pytest.raises(ValueError, match="gradient_share"):
+        small_record(Liar)
     monkeypatch.setattr(StepStatistics, "check_kept", lambda *_: None)  # and that is what does it
-    vector = release_vector(small, clip_policy=Liar(1.0), statistics=statistics, lr_control=False)
-    assert vector.norm() > statistics.sensitivity * 1.1
+    assert small_record(Liar)[0] > sensitivity * 1.1
+
+
+def test_a_policy_that_no_grid_sees_through_is_refused_at_the_record():
+    with pytest.raises(ValueError, match="gradient_share"):
+        small_record(Hidden)
+    assert small_record(Hidden, 0.05)[0] <= small_record(Hidden, 0.05)[1]
 
 
 def test_battery_trips_on_profiles_that_are_not_divided_by_their_length(monkeypatch):

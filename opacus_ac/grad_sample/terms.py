@@ -31,6 +31,7 @@ from opacus_ac.grad_sample.bounds import (
     unit,
     wide,
 )
+from opacus_ac.grad_sample.bounds import squared_norms as squared_norms
 from opacus_ac.grad_sample.gram import Gram, GramCache, inner_by_pieces, products, sizes
 from opacus_ac.grad_sample.products import add_outer, inner
 from opacus_ac.grad_sample.unchanged import Unchanged
