@@ -241,6 +241,8 @@ class PrivateTrainer(RanksTrainer):
                 if self.state.global_step == self._initial_global_step:
                     raise
                 return self._stop(reason)
+            finally:
+                self._gate.close()
 
     def _nothing_left(self) -> TrainOutput:
         """End a resumed run that was complete: weights and account are those of the checkpoint, and nothing was charged."""

@@ -53,11 +53,12 @@ class PrivacyCallback(TrainerCallback):
         """
         if state.global_step >= state.max_steps:
             raise RunComplete
-        writers = [c.tb_writer for c in self._others(TensorBoardCallback) if c.tb_writer is not None]
         tensorboard = sys.modules.get("torch.utils.tensorboard")
-        for writer in writers:
+        for callback in self._others(TensorBoardCallback):
+            writer = callback.tb_writer
             if tensorboard is not None and isinstance(writer, tensorboard.SummaryWriter):
                 self._dashboards.append(self._dashboard(writer, max(1, int(state.logging_steps))))
+                self.trainer._gate.watch(callback)
 
     def _dashboard(self, writer: Any, every: int) -> Any:
         from opacus_ac.tensorboard import PrivacyDashboard, keep_time_out
@@ -77,8 +78,9 @@ class PrivacyCallback(TrainerCallback):
         self.trainer._gate.add_step(released.loss)
         if released.loss is not None:
             self.trainer._tr_loss += released.loss
-        for dashboard in self._dashboards:
-            dashboard.log_step()
+        with self.trainer._gate.writing():
+            for dashboard in self._dashboards:
+                dashboard.log_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the epochs of a resumed run on from where it was, and show epsilon."""
@@ -91,8 +93,9 @@ class PrivacyCallback(TrainerCallback):
 
     def close(self) -> None:
         """Write the final privacy statement; the event files are the Trainer's to close, in its ``on_train_end``."""
-        while self._dashboards:
-            self._dashboards.pop().close()
+        with self.trainer._gate.writing():
+            while self._dashboards:
+                self._dashboards.pop().close()
 
     def _others(self, kind: type) -> list[Any]:
         return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, kind)]

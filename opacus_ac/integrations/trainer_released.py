@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,7 +80,8 @@ class ReleasedLog:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._evaluating = 0
+        self._evaluating = self._writing = 0
+        self._undo: list[Callable[[], None]] = []
         self.checking = False
         """Whether the loss is looked at before training, on private records: what it logs then is dropped."""
         self._taken: list[dict[str, Any]] = []
@@ -99,6 +100,50 @@ class ReleasedLog:
             yield
         finally:
             self._evaluating -= 1
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A context in which an event file is written to by what writes releases only."""
+        self._writing += 1
+        try:
+            yield
+        finally:
+            self._writing -= 1
+
+    def watch(self, callback: Any) -> None:
+        """Stand before the event file of a ``TensorBoardCallback``: entries of the log and releases get into it, until :meth:`close`."""
+        writer = callback.tb_writer
+        self._replace(callback, "on_log", self._let_through(callback.on_log))
+        for name in dir(type(writer)):
+            if name.startswith("add_"):
+                self._replace(writer, name, self._ask_first(name, getattr(writer, name)))
+
+    def close(self) -> None:
+        """Step aside from the event files."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _replace(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        setattr(owner, name, function)
+        self._undo.append(lambda: delattr(owner, name))
+
+    def _let_through(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.writing():
+                return function(*args, **kwargs)
+
+        return call
+
+    def _ask_first(self, method: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._writing:
+                given = [*args, *kwargs.values()]
+                name = next((value for value in given if isinstance(value, str)), method)
+                self.ask(name, next((value for value in given if not isinstance(value, str)), None))
+            with self.writing():
+                return function(*args, **kwargs)
+
+        return call
 
     def begin(self) -> None:
         """Take the log of a new run, or of the checkpoint that it resumes, as it is."""

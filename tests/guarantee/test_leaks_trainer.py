@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_trainer import generator, rows, trainer
+from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from opacus_ac.integrations import PrivateTrainer
 from opacus_ac.integrations.trainer_released import ReleasedLog
@@ -157,6 +160,41 @@ def test_subclasses_with_a_log_or_step_of_their_own(cls, name, tmp_path, capsys)
         assert not any({"loss", "train_loss"} & set(entry) for entry in made.state.log_history)
     else:
         assert_refused(made, error, name, tmp_path, printed.out + printed.err)
+
+
+def writer_of(made):
+    return next(c for c in made.callback_handler.callbacks if isinstance(c, TensorBoardCallback)).tb_writer
+
+
+WRITES = {
+    "scalar": lambda w: w.add_scalar("raw_loss", SECRET, 1),
+    "keywords": lambda w: w.add_scalar(scalar_value=SECRET, tag="raw_loss"),
+    "scalars": lambda w: w.add_scalars("raw_loss", {"raw_loss": SECRET}),
+    "histogram": lambda w: w.add_histogram("raw_loss", torch.ones(3)),
+    "text": lambda w: w.add_text("raw_loss", str(SECRET)),
+    "the name of a release": lambda w: w.add_scalar("privacy/noisy_loss/raw_loss", SECRET),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_train_end"])
+def test_the_event_file_takes_no_values_of_user_code(write, event, tmp_path, capsys):
+    class Mine(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.writer = writer_of(self.trainer)
+
+    setattr(Mine, event, lambda self, args, state, control, **kwargs: WRITES[write](self.writer))
+    made, error = trained(tmp_path, callbacks=[Mine()], eval_strategy="no")
+    printed = capsys.readouterr()
+    assert_refused(made, error, "raw_loss", tmp_path, printed.out + printed.err)
+
+
+def test_a_writer_of_their_own_is_given_back(tmp_path):
+    writer = SummaryWriter(tmp_path / "own")
+    _, error = trained(tmp_path, callbacks=[TensorBoardCallback(writer)], report_to="none")
+    assert error is None
+    assert not any(name.startswith("add_") for name in vars(writer))
+    assert b"privacy/epsilon" in b"".join(path.read_bytes() for path in (tmp_path / "own").iterdir())
 
 
 def test_the_log_after_training_is_looked_at_before_it_is_saved(tmp_path):
