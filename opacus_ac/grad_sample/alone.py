@@ -130,7 +130,7 @@ class RecordsAlone:
         users: Users | None = None,
         pause: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._pause = pause
+        self._pause, self._model = pause, model
         self._parameters, self._names = list(parameters), list(names)
         self._tape, self._mean, self._dim, self._users = tape, mean, 0 if batch_first else 1, users
         self._modules = {id(m): (name, m) for name, m in model.named_modules()}
@@ -141,16 +141,32 @@ class RecordsAlone:
         self._attempts = 0
         self.compared = 0
         self._calls: list[_Call] = []
-        self._open: tuple[int, _Call] | None = None
+        self._open: tuple[int, _Call | None] | None = None
         self._depth = 0
+        self._whole_calls = 0
         self.randomness = ForwardRandomness(model, step)
         self._handles: list[Any] = []
-        for _, module in [] if self._off else self._modules.values():
-            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._part_handles: list[Any] = []
+        if not self._off:
+            self._handles = self._watch(model)
+            self._watch_parts()
+
+    def _watch(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _watch_parts(self) -> None:
+        """Watch calls of parts of the model, which matter where the loop calls these and not the model."""
+        for _, module in self._modules.values():
+            if module is not self._model:
+                self._part_handles += self._watch(module)
 
     def remove(self) -> None:
         """Take all hooks off; doing so twice is harmless."""
+        self._handles += self._part_handles
+        self._part_handles = []
         while self._handles:
             self._handles.pop().remove()
         self._calls, self._open = [], None
@@ -186,14 +202,13 @@ class RecordsAlone:
         known = self._modules.get(id(module))
         if known is None or not torch.is_grad_enabled() or not module.training or _is_traced():
             return
-        if not any(p.requires_grad for p in module.parameters()):
-            return
+        self._whole_calls += module is self._model
+        self._open, self._depth = (id(module), None), 1  # what is called inside is not looked at
         arguments = (args, kwargs)
         rows = count_rows(arguments, self._dim)
-        if not self._is_due(arguments, rows):
-            return
-        self._open, self._depth = (id(module), self._noted(known[0], module, arguments, rows)), 1
-        self.randomness.expect()
+        if self._is_due(arguments, rows) and any(p.requires_grad for p in module.parameters()):
+            self._open = (id(module), self._noted(known[0], module, arguments, rows))
+            self.randomness.expect()
 
     def _noted(self, path: str, module: nn.Module, arguments: Any, rows: int) -> _Call:
         args, kwargs = arguments
@@ -224,6 +239,8 @@ class RecordsAlone:
         if self._depth:
             return None
         (_, call), self._open = self._open, None
+        if call is None:
+            return None
         floats = {path: t for path, t in floats_in(output) if t.requires_grad}
         if not floats:
             return None
@@ -304,7 +321,11 @@ class RecordsAlone:
         """
         self.randomness.next_batch()
         calls, self._calls = [c for c in self._calls if c.reached], []
+        whole, self._whole_calls = self._whole_calls, 0
         self._open = None
+        if not whole and not self._off and not self._part_handles:  # the loop calls parts of the model from now on
+            self._verified = None
+            self._watch_parts()
         if not calls:
             return
         if any(c.changed or c.users != source.records for c in calls) or len({c.rows for c in calls}) > 1:
@@ -321,6 +342,9 @@ class RecordsAlone:
         if informative and (rows > 1 or self._verified is None):
             self._verified = self._state() if rows > 1 else None
             self._attempts = 0
+            if self._verified is not None and all(c.module is self._model for c in calls):
+                while self._part_handles:
+                    self._part_handles.pop().remove()
         elif not informative:
             self._could_not("the gradients of the records are zero or not finite")
 
@@ -398,13 +422,13 @@ def _part_of(gradient: Tensor, cut: Cut, rows: int) -> Tensor | None:
 
 
 def _norm(value: Tensor | None) -> float:
-    return 0.0 if value is None else float(torch.linalg.vector_norm(value.detach().double()))
+    return 0.0 if value is None else float(torch.linalg.vector_norm(value.detach(), dtype=torch.float64))
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return one if other is None else other
-    return one.detach().double() - other.detach().double()
+    return one.detach() - other.detach()
 
 
 def _is_traced() -> bool:
