@@ -63,7 +63,7 @@ class Users(Protocol):
 
 
 @dataclass
-class _Run:
+class Run:
     """One record that went through the model alone."""
 
     cut: Cut
@@ -71,7 +71,7 @@ class _Run:
 
 
 @dataclass
-class _Call:
+class Call:
     """One call of the model, or of a part of it, in a training forward pass."""
 
     path: str
@@ -80,7 +80,8 @@ class _Call:
     rows: int
     users: int
     cuts: list[Cut]
-    runs: list[_Run] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
     gradients: Paths = field(default_factory=dict)
     outputs: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     masks: RecordMasks | None = None
@@ -140,8 +141,8 @@ class RecordsAlone:
         self._checked: set[int] = set()
         self._attempts = 0
         self.compared = 0
-        self._calls: list[_Call] = []
-        self._open: tuple[int, _Call | None] | None = None
+        self._calls: list[Call] = []
+        self._open: tuple[int, Call | None] | None = None
         self._depth = 0
         self._whole_calls = 0
         self.randomness = ForwardRandomness(model, step)
@@ -210,7 +211,7 @@ class RecordsAlone:
             self._open = (id(module), self._noted(known[0], module, arguments, rows))
             self.randomness.expect()
 
-    def _noted(self, path: str, module: nn.Module, arguments: Any, rows: int) -> _Call:
+    def _noted(self, path: str, module: nn.Module, arguments: Any, rows: int) -> Call:
         args, kwargs = arguments
         users = rows
         if self._users is not None:
@@ -219,7 +220,7 @@ class RecordsAlone:
             except ValueError:
                 rows = 0  # not a batch of the loader: nothing tells whose the rows are
         each = rows // max(users, 1)
-        call = _Call(path, module, arguments, rows, users, [])
+        call = Call(path, module, arguments, rows, users, [])
         if rows:
             mask = mask_in(module, args, kwargs, rows) if each == 1 and self._dim == 0 else None
             for record in choose_records(arguments, users, self._dim, mask):
@@ -227,8 +228,8 @@ class RecordsAlone:
                 call.cuts.append(Cut(rows, record * each, each, self._dim, positions))
         call.changed = not call.cuts
         # Copied now: the model may write to its inputs.
-        call.runs = [_Run(cut, {}) for cut in call.cuts]
-        self._inputs = [cut.take(arguments) for cut in call.cuts]
+        call.runs = [Run(cut, {}) for cut in call.cuts]
+        call.inputs = [cut.take(arguments) for cut in call.cuts]
         self._whole = [Cut(c.rows, c.first, c.count, c.dim).take(arguments) for c in call.cuts if c.positions]
         return call
 
@@ -254,7 +255,7 @@ class RecordsAlone:
         self._calls.append(call)
         return replace_floats(output, lambda path, tensor: self._outside(call, path, tensor, floats))
 
-    def _outside(self, call: _Call, path: tuple[Any, ...], tensor: Tensor, floats: Paths) -> Tensor:
+    def _outside(self, call: Call, path: tuple[Any, ...], tensor: Tensor, floats: Paths) -> Tensor:
         """Return a stand-in for an output, whose gradient is what comes from outside of the model alone."""
         if path not in floats:
             return tensor
@@ -269,9 +270,9 @@ class RecordsAlone:
         stand_in.register_hook(arrive)
         return stand_in
 
-    def _run_alone(self, call: _Call) -> None:
+    def _run_alone(self, call: Call) -> None:
         """Run the chosen records through the model as it is now, after the batch."""
-        inputs, self._inputs = self._inputs, []
+        inputs, call.inputs = call.inputs, []
         if call.masks is not None and call.masks.used:
             if call.masks.joint or self._dim:
                 call.cuts, call.runs, call.changed = [], [], True
@@ -280,11 +281,9 @@ class RecordsAlone:
             whole = iter(self._whole)
             inputs = [next(whole) if cut.positions else given for cut, given in zip(call.cuts, inputs, strict=True)]
             call.cuts = [Cut(c.rows, c.first, c.count, c.dim) for c in call.cuts]
-        call.runs = [
-            _Run(cut, self._outputs_of(call, cut, given)) for cut, given in zip(call.cuts, inputs, strict=True)
-        ]
+        call.runs = [Run(cut, self._outputs_of(call, cut, given)) for cut, given in zip(call.cuts, inputs, strict=True)]
 
-    def _outputs_of(self, call: _Call, cut: Cut, arguments: Any) -> Paths:
+    def _outputs_of(self, call: Call, cut: Cut, arguments: Any) -> Paths:
         twin = isolated_twin(call.module)
         seen = shapes_of(twin)
         masks = nullcontext() if call.masks is None else call.masks.of(cut.first, cut.count)
@@ -358,7 +357,7 @@ class RecordsAlone:
             stacklevel=4,
         )
 
-    def _compare(self, calls: list[_Call], place: int, record: int, source: GradientSource) -> bool:
+    def _compare(self, calls: list[Call], place: int, record: int, source: GradientSource) -> bool:
         """Compare one record; whether that told anything."""
         total: Any = 0.0
         for call in calls:
@@ -390,7 +389,7 @@ class RecordsAlone:
             raise ValueError(explain_difference(call, place, wrong, tolerance, self))
         return size > 0
 
-    def _weighted(self, call: _Call, run: _Run) -> Any:
+    def _weighted(self, call: Call, run: Run) -> Any:
         """Return the sum of what a record alone returned times the gradient that came from outside for it."""
         total: Any = 0.0
         for path, gradient in call.gradients.items():

@@ -14,6 +14,7 @@ from opacus_ac.accounting import Event
 from opacus_ac.control import WeightEMA
 from opacus_ac.delivery import Delivery, Draw
 from opacus_ac.distributed.reducers import LOCAL, Reducer, ReplicatedReducer
+from opacus_ac.grad_sample.alone_outputs import OutputsAlone
 from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
 from opacus_ac.statistics import StepStatistics
 from opacus_ac.zeroth_order import checks, pruning
@@ -74,6 +75,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         checks.check_parameters(trained)
         checks.check_inner_optimizer(optimizer, self.settings)
         self.module = module
+        self.outputs = OutputsAlone(module)
         # What base class and mechanism see as the parameters: their "gradient" is what a step releases.
         self.coefficients = nn.Parameter(torch.zeros(self.settings.num_directions, dtype=torch.float64))
         reducer = self._exchanging(reducer or LOCAL)
@@ -193,7 +195,9 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
             self._rounded = None
         self._measuring = True
         try:
-            self.tape.record(self.differences.measure(closure, self.direction_seeds, self.smoothing))
+            self.tape.record(
+                self.differences.measure(self.outputs.noting(closure), self.direction_seeds, self.smoothing)
+            )
         finally:
             self._measuring = False
         if self._rounded is not None:

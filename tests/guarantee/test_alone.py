@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from opacus_ac import PrivacyEngine
+from opacus_ac.loss import per_record_causal_lm_loss
 
 MODES = ["bk", "hooks", "functorch"]
 B, T, D = 6, 5, 4
@@ -561,3 +562,53 @@ def test_data_of_tuples_and_tensors():
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
     assert optimizer.alone.compared == 3
+
+
+def zeroth(model, rows, **options):
+    """One zeroth-order step."""
+    _, net, optimizer, loader = private(
+        model, rows, clipping="zo", clip_policy="fixed", ema_decay=None, max_grad_norm=1.0, **options
+    )
+    (batch,) = loader
+    optimizer.step(lambda: F.cross_entropy(net(batch), batch["y"], reduction="none"))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "name", ["minus the mean of the batch", "scaled by a detached maximum", "table looked up whole", "carried over"]
+)
+def test_zeroth_order_refuses_what_couples_outputs(name):
+    torch.manual_seed(0)
+    model = PLANTED[name][0]()
+    before = [p.detach().clone() for p in model.parameters()]
+    if name == "table looked up whole":  # right: what it returns for a record is its own
+        assert zeroth(model, sequences()).outputs.compared == 3
+        return
+    with pytest.raises(ValueError, match=r"alone: |was changed"):
+        zeroth(model, sequences())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "recurrent", "zero in exact arithmetic", "image", "double"])
+def test_zeroth_order_leaves_alone_what_is_right(kind):
+    torch.manual_seed(0)
+    assert zeroth(CLEAN[kind][0](), sequences()).outputs.compared == 3
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_zeroth_order_finds_padded_length(given):
+    torch.manual_seed(0)
+    rows = left(token_batch(6, 8))
+    if given:
+        rows["position_ids"] = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
+    _, net, optimizer, loader = private(gpt2().eval(), data, clipping="zo", clip_policy="fixed", ema_decay=None)
+    (batch,) = loader
+
+    def losses():
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return per_record_causal_lm_loss(net(**inputs).logits, batch["labels"])
+
+    with contextlib.nullcontext() if given else pytest.raises(ValueError, match="pads it"):
+        optimizer.step(losses)
+    assert optimizer.outputs.compared == (3 if given else 0)
