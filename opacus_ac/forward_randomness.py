@@ -244,7 +244,8 @@ class ForwardRandomness:
         self._model_id, self._step = id(model), step
         self._passes = 0
         self._depth = 0
-        self._needed = True  # until a pass has shown otherwise
+        self._idle: set[int] = set()  # modules whose last pass drew nothing
+        self._running = 0
         self._mode: RecordMasks | None = None
         self.last: RecordMasks | None = None
         self._undo: list[Undo] = []
@@ -269,7 +270,7 @@ class ForwardRandomness:
 
     def expect(self) -> None:
         """Note what the next pass draws, so that a record can be run again by itself."""
-        self._needed = True
+        self._idle.clear()
 
     def next_batch(self) -> None:
         """Count passes anew: how many came before tells how many physical batches a step had."""
@@ -278,21 +279,30 @@ class ForwardRandomness:
         self._passes = 0
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if id(module) != self._model_id or not module.training or torch._C._current_graph_task_id() != -1:
-            return
+        if id(module) == self._model_id and module.training and torch._C._current_graph_task_id() == -1:
+            self.begin(module, (args, kwargs))
+
+    def begin(self, module: nn.Module, arguments: Any) -> None:
+        """Start a pass of the model, or of a part that the loop calls by itself; one within another is part of that."""
         self._depth += 1
         if self._depth > 1:
             return
         self._undo = [replace_torch_state(), replace_other_states()]
-        if self._needed:
-            self._mode = RecordMasks(list(tensors_in((args, kwargs))), (self._step(), self._passes))
+        self._running = id(module)
+        if self._running not in self._idle:
+            self._mode = RecordMasks(list(tensors_in(arguments)), (self._step(), self._passes))
             self._mode.__enter__()
         else:
             self._fresh = torch.get_rng_state()
         self._passes += 1
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if id(module) != self._model_id or not self._depth or torch._C._current_graph_task_id() != -1:
+        if id(module) == self._model_id and torch._C._current_graph_task_id() == -1:
+            self.end()
+
+    def end(self) -> None:
+        """End a pass that was begun; without one nothing happens."""
+        if not self._depth:
             return
         self._depth -= 1
         if not self._depth:
@@ -303,10 +313,11 @@ class ForwardRandomness:
         self.last = self._mode
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
-            self._needed = self._mode.used
+            if not self._mode.used:
+                self._idle.add(self._running)
             self._mode = None
-        elif self._fresh is not None:
-            self._needed = not torch.equal(self._fresh, torch.get_rng_state())
+        elif self._fresh is not None and not torch.equal(self._fresh, torch.get_rng_state()):
+            self._idle.discard(self._running)
         self._fresh = None
         while self._undo:
             self._undo.pop()()

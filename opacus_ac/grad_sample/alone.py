@@ -210,6 +210,8 @@ class RecordsAlone:
         if self._is_due(arguments, rows) and any(p.requires_grad for p in module.parameters()):
             self._open = (id(module), self._noted(known[0], module, arguments, rows))
             self.randomness.expect()
+        if module is not self._model:
+            self.randomness.begin(module, arguments)
 
     def _noted(self, path: str, module: nn.Module, arguments: Any, rows: int) -> Call:
         args, kwargs = arguments
@@ -240,6 +242,8 @@ class RecordsAlone:
         if self._depth:
             return None
         (_, call), self._open = self._open, None
+        if module is not self._model:
+            self.randomness.end()
         if call is None:
             return None
         floats = {path: t for path, t in floats_in(output) if t.requires_grad}
@@ -247,7 +251,7 @@ class RecordsAlone:
             return None
         call.outputs = {path: t.detach() for path, t in floats.items()}
         call.coarse = is_coarse(module, floats.values()) or less_was_asked()
-        call.masks = self.randomness.last if call.path == "" else None
+        call.masks = self.randomness.last
         call.autocast = _autocast_now(next(iter(floats.values())).device.type)
         self._run_alone(call)
         if any(c.reached for c in self._calls):
