@@ -356,6 +356,8 @@ def attach(
             users=users,
             pause=pause,
         )
+        assert optimizer.watch is not None
+        optimizer.alone.as_before = optimizer.watch.as_before
         undo.append(optimizer.alone.remove)
     except BaseException:
         take_off()

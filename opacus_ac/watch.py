@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +52,8 @@ class ModelWatch:
         moves: whether the step itself moves them before its release, as directional differences do.
 
     Guarantees:
-        What moves is found before the charge where it moved in the forward or backward pass, and named.
+        What moves is found before the charge where it moved in the forward or backward pass, and named. Tensors that a module keeps
+        as plain attributes (a hidden state) are put back after every step, with a warning.
     """
 
     def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter], *, moves: bool = False) -> None:
@@ -58,6 +61,8 @@ class ModelWatch:
         self._trained = {id(p) for p in trained}
         self._before: _State | None = None
         self._thorough = True
+        self._carried: list[tuple[str, nn.Module, str, Tensor, int]] = []
+        self._told: set[str] = set()
         self._views: tuple[list[tuple[int, int]], list[Tensor]] = ([], [])
 
     def name_of(self, parameter: nn.Parameter) -> str | None:
@@ -68,11 +73,52 @@ class ModelWatch:
         """Note the tensors, unless that was done since :meth:`end`."""
         if self._before is None:
             self._before = self._look(sums=self._thorough)
+            self._carried = self._attributes()
 
     def check(self) -> None:
-        """Raise ``ValueError`` when anything moved since :meth:`begin`."""
+        """Raise ``ValueError`` when anything moved since :meth:`begin`; put back what the model keeps for its next batch."""
         if self._before is not None:
+            self._put_back()
             self._compare("in its forward or backward pass", trained=not self._moves)
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Give the model the tensors, as plain attributes, that it had before the forward pass, for the length of the context."""
+        now = [(module, name, vars(module).get(name)) for _, module, name, _, _ in self._carried]
+        for _, module, name, value, _ in self._carried:
+            setattr(module, name, value)
+        try:
+            yield
+        finally:
+            for module, name, present in now:
+                setattr(module, name, present)
+
+    def _attributes(self) -> list[tuple[str, nn.Module, str, Tensor, int]]:
+        """Return (path, module, name, tensor, version) of tensors that are plain attributes of modules, such as a hidden state."""
+        return [
+            (path, module, name, value, _version(value))
+            for path, module in self._module.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ]
+
+    def _put_back(self) -> None:
+        """Undo what the forward pass has put into plain attributes: it would carry records over to a batch that they are not in."""
+        carried, self._carried = self._carried, []
+        for path, module, name, value, version in carried:
+            place = f"{path}.{name}" if path else name
+            if _version(value) != version:
+                self._refuse(place, "was changed", "in its forward or backward pass")
+            if vars(module).get(name) is value:
+                continue
+            setattr(module, name, value)
+            if place not in self._told:
+                self._told.add(place)
+                warnings.warn(
+                    f"the model keeps {place} from one batch for the next. A private step puts back what was there before it, because "
+                    "records would otherwise be in steps that they are not charged for. Pass what is carried over as an input",
+                    stacklevel=4,
+                )
 
     def check_applied(self) -> None:
         """Raise ``ValueError`` when anything moved that no release may move, and end."""
@@ -85,7 +131,7 @@ class ModelWatch:
 
     def end(self) -> None:
         """Forget the tensors: until the next forward pass the model is the caller's."""
-        self._before = None
+        self._before, self._carried = None, []
 
     def _compare(self, when: str, *, trained: bool) -> None:
         before = self._before

@@ -75,7 +75,8 @@ def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float
 
 def _trace(call: Any, arguments: Any, first: int, count: int, runner: Any) -> tuple[list[_Seen], Any]:
     """Run records and note what each layer saw, in the order in which layers finish."""
-    twin = isolated_twin(call.module)
+    with runner.as_before():
+        twin = isolated_twin(call.module)
     seen: list[_Seen] = []
 
     def note(name: str) -> Any:

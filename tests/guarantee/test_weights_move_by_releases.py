@@ -156,6 +156,48 @@ def test_an_inner_optimizer_that_moves_frozen_weights_is_named():
         step(model, optimizer, next(iter(loader)))
 
 
+class Carry(nn.Module):
+    """Truncated back-propagation through time: a hidden state that stays on the module."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.out, self.in_place = nn.Linear(4, 8).double(), nn.Linear(8, 3).double(), in_place
+        self.state = torch.zeros(8, dtype=torch.float64)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x) + self.state.clone())
+        if self.in_place:
+            self.state.copy_(h.mean(0).detach())
+        else:
+            self.state = h.mean(0).detach() * 5
+        return self.out(h)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_module_keeps_for_the_next_batch_is_put_back(mode):
+    net = Carry()
+    _, model, optimizer, loader = private(net, grad_sample_mode=mode)
+    state = net.state
+    with pytest.warns(UserWarning, match="keeps state from one batch for the next"):
+        step(model, optimizer, next(iter(loader)))
+    assert net.state is state
+    fresh = Carry()
+    fresh.load_state_dict(net.state_dict())
+    step(model, optimizer, next(iter(loader)))
+    _, other, its_optimizer, its_loader = private(fresh, grad_sample_mode=mode)
+    step(other, its_optimizer, next(iter(its_loader)))
+    torch.testing.assert_close(net.first.weight, fresh.first.weight, rtol=0, atol=1e-12)
+
+
+def test_a_state_that_is_written_in_place_is_refused():
+    net = Carry(in_place=True)
+    engine, model, optimizer, loader = private(net, noise=1.0)
+    with pytest.raises(ValueError, match="state was changed"):
+        step(model, optimizer, next(iter(loader)))
+    assert engine.accountant.history == []
+
+
 # ---------------------------------------------------------------- gradients that no release covers
 
 
