@@ -24,25 +24,29 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-CHUNK = 384
-"""Terms of an inner product that are added up at a time."""
+WHOLE = 384
+"""Most terms of an inner product that are added up at once."""
+
+CHUNK = 192
+"""Terms that are added up at a time where there are more: wide layers go with long batches, and there e counts more."""
 
 ROWS = 2048
 """Rows of a weighted sum of outer products that are added up at a time."""
 
-RECORDS = 256
+RECORDS = 64
 """Gradients that are written down, of a weighted sum, that are added up at a time."""
 
 BLOCK = 1024
 """Squares that are added up in the native type; from there on it is float64."""
 
-PARTS = 64
-"""Parts of a sum of any of these kinds that are allowed for; a multiple of it where there are more."""
+DOUBLINGS = 32
+"""Parts of a sum are added up in pairs: how often that is allowed for."""
 
 EXTREME = 1e16
 """Squared norm of one side of an outer product above which the other's square, or a factor times it, may be lost to underflow."""
@@ -60,14 +64,40 @@ def unit(dtype: torch.dtype, device: torch.device) -> float:
     return u if device.type == "cpu" else 2 * u
 
 
+def stretches(width: int) -> list[slice]:
+    """Return the stretches, of nearly the same length, in which inner products of ``width`` terms are computed."""
+    step = width if width <= WHOLE else -(-width // -(-width // CHUNK))
+    return [slice(first, first + step) for first in range(0, width, step)] if step else [slice(0, 0)]
+
+
 def inner_terms(width: int) -> int:
     """Return the error of an inner product in units of u: terms of one stretch, and the stretches."""
-    return min(width, CHUNK) + -(-width // CHUNK)
+    parts = stretches(width)
+    return parts[0].stop + len(parts)
 
 
-def sum_terms(limit: int, count: int) -> int:
-    """Return the error of a sum in parts of ``limit`` terms, in units of u, where there are ``count`` of them."""
-    return limit + PARTS * max(1, -(-count // (limit * PARTS)))
+def sum_terms(limit: int) -> int:
+    """Return the error of :func:`in_pairs`, in units of u, for parts of ``limit`` terms."""
+    return limit + DOUBLINGS
+
+
+def in_pairs(count: int, limit: int, part: Callable[[slice], Tensor]) -> Tensor:
+    """Return the sum of ``part`` over stretches of ``limit`` of ``count`` terms; the error grows with ``log2(count / limit)``.
+
+    Args:
+        count: number of terms, at least 1.
+        limit: terms of a part.
+        part: computes a part in memory of its own.
+    """
+
+    def total(first: int, last: int) -> Tensor:
+        if last - first == 1:
+            return part(slice(first * limit, min(last * limit, count)))
+        middle = (first + last) // 2
+        left = total(first, middle)
+        return left.add_(total(middle, last))
+
+    return total(0, -(-count // limit))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -130,12 +160,12 @@ def of_rows(rows: Tensor) -> Certificate:
     nothing = torch.zeros_like(squares)
     entries = rows[0].numel() if len(rows) else 0
     tiny = torch.full_like(squares, smallest(rows.dtype) * entries**0.5)
-    return Certificate(squares, nothing, tiny, nothing, relative_error(rows), 0.0, 0.0)
+    return Certificate(squares, nothing, tiny, nothing, relative_error(rows, entries), 0.0, 0.0)
 
 
-def relative_error(rows: Tensor) -> float:
-    """Return rho of gradients ``[B, ...]`` that are written down."""
-    return (BLOCK // 2 + sum_terms(RECORDS, len(rows)) + 8) * unit(rows.dtype, rows.device)
+def relative_error(held: Tensor, entries: int) -> float:
+    """Return rho of gradients of so many entries that are written down in the type of ``held``."""
+    return (min(entries, BLOCK) // 2 + sum_terms(RECORDS) + 8) * unit(held.dtype, held.device)
 
 
 def smallest(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample.bounds import CHUNK, wide
+from opacus_ac.grad_sample.bounds import stretches, wide
 from opacus_ac.grad_sample.products import inner, inner_is_faster, may_be_faster
 
 T = TypeVar("T")
@@ -27,21 +27,16 @@ def inner_by_pieces(a: Tensor, b: Tensor) -> Tensor:
         b: ``[B, N, K]``.
     """
     a, b = wide(a), wide(b)
-    if a.shape[2] <= CHUNK:
+    parts = stretches(a.shape[2])
+    if len(parts) == 1:
         return inner(a, b)
     total: Tensor | None = None
-    for part in _stretches(a.shape[2]):
+    for part in parts:
         x = _cut(a, part)
         product = inner(x, x if a is b else _cut(b, part))
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
-
-
-def _stretches(width: int) -> list[slice]:
-    """Stretches of columns, of nearly the same width, of at most ``CHUNK``."""
-    step = -(-width // -(-width // CHUNK))
-    return [slice(first, first + step) for first in range(0, width, step)]
 
 
 def _cut(x: Tensor, part: slice) -> Tensor:
@@ -70,7 +65,7 @@ class Gram:
         halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
         if not halved or inner_is_faster(x, x):
             return cls(inner_by_pieces(x, x), None)
-        first, *others = _stretches(width)
+        first, *others = stretches(width)
         blocks, above = cls._halves(x[:, :, first])
         for part in others:
             more = cls._halves(x[:, :, part])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from opacus_ac.grad_sample.bounds import (
     RECORDS,
     ROWS,
     Certificate,
+    in_pairs,
     inner_terms,
     of_rows,
     relative_error,
@@ -33,7 +35,7 @@ from opacus_ac.grad_sample.bounds import (
 )
 from opacus_ac.grad_sample.bounds import squared_norms as squared_norms
 from opacus_ac.grad_sample.gram import Gram, GramCache, inner_by_pieces, products, sizes
-from opacus_ac.grad_sample.products import add_outer, inner
+from opacus_ac.grad_sample.products import add_outer, inner, may_be_faster
 from opacus_ac.grad_sample.unchanged import Unchanged
 
 KEEP_FACTOR = 1.0
@@ -195,10 +197,11 @@ class ParameterBook:
             alone = of_rows(self.rows)
             if self._found is None:
                 return alone
-            found = self._found.certify(alone.squares, self.rows)
+            found = self._found.certify(alone.squares, self.rows, self.shape.numel())
             return replace(found, tiny=found.tiny + alone.tiny)
         assert self._found is not None
-        return self._found.certify(self._found.squares, self.dense[0].left if self.dense else self.lookups[0].right)
+        held = self.dense[0].left if self.dense else self.lookups[0].right
+        return self._found.certify(self._found.squares, held, self.shape.numel())
 
     def write_down(self, record: int) -> tuple[float, float]:
         """Compute one record's gradient in float64 from now on, and return a bound of its norm, and the squared norm."""
@@ -276,8 +279,6 @@ class _Found:
     """Meaningless where the gradients are written down."""
     reach: Tensor
     largest: Tensor
-    rows: int
-    """Of the products that will make the weighted sum."""
     uses: int
     terms: int
     """Error of the inner products, in units of u."""
@@ -290,13 +291,12 @@ class _Found:
             self.squares + other.squares,
             self.reach + other.reach,
             torch.maximum(self.largest, other.largest),
-            max(self.rows, other.rows),
             self.uses + other.uses,
             max(self.terms, other.terms),
             self.underflow + other.underflow,
         )
 
-    def certify(self, squares: Tensor, held: Tensor) -> Certificate:
+    def certify(self, squares: Tensor, held: Tensor, entries: int) -> Certificate:
         """The certificate for squared norms that are known by now, and values ``[B, ...]`` of the type that is computed in."""
         u = unit(held.dtype, held.device)
         return Certificate(
@@ -304,26 +304,30 @@ class _Found:
             self.reach,
             smallest(held.dtype) * self.underflow * (1 + self.largest.sqrt()),
             self.largest,
-            relative_error(held),
+            relative_error(held, entries),
             # A little more, because D itself is computed.
             1.01 * (self.terms + 8) * u,
-            1.01 * (sum_terms(ROWS, self.rows) + self.uses + 8) * u,
+            1.01 * (sum_terms(ROWS) + self.uses + 8) * u,
         )
 
 
 def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
     """Add ``sum_i factors[i] rows[i]`` to ``out``, in its type; rows ``[B, ...]``; ``first``: it is zero."""
     flat, total, factors = rows.unsqueeze(-1).flatten(1), out.view(-1), factors.to(out)
-    if out.dtype == flat.dtype:
-        for start in range(0, len(flat), RECORDS):
-            part = slice(start, start + RECORDS)
-            if first and start == 0:
-                torch.mv(flat[part].t(), factors[part], out=total)
-            else:
-                total += torch.mv(flat[part].t(), factors[part])
-        return
-    for row, factor in zip(flat, factors.tolist(), strict=True):  # no copy of all of them in another type
-        total.add_(row.to(out.dtype), alpha=factor)
+    if out.dtype != flat.dtype:  # no copy of all of them in another type
+        for row, factor in zip(flat, factors.tolist(), strict=True):
+            total.add_(row.to(out.dtype), alpha=factor)
+    elif len(flat) <= RECORDS and first:
+        torch.mv(flat.t(), factors, out=total)
+    elif len(flat):
+        for start in range(0, len(total), _PIECE):
+            entries = slice(start, start + _PIECE)
+            product = partial(_weighted, flat[:, entries], factors)
+            total[entries] += in_pairs(len(flat), RECORDS, product)
+
+
+def _weighted(rows: Tensor, factors: Tensor, records: slice) -> Tensor:
+    return torch.mv(rows[records].t(), factors[records])
 
 
 def _described(path: str) -> str:
@@ -354,10 +358,10 @@ def _dense_sizes(term: Dense, cache: GramCache) -> _Found:
 
 
 def _dense_found(term: Dense, squares: Tensor, reach: Tensor, largest: Tensor) -> _Found:
-    batch, positions, height = term.left.shape
+    positions, height = term.left.shape[1:]
     width = term.right.shape[2]
     terms = inner_terms(height) + inner_terms(width)
-    return _Found(squares, reach, largest, batch * positions, 1, terms, positions * (height + width + 1) ** 0.5)
+    return _Found(squares, reach, largest, 1, terms, positions * (height + width + 1) ** 0.5)
 
 
 def _lookup_squares(term: Lookup, *, written_down: bool) -> _Found:
@@ -365,7 +369,7 @@ def _lookup_squares(term: Lookup, *, written_down: bool) -> _Found:
     squares = torch.zeros_like(lengths[:, 0]) if written_down else _lookup_cross(term, term)
     largest = torch.zeros_like(squares) if written_down else lengths.amax(1).square()
     positions, width = term.right.shape[1:]
-    return _Found(squares, lengths.sum(1), largest, 0, 1, inner_terms(width), positions * (width + 1) ** 0.5)
+    return _Found(squares, lengths.sum(1), largest, 1, inner_terms(width), positions * (width + 1) ** 0.5)
 
 
 def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
@@ -409,22 +413,23 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, fir
     if rows <= ROWS and first:
         add_outer(left, right, out, first=True)
         return
-    left, right = left.flatten(0, 1).unsqueeze(0), right.flatten(0, 1).unsqueeze(0)
-    for start in range(0, rows, ROWS):
-        part = slice(start, start + ROWS)
-        if first:
-            add_outer(left[:, part], right[:, part], out, first=True)
-        else:
-            _add_apart(left[0, part], right[0, part], out)
-        first = False
-
-
-def _add_apart(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Add ``left^T right`` to ``out`` after it was computed: a product that starts from ``out`` rounds as often as it has rows."""
+    if not rows:
+        return
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
     step = max(1, _PIECE // max(out.shape[1], 1))
     for start in range(0, out.shape[0], step):
         part = slice(start, start + step)
-        out[part] += left[:, part].t() @ right
+        product = in_pairs(rows, ROWS, partial(_product, left[:, part], right))
+        # Added after it was computed: a product that starts from what is there rounds as often as it has rows.
+        out[part] = product if first else product.add_(out[part])
+
+
+def _product(left: Tensor, right: Tensor, rows: slice) -> Tensor:
+    left, right = left[rows], right[rows]
+    left = left.contiguous() if may_be_faster(left) else left
+    out = left.new_empty(left.shape[1], right.shape[1])
+    add_outer(left.unsqueeze(0), right.unsqueeze(0), out, first=True)
+    return out
 
 
 def _add_lookups(ids: Tensor, values: Tensor, out: Tensor) -> None:
