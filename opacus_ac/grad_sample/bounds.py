@@ -30,11 +30,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-WHOLE = 384
-"""Most terms of an inner product that are added up at once."""
-
-CHUNK = 192
-"""Terms that are added up at a time where there are more: wide layers go with long batches, and there e counts more."""
+CHUNKS = ((384, 384), (640, 256), (1 << 60, 192))
+"""Terms of an inner product that are added up at a time, by the smaller dimension of the matrix: Gram matrices are for batches no
+longer than that, and the longer they are, the more e counts."""
 
 ROWS = 2048
 """Rows of a weighted sum of outer products that are added up at a time."""
@@ -64,15 +62,25 @@ def unit(dtype: torch.dtype, device: torch.device) -> float:
     return u if device.type == "cpu" else 2 * u
 
 
-def stretches(width: int) -> list[slice]:
-    """Return the stretches, of nearly the same length, in which inner products of ``width`` terms are computed."""
-    step = width if width <= WHOLE else -(-width // -(-width // CHUNK))
-    return [slice(first, first + step) for first in range(0, width, step)] if step else [slice(0, 0)]
+def chunk(width: int, other: int) -> int:
+    """Return how many terms of inner products of one side are added up at a time, beside a side of another width."""
+    # Of a model's own width, whatever the other side is: the inputs of several layers are the same, and so are their matrices.
+    smaller = width if width <= _COMMON else min(width, other)
+    return next(size for limit, size in CHUNKS if smaller <= limit)
 
 
-def inner_terms(width: int) -> int:
+_COMMON = 1024
+
+
+def stretches(width: int, size: int) -> list[slice]:
+    """Return stretches of nearly the same length, of at most ``size`` terms."""
+    step = -(-width // max(1, -(-width // size)))
+    return [slice(first, first + step) for first in range(0, width, step)] if width else [slice(0, 0)]
+
+
+def inner_terms(width: int, other: int) -> int:
     """Return the error of an inner product in units of u: terms of one stretch, and the stretches."""
-    parts = stretches(width)
+    parts = stretches(width, chunk(width, other))
     return parts[0].stop + len(parts)
 
 

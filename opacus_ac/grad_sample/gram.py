@@ -10,24 +10,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample.bounds import stretches, wide
+from opacus_ac.grad_sample.bounds import squared_norms, stretches, wide
 from opacus_ac.grad_sample.products import inner, inner_is_faster, may_be_faster
 
 T = TypeVar("T")
+
+_WIDE = 1 << 13
+"""Width from which on a norm in float32 may be wrong by more than a thousandth."""
 
 _HALVED = (64, 4096)
 """Fewest positions and greatest width for which computing a Gram matrix by halves is faster, as measured."""
 
 
-def inner_by_pieces(a: Tensor, b: Tensor) -> Tensor:
+def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
     """Return ``a_i b_i^T`` for every record, in float32 or better, with the error of :func:`bounds.inner_terms`.
 
     Args:
         a: ``[B, M, K]``.
         b: ``[B, N, K]``.
+        size: terms that are added up at a time.
     """
     a, b = wide(a), wide(b)
-    parts = stretches(a.shape[2])
+    parts = stretches(a.shape[2], size)
     if len(parts) == 1:
         return inner(a, b)
     total: Tensor | None = None
@@ -58,14 +62,14 @@ class Gram:
     """``[B, T / 2, T / 2]``, or None where ``blocks`` is everything."""
 
     @classmethod
-    def of(cls, x: Tensor) -> Gram:
-        """Of ``x`` ``[B, T, d]``."""
+    def of(cls, x: Tensor, size: int = 1 << 60) -> Gram:
+        """Of ``x`` ``[B, T, d]``; ``size``: terms that are added up at a time."""
         x = wide(x)
         positions, width = x.shape[1:]
         halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
         if not halved or inner_is_faster(x, x):
-            return cls(inner_by_pieces(x, x), None)
-        first, *others = stretches(width)
+            return cls(inner_by_pieces(x, x, size), None)
+        first, *others = stretches(width, size)
         blocks, above = cls._halves(x[:, :, first])
         for part in others:
             more = cls._halves(x[:, :, part])
@@ -93,7 +97,9 @@ class Gram:
 
 
 def sizes(x: Tensor) -> Tensor:
-    """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64."""
+    """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64; right to a thousandth."""
+    if x.shape[2] > _WIDE:
+        return squared_norms(x.flatten(0, 1)).sqrt_().view(x.shape[:2])
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).double()
 
 
@@ -107,18 +113,18 @@ class GramCache:
         self._size = size
         self._held: OrderedDict[tuple[object, ...], tuple[Tensor, Any]] = OrderedDict()
 
-    def gram(self, x: Tensor) -> Gram:
-        """That of ``x`` ``[B, T, d]``; not to be written to."""
-        return self._get(Gram.of, x)
+    def gram(self, x: Tensor, size: int = 1 << 60) -> Gram:
+        """As :meth:`Gram.of`; not to be written to."""
+        return self._get(Gram.of, x, size)
 
     def sizes(self, x: Tensor) -> Tensor:
         """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]``; not to be written to."""
         return self._get(sizes, x)
 
-    def _get(self, compute: Callable[[Tensor], T], x: Tensor) -> T:
-        key = (compute, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
+    def _get(self, compute: Callable[..., T], x: Tensor, *settings: int) -> T:
+        key = (compute, *settings, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
         if key not in self._held:
-            self._held[key] = (x, compute(x))
+            self._held[key] = (x, compute(x, *settings))
         self._held.move_to_end(key)
         if len(self._held) > self._size:
             self._held.popitem(last=False)

@@ -24,6 +24,7 @@ from opacus_ac.grad_sample.bounds import (
     RECORDS,
     ROWS,
     Certificate,
+    chunk,
     in_pairs,
     inner_terms,
     of_rows,
@@ -343,11 +344,18 @@ def _slices(batch: int, *positions: int) -> list[slice]:
 def _dense_squares(term: Dense, cache: GramCache) -> _Found:
     batch, positions = term.left.shape[:2]
     slices = _slices(batch, positions, positions)
+    sizes = _chunks(term)
     if len(slices) == 1:
-        return _dense_found(term, *products(cache.gram(term.left), cache.gram(term.right)))
+        return _dense_found(term, *products(cache.gram(term.left, sizes[0]), cache.gram(term.right, sizes[1])))
     # Slices of long sequences: too large to hold, and nobody shares them.
-    parts = [products(Gram.of(term.left[i]), Gram.of(term.right[i])) for i in slices]
+    parts = [products(Gram.of(term.left[i], sizes[0]), Gram.of(term.right[i], sizes[1])) for i in slices]
     return _dense_found(term, *(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _chunks(term: Dense) -> tuple[int, int]:
+    """Terms of the inner products of each side that are added up at a time."""
+    height, width = term.left.shape[2], term.right.shape[2]
+    return chunk(height, width), chunk(width, height)
 
 
 def _dense_sizes(term: Dense, cache: GramCache) -> _Found:
@@ -360,7 +368,7 @@ def _dense_sizes(term: Dense, cache: GramCache) -> _Found:
 def _dense_found(term: Dense, squares: Tensor, reach: Tensor, largest: Tensor) -> _Found:
     positions, height = term.left.shape[1:]
     width = term.right.shape[2]
-    terms = inner_terms(height) + inner_terms(width)
+    terms = inner_terms(height, width) + inner_terms(width, height)
     return _Found(squares, reach, largest, 1, terms, positions * (height + width + 1) ** 0.5)
 
 
@@ -369,7 +377,7 @@ def _lookup_squares(term: Lookup, *, written_down: bool) -> _Found:
     squares = torch.zeros_like(lengths[:, 0]) if written_down else _lookup_cross(term, term)
     largest = torch.zeros_like(squares) if written_down else lengths.amax(1).square()
     positions, width = term.right.shape[1:]
-    return _Found(squares, lengths.sum(1), largest, 1, inner_terms(width), positions * (width + 1) ** 0.5)
+    return _Found(squares, lengths.sum(1), largest, 1, inner_terms(width, width), positions * (width + 1) ** 0.5)
 
 
 def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
@@ -377,7 +385,7 @@ def _lookup_cross(one: Lookup, other: Lookup) -> Tensor:
     parts = []
     for i in _slices(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
         same = one.ids[i].unsqueeze(2) == other.ids[i].unsqueeze(1)
-        angles = inner_by_pieces(one.right[i], other.right[i])
+        angles = inner_by_pieces(one.right[i], other.right[i], chunk(one.right.shape[2], one.right.shape[2]))
         parts.append((same * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -386,7 +394,8 @@ def _dense_cross(one: Dense, other: Dense) -> Tensor:
     """``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` per record, ``[B]`` float64."""
     parts = []
     for i in _slices(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
-        left, right = (inner_by_pieces(x[i], y[i]) for x, y in ((one.left, other.left), (one.right, other.right)))
+        left = inner_by_pieces(one.left[i], other.left[i], _chunks(one)[0])
+        right = inner_by_pieces(one.right[i], other.right[i], _chunks(one)[1])
         parts.append((left * right).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 
@@ -397,7 +406,7 @@ def _cross(dense: Dense, lookup: Lookup) -> Tensor:
     for i in _slices(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
         ids, right = lookup.ids[i], wide(dense.right[i])
         picked = dense.left[i].gather(2, ids.unsqueeze(1).expand(-1, dense.left.shape[1], -1))
-        angles = inner_by_pieces(right, wide(lookup.right[i]).to(right.dtype))
+        angles = inner_by_pieces(right, wide(lookup.right[i]).to(right.dtype), _chunks(dense)[1])
         parts.append((wide(picked) * angles).sum((1, 2), dtype=torch.float64))
     return torch.cat(parts)
 

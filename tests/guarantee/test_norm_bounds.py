@@ -240,7 +240,7 @@ def test_bounds_hold_without_float64_too(route, monkeypatch):
 
 
 class Long(nn.Module):
-    """A bias, and a matrix of one column, of ten million entries."""
+    """A bias, and a matrix of one column, of millions of entries."""
 
     def __init__(self, route: str) -> None:
         super().__init__()
@@ -252,15 +252,16 @@ class Long(nn.Module):
 
 @pytest.mark.parametrize("mode", ["bk", "hooks"])
 def test_one_long_dimension(mode, monkeypatch):
-    """A flat float32 norm of ten million entries is 6e-3 too small."""
-    entries = 10_000_000
+    """A flat float32 norm of millions of entries is thousandths too small."""
+    entries = 5_000_000
     monkeypatch.setitem(ROUTES, "long", (1, 1, entries))
     run = Run("long", "float32", mode, records=2, net=Long)
     one, thirds = torch.ones(1, 1), torch.full((1, entries), 1 / 3)
     without = run.sum(one, torch.zeros(1, entries))
     assert float((run.sum(one, thirds) - without).norm()) <= 1 + 1e-6
     monkeypatch.setattr(bounds, "BLOCK", 1 << 40)
-    monkeypatch.setattr(bounds, "relative_error", lambda *_: 0.0)
+    for module in (bounds, terms):
+        monkeypatch.setattr(module, "relative_error", lambda *_: 0.0)
     assert float((run.sum(one, thirds) - without).norm()) > 1 + SLACK  # the blocks are what does it
 
 
