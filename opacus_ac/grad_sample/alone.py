@@ -88,7 +88,7 @@ class Call:
     outputs: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     masks: RecordMasks | None = None
     coarse: bool = False
-    changed: bool = False
+    why: str = ""
     autocast: Any = None
 
     @property
@@ -196,7 +196,8 @@ class RecordsAlone:
             return True
         if rows in self._checked:
             return False
-        return rows in self._sizes or any(rows in t.shape[1:] for t in inputs_in(arguments))
+        alone = max(self._checked, default=0) <= 1  # what couples records shows where there are several
+        return alone or rows in self._sizes or any(rows in t.shape[1:] for t in inputs_in(arguments))
 
     # ---------------------------------------------------------------- in the forward pass
 
@@ -229,10 +230,15 @@ class RecordsAlone:
         call = Call(path, module, arguments, rows, users, [])
         if rows:
             mask = mask_in(module, args, kwargs, rows) if each == 1 and self._dim == 0 else None
-            for record in choose_records(arguments, users, self._dim, mask):
+            before = self._calls[0] if self._calls and not any(c.reached for c in self._calls) else None
+            chosen = choose_records(arguments, users, self._dim, mask)
+            if before is not None and before.rows == rows:  # their gradients will be added up
+                chosen = [cut.first // cut.count for cut in before.cuts]
+            for record in chosen:
                 positions = None if mask is None else own_positions(mask, record)
                 call.cuts.append(Cut(rows, record * each, each, self._dim, positions))
-        call.changed = not call.cuts
+        if not call.cuts:
+            call.why = "its inputs cannot be taken apart into records"
         # Copied now: the model may write to its inputs.
         call.runs = [Run(cut, {}) for cut in call.cuts]
         call.inputs = [cut.take(arguments) for cut in call.cuts]
@@ -283,7 +289,8 @@ class RecordsAlone:
         inputs, call.inputs = call.inputs, []
         if call.masks is not None and call.masks.used:
             if call.masks.joint or self._dim:
-                call.cuts, call.runs, call.changed = [], [], True
+                call.cuts, call.runs = [], []
+                call.why = "it draws at random (dropout) in a checkpointed part, or in a kernel of its own, for all records together"
                 return
             # Padding belongs to what masks are made from.
             whole = iter(self._whole)
@@ -334,27 +341,33 @@ class RecordsAlone:
         if not whole and not self._off and not self._part_handles:  # the loop calls parts of the model from now on
             self._verified = None
             self._watch_parts()
-        if not calls:
+        why = self._obstacle(calls, source)
+        if why is not None:
+            self._could_not(why)
+        if why is not None or not calls:
             return
-        if any(c.changed or c.users != source.records for c in calls) or len({c.rows for c in calls}) > 1:
-            self._could_not("its inputs cannot be taken apart into records")
-            return
-        informative = 0
         with self._pause():
-            for place, cut in enumerate(calls[0].cuts):
-                informative += self._compare(calls, place, cut.first // cut.count, source)
-        rows = calls[0].rows
-        self.compared += informative
-        if informative:
-            self._checked.add(rows)
-        if informative and (rows > 1 or self._verified is None):
-            self._verified = self._state() if rows > 1 else None
-            self._attempts = 0
-            if self._verified is not None and all(c.module is self._model for c in calls):
-                while self._part_handles:
-                    self._part_handles.pop().remove()
-        elif not informative:
+            told = [
+                self._compare(calls, place, cut.first // cut.count, source) for place, cut in enumerate(calls[0].cuts)
+            ]
+        self.compared += sum(told)
+        if not any(told):
             self._could_not("the gradients of the records are zero or not finite")
+            return
+        self._checked.add(calls[0].rows)
+        self._verified, self._attempts = self._state(), 0
+        if all(c.module is self._model for c in calls):
+            while self._part_handles:
+                self._part_handles.pop().remove()
+
+    def _obstacle(self, calls: list[Call], source: GradientSource) -> str | None:
+        """Return why the records cannot be compared; None where they can, or need not."""
+        if not calls:
+            unseen = self._verified is None and not self._off
+            return "no gradient came through what the model, or a part of it, returned" if unseen else None
+        if any(c.users != source.records for c in calls) or len({c.rows for c in calls}) > 1:
+            return calls[0].why or "its inputs do not have as many rows as the batch has records"
+        return next((c.why for c in calls if c.why), None)
 
     def _could_not(self, why: str) -> None:
         self._attempts += 1

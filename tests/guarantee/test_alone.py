@@ -612,3 +612,46 @@ def test_zeroth_order_finds_padded_length(given):
     with contextlib.nullcontext() if given else pytest.raises(ValueError, match="pads it"):
         optimizer.step(losses)
     assert optimizer.outputs.compared == (3 if given else 0)
+
+
+def test_dropout_in_a_checkpointed_part_is_said_to_hide_the_records():
+    torch.manual_seed(0)
+    model = checkpointed(True)
+    model.body = nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5))
+    _, net, optimizer, loader = private(model, sequences(), poisson_sampling=False)
+
+    def train():
+        for _ in range(3):
+            for batch in loader:
+                optimizer.zero_grad()
+                classes(net, batch).backward()
+                optimizer.step()
+
+    with pytest.warns(UserWarning, match="draws at random"):
+        train()
+    assert optimizer.alone.compared == 0
+
+
+def test_physical_batches_of_one_record_are_looked_at_once():
+    torch.manual_seed(0)
+    _, net, optimizer, loader = private(Tagger(), sequences(), max_physical_batch_size=1)
+    for batch in loader:
+        optimizer.zero_grad()
+        classes(net, batch).backward()
+        optimizer.step()
+    assert optimizer.alone.compared == 1
+
+
+def test_two_passes_over_inputs_of_different_lengths():
+    """The records that are run alone are the same in both passes."""
+    torch.manual_seed(0)
+    rows = token_batch(6, 8)
+    data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
+
+    def loss(net, batch):
+        other = {k: v.flip(0) for k, v in batch.items() if k != "labels"}
+        one, two = (net(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in (batch, other))
+        masks = [b["attention_mask"].unsqueeze(-1) for b in (batch, other)]
+        return ((one * masks[0]).sum((1, 2)) - (two * masks[1]).sum((1, 2))).pow(2).mean() / 100
+
+    assert run(llama().train(), data, loss).alone.compared == 3
