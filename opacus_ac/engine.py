@@ -240,6 +240,7 @@ class PrivacyEngine(AccountedEngine):
                 loss_bound=loss_bound,
                 loss_weight=loss_weight,
                 reducer=ranks,
+                max_physical_batch_size=max_physical_batch_size,
                 unused={
                     "preset": preset,
                     "fused_step": fused_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,14 @@ from opacus_ac.grad_sample.alone_outputs import OutputsAlone
 from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
 from opacus_ac.statistics import StepStatistics
 from opacus_ac.zeroth_order import checks, pruning
+from opacus_ac.zeroth_order.arithmetic import Evaluation
 from opacus_ac.zeroth_order.coordinates import Coordinates
 from opacus_ac.zeroth_order.directions import Directions
 from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism, laplace_statistics
-from opacus_ac.zeroth_order.settings import ZerothOrderSettings
+from opacus_ac.zeroth_order.rounding import WIDE, Room, coarsest, room_of
+from opacus_ac.zeroth_order.settings import ADDED_SETTINGS, ZerothOrderSettings
 from opacus_ac.zeroth_order.source import Closure, DifferenceSource
+from opacus_ac.zeroth_order.trial import try_closure
 
 ZEROTH_ORDER = "zeroth_order"
 
@@ -39,6 +43,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         module: the model whose losses the closure computes; looked at, never changed but for its trained weights.
         settings: directions, stages, pruning and mechanism.
         reducer: the processes that take the step, each with the whole model; None for one process.
+        single: physical batches are single records, which rounding then cannot couple (:mod:`opacus_ac.zeroth_order.rounding`).
         **kwargs: all other arguments of :class:`AdaptiveClipDPOptimizer`; no ``source``, ``fused_step`` or ``ema_decay``.
 
     Guarantees:
@@ -46,6 +51,8 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         Gaussian mechanism of multiplier ``noise_multiplier``, whatever K, mask, schedule and weights. The directions are
         public: their seed has nothing to do with noise or sampling, and the bound holds for directions known to everybody.
         What moving rounds is the same for one physical batch and for many: the weights do not tell how many records were drawn.
+        Rounding within a batch moves the sum by at most a thousandth of C when a record joins: exactly nothing for single records,
+        else by float64 and a smallest C (:mod:`opacus_ac.zeroth_order.rounding` says what of this is proved and what measured).
         Several processes add up their K numbers, which get their noise once; the weights of all stay the same to the last bit.
 
     References:
@@ -62,6 +69,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         max_grad_norm: float,
         statistics: StepStatistics | None = None,
         reducer: Reducer | None = None,
+        single: bool = False,
         **kwargs: Any,
     ) -> None:
         self.settings = settings or ZerothOrderSettings()
@@ -87,8 +95,11 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         # Asked for on every rank, also where one was given: whether all were given the same is compared later.
         self.directions = Directions(self.settings.direction, reducer.on_first(lambda: own))
         self.coordinates = Coordinates(trained, self.directions)
+        self.single = single
+        self.wide = self.settings.precision == "float64" or (self.settings.precision is None and not single)
+        self._evaluate = Evaluation(module, wide=self.wide)
         self.differences = DifferenceSource(
-            self.coordinates, self.coefficients, 1 if laplace else 2, GRID if laplace else None
+            self.coordinates, self.coefficients, 1 if laplace else 2, GRID if laplace else None, self._evaluate
         )
         super().__init__(
             optimizer,
@@ -109,6 +120,10 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self._measuring = False
         self._stage_and_seeds: tuple[int, list[int]] = (0, [])
         self._rounded: list[Tensor] | None = None
+        self._tried: int | None = None
+        if not self.single:
+            self.room().check(self.policy.initial_bound)
+            self.policy.min_norm = max(self.policy.min_norm, self.room().smallest_bound)
 
     def _exchanging(self, ranks: Reducer) -> Reducer:
         """Return the reducer of the K numbers for the processes that have the whole model each.
@@ -176,10 +191,11 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
 
         Args:
             closure: computes the losses of the records of the batch in hand, ``[B]``, with the weights as they are. It is
-                called 2K times without gradients. What it returns is private.
+                called 2K times without gradients, and up to three times more in the first step. What it returns is private.
 
         Raises:
-            ValueError: no closure, losses that are not one per record, or a model in training mode with dropout.
+            ValueError: no closure, losses that are not one per record or not the same again, a closure that draws at random or writes into the
+                model, a C that rounding leaves no room for, or a model in training mode with dropout. Nothing was charged.
             PrivacyBudgetExceeded: the step would exceed the target budget; the weights are as before.
         """
         if closure is None:
@@ -191,22 +207,10 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self._enter_stage()
         self.tape.take()
         self._look_away()
-        if not self._continues(None if self.plan is None else self.plan.in_hand):
-            self._rounded = None
-        self._measuring = True
-        try:
-            self.tape.record(
-                self.differences.measure(self.outputs.noting(closure), self.direction_seeds, self.smoothing)
-            )
-        finally:
-            self._measuring = False
-        if self._rounded is not None:
-            # How many physical batches follow is private: the weights show the roundings of the first one only.
-            self.coordinates.restore(self._rounded)
+        self._measure(closure, None if self.plan is None else self.plan.in_hand)
         # Those of this step: what follows counts it.
         self._stage_and_seeds = self.stage, self.direction_seeds
         if not self.pre_step():
-            self._rounded = self.coordinates.copy() if self._rounded is None else self._rounded
             return
         self._rounded = None
         self._finish_step()
@@ -224,8 +228,52 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         """Whether a forward pass now is one of a closure whose losses are being measured."""
         return self._measuring
 
+    def _measure(self, closure: Closure, delivery: Delivery | None) -> None:
+        """Measure the physical batch in hand, from the weights from which the first one of its logical batch was."""
+        draw = None if delivery is None else delivery.draw
+        self._measuring = True
+        try:
+            self._try(closure, draw)
+            if not self._continues(delivery):
+                # How many physical batches follow is private: all start from the same weights, which show the roundings of one.
+                self._rounded = self.coordinates.copy() if self._is_skipped(delivery) else None
+            elif self._rounded is not None:
+                self.coordinates.restore(self._rounded)
+            self.differences.largest_loss = math.inf if self.single else self.room().largest_loss(self.policy.bound)
+            losses = self.differences.measure(self.outputs.noting(closure), self.direction_seeds, self.smoothing)
+        finally:
+            self._measuring = False
+        if self.single and losses.numel() > 1:
+            self.differences.clear(sums=False)
+            raise ValueError(
+                f"physical batches are single records, and the closure returned {losses.numel()} losses: pass each batch of the loader by itself, "
+                "or make private without max_physical_batch_size=1"
+            )
+        self.tape.record(losses)
+
+    def _try(self, closure: Closure, draw: Draw | None) -> None:
+        """Look at the closure of the first batch, and of the first one after the model's mode changed."""
+        mode = hash(tuple(inner.training for inner in self.module.modules()))
+        if self.plan is None or mode == self._tried:
+            return
+        slack = 0.0 if self.single else self.room().slack(self.policy.bound)
+        try_closure(
+            closure, self.module, wide=self.wide, single=self.single, loss=self.settings.largest_loss, slack=slack
+        )
+        if draw is None or draw.records:
+            self._tried = mode
+
+    def room(self) -> Room:
+        """Return what rounding leaves room for in the step that comes next, where physical batches are not single records."""
+        expected = (
+            float(self.expected_batch_size or 1) if self.plan is None else self.plan.sizes.expected(self.plan.step)
+        )
+        return room_of(self.settings, self.plan, expected, WIDE if self.wide else coarsest(self.module.parameters()))
+
     def _look_ahead(self) -> None:
-        """Refuse a step that cannot be paid for before the weights are touched at all."""
+        """Refuse a step that cannot be paid for, or whose C is too small, before the weights are touched at all."""
+        if not self.single:
+            self.room().check(self.policy.bound)
         if self.plan is None or self.plan.sampling == "shuffled":
             return
         draw = self.plan.current()
@@ -347,8 +395,9 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         """Raise ``ValueError`` unless ``state`` is that of a zeroth-order run with these settings and tensors."""
         if state is None:
             raise ValueError("the state was not written by a zeroth-order run: build the optimizer as it was then")
-        if state["settings"] != self.settings.configuration():
-            changed = [k for k, v in self.settings.configuration().items() if state["settings"].get(k) != v]
+        settings = {**ADDED_SETTINGS, **state["settings"]}
+        if settings != self.settings.configuration():
+            changed = [k for k, v in self.settings.configuration().items() if settings.get(k) != v]
             raise ValueError(
                 f"the state was written with other zeroth-order settings ({', '.join(changed)}): use the same settings"
             )
@@ -362,6 +411,6 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
 
     def load_zeroth_order_state(self, state: dict[str, Any]) -> None:
         """Continue along the directions of a state that :meth:`check_zeroth_order_state` has accepted."""
-        self._rounded = None
+        self._rounded = self._tried = None
         self.directions.seed, self._stage = int(state["direction_seed"]), state["stage"]
         self.coordinates.load_state_dict({"indices": state["indices"], "anchor": state["anchor"]})

@@ -64,6 +64,7 @@ def build_zeroth_order(
     loss_bound: float | None,
     loss_weight: float | None,
     reducer: Reducer,
+    max_physical_batch_size: int | None,
     unused: dict[str, Any],
 ) -> ZerothOrderDPOptimizer:
     """Return the optimizer of ``clipping="zo"``; nothing is attached to the model.
@@ -95,7 +96,7 @@ def build_zeroth_order(
     expected = plan.sizes.expected(0)
     policy = choose_policy("adaptive", clip_policy, None, max_grad_norm, target_clip_rate, expected)
     if not isinstance(clip_policy, ClipPolicy):
-        policy.min_norm = max(policy.min_norm, _resolution(settings))
+        policy.min_norm = max(policy.min_norm, min(_resolution(settings), policy.initial_bound))
     return ZerothOrderDPOptimizer(
         optimizer,
         module=module,
@@ -120,11 +121,12 @@ def build_zeroth_order(
         plan=plan,
         stream=stream,
         reducer=reducer,
+        single=max_physical_batch_size == 1 and settings.precision != "float64",
     )
 
 
 def _resolution(settings: ZerothOrderSettings) -> float:
-    """Return the norm of the differences that rounding alone makes of float32 losses around 1.
+    """Return the norm of the differences that rounding float32 weights makes of losses around 1.
 
     A smaller C, which a percentile of records with nothing left to learn would ask for, would train on rounding errors.
     """

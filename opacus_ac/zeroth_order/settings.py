@@ -10,6 +10,7 @@ from typing import Any
 DIRECTIONS = ("gaussian", "sphere", "rademacher")
 MECHANISMS = ("gaussian", "laplace")
 SCORES = ("magnitude", "synflow", "random")
+PRECISIONS = (None, "float64", "native")
 STRATEGIES = ("static", "dynamic", "incremental")
 
 
@@ -150,6 +151,10 @@ class ZerothOrderSettings:
         pruning: choice of the trained coordinates; None for all.
         direction_seed: public 63-bit seed of the directions; None draws one. It has nothing to do with the noise.
         ema_decay: decay of a weight average; None for none, which saves a copy of the trained weights.
+        precision: how losses are computed, so that rounding does not carry a record over into those of others
+            (:mod:`opacus_ac.zeroth_order.rounding`): "float64", whatever the types of weights and inputs; "native", in the
+            types of the closure, which needs a large C; None for "native" where physical batches are single records, else "float64".
+        largest_loss: public size up to which losses count in full whatever C is; it sets the smallest C.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -166,8 +171,13 @@ class ZerothOrderSettings:
     pruning: Pruning | None = None
     direction_seed: int | None = None
     ema_decay: float | None = None
+    precision: str | None = None
+    largest_loss: float = 16.0
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is not available: choose 'float64', 'native' or None")
+        _number("largest_loss", self.largest_loss)
         _count("num_directions", self.num_directions)
         _number("smoothing", self.smoothing)
         _choice("direction", self.direction, DIRECTIONS)
@@ -179,6 +189,12 @@ class ZerothOrderSettings:
                 f"pruning.strategy={self.pruning.strategy!r} chooses anew at each stage, but there are no stages: give "
                 'stages=Stages(...), or strategy="static"'
             )
+
+    @property
+    def least_smoothing(self) -> float:
+        """Smallest smoothing of a run."""
+        end = None if self.stages is None else self.stages.smoothing_end
+        return self.smoothing if end is None else min(self.smoothing, end)
 
     def configuration(self) -> dict[str, Any]:
         """Return the public settings on which a run depends, as plain values; without the seed and the constant input."""
@@ -196,6 +212,9 @@ class ZerothOrderSettings:
         assert self.pruning is not None
         return dataclasses.replace(self.pruning, public_input=None)  # asdict would copy it
 
+
+ADDED_SETTINGS = {"precision": None, "largest_loss": 16.0}
+"""What states that were written before there were these settings mean by them."""
 
 PRESETS: dict[str, ZerothOrderSettings] = {
     "aggzo": ZerothOrderSettings(),

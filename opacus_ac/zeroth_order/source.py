@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.zeroth_order.arithmetic import Evaluation
 from opacus_ac.zeroth_order.coordinates import Coordinates
 
 Closure = Callable[[], Tensor]
@@ -23,6 +25,11 @@ class DifferenceSource:
         coefficients: a tensor ``[K]`` float64 that stands for the coefficients; its ``summed_grad`` is the sum.
         order: norm by which records are clipped, 2 or 1.
         grid: None, or M: clipped values are cut to multiples of C / M, for noise on whole numbers.
+        evaluate: returns the losses ``[B]`` float64 of a closure; by default in the types that it computes in.
+
+    Attributes:
+        largest_loss: size up to which losses count in full; differences of a record with larger ones count in proportion less, because
+            rounding moves them by more (:mod:`rounding`). Infinite where nothing rounds by who else is in the batch.
 
     Guarantees:
         The weights are back after :meth:`measure`, whatever the closure does, up to a rounding that depends on weights and
@@ -33,10 +40,17 @@ class DifferenceSource:
     backward_passes = 1
 
     def __init__(
-        self, coordinates: Coordinates, coefficients: nn.Parameter, order: int = 2, grid: int | None = None
+        self,
+        coordinates: Coordinates,
+        coefficients: nn.Parameter,
+        order: int = 2,
+        grid: int | None = None,
+        evaluate: Callable[[Closure], Tensor] | None = None,
     ) -> None:
         self.coordinates, self.coefficients = coordinates, coefficients
         self.order, self.grid = order, grid
+        self._evaluate = evaluate or Evaluation(nn.Module(), wide=False)
+        self.largest_loss = math.inf
         self.bound = 1.0  # C of the open logical batch, for the grid
         self._deltas: Tensor | None = None
         self._before: Tensor | None = None
@@ -53,11 +67,12 @@ class DifferenceSource:
             ``[B]`` float64: each record's mean loss over all evaluations. Private.
 
         Raises:
-            ValueError: the closure gives something else than the same number of losses each time.
+            ValueError: the closure gives something else than the same number of losses each time, or writes into the trained weights.
         """
         self._deltas = None
         columns: list[Tensor] = []
         total: Tensor | None = None
+        size: Tensor | None = None
         for seed in seeds:
             up, down = self._ends(closure, seed, smoothing)
             if down.shape != up.shape or (total is not None and up.shape != total.shape):
@@ -67,8 +82,11 @@ class DifferenceSource:
                 )
             columns.append((up - down) / (2 * smoothing))
             total = up + down if total is None else total + up + down
+            ends = torch.maximum(up.abs(), down.abs())
+            size = ends if size is None else torch.maximum(size, ends)
         assert total is not None
-        self._deltas = torch.stack(columns, 1)
+        assert size is not None
+        self._deltas = torch.stack(columns, 1) * (self.largest_loss / size).clamp(max=1.0)[:, None]
         return total / (2 * len(seeds))
 
     def _ends(self, closure: Closure, seed: int, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -77,13 +95,24 @@ class DifferenceSource:
         try:
             at += smoothing
             self.coordinates.move(seed, smoothing)
-            up = _losses(closure)
+            up = self._losses(closure)
             at -= 2 * smoothing
             self.coordinates.move(seed, -2 * smoothing)
-            down = _losses(closure)
+            down = self._losses(closure)
         finally:
             self.coordinates.move(seed, -at)
         return up, down
+
+    def _losses(self, closure: Closure) -> Tensor:
+        """Return the losses ``[B]`` of a closure that leaves the trained weights as they are."""
+        versions = [p._version for p in self.coordinates.parameters]
+        losses = self._evaluate(closure)
+        if versions != [p._version for p in self.coordinates.parameters]:
+            raise ValueError(
+                "the closure changed the trained weights: it has to compute losses only. The weights are no longer those of a release: start "
+                "again from a checkpoint"
+            )
+        return losses
 
     def parameter_squares(self) -> Tensor:
         """Not known here: differences are of all parameters together."""
@@ -139,16 +168,3 @@ class DifferenceSource:
         self.coefficients.grad = None
         if sums:
             self.coefficients.summed_grad = None  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def _losses(closure: Closure) -> Tensor:
-    """Return the losses of the records, ``[B]`` float64 on the CPU."""
-    losses = closure()
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel():
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"the closure must return one loss per record, a tensor of shape [B], got {shape}: a mean over the batch cannot be "
-            "clipped per record. Use reduction='none', or opacus_ac.zeroth_order.record_losses(model, batch)"
-        )
-    return losses.detach().double().cpu()
