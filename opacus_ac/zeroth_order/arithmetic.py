@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 _WIDER = {
@@ -24,6 +24,9 @@ _PICKS = {
     torch.ops.aten.gather.default,
 }
 """Operations that copy values: what they pick is made wider, not the table that they pick from."""
+
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+"""Copies keep their type unless they are asked for another: a batch is known by its content."""
 
 
 class ClosureError(ValueError):
@@ -81,11 +84,16 @@ class ClosureWatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _widely(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func.is_view:
+        if func.is_view or (func in _COPIES and kwargs.get("dtype") is None):
             return func(*args, **kwargs)
         if func not in _PICKS:
             args, kwargs = tree_map(_wider, (args, kwargs))
         return tree_map_only(Tensor, _wider, func(*args, **kwargs))
+
+
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which nothing is watched or done in another type than its own."""
+    return _disable_current_modes()
 
 
 def _address(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ from opacus_ac.grad_sample.alone_outputs import OutputsAlone
 from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
 from opacus_ac.statistics import StepStatistics
 from opacus_ac.zeroth_order import checks, pruning
-from opacus_ac.zeroth_order.arithmetic import Evaluation
+from opacus_ac.zeroth_order.arithmetic import Evaluation, unwatched
 from opacus_ac.zeroth_order.coordinates import Coordinates
 from opacus_ac.zeroth_order.directions import Directions
 from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism, laplace_statistics
@@ -223,6 +223,16 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
     def _private_parameters(self) -> list[nn.Parameter]:
         """The weights that move along the directions."""
         return self.coordinates.parameters
+
+    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note which batch a forward pass of the model runs on, by its content as it is."""
+        with unwatched():
+            super().see(module, args, kwargs)
+
+    def seen(self, output: Any) -> None:
+        """Note the output of a forward pass."""
+        with unwatched():
+            super().seen(output)
 
     def _measures(self) -> bool:
         """Whether a forward pass now is one of a closure whose losses are being measured."""
