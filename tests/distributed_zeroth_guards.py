@@ -123,8 +123,9 @@ def zo_planted(rank: int, world: int) -> dict[str, str]:
 
     def a_bit(optimizer: Any) -> None:
         with torch.no_grad():
-            weight = optimizer.coordinates.parameters[0]
-            weight[0, 0] = torch.nextafter(weight[0, 0], weight[0, 0] + 1)
+            weight = optimizer.coordinates.parameters[0].view(-1)
+            place = weight.abs().argmax()  # moving rounds away the last bits of small ones
+            weight[place] = torch.nextafter(weight[place], 2 * weight[place])
 
     def other_mask(optimizer: Any) -> None:
         optimizer.coordinates.indices[0] = optimizer.coordinates.indices[0][1:]

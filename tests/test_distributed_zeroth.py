@@ -171,7 +171,7 @@ def test_a_step_exchanges_k_numbers_and_statistics_whatever_the_model(results):
         sizes = [(name, values) for name, values, _ in got["small"]]
         directions, bins = cases.BASE["num_directions"], 22
         assert sizes == [
-            ("gather", 9 + bins + 1),  # place and constants, counts, and the bits of the loss sum
+            ("gather", 10 + bins + 1),  # whether one failed, place and constants, counts, and the bits of the loss sum
             ("on_first", 0),
             ("reduce_scatter", directions + 1),  # padded to two ranks
             ("all_gather", (directions + 1) // 2),

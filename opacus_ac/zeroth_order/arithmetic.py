@@ -53,6 +53,8 @@ class ClosureWatch(TorchDispatchMode):
     def __init__(self, module: nn.Module, *, wide: bool) -> None:
         super().__init__()
         self._wide = wide
+        self.coarsest = torch.finfo(torch.float64).eps
+        """eps of the coarsest floating-point type that anything was computed in, or read from."""
         self._held: dict[int, str] = {}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             address = _address(tensor)
@@ -66,6 +68,9 @@ class ClosureWatch(TorchDispatchMode):
                 f"the closure draws at random ({func}), so that the two losses of a direction differ by more than the weights, and a record's "
                 "by who else is in the batch: call model.eval() before the step, set dropout to 0, and draw nothing in the closure"
             )
+        if not self._wide:
+            floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            self.coarsest = max([self.coarsest, *(torch.finfo(t.dtype).eps for t in floats)])
         if not func._schema.is_mutable:
             return func(*args, **kwargs) if not self._wide else self._widely(func, args, kwargs)
         written = _written(func, args, kwargs)
@@ -141,10 +146,14 @@ class Evaluation:
     Args:
         module: the model.
         wide: compute in float64.
+
+    Attributes:
+        coarsest: eps of the coarsest type in which the last watched call computed.
     """
 
     def __init__(self, module: nn.Module, *, wide: bool) -> None:
         self.module, self.wide = module, wide
+        self.coarsest = 0.0
 
     @torch.no_grad()
     def __call__(self, closure: Callable[[], Tensor], *, watched: bool = False) -> Tensor:
@@ -164,7 +173,8 @@ class Evaluation:
             if self.wide:
                 stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # has no float64 for recurrent layers
             if self.wide or watched:
-                stack.enter_context(ClosureWatch(self.module, wide=self.wide))
+                watch = stack.enter_context(ClosureWatch(self.module, wide=self.wide))
+                stack.callback(lambda: setattr(self, "coarsest", watch.coarsest))
             losses = closure()
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel():
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__

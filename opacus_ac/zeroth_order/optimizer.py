@@ -251,6 +251,9 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
                 self.coordinates.restore(self._rounded)
             self.differences.largest_loss = math.inf if self.single else self.room().largest_loss(self.policy.bound)
             losses = self.differences.measure(self.outputs.noting(closure), self.direction_seeds, self.smoothing)
+        except Exception:
+            self._die_together()
+            raise
         finally:
             self._measuring = False
         if self.single and losses.numel() > 1:

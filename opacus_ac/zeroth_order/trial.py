@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.zeroth_order.arithmetic import ClosureError, Evaluation
-from opacus_ac.zeroth_order.rounding import SAFETY, WIDE, coarsest
+from opacus_ac.zeroth_order.rounding import SAFETY, WIDE
 
 
 def try_closure(
@@ -32,27 +32,28 @@ def try_closure(
             called again with the same weights.
         ValueError: rounding moves its losses by more than there is room for, or it cannot be computed in float64.
     """
-    buffers = {name: id(buffer) for name, buffer in module.named_buffers()}
-    native = Evaluation(module, wide=False)(closure, watched=True)
+    buffers = dict(module.named_buffers())
+    own = Evaluation(module, wide=False)
+    native = own(closure, watched=True)
     found = _in_float64(closure, module) if wide else native
     again = Evaluation(module, wide=wide)(closure, watched=True)
-    eps = WIDE if wide else coarsest([*module.parameters(), *module.buffers(), torch.empty(0)])
+    eps = WIDE if wide else own.coarsest
     for name, buffer in module.named_buffers():
-        if buffers.get(name) != id(buffer):
+        if buffers.get(name) is not buffer:
             raise ClosureError(
                 f"the closure replaces the buffer {name}, in which a batch would leave something for the next one: keep the model from "
                 "changing its buffers, or call it once before make_private where it only makes them at its first call"
             )
     if not _agree(found, again, SAFETY * eps, loss):
         raise ClosureError(
-            "the closure gave other losses when it was called again with the same weights: it has to compute the losses of the same records, in "
-            "the same order, each time. Take the batch outside of the closure, draw nothing at random in it, and keep no state"
+            "the closure gave other losses when it was called again with the same weights, so something was changed by the call before: it has to "
+            "compute the losses of the same records, in the same order, each time. Take the batch outside of the closure, draw nothing at random in it, and keep no state"
         )
     if single:
         return
     if not wide:
         _check_native(closure, module, native, SAFETY * eps, loss)
-    elif not _agree(native, found, 0.0, 0.0, slack / WIDE * coarsest([*module.parameters(), torch.empty(0)])):
+    elif not _agree(native, found, 0.0, 0.0, slack / WIDE * own.coarsest):
         raise ValueError(
             "rounding moves the losses by more than C has room for, in float64 too, and by who else is in the batch: activations or a term of "
             "the loss are very much larger than the loss. Use a larger max_grad_norm or smoothing, or max_physical_batch_size=1"
