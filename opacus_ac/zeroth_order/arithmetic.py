@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -96,6 +97,38 @@ class ClosureWatch(TorchDispatchMode):
         return tree_map_only(Tensor, _wider, func(*args, **kwargs))
 
 
+class _Mixed(TorchFunctionMode):
+    """Makes arguments of two types wider before torch compares them; those of one type are made so later."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "_")
+        if not name.endswith(("_", "_as")) and "out" not in kwargs:
+            dtypes = {t.dtype for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()}
+            if len(dtypes) > 1:
+                args, kwargs = tree_map(_wider, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _wide_recurrent(module: nn.Module) -> Iterator[None]:
+    """Let recurrent layers compute in float64: they compare types by themselves, and oneDNN has no float64 for them."""
+    layers = [inner for inner in module.modules() if isinstance(inner, nn.RNNBase)]
+    enabled: bool = torch._C._get_mkldnn_enabled()
+    held = [layer._flat_weights for layer in layers]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: tree_map(_wider, args)) for layer in layers]
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        for layer, weights in zip(layers, held, strict=True):
+            layer._flat_weights = [None if w is None else w.detach().double() for w in weights]
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+        for layer, weights, hook in zip(layers, held, hooks, strict=True):
+            layer._flat_weights = weights
+            hook.remove()
+
+
 def unwatched() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which nothing is watched or done in another type than its own."""
     return _disable_current_modes()
@@ -171,7 +204,8 @@ class Evaluation:
         torch.clear_autocast_cache()
         with contextlib.ExitStack() as stack:
             if self.wide:
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # has no float64 for recurrent layers
+                stack.enter_context(_wide_recurrent(self.module))
+                stack.enter_context(_Mixed())
             if self.wide or watched:
                 watch = stack.enter_context(ClosureWatch(self.module, wide=self.wide))
                 stack.callback(lambda: setattr(self, "coarsest", watch.coarsest))

@@ -18,7 +18,7 @@ from opacus_ac.zeroth_order.rounding import SHARE, Room
 from opacus_ac.zeroth_order.trial import try_closure
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::opacus_ac.errors.NotPrivateWarning", "ignore:TF32 acceleration", "ignore::opacus_ac.errors.SamplingWarning"
+    "ignore::opacus_ac.errors.NotPrivateWarning", "ignore::opacus_ac.errors.SamplingWarning"
 )
 
 
@@ -328,6 +328,16 @@ def test_what_cannot_be_computed_in_float64_is_refused_with_the_remedy():
 # ---------------------------------------------------------------- arithmetic in float64
 
 
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn = nn.Linear(6, 6), nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(self.first(x), [7, 3, 5, 1], batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0]
+
+
 def layers(kind):
     torch.manual_seed(0)
     return {
@@ -337,11 +347,36 @@ def layers(kind):
         "attention": lambda: nn.MultiheadAttention(6, 2, batch_first=True),
         "conv": lambda: nn.Sequential(nn.Conv1d(7, 4, 3), nn.GroupNorm(2, 4)),
         "norms": lambda: nn.Sequential(nn.LayerNorm(6), nn.RMSNorm(6), nn.Softmax(-1)),
+        "conv after": lambda: nn.Sequential(
+            nn.LayerNorm(6), nn.Conv1d(7, 4, 3), nn.GELU(), nn.ConvTranspose1d(4, 3, 2), nn.PReLU()
+        ),
+        "lstm after": lambda: nn.Sequential(nn.LayerNorm(6), nn.LSTM(6, 5, num_layers=2, bidirectional=True)),
+        "packed": Packed,
+        "cell": lambda: nn.Sequential(nn.Flatten(), nn.Linear(42, 6), nn.GRUCell(6, 5), nn.Unflatten(1, (5, 1))),
+        "encoder after": lambda: nn.Sequential(
+            nn.LayerNorm(6), nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        ),
         "half": lambda: nn.Linear(6, 6).bfloat16(),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "encoder", "attention", "conv", "norms", "half"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lstm",
+        "gru",
+        "encoder",
+        "attention",
+        "conv",
+        "norms",
+        "half",
+        "conv after",
+        "lstm after",
+        "packed",
+        "cell",
+        "encoder after",
+    ],
+)
 def test_float64_gives_what_a_model_in_float64_gives(kind):
     model = layers(kind).eval()
     x = torch.randn(4, 7, 6)
