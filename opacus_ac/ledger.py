@@ -24,7 +24,7 @@ from opacus_ac.accounting import Event
 from opacus_ac.charges import RECORD, Charge, Limit, privacy_unit
 from opacus_ac.errors import LedgerError
 
-__all__ = ["RECORD", "SECTOR", "VERSIONS", "PrivacyLedger", "privacy_unit", "repair"]
+__all__ = ["SECTOR", "VERSIONS", "PrivacyLedger", "privacy_unit", "repair"]
 
 VERSIONS = {1: "gaussian", 2: "laplace"}
 """What the charges of a ledger are, by the version in its first line: those who know version 1 only take all for Gaussian."""
