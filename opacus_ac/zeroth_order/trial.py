@@ -53,7 +53,7 @@ def try_closure(
         return
     if not wide:
         _check_native(closure, module, native, SAFETY * eps, loss)
-    elif not _agree(native, found, 0.0, 0.0, slack / WIDE * own.coarsest):
+    elif not _agree(native, found, SAFETY * own.coarsest, 0.0, slack / WIDE * own.coarsest):
         raise ValueError(
             "rounding moves the losses by more than C has room for, in float64 too, and by who else is in the batch: activations or a term of "
             "the loss are very much larger than the loss. Use a larger max_grad_norm or smoothing, or max_physical_batch_size=1"

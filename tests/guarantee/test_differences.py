@@ -70,6 +70,7 @@ def softplus(scale):
 ATTACKS = {
     "small C": (softplus(1.0), {"max_grad_norm": 1e-4}, 1, 32),
     "large losses": (softplus(1e4), {}, 1, 32),
+    "losses beyond the room": (softplus(1e7), {"max_grad_norm": 1e-2}, 1, 48),
     "few records": (lambda out: F.cross_entropy(out, torch.zeros(len(out), dtype=torch.long), reduction="none"), {"max_grad_norm": 1e-4}, 10, 4),
     "many directions": (softplus(1.0), {"max_grad_norm": 1e-3, "zeroth_order": ZerothOrderSettings(num_directions=16, direction_seed=1)}, 1, 32),
     "one record at a time": (softplus(1.0), {"max_grad_norm": 1e-5, "max_physical_batch_size": 1}, 1, 9),
