@@ -127,7 +127,9 @@ class GaussianMechanism:
         named = list(parameters)
         # All sums first: after a matrix product the threads of BLAS spin for a while, on the cores that the noise needs.
         totals = [
-            torch.zeros_like(parameter) if total is None else total
+            torch.zeros_like(parameter)
+            if total is None
+            else total.to(torch.promote_types(total.dtype, parameter.dtype))
             for parameter, total in zip(named, sums, strict=True)
         ]
         self.noise_in_place(totals, std, scale)

@@ -507,8 +507,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         for p in self._released:
             p.summed_grad = None
         self.reducer.clear()
-        self._batch = LogicalBatch(None if delivery is None else delivery.draw.batch, self._terms())
+        self._batch = None
         self.statistics.begin(self.policy.bound, self.policy.true_share)
+        self._batch = LogicalBatch(None if delivery is None else delivery.draw.batch, self._terms())
 
     def _give_up(self) -> None:
         """Kill the open logical batch before its records in hand are touched."""

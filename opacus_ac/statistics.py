@@ -213,9 +213,10 @@ class StepStatistics:
             gradient_share: maps norm / C (the upper edge of a bin) to the largest norm / C that a gradient of that
                 bin has after clipping.
         """
-        self._window = NormWindow.around(bound, self.bins)
-        upper = np.append(self._window.edges / bound, np.inf)
-        self._shares = np.clip(gradient_share(upper), 0.0, 1.0)
+        window = NormWindow.around(bound, self.bins)
+        upper = np.append(window.edges / bound, np.inf)
+        self._shares = np.clip(gradient_share(upper), 0.0, 1.0)  # of somebody's policy: it may fail
+        self._window = window
         self._weights = np.sqrt(np.maximum(1 + self.histogram_weight**2 - self._shares**2, 0.0))
         self._counts = np.zeros(self.bins + 2, dtype=np.int64)
         self._loss_sum = 0.0

@@ -95,7 +95,7 @@ def test_activation_checkpointing_changes_nothing(adapters, reentrant, tmp_path)
 @pytest.mark.parametrize("mode", ["bk", "hooks"])
 @pytest.mark.parametrize("adapters", [True, False])
 def test_a_clipped_record_adds_at_most_c_under_bf16(mode, adapters, tmp_path):
-    """One record, q = 1, no noise, SGD with rate 1: the weights move by C, to 1e-4 in "bk" and 1e-6 in "hooks"."""
+    """One record, q = 1, no noise, SGD with rate 1: the weights move by C at most, and by no more less than norms that are bounds cost."""
     model = lora(dtype=torch.bfloat16) if adapters else tiny_models.build("llama").float()
     before = weights(model)
     made = trainer(
@@ -104,7 +104,7 @@ def test_a_clipped_record_adds_at_most_c_under_bf16(mode, adapters, tmp_path):
     )  # fmt: skip
     made.train()
     moved = float((weights(model) - before).norm())
-    assert moved == pytest.approx(0.25, rel=1e-4 if mode == "bk" else 1e-5)
+    assert 0.25 * (1 - 5e-3) <= moved <= 0.25 * (1 + 1e-6)
 
 
 def test_a_record_has_the_same_norm_alone_and_in_company(tmp_path):

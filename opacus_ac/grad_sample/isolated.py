@@ -113,4 +113,6 @@ def is_coarse(module: nn.Module, tensors: Iterable[Tensor]) -> bool:
     """Whether anything is computed in less than float32 now."""
     low = (torch.bfloat16, torch.float16)
     asked = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    # accelerate puts autocast inside of the forward that it wraps.
+    asked = asked or any(hasattr(inner, "_original_forward") for inner in module.modules())
     return asked or any(t.dtype in low for t in (*module.parameters(), *tensors))

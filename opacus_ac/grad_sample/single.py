@@ -203,6 +203,7 @@ def own_positions(mask: Tensor, record: int) -> tuple[int, int, int] | None:
 def choose_records(arguments: Any, rows: int, dim: int, mask: Tensor | None, limit: int = 3) -> list[int]:
     """Return up to ``limit`` records that differ: the shortest, the longest, one with another label, the middle.
 
+    >>> import torch
     >>> choose_records((torch.arange(5.0),), 5, 0, None)
     [0, 4, 2]
     """
