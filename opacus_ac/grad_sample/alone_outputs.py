@@ -86,7 +86,7 @@ class OutputsAlone:
 
     @contextmanager
     def _watching(self, calls: list[Call]) -> Iterator[None]:
-        """Note the outermost calls of the model and its parts."""
+        """Note the calls of the model; parts that are called by themselves, whose inputs may hold other things than records, are not."""
         running: list[Call | int] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -107,7 +107,7 @@ class OutputsAlone:
             if not running:
                 return
             call = running.pop()
-            if isinstance(call, Call) and call.runs:
+            if isinstance(call, Call) and call.runs and not call.path:
                 call.outputs = {path: t.detach() for path, t in floats_in(output)}
                 calls.append(call)
 
