@@ -427,7 +427,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def _add_records(self, draw: Draw | None, norms: Tensor, losses: Tensor | None) -> None:
         """Add the records of a physical batch to the sums of the open logical batch."""
-        if draw is not None and draw.records == 0:
+        if self.origin.is_stand_in or (draw is not None and draw.records == 0):
             # The stand-in for an empty batch: it must leave no trace in any sum.
             self.source.accumulate(torch.zeros_like(norms))
             return

@@ -21,6 +21,8 @@ class Origin:
     def __init__(self) -> None:
         self._sights: list[Sight] = []
         self._running: list[Sight] = []
+        self.is_stand_in = False
+        """Whether the gradients in hand are of a stand-in, also of one that was used before: they belong to nobody that was drawn."""
 
     def enter(self, plan: SamplingPlan, inputs: Any) -> bool:
         """Note what a forward pass runs on; return whether it is another batch than that of all passes before."""
@@ -58,6 +60,7 @@ class Origin:
             ValueError: they come from several draws, or a record may be in them twice.
         """
         sights = [s for s in self._sights if s.confirmed] or self._sights
+        self.is_stand_in = False
         if not sights:  # the model was called by its parts, or not at all
             return plan.in_hand
         if len(sights) > 1:
@@ -73,6 +76,7 @@ class Origin:
                 "batches from the loader that make_private returned"
             )
         found = sight.delivery
+        self.is_stand_in = found is not None and found.draw.records == 0
         if found is None or not found.used:
             return found
         if found.draw.part or not found.draw.last:

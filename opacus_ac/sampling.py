@@ -293,6 +293,8 @@ class SamplingPlan:
         found, known = RECOGNITION.find(tensors, self._current)
         if found is None and not known and not self._ahead:
             found = self.in_hand  # it was changed on its way, and nothing tells of another one
+            if found is None and self._current is not None and self._current.draw.records == 0:
+                found = self._current  # a stand-in that was used before: a copy of it still belongs to nobody
         if found is None or found.owner is not self:
             return unknown(tensors)
         RECOGNITION.follow(found, tensors)

@@ -265,6 +265,24 @@ def test_nested_iterations_are_draws_of_their_own():
     run.check()
 
 
+@pytest.mark.parametrize("change", ["as it is", "copied"])
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+def test_a_stand_in_that_is_kept_stays_without_weight(mode, change):
+    """It is made of the first row, whom nobody drew: whether that row is in the sum must not depend on another record."""
+    run = Run(batch_size=1, **ALWAYS[mode])
+    steps = 0
+    while not steps:
+        for batch in run.loader:
+            empty = run.optimizer.plan.current().records == 0
+            run.step(batch)
+            if empty:
+                before = len(run.sums)
+                run.step(batch, (lambda i: i.clone()) if change == "copied" else (lambda i: i))
+                steps += 1
+                assert float(run.sums[before].abs().max()) == 0
+    assert run.charges[1.0] == steps
+
+
 # ---------------------------------------------------------------- one draw a step
 
 
