@@ -59,6 +59,7 @@ class ModelWatch:
     def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter], *, moves: bool = False) -> None:
         self._module, self._moves = module, moves
         self._trained = {id(p) for p in trained}
+        self._has_shards = any(_sharded(p) for p in module.parameters())
         self._before: _State | None = None
         self._thorough = True
         self._carried: list[tuple[str, nn.Module, str, Tensor, int]] = []
@@ -160,8 +161,9 @@ class ModelWatch:
     def _look(self, *, sums: bool) -> _State:
         marks: dict[str, tuple[int, ...]] = {}
         still: list[Tensor] = []
-        for path, name, tensor in _tensors(list(self._module.named_modules())):
-            if _sharded(tensor) or tensor.is_meta:
+        modules = dict(self._module.named_modules())
+        for path, name, tensor in _tensors(list(modules.items())):
+            if tensor.is_meta or (self._has_shards and name in modules[path]._parameters):
                 continue  # gathered and let go of around its layer
             marks[f"{path}.{name}" if path else name] = (id(tensor), _version(tensor), tensor.data_ptr())
             if id(tensor) not in self._trained:
