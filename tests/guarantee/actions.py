@@ -37,7 +37,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 
 SITES = (
-    "forward", "backward", "hook", "fsync", "before charge", "after charge", "before noise", "after noise", "in statistics",
+    "forward", "backward", "late backward", "hook", "fsync", "before charge", "after charge", "before noise", "after noise", "in statistics",
     "factors", "before accumulate", "after accumulate", "observe", "before inner", "after inner", "policy update",
 )  # fmt: skip
 """Where a sequence can ask for an exception."""
@@ -102,6 +102,7 @@ class Run:
     began_with: float = 0.0
     size: float = 3.0
     hooked: bool = False
+    fresh: Held | None = None  # what the loader handed out last
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of all tensors of the model."""
@@ -308,7 +309,7 @@ class World:
         is_stand_in = float(x[0, -1]) == 0  # of no draw
         now = len(self.reference.draws)
         draw = (now if now > drawn else empty[-1]) if is_stand_in else int(y[0])
-        run.held = Held(x, y, draw)
+        run.held = run.fresh = Held(x, y, draw)
 
     def leave(self, which: int, close: bool) -> None:
         """Break out of a pass."""
@@ -341,14 +342,25 @@ class World:
         run = self.run
         if zero:
             run.optimizer.zero_grad()
-        if run.held is None:
+        if run.held is None or self._passes_for_fresh(run.held):
             return
+        run.bare.late = lambda _: fail(self.reference, "late backward")
         outputs = run.model(run.held.x)
         fail(self.reference, "forward")
         outputs.register_hook(lambda _: fail(self.reference, "backward"))
         losses = record_losses(outputs, run.held.y)
         run.last_draw = run.held.draw
         (losses.mean() if self.config["reduction"] == "mean" else losses.sum()).backward()
+
+    def _passes_for_fresh(self, held: Held) -> bool:
+        """Whether other rows are about to be used in the place of as many that were just handed out.
+
+        The package cannot tell them from those rows, transformed; the documents say that this is up to the user.
+        """
+        fresh = self.run.fresh
+        if held.draw or fresh is None:
+            return False
+        return len(fresh.x) == len(held.x) or not self.reference.draws[fresh.draw - 1].order
 
     def step(self) -> None:
         """Call ``optimizer.step()``."""

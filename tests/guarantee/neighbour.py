@@ -53,6 +53,8 @@ def check_without(world: World, actions: list[tuple[Any, ...]], seed: int, recor
         raise Violation("flow", f"charges depend on record {record}: {charged}")
     worst = 0.0
     for mine, theirs in zip(first.releases, other.reference.releases, strict=True):
+        if (mine.std, mine.scale) != (theirs.std, theirs.scale):
+            raise Violation("flow", f"std and scale of a release depend on record {record}: {mine.std}, {mine.scale}")
         moved = distance(mine, theirs)
         if moved > 1 + SLACK:
             raise Violation("sensitivity", f"record {record} moves a release by {moved:.4f} of its sensitivity")
