@@ -1,8 +1,6 @@
-"""Settings of every test: few threads, no compilation, examples importable as scripts import each other."""
+"""Settings of every test: few threads, no compilation, registries as Opacus leaves them."""
 
 import os
-import sys
-from pathlib import Path
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # before torch is imported: BitNet layers compile otherwise
 
@@ -12,7 +10,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: kernels run without a GPU
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 
 @pytest.fixture(autouse=True)

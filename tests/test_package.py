@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "opacus_ac"
 
 # Rooms from the bottom up: a module may import those of lower rank, and of its own rank within its own room.

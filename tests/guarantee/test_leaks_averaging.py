@@ -6,7 +6,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch import callbacks as known
-from test_lightning import Classifier, made, weights
+from tiny_lightning import Classifier, made, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac.integrations.lightning import PrivacyCallback

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import callbacks as known
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
-from test_lightning import Classifier, made
+from tiny_lightning import Classifier, made
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac.data import LogicalBatches

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from test_poison import engine_for, released
-from test_rules_layers import DetachBitLinear
+from bit_layers import DetachBitLinear
+from noiseless import engine_for, released
 from torch import nn
 
 from opacus_ac.grad_sample import register_ste_linear

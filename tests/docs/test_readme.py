@@ -1,0 +1,15 @@
+"""The README's commands are those of CI; its code and its other commands are in tests/docs/test_code.py."""
+
+import re
+
+from checkout import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_readme_are_those_of_ci():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'pip install -e ".[test]" && pytest' in README
+    assert 'pip install --quiet -e ".[test]"' in ci
+    halves = re.findall(r"^pytest (\S+)", ci, re.MULTILINE)  # together they are what the README's command runs
+    assert halves == ["tests/guarantee", "--ignore=tests/guarantee"]

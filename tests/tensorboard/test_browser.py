@@ -1,0 +1,300 @@
+"""The Privacy tab in real headless Chromium, under TensorBoard's own content security policy."""
+
+import pytest
+import tensorboard_browser
+from tensorboard_browser import points, texts, wait_for
+from tensorboard_runs import DELTA, private, steps
+from torch.utils.tensorboard import SummaryWriter
+
+from opacus_ac.tensorboard import PrivacyDashboard
+from opacus_ac.tensorboard.summaries import meta_summary
+
+pytestmark = tensorboard_browser.NEEDS_A_BROWSER
+EVIL = "<img src=x onerror=window.alert(1)>"
+SCRIPT = "<script>window.pwned = 1</script><b>bold</b>"
+CHARTS = ("epsilon", "max_grad_norm", "clip_rate", "lr_multiplier", "noisy_loss", "remaining_steps", "sample_rate",
+          "noise_multiplier")  # fmt: skip
+
+
+class Logs:
+    """Two private runs, one that is not, and one written by somebody hostile; the first run can go on."""
+
+    def __init__(self, folder):
+        self.run = private(loss_bound=3.0)
+        self.dashboard = PrivacyDashboard(folder / "first", self.run[0], self.run[2])
+        self.go_on(5)
+        for name, count, options in (
+            ("second", 3, {"loss_bound": 3.0, "batch_size_schedule": [16, 32]}),
+            ("published", 2, {"noise_multiplier": 1.0, "clip_policy": "raw_percentile"}),
+        ):
+            run = private(**options)
+            with PrivacyDashboard(folder / name, run[0], run[2], delta=DELTA) as dashboard:
+                steps(run, dashboard, count, losses="loss_bound" in options)
+        meta = {
+            "version": 1,
+            "private": True,
+            "delta": SCRIPT,
+            "unit": SCRIPT,
+            "released": [SCRIPT],
+            "warnings": [SCRIPT],
+        }
+        with SummaryWriter(str(folder / EVIL)) as writer:
+            writer._get_file_writer().add_summary(meta_summary(meta), 0)
+            for step, value in enumerate((1.0, float("nan"), 3.0)):
+                writer.add_scalar("privacy/max_grad_norm", value, step)
+
+    def go_on(self, count):
+        steps(self.run, self.dashboard, count, losses=True)
+        self.dashboard._writer.flush()
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tab") / "logs"
+    made = Logs(folder)
+    made.folder = folder
+    yield made
+    made.dashboard.close()
+
+
+@pytest.fixture(scope="module")
+def port(logs):
+    path = tensorboard_browser.entry_points(logs.folder.parent)
+    with tensorboard_browser.serve(logs.folder, path) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    with tensorboard_browser.chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+def is_open(driver):
+    """Whether the driver shows the tab as a test before left it; stays in its frame if so."""
+    driver.switch_to.default_content()
+    if not (frame := driver.execute_script(tensorboard_browser.FIND_FRAME)):
+        return False
+    driver.switch_to.frame(frame)
+    return driver.execute_script("return window.violations !== undefined && window.blocked === undefined")
+
+
+@pytest.fixture
+def tab(chromium, port):
+    """The tab with its four runs; at the end of every test nothing may have complained."""
+    if not is_open(chromium):
+        tensorboard_browser.open_tab(chromium, port)
+        chromium.execute_script(
+            """window.violations = [];
+               document.addEventListener('securitypolicyviolation', e => violations.push(e.blockedURI))"""
+        )
+    wait_for(lambda: len(texts(chromium, "label.run")) == 4)
+    yield chromium
+    assert tensorboard_browser.severe(chromium) == []
+    assert chromium.execute_script("return window.violations") == []
+
+
+def choose(driver, *runs):
+    """Show just these runs."""
+    driver.execute_script(
+        """for (const wanted of [true, false]) for (const text of [...document.querySelectorAll('label.run')].map(l => l.textContent)) {
+             const label = [...document.querySelectorAll('label.run')].find(l => l.textContent === text);
+             if (arguments[0].includes(text) === wanted && label.firstChild.checked !== wanted) label.firstChild.click();
+           }""",
+        list(runs),
+    )
+    wait_for(lambda: sorted(texts(driver, ".card h2 span")) == sorted(runs))
+
+
+def card(driver, run):
+    """Return the figures of a run's card by name."""
+    script = """const card = [...document.querySelectorAll('.card')].find(c => c.getAttribute('aria-label') === arguments[0]);
+      return Object.fromEntries([...card.querySelectorAll('[data-figure]')].map(f => [f.dataset.figure, f.textContent]))"""
+    return driver.execute_script(script, run)
+
+
+def test_every_chart_has_the_points_of_every_run(tab, logs):
+    choose(tab, "first", "second")
+    count = logs.run[2].steps_taken
+    wait_for(lambda: sorted(points(tab, "max_grad_norm")) == sorted([count, 3]))
+    for chart in CHARTS:
+        extra = 1 if chart in ("epsilon", "remaining_steps") else 0  # they are known before the first step
+        assert sorted(points(tab, chart)) == sorted([count + extra, 3 + extra]), chart
+    wait_for(lambda: points(tab, "epsilon", "projection") == [2, 2])
+    assert len(points(tab, "epsilon", "target")) >= 1
+    assert points(tab, "clip_rate", "target")
+    assert tab.execute_script("return document.querySelectorAll('#panel-clip_rate .band').length") >= 1
+
+
+def test_epsilon_and_remaining_steps_are_the_engines(tab, logs):
+    choose(tab, "first")
+    engine = logs.run[0]
+    found = card(tab, "first")
+    assert found["epsilon"] == f"{float(f'{engine.get_epsilon(DELTA):.4g}'):g} of 8"
+    assert found["remaining"] == str(engine.remaining_steps())
+    end = logs.run[2].steps_taken + engine.remaining_steps()
+    assert any(f"projection: target reached at step {end}" in text for text in texts(tab, ".card .detail"))
+    assert texts(tab, ".alert") == [f"first: {w}" for w in engine.privacy_report().warnings]
+
+
+def test_a_new_point_appears_without_a_reload(tab, logs):
+    choose(tab, "first")
+    wait_for(lambda: points(tab, "max_grad_norm") == [logs.run[2].steps_taken])
+    tab.execute_script("window.same = true")
+    logs.go_on(2)
+    wait_for(lambda: points(tab, "max_grad_norm") == [logs.run[2].steps_taken])
+    expected = f"{float(f'{logs.run[0].get_epsilon(DELTA):.4g}'):g} of 8"
+    assert card(tab, "first")["epsilon"] == expected
+    assert tab.execute_script("return window.same") is True
+
+
+def test_runs_overlay_in_colours_of_their_own_and_can_be_chosen(tab):
+    choose(tab, "first", "second", "published")
+    colours = tab.execute_script(
+        "return [...document.querySelectorAll('#panel-max_grad_norm path.value')].map(p => getComputedStyle(p).stroke)"
+    )
+    assert len(set(colours)) == 3
+    choose(tab, "second")
+    assert len(points(tab, "max_grad_norm")) == 1
+    choose(tab)
+    assert texts(tab, ".status") == ["No run is chosen."]
+
+
+def test_a_run_that_is_not_private_says_so_loudly(tab):
+    choose(tab, "published", "second")
+    (alert,) = texts(tab, ".alert.loud")
+    assert alert.startswith("published is NOT PRIVATE, epsilon = infinity: ")
+    assert "un-noised" in alert
+    assert card(tab, "published")["epsilon"] == "infinity"
+    assert "remaining" not in card(tab, "published")
+    claims = texts(tab, ".claim")
+    assert "NOT PRIVATE: epsilon = infinity" in claims
+    assert any("-differential privacy after 3 steps" in claim for claim in claims)
+    choose(tab, "published")
+    assert texts(tab, "#panel-epsilon .empty") == ["Epsilon is infinite: no bound holds."]
+
+
+def test_untrusted_text_is_shown_as_text(tab):
+    choose(tab, EVIL)
+    assert EVIL in texts(tab, "label.run span")
+    shown = texts(tab, ".statement dd") + texts(tab, ".alert")
+    assert sum(SCRIPT in text for text in shown) >= 3
+    assert tab.execute_script("return document.querySelectorAll('img, b, main script').length") == 0
+    assert tab.execute_script("return window.pwned === undefined && window.parent.pwned === undefined")
+    wait_for(lambda: points(tab, "max_grad_norm") == [2])  # NaN is a gap
+
+
+def test_the_statement_stays_unfolded_while_the_run_goes_on(tab, logs):
+    choose(tab, "first")
+    tab.execute_script("document.querySelector('.statement summary').click()")
+    logs.go_on(1)
+    wait_for(lambda: points(tab, "max_grad_norm") == [logs.run[2].steps_taken])
+    assert tab.execute_script("return document.querySelector('.statement').open") is True
+    released = logs.run[0].privacy_report().released
+    assert set(released) <= set(texts(tab, ".statement dd"))
+
+
+def background(driver):
+    return driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+
+def test_dark_mode_follows_tensorboard(tab):
+    choose(tab, "first")
+    tensorboard_browser.set_dark(tab, True)
+    wait_for(lambda: background(tab) == "rgb(33, 33, 33)")
+    assert tab.execute_script("return getComputedStyle(document.body).color") == "rgb(240, 240, 240)"
+    tensorboard_browser.set_dark(tab, False)
+    wait_for(lambda: background(tab) == "rgb(245, 245, 245)")
+
+
+def test_narrow_windows_have_one_column_and_no_sideways_scroll(tab):
+    choose(tab, "first", EVIL)
+    columns = "return getComputedStyle(document.querySelector('.panels')).gridTemplateColumns.split(' ').length"
+    assert tab.execute_script(columns) == 3
+    chart = "return Number(document.querySelector('#panel-epsilon svg').getAttribute('width'))"
+    wide = tab.execute_script(chart)
+    tab.execute_script(
+        "const f = window.frameElement; window.wide = f.style.cssText; f.style.width = '360px'; f.style.minWidth = '0'"
+    )
+    try:
+        wait_for(lambda: tab.execute_script("return document.documentElement.clientWidth") <= 360)
+        assert tab.execute_script(columns) == 1
+        fits = "return document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        wait_for(lambda: tab.execute_script(chart) != wide and tab.execute_script(fits))
+    finally:
+        tab.execute_script("window.frameElement.style.cssText = window.wide")
+
+
+def test_keys_move_the_crosshair_and_say_the_values(tab, logs):
+    choose(tab, "first")
+    press = """const svg = document.querySelector('#panel-max_grad_norm svg'); svg.focus();
+      svg.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], cancelable: true}))"""
+    tab.execute_script(press, "Home")
+    assert texts(tab, ".spoken")[0].startswith("first: 1 at step 1")
+    tab.execute_script(press, "ArrowRight")
+    assert texts(tab, ".spoken")[0].endswith("at step 2")
+    visible = "return [...document.querySelectorAll('.cursor')].filter(c => c.getAttribute('visibility') === 'visible').length"
+    assert tab.execute_script(visible) == len(CHARTS)
+    assert tab.execute_script("return document.querySelectorAll('.tooltip:not([hidden])').length") == 1
+    tab.execute_script(press, "Escape")
+    assert tab.execute_script(visible) == 0
+
+
+def test_charts_have_labels_units_and_ticks(tab):
+    choose(tab, "first")
+    for chart in CHARTS:
+        label = tab.execute_script(
+            "return document.querySelector(arguments[0]).getAttribute('aria-label')", f"#panel-{chart} svg"
+        )
+        title, unit = texts(tab, f"#panel-{chart} h2")[0], texts(tab, f"#panel-{chart} .unit")[0]
+        assert label.startswith(f"{title}, {unit}. first: ")
+        assert len(texts(tab, f"#panel-{chart} .tick.x")) >= 2
+        assert len(texts(tab, f"#panel-{chart} .tick.y")) >= 2
+        assert texts(tab, f"#panel-{chart} .axis") == ["step"]
+
+
+def test_a_server_that_does_not_answer_is_said_and_waited_for(tab, logs):
+    choose(tab, "first")
+    tab.execute_script("window.kept = window.fetch; window.fetch = () => Promise.reject(new Error('gone'))")
+    wait_for(lambda: texts(tab, ".status") == ["No answer (gone); trying again"])
+    wait_for(lambda: points(tab, "max_grad_norm") == [logs.run[2].steps_taken])
+    tab.execute_script("window.fetch = window.kept")
+    wait_for(lambda: texts(tab, ".status")[0].startswith("live, step"))
+
+
+def test_the_policy_is_in_force_and_blocks_what_we_do_not_use(chromium, port):
+    """Without this, the absence of violations in the other tests would show nothing."""
+    tensorboard_browser.open_tab(chromium, port)
+    chromium.execute_script(
+        """window.blocked = [];
+           document.addEventListener('securitypolicyviolation', e => blocked.push(e.effectiveDirective));
+           const inline = document.createElement('script'); inline.textContent = 'window.ran = 1';
+           const image = document.createElement('img'); image.src = 'https://example.invalid/x.png';
+           document.head.append(inline, image);"""
+    )
+    blocked = wait_for(lambda: chromium.execute_script("return blocked.length > 1 && blocked"))
+    assert {entry.split("-")[0] for entry in blocked} >= {"script", "img"}
+    assert chromium.execute_script("return window.ran") is None
+    assert tensorboard_browser.severe(chromium)  # a violation is a severe entry
+    chromium.switch_to.default_content()
+
+
+def test_the_tab_works_without_the_rust_server(chromium, logs, tmp_path):
+    path = tensorboard_browser.entry_points(tmp_path)
+    with tensorboard_browser.serve(logs.folder, path, "--load_fast=false") as port:
+        tensorboard_browser.open_tab(chromium, port)
+        wait_for(lambda: sorted(texts(chromium, "label.run span")) == sorted([EVIL, "first", "published", "second"]))
+        wait_for(lambda: logs.run[2].steps_taken in points(chromium, "max_grad_norm"))
+        assert tensorboard_browser.severe(chromium) == []
+        chromium.switch_to.default_content()
+
+
+def test_tensorboards_own_pages_show_the_run_too(chromium, port):
+    """Custom Scalars has our charts, and Text the statement."""
+    for fragment, words in (("custom_scalars", "Privacy budget"), ("text", "privacy/statement")):
+        chromium.get("about:blank")
+        chromium.get(f"http://127.0.0.1:{port}/#{fragment}")
+        script = """const walk = n => (n.shadowRoot ? walk(n.shadowRoot) : '') +
+          [...n.childNodes].map(c => c.nodeType === 3 ? c.textContent : walk(c)).join(' '); return walk(document.body)"""
+        wait_for(lambda words=words, script=script: words in chromium.execute_script(script))
+    assert tensorboard_browser.severe(chromium) == []
