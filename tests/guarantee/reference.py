@@ -116,6 +116,7 @@ class Release:
     available: Counter
     counts: int | None = None
     vector: Any = None
+    unit: float = 0.0  # norm of one record's part of the sums
     weight: float = 0.0  # of the statistics' entry of a record
     statistics_std: float = 0.0
     sensitivity: float = 1.0
@@ -310,7 +311,7 @@ class Reference:
         """Note the sums that are about to be noised."""
         self.close()
         run = self._run(mechanism)
-        sums = {name_of(total): total.detach().clone().double() for total in totals}
+        sums = dict(zip(self.names(totals), (total.detach().clone().double() for total in totals), strict=True))
         available = run.book.charged(run.engine.accountant) - run.book.consumed
         release = Release(sums, float(std), float(run.optimizer.policy.bound), available)
         release.sensitivity = run.optimizer.statistics.sensitivity
@@ -335,21 +336,36 @@ class Reference:
             return
         release, run = self.releases[-1], self._of
         release.closed = True
-        unit = check_sums(release)
-        self._identify(release, run)
+        self.examine(release, run)
         if release.counts is not None and release.counts != len(release.records):
             raise Violation("counts", f"statistics of {release.counts} records, a sum of {len(release.records)}")
-        if release.records:
-            parts = [(unit, release.std), (release.weight, release.statistics_std)]
-            precision = sum(math.inf if std == 0 else (part / std) ** 2 for part, std in parts if part)
-            release.noise = 0.0 if precision == math.inf else precision**-0.5
-        else:
-            release.noise = release.std / (release.sensitivity * release.bound)
+        release.noise = self.true_noise(release)
         if self.frozen is None:
             self._check_charge(release, run)
         run.book.releases.append(release)
         if release.draw is not None:
             release.draw.uses += 1
+
+    def names(self, totals: Sequence[Tensor]) -> list[str]:
+        """Return a name for each of the sums that are noised together."""
+        return [name_of(total) for total in totals]
+
+    def examine(self, release: Release, run: Any) -> None:
+        """Find out what is in the sums of a release, and of which draw it is.
+
+        Raises:
+            Violation: a record is in them twice, or with more or less than C, or records of several draws are.
+        """
+        release.unit = check_sums(release)
+        self._identify(release, run)
+
+    def true_noise(self, release: Release) -> float:
+        """Return the noise multiplier of a release: its noise over what a record really adds to it."""
+        if not release.records:
+            return release.std / (release.sensitivity * release.bound)
+        parts = [(release.unit, release.std), (release.weight, release.statistics_std)]
+        precision = sum(math.inf if std == 0 else (part / std) ** 2 for part, std in parts if part)
+        return 0.0 if precision == math.inf else float(precision**-0.5)
 
     def _identify(self, release: Release, run: Any) -> None:
         """Find the draw of a release: from its sum, or, of an empty one, from the batch that was last run backward."""
@@ -478,17 +494,17 @@ def _watch_noise(reference: Reference, original: Any) -> Any:
         release.scale = float(scale)
         if reference.frozen is not None:
             known = reference.frozen.releases[len(reference.releases) - 1]
-            for total in totals:
-                total.copy_(known.outputs[name_of(total)])
+            for name, total in zip(reference.names(totals), totals, strict=True):
+                total.copy_(known.outputs[name])
         else:
             original(self, totals, std, scale)
             if std:
-                before = torch.cat([release.sums[name_of(t)].reshape(-1) for t in totals])
+                before = torch.cat([release.sums[name].reshape(-1) for name in reference.names(totals)])
                 drawn = (torch.cat([t.detach().double().reshape(-1) / scale for t in totals]) - before) / std
                 if float(drawn.abs().min()) == 0:
                     raise Violation("noise", "a coordinate without noise")
                 reference.tally.add(self, drawn)
-        release.outputs = {name_of(t): t.detach().clone() for t in totals}
+        release.outputs = dict(zip(reference.names(totals), (t.detach().clone() for t in totals), strict=True))
         fail(reference, "after noise")
 
     return noise_in_place
@@ -516,7 +532,10 @@ def _noise_of_statistics(reference: Reference, statistics: Any) -> Iterator[None
 
     def look(noisy: Any, std: float, expected_batch_size: float) -> Any:
         if std > 0 and summed.size:
-            reference.tally.add(None, torch.as_tensor((noisy - summed) / std))
+            drawn = torch.as_tensor((noisy - summed) / std)
+            if float(drawn.abs().min()) == 0:
+                raise Violation("noise", "a statistic without noise")
+            reference.tally.add(None, drawn)
         return decode(statistics, noisy, std, expected_batch_size)
 
     statistics.decode = look

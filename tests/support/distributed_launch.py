@@ -79,7 +79,8 @@ def run(cases: list[str], folder: Path, timeout: float = 240, **settings: Any) -
 
 
 def find(name: str) -> Callable[[int, int], Any]:
-    modules = [importlib.import_module(module) for module in MODULES]
+    more = os.environ.get("CASES_MODULES", "").split()
+    modules = [importlib.import_module(module) for module in (*MODULES, *more)]
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
