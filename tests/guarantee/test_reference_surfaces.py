@@ -15,6 +15,7 @@ import lightning
 import pytest
 import tiny_models
 import torch
+from checkout import PYTHONPATH
 from distributed_launch import run
 from lightning.pytorch.loggers import CSVLogger
 from planted import FAULTS, Fault
@@ -216,11 +217,12 @@ def test_a_planted_fault_is_found_through_every_surface(surface, fault, tmp_path
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both ranks found and reported: as it is, and with each fault planted."""
-    here = Path(__file__).parent
-    paths = [str(here.parent.parent), str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     cases = ["surface_ranks", *(case_of(fault) for fault in RANKS_FAULTS.values())]
-    settings = {"PYTHONPATH": os.pathsep.join(paths), "CASES_MODULES": "reference_ranks"}
-    results = run([f"2:{case}" for case in cases], tmp_path_factory.mktemp("ranks"), **settings)
+    settings = {
+        "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]),
+        "CASES_MODULES": "reference_ranks",
+    }
+    results = run([f"2:{case}" for case in cases], tmp_path_factory.mktemp("ranks"), timeout=600, **settings)
     return {name.split(":")[1]: result for name, result in results.items()}
 
 
