@@ -13,16 +13,28 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss, read_jsonl, reply_losses
-from tone_dialogues import TONES, tone_score, train_and_heldout
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+
+from study_data.chat_data import (
+    FOUR_PROMPTS,
+    ChatDataset,
+    PadCollate,
+    generate_replies,
+    heldout_loss,
+    read_jsonl,
+    reply_losses,
+)
+from study_data.tone_dialogues import TONES, tone_score, train_and_heldout
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine, StepRelease
 from opacus_ac.integrations.default_model import ModelUnavailableError

@@ -15,16 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
-from tone_dialogues import train_and_heldout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+
+from study_data.chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
+from study_data.tone_dialogues import train_and_heldout
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine
 from opacus_ac.distributed import load_checkpoint, save_checkpoint

@@ -13,17 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from chat_data import IGNORE, ChatDataset, PadCollate, Row
-from finetune_chat import Journal, evaluate, load_dialogues, show_replies
-from tone_dialogues import TONES
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parent / "studies"))
+
+from finetune_chat import Journal, evaluate, load_dialogues, show_replies
+from study_data.chat_data import IGNORE, ChatDataset, PadCollate, Row
+from study_data.tone_dialogues import TONES
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.integrations.default_model import ModelUnavailableError, load_model

@@ -25,7 +25,7 @@ RANK = {
     "integrations.finetune_arguments": 8, "integrations.finetune_callbacks": 8, "integrations.trainer_ranks": 9, "integrations.trainer_checkpoint": 10, "integrations.lightning_released": 10, "integrations.lightning": 11,
     "integrations.trainer_callback": 11, "integrations.trainer": 12, "integrations.finetune": 13, "cli": 14, "__main__": 15,
     # The mechanism and the optimizer use the reducers; the checkpoints of several processes use the engine.
-    "distributed": 0, "distributed.world": 1, "distributed.reducers": 2, "distributed.sharded": 3, "distributed.meeting": 3, "distributed.cost": 3, "distributed.records": 3, "distributed.roles": 4,
+    "distributed": 0, "distributed.world": 1, "distributed.reducers": 2, "distributed.sharded": 3, "distributed.meeting": 3, "distributed.records": 3, "distributed.roles": 4,
     "distributed.checkpoint": 10,
 }  # fmt: skip
 

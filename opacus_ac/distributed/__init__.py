@@ -14,11 +14,8 @@ _EXPORTS = {
     "Reducer": "reducers",
     "ReplicatedReducer": "reducers",
     "ShardedReducer": "sharded",
-    "StepCost": "cost",
     "load_checkpoint": "checkpoint",
-    "memory_per_rank": "cost",
     "save_checkpoint": "checkpoint",
-    "step_cost": "cost",
 }
 
 __all__ = [
@@ -27,11 +24,8 @@ __all__ = [
     "Reducer",
     "ReplicatedReducer",
     "ShardedReducer",
-    "StepCost",
     "load_checkpoint",
-    "memory_per_rank",
     "save_checkpoint",
-    "step_cost",
 ]
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from checkout import ROOT
+from distributed_cost import SHAPES, ModelShape, memory_per_rank, step_cost
 from distributed_launch import run
-
-from opacus_ac.distributed.cost import SHAPES, ModelShape, memory_per_rank, step_cost
 
 WEIGHTS = 121505
 CASES = ["2:cost_ddp", "2:cost_fsdp", "3:cost_ddp", "3:cost_fsdp", "4:cost_fsdp", "4:cost_hybrid"]

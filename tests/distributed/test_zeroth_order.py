@@ -11,11 +11,12 @@ from typing import Any
 import distributed_zeroth as cases
 import pytest
 import torch
+from distributed_cost import step_cost
 from distributed_launch import run
 from distributed_zeroth_guards import half_frozen, narrow
 from zeroth import by_hand, weights
 
-from opacus_ac.distributed import load_checkpoint, save_checkpoint, step_cost
+from opacus_ac.distributed import load_checkpoint, save_checkpoint
 from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.zeroth_order import ZerothOrderSettings
 

@@ -311,8 +311,8 @@ def test_a_command_is_one(page, words, monkeypatch):
     [
         ("opacus-ac epsilon --no-such-option 1", SystemExit),
         ("python examples/gone.py", AssertionError),
-        ("python examples/clip_study.py --no-such-option", SystemExit),
-        ("python examples/finetune_lora_allocation.py --no-such-option", SystemExit),
+        ("python examples/studies/clip_study.py --no-such-option", SystemExit),
+        ("python examples/studies/finetune_lora_allocation.py --no-such-option", SystemExit),
         ('pip install -e ".[gone]"', AssertionError),
         ("rm -r runs", AssertionError),
     ],

@@ -4,8 +4,8 @@ import re
 
 import pytest
 from checkout import ROOT
+from study_data.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
-from tone_dialogues import dialogues, write_jsonl
 
 from opacus_ac.integrations import trainer_checks
 

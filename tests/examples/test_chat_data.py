@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chat_data as cd
 import pytest
 import torch
+from study_data import chat_data as cd
 from tiny_chat import byte_tokenizer, chat_model
 
 MASKED = (

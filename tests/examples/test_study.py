@@ -3,14 +3,11 @@
 import json
 import statistics
 
-import cell as cells
-import grids
-import methods
-import public
 import pytest
-import report
-import run as study
+import small_model_study as study
 import torch
+from small_model import cell as cells
+from small_model import grids, methods, public, report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"RECORDS": 60, "HELD_OUT": 6, "PHYSICAL": 16, "REPLIES": 2}
@@ -205,7 +202,7 @@ def test_rates_of_sgd_are_for_a_bound_of_one():
 
 
 def test_the_chat_model_of_the_study(tmp_path, monkeypatch, capsys):
-    import chat_model
+    import chat_model_study as chat_model
     import finetune_chat
     from tiny_chat import save_chat_model
 

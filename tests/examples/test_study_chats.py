@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-import chats
-import chats_data
-import chats_model
-import chats_secrets
+import chats_study as chats
+import secrets_study as chats_secrets
 import torch
-from chats import Cell
-from chats_data import IGNORE, TURN, Turn, is_held_out, make_records
-from chats_model import Settings
+from chats import data as chats_data
+from chats import model as chats_model
+from chats.data import IGNORE, TURN, Turn, is_held_out, make_records
+from chats.model import Settings
+from chats_study import Cell
 
 PUBLIC = [
     f"the {noun} was {word} and my code is 0123456789" for noun in ("film", "book") for word in ("good", "bad")
@@ -146,7 +146,7 @@ def test_too_many_rows_and_unknown_units_are_refused(conversations, encode):
 
 
 def test_rated_sentences_come_with_their_ratings(tmp_path, monkeypatch):
-    import sentiment_data
+    from study_data import sentiment_data
 
     monkeypatch.setenv("OPACUS_AC_CACHE", str(tmp_path))
     (tmp_path / "hutto_icwsm_2014").mkdir()

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tone_dialogues as td
+from study_data import tone_dialogues as td
 
 N = 12_000
 

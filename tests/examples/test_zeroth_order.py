@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 import benchmark_zeroth_order as benchmark
 import finetune_zeroth_order as finetune
 import zeroth_order_table as table
-from chat_data import IGNORE, reply_losses
+from study_data.chat_data import IGNORE, reply_losses
 from zeroth import llama
 
 

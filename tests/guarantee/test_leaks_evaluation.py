@@ -9,11 +9,11 @@ import lightning
 import numpy as np
 import pytest
 import torch
+from study_data.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 from tiny_finetune import command
 from tiny_lightning import Classifier, made
 from tiny_trainer import rows, trainer
-from tone_dialogues import dialogues, write_jsonl
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, random_split
 
 from opacus_ac import cli

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from study_data.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import byte_tokenizer, chat_model, save_chat_model
 from tiny_trainer import arguments, privacy
-from tone_dialogues import dialogues, write_jsonl
 from torch.utils.data import DataLoader
 from transformers import Trainer
 

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import tensorboard_browser
+from study_data.tone_dialogues import dialogues, write_jsonl
 from tensorboard_browser import points, wait_for
 from tiny_chat import save_chat_model
-from tone_dialogues import dialogues, write_jsonl
 
 pytestmark = tensorboard_browser.NEEDS_A_BROWSER
 

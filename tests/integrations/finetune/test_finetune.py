@@ -9,10 +9,10 @@ import time
 from collections import Counter
 
 import pytest
+from study_data.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 from tiny_finetune import STEPS, command
 from tiny_models import opacus_table_restored
-from tone_dialogues import dialogues, write_jsonl
 
 from opacus_ac import cli
 from opacus_ac.integrations import finetune

@@ -1,6 +1,6 @@
 """Which source of weights for noise allocation finds the optimum, and what does it cost?  Synthetic gradients, real steps.
 
-    python examples/allocation_study.py                    # a table; about two minutes
+    python examples/studies/allocation_study.py                    # a table; about two minutes
 
 A record's gradient in group g has the rms norm ``G_g``, of which a part points the same way for all records. Steps are taken by the
 private optimizer with its default clip policy. Shown is the noise energy that the formula of docs/allocation.md gives for the

@@ -1,7 +1,7 @@
 """Compare private ways to tune a sentence classifier at one epsilon: zeroth-order methods and first-order LoRA.
 
-    python examples/zeroth_order_table.py                  # epsilon 4, 3 seeds, a row per method
-    python examples/zeroth_order_table.py --tune           # learning rates, on other snippets that are taken as public
+    python examples/studies/zeroth_order_table.py                  # epsilon 4, 3 seeds, a row per method
+    python examples/studies/zeroth_order_table.py --tune           # learning rates, on other snippets that are taken as public
 
 A frozen encoder (all-MiniLM-L6-v2) turns film review snippets into vectors; trained are a LoRA adapter behind it and the two
 label vectors, which start as the encoder's vectors of two sentences ("zero-shot"). A record is a snippet; N, batch size, steps
@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from sentiment_data import encoded
+from study_data.sentiment_data import encoded
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset

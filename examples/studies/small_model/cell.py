@@ -13,11 +13,11 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
-import public
 import torch
-from methods import METHODS, OPTIMIZERS, Method
-from public import LENGTH, PAD, Row
-from tone_dialogues import TONES, tone_score, train_and_heldout
+from small_model import public
+from small_model.methods import METHODS, OPTIMIZERS, Method
+from small_model.public import LENGTH, PAD, Row
+from study_data.tone_dialogues import TONES, tone_score, train_and_heldout
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -1,6 +1,6 @@
 """How much one record changes the rounding of what the other records add, in the float32 sums of the default mode.
 
-    python examples/sum_rounding.py
+    python examples/benchmarks/sum_rounding.py
 
 A record's own contribution has at most norm C, rounding included. Beside it the others' contributions are rounded otherwise than
 without it. This prints, in units of C, the norm of what the sum of clipped gradients of a dense layer moves beyond the record's own

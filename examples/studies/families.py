@@ -1,8 +1,8 @@
 """Compare four families of private fine-tuning at one epsilon, on the same data and with the same number of steps.
 
-    python examples/families.py                            # SmolLM2-135M, one seed, 12 steps
-    python examples/families.py --model small              # small Qwen2, three seeds, 30 steps: about 15 minutes
-    python examples/families.py --report                   # the table of what is finished, in Markdown
+    python examples/studies/families.py                            # SmolLM2-135M, one seed, 12 steps
+    python examples/studies/families.py --model small              # small Qwen2, three seeds, 30 steps: about 15 minutes
+    python examples/studies/families.py --report                   # the table of what is finished, in Markdown
 
 ``full``: DP-Adam-AC on all weights. ``lora``: on adapters. ``allocation``: adapters with noise allocated by past releases, or,
 ``paid``, by a statistic of its own in the release. ``zeroth-order``: DP-AggZO on a vector in the residual stream, without a
@@ -27,14 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import clip_study
+import torch
+from study_data.chat_data import ChatDataset, PadCollate
+from study_data.tone_dialogues import TONES, train_and_heldout
+from torch.utils.data import default_collate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import finetune_chat
 import finetune_zeroth_order
-import torch
 from benchmark_step import release_memory, reset_peak, resident
 from benchmark_zeroth_order import AT_ONCE
-from chat_data import ChatDataset, PadCollate
-from tone_dialogues import TONES, train_and_heldout
-from torch.utils.data import default_collate
 
 from opacus_ac import NoiseAllocation, PrivacyEngine
 from opacus_ac.integrations.default_model import ModelUnavailableError, load_model
@@ -48,7 +52,7 @@ FAMILIES = {
     "zeroth-order": "zeroth-order, DP-AggZO",
 }
 TONE = "loving"
-ALLOCATIONS = {  # for short runs, as in examples/finetune_lora_allocation.py
+ALLOCATIONS = {  # for short runs, as in examples/studies/finetune_lora_allocation.py
     "allocation": NoiseAllocation("history", warmup=3, decay=0.8),
     "paid": NoiseAllocation("paid", decay=0.8),
 }

@@ -1,7 +1,7 @@
 """Throughput of the noise against ``torch.randn`` in float64, one core and all, in one interleaved run.
 
-    python examples/benchmark_noise.py
-    python examples/benchmark_noise.py --device cuda
+    python examples/benchmarks/benchmark_noise.py
+    python examples/benchmarks/benchmark_noise.py --device cuda
 
 Prints millions of normal values per second (medians of the rounds) and the ratio to ``torch.randn``.
 """

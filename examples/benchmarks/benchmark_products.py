@@ -1,6 +1,6 @@
 """Float32 products by torch (MKL on x86) and by oneDNN, side by side: where mode "bk" gains by the latter, and where not.
 
-    python examples/benchmark_products.py --threads 2
+    python examples/benchmarks/benchmark_products.py --threads 2
 
 ``sum`` is the weighted sum of a layer, ``left^T right`` over all positions of a batch; ``Gram`` the inner products of the positions of each
 record. The two libraries take turns; billions of operations a second, medians over rounds. The last line says which one mode

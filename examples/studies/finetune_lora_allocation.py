@@ -1,8 +1,8 @@
 """Fine-tune a chat model with LoRA under the same privacy budget with equal noise and with allocated noise.
 
-    python examples/finetune_lora_allocation.py                             # SmolLM2-135M, three seeds, epsilon 8
-    python examples/finetune_lora_allocation.py --allocations uniform history --seeds 0
-    python examples/finetune_lora_allocation.py --both-factors              # train A and B of LoRA
+    python examples/studies/finetune_lora_allocation.py                             # SmolLM2-135M, three seeds, epsilon 8
+    python examples/studies/finetune_lora_allocation.py --allocations uniform history --seeds 0
+    python examples/studies/finetune_lora_allocation.py --both-factors              # train A and B of LoRA
 
 A table of held-out losses, and for each allocation the noise energy that it leaves, by the theory, of what equal noise has.
 """
@@ -14,13 +14,17 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import finetune_chat
 import torch
-from chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
+from study_data.chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import finetune_chat
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation, optimal_weights

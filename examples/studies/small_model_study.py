@@ -1,9 +1,9 @@
 """The study: what DP-Adam-AC and each of its parts do to the loss, from runs that anyone can repeat.
 
-    python examples/study/run.py --quick                 # a reduced table and all figures, in less than 20 minutes on two cores
-    python examples/study/run.py --grid full --jobs 2    # the tables of docs/study.md; stop it and go on at any time
-    python examples/study/run.py --grid tuning --jobs 2
-    python examples/study/run.py --grid full --report docs/figures
+    python examples/studies/small_model_study.py --quick                 # a reduced table and all figures, in less than 20 minutes on two cores
+    python examples/studies/small_model_study.py --grid full --jobs 2    # the tables of docs/study.md; stop it and go on at any time
+    python examples/studies/small_model_study.py --grid tuning --jobs 2
+    python examples/studies/small_model_study.py --grid full --report docs/figures
 
 Finished runs are lines of JSON in ``--out``; a run that is there is not repeated. Noise is seeded, so that methods with the same
 seed share data, draws and gradient noise and differences come from the method: a study of invented records, which protects nobody.
@@ -20,10 +20,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-import cell as cells
-import public
-from grids import GRIDS
-from report import figures, read, tables
+from small_model import cell as cells
+from small_model import public
+from small_model.grids import GRIDS
+from small_model.report import figures, read, tables
 
 
 def wanted(grid: list[cells.Cell], out: Path) -> list[cells.Cell]:

@@ -12,8 +12,8 @@ training is (epsilon, 0)-private, exposure b or more has probability at most exp
 
 Noise is seeded and codes are invented: a study, which protects nobody.
 
-    python examples/study/chats_secrets.py --jobs 1        # stop it and go on at any time
-    python examples/study/chats_secrets.py --report --figure docs/figures/secrets.png
+    python examples/studies/secrets_study.py --jobs 1        # stop it and go on at any time
+    python examples/studies/secrets_study.py --report --figure docs/figures/secrets.png
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chats import Result, append, mean_and_spread, read, results_of
-from chats_data import (
+from chats.data import (
     END,
     TURN,
     Encode,
@@ -47,8 +46,9 @@ from chats_data import (
     row,
     sender_rows,
 )
-from chats_model import Settings as ModelSettings
-from chats_model import digest, fine_tune, heldout_loss, public_model
+from chats.model import Settings as ModelSettings
+from chats.model import digest, fine_tune, heldout_loss, public_model
+from chats_study import Result, append, mean_and_spread, read, results_of
 from torch import Tensor, nn
 
 from opacus_ac.accounting import calibrate_noise_multiplier

@@ -1,7 +1,7 @@
 """Where a private step spends what it takes above the ordinary one: both steps, phase by phase, in turn.
 
-    python examples/benchmark_phases.py --shapes a-tied a-untied bitnet
-    python examples/benchmark_phases.py --shapes b c --variant bk-fused-step --rounds 3
+    python examples/benchmarks/benchmark_phases.py --shapes a-tied a-untied bitnet
+    python examples/benchmarks/benchmark_phases.py --shapes b c --variant bk-fused-step --rounds 3
 
 Phases of the ordinary step: forward, backward, update. Of the private one: the backward pass without weight gradients and without
 what the hooks do in it; the norms (in the hooks and after the pass); the weighted sums, which stand for the weight gradients;

@@ -1,7 +1,7 @@
 """Claimed epsilon against audited lower bound, per step, for this package, the published rule and Opacus's clippers.
 
-    python examples/audit_table.py --steps 10000
-    python examples/audit_table.py --power        # how many observations a canary audit needs
+    python examples/studies/audit_table.py --steps 10000
+    python examples/studies/audit_table.py --power        # how many observations a canary audit needs
 
 Every mechanism claims noise multiplier z. Given the other records of a batch, one step then claims to be a Gaussian
 mechanism with mu = 1 / z; the sampler's coin puts a canary into each batch or not, and the test is the same for all. Where

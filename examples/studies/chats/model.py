@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chats_data import END, IGNORE, PAD, Records, Row, public_sentences, public_tokenizer, row, turn_ids
+from chats.data import END, IGNORE, PAD, Records, Row, public_sentences, public_tokenizer, row, turn_ids
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM

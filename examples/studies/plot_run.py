@@ -1,4 +1,4 @@
-"""Draw the releases of a run of finetune_chat.py: ``python examples/plot_run.py runs/finetune_chat docs/figures/x.png``."""
+"""Draw the releases of a run of finetune_chat.py: ``python examples/studies/plot_run.py runs/finetune_chat docs/figures/x.png``."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ Runs of a unit with one seed share Poisson draws and gradient noise, so that dif
 seeded: a study of published chats, which protects nobody. Losses are those of held-out senders, mean over records of the mean over
 rows, at the last weights; the loss at the averaged weights has a column of its own.
 
-    python examples/study/chats.py --jobs 2      # stop it and go on at any time
-    python examples/study/chats.py --norms       # norms of records before training, by a loop; not private
-    python examples/study/chats.py --report
+    python examples/studies/chats_study.py --jobs 2      # stop it and go on at any time
+    python examples/studies/chats_study.py --norms       # norms of records before training, by a loop; not private
+    python examples/studies/chats_study.py --report
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chats_data import IGNORE, UNITS, Records, Row, dataset_file, make_records, public_tokenizer, read_conversations
-from chats_model import Settings, fine_tune, heldout_loss, public_model, record_losses
+from chats.data import IGNORE, UNITS, Records, Row, dataset_file, make_records, public_tokenizer, read_conversations
+from chats.model import Settings, fine_tune, heldout_loss, public_model, record_losses
 
 from opacus_ac.accounting import calibrate_noise_multiplier
 

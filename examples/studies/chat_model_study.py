@@ -1,8 +1,8 @@
 """The main rows of the study on a real chat model: SmolLM2-135M with LoRA, flat clipping beside DP-Adam-AC and the paper's settings.
 
-    python examples/study/chat_model.py --seeds 0 1 2          # go on where it stopped
-    python examples/study/chat_model.py --seeds 0 1 2 --report
-    python examples/study/chat_model.py --steps 30 --expected-batch-size 128 --physical-batch-size 128    # on a GPU
+    python examples/studies/chat_model_study.py --seeds 0 1 2          # go on where it stopped
+    python examples/studies/chat_model_study.py --seeds 0 1 2 --report
+    python examples/studies/chat_model_study.py --steps 30 --expected-batch-size 128 --physical-batch-size 128    # on a GPU
 
 Both tones, epsilon 1 to 16, delta 1e-5. All rows train as ``finetune_chat.py`` does, which also takes options of its own here.
 Noise and draws are secret entropy, different in every run: the spread over seeds holds it.
@@ -19,12 +19,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples
+from small_model.report import Result, grouped, markdown, read, spread
+from study_data.chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss
+from study_data.tone_dialogues import TONES, tone_score
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import finetune_chat
-from chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss
-from report import Result, grouped, markdown, read, spread
-from tone_dialogues import TONES, tone_score
 
 from opacus_ac import PrivacyEngine
 

@@ -27,9 +27,9 @@ quantisers run without torch.compile, as everything else does; set TORCHDYNAMO_D
 
 Examples::
 
-    python examples/benchmark_step.py
-    python examples/benchmark_step.py --shapes c --variants bk-fused-step opacus-hooks --rounds 5
-    python examples/benchmark_step.py --shapes b --profile bk
+    python examples/benchmarks/benchmark_step.py
+    python examples/benchmarks/benchmark_step.py --shapes c --variants bk-fused-step opacus-hooks --rounds 5
+    python examples/benchmarks/benchmark_step.py --shapes b --profile bk
 
 The exit status is 1 when a variant failed; its traceback goes to stderr and the others are still measured.
 """
@@ -669,7 +669,7 @@ def environment(options: Options, arguments: Sequence[str]) -> dict[str, str]:
         "threads": f"threads: {options.threads}",
         "products": f"products of mode bk: {'oneDNN' if products.onednn_is_faster() else 'as of torch'}",
         "dtype": "float32, bfloat16 autocast" if options.autocast else "float32",
-        "command": shlex.join(["python", "examples/benchmark_step.py", *arguments]),
+        "command": shlex.join(["python", "examples/benchmarks/benchmark_step.py", *arguments]),
     }
 
 

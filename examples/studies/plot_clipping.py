@@ -1,4 +1,4 @@
-"""Draw the figures of docs/adaptive-clipping.md: ``python examples/plot_clipping.py docs/figures``.
+"""Draw the figures of docs/adaptive-clipping.md: ``python examples/studies/plot_clipping.py docs/figures``.
 
 All numbers come from the library: private steps on records whose gradients are given by hand. Noise, batches and norms are seeded.
 """

@@ -13,7 +13,7 @@ averaged weights is a column of its own. Runs with the same seed share private d
 (common random numbers), so that differences between rows come from the clip rule and not from chance; the statistics have
 noise of their own. A seeded noise protects nobody: the data is synthetic, and this is a study.
 
-Example: ``python examples/clip_study.py --seeds 0 1 2 --jobs 2``, then the same with ``--report``. The exit status is 1
+Example: ``python examples/studies/clip_study.py --seeds 0 1 2 --jobs 2``, then the same with ``--report``. The exit status is 1
 when a default run ends more than 3 % above the best flat C (or when runs are missing).
 """
 
@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_data.tone_dialogues import Dialogue, dialogues, train_and_heldout
 from tokenizers import ByteLevelBPETokenizer
-from tone_dialogues import Dialogue, dialogues, train_and_heldout
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -28,13 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_data.sentiment_data import FILES, download, rated
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the other examples
-
-from sentiment_data import FILES, download, rated
 
 from opacus_ac.integrations.chat_users import choose_rows
 from opacus_ac.integrations.default_model import cache_root

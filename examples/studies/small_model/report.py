@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from methods import METHODS
+from small_model.methods import METHODS
 
 Result = dict[str, Any]
 INK, GRID = "#808080", "#80808040"  # mid grey: readable on white and on black

@@ -1,7 +1,7 @@
 """Measure the memory of a zeroth-order step beside a forward pass and an AdamW step, each in a process of its own.
 
-    python examples/benchmark_zeroth_order.py              # Qwen2-shaped model of 51 million weights, batch 8 x 128
-    python examples/benchmark_zeroth_order.py --device cuda
+    python examples/benchmarks/benchmark_zeroth_order.py              # Qwen2-shaped model of 51 million weights, batch 8 x 128
+    python examples/benchmarks/benchmark_zeroth_order.py --device cuda
 
 MiB: peak of the process's memory within a step, above what is resident with the model alone, after a forward pass. Optimizer
 states and weight averages are part of it. ``x forward``: over that of a forward pass which computes the loss of every record.

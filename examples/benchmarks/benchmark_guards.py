@@ -2,11 +2,11 @@
 
 One model takes ordinary private steps on batches of the private loader. The functions that guard the step are timed where they are
 called, so that whatever else the machine does falls on them and on the step alike; the first step, which is looked at closely, is
-shown by itself. Norms that are bounds are part of the arithmetic: examples/benchmark_step.py has their cost.
+shown by itself. Norms that are bounds are part of the arithmetic: examples/benchmarks/benchmark_step.py has their cost.
 
 Example::
 
-    python examples/benchmark_guards.py --steps 30
+    python examples/benchmarks/benchmark_guards.py --steps 30
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Stopwatch:
 
 
 def build(batch: int, dropout: float) -> tuple[Any, AdaptiveClipDPOptimizer, Any]:
-    """Return the model of 13 million weights of examples/benchmark_step.py, made private."""
+    """Return the model of 13 million weights of examples/benchmarks/benchmark_step.py, made private."""
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, intermediate_size=1056, vocab_size=8192,

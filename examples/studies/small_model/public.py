@@ -25,13 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_data.sentiment_data import download
+from study_data.tone_dialogues import Dialogue
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the examples
-
-from sentiment_data import download
-from tone_dialogues import Dialogue
 
 from opacus_ac.integrations.default_model import cache_root
 
