@@ -9,6 +9,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
+from functools import cache, partial
 from typing import Any
 
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
@@ -22,6 +23,7 @@ from torch.utils.data import (
 )
 
 from opacus_ac.delivery import tensors_of
+from opacus_ac.fixed_length import length_is_fixed
 from opacus_ac.public_randomness import carried_generator
 from opacus_ac.randomness import RandomStream
 from opacus_ac.sampling import (
@@ -79,6 +81,11 @@ class EmptySafeCollate:
                 "Poisson batch may have any number of rows: let it take any list of rows"
             ) from failure
         del self._rows[1:]  # a batch without tensors, which the loop makes
+
+    @property
+    def first_row(self) -> Any:
+        """The first row of the dataset."""
+        return self._rows[0]
 
     def _stand_in(self) -> Any:
         with secret_randomness():
@@ -183,6 +190,7 @@ class PrivateDataLoader(DataLoader[Any]):
             persistent_workers=template.persistent_workers,
         )
         self.plan = batch_sampler.plan
+        self.plan.length_is_fixed = cache(partial(length_is_fixed, template.dataset, collate, self._collate.first_row))
         limit = self.plan.max_rows_per_user
         self.users = None if limit is None else UserRows(self.plan, limit)
 

@@ -355,6 +355,7 @@ def attach(
             batch_first=batch_first,
             users=users,
             pause=pause,
+            keeps_length=lambda tensors: optimizer.plan is not None and optimizer.plan.keeps_length(tensors),
         )
         assert optimizer.watch is not None
         optimizer.alone.as_before = optimizer.watch.as_before

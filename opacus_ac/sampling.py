@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, Sampler
 
 from opacus_ac.accounting import Event, ShuffledEpochs
-from opacus_ac.delivery import RECOGNITION, Delivery, Draw, Sight, unknown
+from opacus_ac.delivery import RECOGNITION, Delivery, Draw, Sight, content_of, unknown
 from opacus_ac.randomness import RandomStream
 
 RateSchedule = Callable[[int], float] | Sequence[float]
@@ -196,6 +196,7 @@ class SamplingPlan:
         self.step = 0
         self.passes = 0
         self.own_loader = False
+        self.length_is_fixed: Callable[[], bool] = lambda: False
         self._batches = 0
         self.latest = Pass(0, own=True)
         self._pulled = self.latest
@@ -299,6 +300,17 @@ class SamplingPlan:
             return unknown(tensors)
         RECOGNITION.follow(found, tensors)
         return Sight(found)
+
+    def keeps_length(self, tensors: list[Tensor]) -> bool:
+        """Say whether tensors are of a batch as our loader made it, and the loader gives every record one length.
+
+        Args:
+            tensors: what goes into the model.
+        """
+        found, _ = RECOGNITION.find(tensors, self._current)
+        if found is None or found.owner is not self:
+            return False
+        return any(t.dim() > 1 and content_of(t) in found.contents for t in tensors) and self.length_is_fixed()
 
     def price(self, draw: Draw | None, noise_multiplier: float) -> Event | None:
         """Return the event that a step on ``draw`` costs; None when its pass has been paid for. Nothing is noted.

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from opacus_ac.forward_randomness import ForwardRandomness, RecordMasks
-from opacus_ac.grad_sample.alone_trace import explain_difference
+from opacus_ac.grad_sample.alone_trace import explain_difference, sees_the_record
 from opacus_ac.grad_sample.isolated import is_coarse, is_sharded, isolated_twin, shapes_of, without_checkpoints
+from opacus_ac.grad_sample.own_length import KeepsLength, OwnLengths
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.replay import map_tensors, to_double
 from opacus_ac.grad_sample.single import (
@@ -110,6 +111,7 @@ class RecordsAlone:
         batch_first: whether the records come first in the inputs.
         users: counts the users of a batch, where a record is a user of several rows.
         pause: a context in which what takes gradients of records apart looks away.
+        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding included.
 
     Attributes:
         compared: number of records that were compared so far, with gradients that tell.
@@ -117,8 +119,8 @@ class RecordsAlone:
 
     Guarantees:
         On the first physical batch with a gradient, and again after training flags or the trained set changed, or when a batch has
-        as many records as some layer has features, positions or constants, up to three records are compared. The model, its
-        buffers, the tape and the random states are what they were.
+        as many records as some layer has features, positions or constants, up to three records are compared, without the padding
+        that other records may bring. The model, its buffers, the tape and the random states are what they were.
     """
 
     def __init__(
@@ -133,7 +135,9 @@ class RecordsAlone:
         batch_first: bool = True,
         users: Users | None = None,
         pause: Callable[[], AbstractContextManager[None]] = nullcontext,
+        keeps_length: KeepsLength = lambda tensors: False,
     ) -> None:
+        self._own_lengths = OwnLengths(keeps_length)
         self._pause, self._model = pause, model
         self.as_before: Callable[[], AbstractContextManager[None]] = nullcontext
         self._parameters, self._names = list(parameters), list(names)
@@ -212,6 +216,7 @@ class RecordsAlone:
         self._open, self._depth = (id(module), None), 1  # what is called inside is not looked at
         arguments = (args, kwargs)
         rows = count_rows(arguments, self._dim)
+        self._own_lengths.see(module, arguments, rows, module is self._model)
         if self._is_due(arguments, rows) and any(p.requires_grad for p in module.parameters()):
             self._open = (id(module), self._noted(known[0], module, arguments, rows))
             self.randomness.expect()
@@ -296,7 +301,18 @@ class RecordsAlone:
             whole = iter(self._whole)
             inputs = [next(whole) if cut.positions else given for cut, given in zip(call.cuts, inputs, strict=True)]
             call.cuts = [Cut(c.rows, c.first, c.count, c.dim) for c in call.cuts]
-        call.runs = [Run(cut, self._outputs_of(call, cut, given)) for cut, given in zip(call.cuts, inputs, strict=True)]
+        try:
+            outputs = [self._outputs_of(call, cut, given) for cut, given in zip(call.cuts, inputs, strict=True)]
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            if not any(cut.positions for cut in call.cuts):
+                raise
+            # A model that is made for one length: it is held to it.
+            self._own_lengths.hold(call.runs)
+            whole = iter(self._whole)
+            inputs = [next(whole) if cut.positions else given for cut, given in zip(call.cuts, inputs, strict=True)]
+            call.cuts = [Cut(c.rows, c.first, c.count, c.dim) for c in call.cuts]
+            outputs = [self._outputs_of(call, cut, given) for cut, given in zip(call.cuts, inputs, strict=True)]
+        call.runs = [Run(cut, found) for cut, found in zip(call.cuts, outputs, strict=True)]
 
     def _outputs_of(self, call: Call, cut: Cut, arguments: Any) -> Paths:
         with self.as_before():
@@ -335,6 +351,7 @@ class RecordsAlone:
             ValueError: a record's gradients in the batch are others; the first layer that does not see the records is named.
         """
         self.randomness.next_batch()
+        self._own_lengths.check()
         calls, self._calls = [c for c in self._calls if c.reached], []
         whole, self._whole_calls = self._whole_calls, 0
         self._open = None
@@ -408,7 +425,10 @@ class RecordsAlone:
             for name, error, norm in zip(self._names, errors, norms, strict=True)
             if not error <= tolerance * max(norm, floor * size)
         ]
-        if wrong and not self._agrees_in_double(calls, place, record, source, size):
+        if wrong and not (
+            self._agrees_in_double(calls, place, record, source, size)
+            or self._agrees_padded(calls, place, record, source, size)
+        ):
             raise ValueError(explain_difference(calls[0], place, wrong, tolerance, self))
         return size > 0
 
@@ -416,20 +436,52 @@ class RecordsAlone:
         self, calls: list[Call], place: int, record: int, source: GradientSource, size: float
     ) -> bool:
         """Whether a difference was but the rounding of a run in float32, as of terms that cancel each other."""
-        if any(call.coarse for call in calls):
+        return not any(call.coarse for call in calls) and self._agrees(calls, place, record, source, size)
+
+    def _agrees_padded(self, calls: list[Call], place: int, record: int, source: GradientSource, size: float) -> bool:
+        """Whether a record has its gradient with its padding, which it has by itself, and no layer mixes it with others."""
+        padded = [call for call in calls if call.runs[place].cut.positions is not None]
+        if not padded or not all(self._own_lengths.accept(call) for call in padded):
             return False
+        coarse = any(call.coarse for call in calls)
+        try:
+            return self._agrees(calls, place, record, source, size, padded=True, wide=not coarse) and all(
+                sees_the_record(call, place, (_COARSE if coarse else _TOLERANCE)[0], self) for call in calls
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False  # it cannot be run again
+
+    def _agrees(
+        self,
+        calls: list[Call],
+        place: int,
+        record: int,
+        source: GradientSource,
+        size: float,
+        *,
+        padded: bool = False,
+        wide: bool = True,
+    ) -> bool:
+        """Whether a record run once more, with its padding or in float64, has the gradients that the source gave."""
         total: Any = 0.0
         found: dict[str, nn.Parameter] = {}
         for call in calls:
             with self.as_before():
                 twin = isolated_twin(call.module)
-            map_tensors(twin, to_double)
+            if wide:
+                map_tensors(twin, to_double)
             prefix = f"{call.path}." if call.path else ""
             found.update({prefix + name: p for name, p in twin.named_parameters(remove_duplicate=False)})
             cut = call.cuts[place]
-            args, kwargs = tree_map(_widened, cut.take(call.arguments))
+            if padded:
+                cut = Cut(cut.rows, cut.first, cut.count, cut.dim)
+            args, kwargs = cut.take(call.arguments)
+            if wide:
+                args, kwargs = tree_map(_widened, (args, kwargs))
+            device = next(iter(call.outputs.values())).device.type
+            autocast = nullcontext() if wide or call.autocast is None else torch.autocast(device, dtype=call.autocast)
             masks = nullcontext() if call.masks is None else call.masks.of(cut.first, cut.count)
-            with self.undisturbed(cut.count), masks, torch.enable_grad():
+            with self.undisturbed(cut.count), masks, autocast, torch.enable_grad():
                 try:
                     output = twin(*args, **kwargs)
                 except RuntimeError:  # something in it is of one type
@@ -440,7 +492,7 @@ class RecordsAlone:
         wanted = [found.get(name) for name in self._names]
         known = [p for p in wanted if p is not None and p.requires_grad]
         alone = {id(p): g for p, g in zip(known, torch.autograd.grad(total, known, allow_unused=True), strict=True)}
-        tolerance, floor = _TOLERANCE
+        tolerance, floor = _TOLERANCE if wide else _COARSE
         for own, given in zip(wanted, source.record_gradients(record), strict=True):
             exact = None if own is None else alone.get(id(own))
             if not _norm(_difference(exact, given)) <= tolerance * max(_norm(exact), floor * size):

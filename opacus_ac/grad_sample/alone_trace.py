@@ -25,7 +25,8 @@ _OUTPUT = (
 )
 _PADDING = (
     "it depends on the length to which the longest record of the batch pads it, first in {where}. Use rotary embeddings of "
-    'type "default", pass position_ids and attention_mask, or pad all batches to one length'
+    'type "default", pass position_ids and attention_mask, or pad every record to one length in the dataset, with the default '
+    "collate_fn, and pass the batch to the model as it comes"
 )
 _RULE = (
     "that of {name} is off though every layer sees the record as it is. It is used in a way that its rule does not cover (its memory "
@@ -71,6 +72,15 @@ def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float
         pass  # the second run serves the message only
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return _INTRO + _RULE.format(name=f"{wrong[0]}{more}")
+
+
+def sees_the_record(call: Any, place: int, tolerance: float, runner: Any) -> bool:
+    """Say whether every layer gets and makes of a record with its padding, alone, what it does in the batch."""
+    cut: Cut = call.runs[place].cut
+    full = Cut(cut.rows, cut.first, cut.count, cut.dim)
+    batch, _ = _trace(call, Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments), 0, call.rows, runner)
+    alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
+    return len(batch) == len(alone) and _first(batch, alone, full, max(tolerance, 1e-3)) is None
 
 
 def _trace(call: Any, arguments: Any, first: int, count: int, runner: Any) -> tuple[list[_Seen], Any]:

@@ -186,15 +186,11 @@ def mask_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ro
 
 
 def own_positions(mask: Tensor, record: int) -> tuple[int, int, int] | None:
-    """Return where a record of a mask ``[B, T]`` begins, where it ends, and T; None where nothing is cut off.
-
-    Only of a batch that is as long as its longest record: one that is padded to a fixed length is no function of other records.
-    """
+    """Return where a record of a mask ``[B, T]`` begins, where it ends, and T; None where nothing is cut off."""
     used = mask != 0
     length = mask.shape[1]
-    columns = used.any(0).nonzero().reshape(-1)
     own = used[record].nonzero().reshape(-1)
-    if not len(own) or int(columns[-1]) - int(columns[0]) + 1 != length:
+    if not len(own):
         return None
     first, end = int(own[0]), int(own[-1]) + 1
     return None if (first, end) == (0, length) else (first, end, length)

@@ -83,7 +83,7 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         checks.check_parameters(trained)
         checks.check_inner_optimizer(optimizer, self.settings)
         self.module = module
-        self.outputs = OutputsAlone(module)
+        self.outputs = OutputsAlone(module, lambda tensors: self.plan is not None and self.plan.keeps_length(tensors))
         # What base class and mechanism see as the parameters: their "gradient" is what a step releases.
         self.coefficients = nn.Parameter(torch.zeros(self.settings.num_directions, dtype=torch.float64))
         reducer = self._exchanging(reducer or LOCAL)

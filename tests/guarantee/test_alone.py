@@ -388,6 +388,13 @@ def left(rows):
     return {**rows, "labels": rows["labels"].scatter(1, first, -100)}
 
 
+def to_the_longest(rows):
+    """Collate rows and cut off the positions that all of them have as padding."""
+    batch = torch.utils.data.default_collate(rows)
+    used = batch["attention_mask"].any(0)
+    return {k: v[:, used] for k, v in batch.items()}
+
+
 @pytest.mark.parametrize("mode", ["bk", "hooks"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "left-padded GPT-2"])
 def test_padded_length_is_found(kind, mode):
@@ -401,7 +408,7 @@ def test_padded_length_is_found(kind, mode):
         model = rope(kind)
     data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
     with pytest.raises(ValueError, match=r"pads it|was changed"):
-        run(model.train(), data, language, mode=mode)
+        run(model.train(), data, language, mode=mode, collate=to_the_longest)
 
 
 def test_left_padding_with_position_ids_is_right():
@@ -602,7 +609,9 @@ def test_zeroth_order_finds_padded_length(given):
     if given:
         rows["position_ids"] = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
     data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
-    _, net, optimizer, loader = private(gpt2().eval(), data, clipping="zo", clip_policy="fixed", ema_decay=None)
+    _, net, optimizer, loader = private(
+        gpt2().eval(), data, clipping="zo", clip_policy="fixed", ema_decay=None, collate=to_the_longest
+    )
     (batch,) = loader
 
     def losses():
@@ -655,3 +664,192 @@ def test_two_passes_over_inputs_of_different_lengths():
         return ((one * masks[0]).sum((1, 2)) - (two * masks[1]).sum((1, 2))).pow(2).mean() / 100
 
     assert run(llama().train(), data, loss).alone.compared == 3
+
+
+def spans(records=B, length=10, pad=True):
+    """Questions with answers, one of them as long as ``length``; ``pad`` pads all to it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(records):
+        own = length if i == 0 else 5 + i % 4
+        size = length if pad else own
+        ids = torch.randint(2, 64, (size,), generator=generator)
+        mask = (torch.arange(size) < own).long()
+        row = {"input_ids": torch.where(mask == 1, ids, 1), "attention_mask": mask}
+        rows.append({**row, "start_positions": torch.tensor(i % 4), "end_positions": torch.tensor(2 + i % 3)})
+    return rows
+
+
+def span_head(**options):
+    from transformers import RobertaConfig, RobertaForQuestionAnswering
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, type_vocab_size=1, pad_token_id=1, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, **options,
+    )  # fmt: skip
+    return RobertaForQuestionAnswering(config).train()
+
+
+def padded_to(length_of):
+    """A collate function that pads to a length made of the longest row's."""
+
+    def collate(rows):
+        length = length_of(max(len(row["input_ids"]) for row in rows))
+        fill = {"input_ids": 1, "attention_mask": 0}
+        return {
+            k: torch.stack([F.pad(r[k], (0, length - len(r[k])), value=fill[k]) if k in fill else r[k] for r in rows])
+            for k in rows[0]
+        }
+
+    return collate
+
+
+LONGEST, EIGHTS, FIXED = padded_to(lambda n: n), padded_to(lambda n: -(-n // 8) * 8), padded_to(lambda n: 12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_of_the_dataset_is_a_part_of_the_record(mode):
+    """The softmax over positions counts the padding, which is the same whatever else is in the batch."""
+    optimizer = run(span_head(), Rows(spans()), language, mode=mode, steps=2)
+    assert optimizer.alone.compared == 3
+    assert optimizer.released is not None
+
+
+@pytest.mark.parametrize("kind", ["transformers", "own", "tokenizer", "subset", "copied", "checkpointed", "bfloat16"])
+def test_fixed_padding_is_known_however_it_is_made(kind):
+    import transformers
+
+    rows, collate, loss, model = spans(), None, language, span_head()
+    if kind == "transformers":
+        collate = transformers.default_data_collator
+    elif kind == "own":
+        rows, collate = spans(pad=False), FIXED
+    elif kind == "subset":
+        rows = torch.utils.data.Subset(Rows(rows), range(B))
+    elif kind == "copied":
+        loss = lambda net, batch: net(**{k: v.clone() for k, v in batch.items()}).loss  # noqa: E731
+    elif kind == "checkpointed":
+        model.gradient_checkpointing_enable()
+    elif kind == "bfloat16":
+        loss = in_autocast
+    elif kind == "tokenizer":
+        rows = [{k: v.tolist() for k, v in row.items()} for row in spans(pad=False)]
+        collate = padding_tokenizer("max_length", 12)
+    assert run(model, rows if kind == "subset" else Rows(rows), loss, collate=collate).alone.compared == 3
+
+
+def padding_tokenizer(padding, length=None, multiple=None):
+    from tokenizers import Tokenizer, models
+    from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(64)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="1", unk_token="0")
+    return DataCollatorWithPadding(tokenizer, padding, length, multiple)
+
+
+def in_autocast(net, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return net(**batch).loss
+
+
+class FetchedTogether(Rows):
+    """Rows that are padded to the longest of those that are fetched together."""
+
+    def __getitems__(self, places):
+        batch = LONGEST([self.rows[place] for place in places])
+        return [{k: v[i] for k, v in batch.items()} for i in range(len(places))]
+
+
+def cut_by_the_loop(net, batch):
+    length = int(batch["attention_mask"].sum(1).max())
+    return net(**{k: v[:, :length] if v.dim() > 1 else v for k, v in batch.items()}).loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["longest", "multiple of eight", "tokenizer", "by the dataset", "by the loop"])
+def test_padding_that_follows_the_batch_is_refused(kind, mode):
+    """Where the loss depends on it, and whether or not a record of this batch is as long as the batch."""
+    data, collate, loss = Rows(spans(pad=False)), None, language
+    if kind == "longest":
+        collate = LONGEST
+    elif kind == "multiple of eight":
+        collate = EIGHTS
+    elif kind == "tokenizer":
+        data = Rows([{k: v.tolist() for k, v in row.items()} for row in data.rows])
+        collate = padding_tokenizer("longest", multiple=8)
+    elif kind == "by the dataset":
+        data = FetchedTogether(data.rows)
+    else:
+        data, loss = Rows(spans()), cut_by_the_loop
+    with pytest.raises(ValueError, match=r"pads it.*in the dataset"):
+        run(span_head(), data, loss, collate=collate, mode=mode)
+
+
+def test_a_later_batch_of_another_length_is_refused_before_its_release():
+    """What the loop cut off and copied looks like the loader's batch as long as it has a full-length record."""
+    _, net, optimizer, loader = private(span_head(), Rows(spans()), poisson_sampling=False)
+
+    def loss(rows):
+        length = int(batch["attention_mask"][rows].sum(1).max())
+        return net(**{k: (v[:, :length] if v.dim() > 1 else v).clone() for k, v in batch.items()}).loss
+
+    (batch,) = loader
+    loss(slice(None)).backward()
+    optimizer.step()
+    released = optimizer.released
+    (batch,) = loader
+    optimizer.zero_grad()
+    longest = batch["attention_mask"].sum(1) == batch["attention_mask"].shape[1]
+    loss(~longest).backward()
+    with pytest.raises(ValueError, match="length 8 where others before had 10"):
+        optimizer.step()
+    assert optimizer.released is released
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fixed_padding_does_not_excuse_layers_that_mix_records(mode):
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = span_head()
+
+        def forward(self, input_ids, attention_mask, start_positions, end_positions):
+            h = self.inner.roberta(input_ids, attention_mask=attention_mask)[0]
+            logits = self.inner.qa_outputs(h - h.mean(0))
+            losses = [F.cross_entropy(logits[..., k], y) for k, y in enumerate((start_positions, end_positions))]
+            return {"loss": losses[0] + losses[1]}
+
+    with pytest.raises(ValueError, match=r"alone: .*qa_outputs"):
+        run(Mixing(), Rows(spans()), lambda net, batch: net(**batch)["loss"], mode=mode)
+
+
+def test_a_model_made_for_one_length_is_held_to_it():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(64, D), nn.Linear(10 * D, 4)
+
+        def forward(self, input_ids, attention_mask):
+            return self.head((self.embed(input_ids) * attention_mask.unsqueeze(-1)).flatten(1))
+
+    def loss(net, batch):
+        return F.cross_entropy(net(batch["input_ids"], batch["attention_mask"]), batch["start_positions"])
+
+    assert run(Flat(), Rows(spans()), loss).alone.compared == 3
+
+
+def test_zeroth_order_knows_padding_of_the_dataset():
+    """Padding on the left moves GPT-2's positions, by as much whatever else is in the batch."""
+    rows = left(token_batch(6, 8))
+    data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
+    _, net, optimizer, loader = private(gpt2().eval(), data, clipping="zo", clip_policy="fixed", ema_decay=None)
+    (batch,) = loader
+
+    def losses():
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return per_record_causal_lm_loss(net(**inputs).logits, batch["labels"])
+
+    optimizer.step(losses)
+    assert optimizer.outputs.compared == 3
