@@ -18,7 +18,7 @@ RANK = {
     "statistics": 1, "mechanism": 3, "clipping": 4, "control": 4, "grad_sample": 1, "delivery": 0, "watch": 0, "logical_batch": 0, "sampling": 1, "origin": 2, "users": 2, "data": 3, "allocation": 4, "allocation_rule": 3, "dp_adam": 0,
     "ledger": 1, "budget": 2, "account": 4, "fused_step": 1, "step_state": 5, "optimizer": 6, "report": 7, "projection": 7, "checkpoint": 7, "integrations": 7, "zeroth_order": 7, "preparation": 8, "zeroth_order.preparation": 8.5, "accounted_engine": 8.7, "engine": 9,
     "charges": 0.5,
-    "public_randomness": 0, "chosen_records": 0,
+    "public_randomness": 0, "chosen_records": 0, "fixed_length": 1,
     "audit": 10, "tensorboard": 10,
     # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
     "integrations.default_model": 6, "integrations.trainer_arguments": 7, "integrations.trainer_checks": 8, "integrations.public_rows": 0, "integrations.trainer_silent": 8, "integrations.trainer_released": 8,
