@@ -37,8 +37,8 @@ from study_data.chat_data import (
 from study_data.tone_dialogues import TONES, tone_score, train_and_heldout
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine, StepRelease
-from opacus_ac.integrations.default_model import ModelUnavailableError
-from opacus_ac.integrations.peft import load_trainable
+from opacus_ac.models.default_model import ModelUnavailableError
+from opacus_ac.models.peft import load_trainable
 from opacus_ac.tensorboard import PrivacyDashboard
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

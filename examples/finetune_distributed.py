@@ -31,8 +31,8 @@ from study_data.chat_data import ChatDataset, PadCollate, heldout_loss, reply_lo
 from study_data.tone_dialogues import train_and_heldout
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine
-from opacus_ac.distributed import load_checkpoint, save_checkpoint
-from opacus_ac.integrations.default_model import load_model
+from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
+from opacus_ac.models.default_model import load_model
 
 warnings.filterwarnings("ignore", message="Full backward hook is firing")  # torch, about inputs that need no gradient
 Row = dict[str, torch.Tensor]

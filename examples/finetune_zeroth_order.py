@@ -30,8 +30,8 @@ from study_data.chat_data import IGNORE, ChatDataset, PadCollate, Row
 from study_data.tone_dialogues import TONES
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.default_model import ModelUnavailableError, load_model
 from opacus_ac.loss import per_record_causal_lm_loss
+from opacus_ac.models.default_model import ModelUnavailableError, load_model
 from opacus_ac.zeroth_order import preset
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,60 +13,99 @@ from checkout import ROOT
 
 PACKAGE = ROOT / "opacus_ac"
 
-# Rooms from the bottom up: a module may import those of lower rank, and of its own rank within its own room.
-RANK = {
-    "gaussian": -1, "secret_state": -1, "forward_randomness": 0, "key_stream": -1, "device_noise": -1,
-    "_version": 0, "errors": 0, "randomness": 0, "accounting": 0, "loss": 0, "testing": 2, "testing.policies": 7,
-    "statistics": 1, "mechanism": 3, "clipping": 4, "control": 4, "grad_sample": 1, "delivery": 0, "watch": 0, "logical_batch": 0, "sampling": 1, "origin": 2, "users": 2, "data": 3, "allocation": 4, "allocation_rule": 3, "dp_adam": 0,
-    "ledger": 1, "budget": 2, "account": 4, "fused_step": 1, "step_state": 5, "optimizer": 6, "report": 7, "projection": 7, "checkpoint": 7, "integrations": 7, "zeroth_order": 7, "preparation": 8, "zeroth_order.preparation": 8.5, "accounted_engine": 8.7, "engine": 9,
-    "charges": 0.5,
-    "public_randomness": 0, "chosen_records": 0, "fixed_length": 1,
-    "audit": 10, "tensorboard": 10,
-    # Rooms within a room: the engine uses what makes a loss per record, the Trainer uses the engine.
-    "integrations.default_model": 6, "integrations.trainer_arguments": 7, "integrations.trainer_checks": 8, "integrations.public_rows": 0, "integrations.trainer_silent": 8, "integrations.trainer_released": 8,
-    "integrations.finetune_arguments": 8, "integrations.finetune_callbacks": 8, "integrations.trainer_ranks": 9, "integrations.trainer_checkpoint": 10, "integrations.lightning_released": 10, "integrations.lightning": 11,
-    "integrations.trainer_callback": 11, "integrations.trainer": 12, "integrations.finetune": 13, "cli": 14, "__main__": 15,
-    # The mechanism and the optimizer use the reducers; the checkpoints of several processes use the engine.
-    "distributed": 0, "distributed.world": 1, "distributed.reducers": 2, "distributed.sharded": 3, "distributed.meeting": 3, "distributed.records": 3, "distributed.roles": 4,
-    "distributed.checkpoint": 10,
-}  # fmt: skip
+#: Rooms and single modules from the bottom up; a room imports rooms of lower layers only.
+LAYERS = (
+    {"_lazy", "_version", "errors"},
+    {"_validate", "loss"},
+    {"accounting", "noise"},
+    {"grad_sample"},
+    {"distributed", "sampling"},
+    {"release"},
+    {"allocation", "budget", "clipping"},
+    {"optimizer"},
+    {"models", "testing", "zeroth_order"},
+    {"checkpoint"},
+    {"engine"},
+    {"audit", "tensorboard"},
+    {"integrations"},
+    {"cli"},
+    {"__main__"},
+)
+LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+MODULES_BESIDE_THE_FOLDERS = 8
 
 
 def room(path: Path) -> str:
-    return named(path.relative_to(PACKAGE).with_suffix("").parts)
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def named(parts: tuple[str, ...]) -> str:
-    inner = ".".join(parts[:2])
-    return inner if inner in RANK else parts[0]
-
-
-def imports(path: Path):
+def imports(path: Path) -> Iterator[str]:
+    """Modules of this package that a file imports, wherever in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = (
-                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "opacus_ac" else [node.module]
-            )
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} has a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             if name.startswith("opacus_ac."):
-                yield named(tuple(name.split(".")[1:]))
+                yield module_of(name)
+
+
+def module_of(name: str) -> str:
+    """The longest prefix of a dotted name that is a file or a folder."""
+    parts = name.split(".")
+    while not (ROOT.joinpath(*parts).with_suffix(".py").exists() or ROOT.joinpath(*parts, "__init__.py").exists()):
+        parts.pop()
+    return ".".join(parts)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_down_the_layers(path):
+def test_a_room_imports_rooms_of_lower_layers_only(path):
     own = room(path)
-    if own == "__init__":
-        assert set(imports(path)) == {"_version"}
-        return
-    for other in imports(path):
-        assert other == own or RANK[other] < RANK[own], f"{own} must not import {other}"
+    for module in imports(path):
+        other = module.split(".")[1] if "." in module else "__init__"
+        if own == "__init__":
+            assert other in {"_lazy", "_version"}, f"{path.name} must not import {module}"
+        elif other not in (own, "__init__"):
+            assert LAYER[other] < LAYER[own], f"{path.relative_to(ROOT)} must not import {module}"
 
 
-def test_every_room_has_a_rank():
-    assert {room(p) for p in PACKAGE.rglob("*.py")} - {"__init__"} == set(RANK)
+def test_every_room_has_a_layer():
+    assert {room(p) for p in PACKAGE.rglob("*.py")} - {"__init__"} == set(LAYER)
+
+
+def test_few_modules_stand_beside_the_folders():
+    assert len(list(PACKAGE.glob("*.py"))) <= MODULES_BESIDE_THE_FOLDERS
+
+
+def test_no_file_imports_itself_over_others():
+    files = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PACKAGE.rglob("*.py")
+    }
+    edges = {name: set(top_imports(path)) & set(files) - {name} for name, path in files.items()}
+    assert not list(cycles(edges))
+
+
+def test_a_cycle_of_imports_is_found():
+    assert list(cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}))
+    assert not list(cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}))
+
+
+def top_imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports when it is itself imported."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("opacus_ac"):
+            for alias in node.names:
+                yield module_of(f"{node.module}.{alias.name}")
+
+
+def cycles(edges: dict[str, set[str]]) -> Iterator[tuple[str, ...]]:
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        yield tuple(error.args[1])
 
 
 def run(code: str, *options: str) -> str:

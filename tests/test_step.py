@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.clipping import POLICIES
-from opacus_ac.control import WeightEMA
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.optimizer import AdaptiveClipDPOptimizer, WeightEMA
+from opacus_ac.release import StepStatistics
 from opacus_ac.testing import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")

@@ -26,12 +26,12 @@ import transformers
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.delivery import Recognition
-from opacus_ac.forward_randomness import ForwardRandomness
-from opacus_ac.grad_sample.alone import RecordsAlone
+from opacus_ac.grad_sample.alone.records import RecordsAlone
+from opacus_ac.noise.forward_randomness import ForwardRandomness
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.origin import Origin
-from opacus_ac.watch import ModelWatch
+from opacus_ac.optimizer.model_watch import ModelWatch
+from opacus_ac.optimizer.origin import Origin
+from opacus_ac.sampling.delivery import Recognition
 
 LENGTH = 128
 GUARDS: dict[str, list[tuple[Any, str]]] = {

@@ -16,9 +16,10 @@ from collections.abc import Callable
 
 import torch
 
-from opacus_ac.gaussian import BLOCK, GaussianSampler
-from opacus_ac.key_stream import KeyStream
-from opacus_ac.randomness import SecretStream, _add_in_device_blocks
+from opacus_ac.noise import SecretStream
+from opacus_ac.noise.gaussian_cpu import BLOCK, GaussianSampler
+from opacus_ac.noise.keys import KeyStream
+from opacus_ac.noise.streams import _add_in_device_blocks
 
 
 def drawing(summed: int) -> Callable[[], object]:

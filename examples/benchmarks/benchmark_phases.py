@@ -24,9 +24,9 @@ from typing import Any
 import benchmark_step as steps
 import torch
 
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
-from opacus_ac.grad_sample.terms import ParameterBook
-from opacus_ac.randomness import SecretStream
+from opacus_ac.grad_sample.one_backward.outer_products import ParameterBook
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.noise import SecretStream
 
 Times = dict[str, float]
 NORMS, SUMS, NOISE, UPDATE = "norms", "weighted sums", "noise", "update"

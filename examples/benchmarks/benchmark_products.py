@@ -4,7 +4,7 @@
 
 ``sum`` is the weighted sum of a layer, ``left^T right`` over all positions of a batch; ``Gram`` the inner products of the positions of each
 record. The two libraries take turns; billions of operations a second, medians over rounds. The last line says which one mode
-"bk" takes on this machine; the thresholds of ``opacus_ac/grad_sample/products.py`` come from this table.
+"bk" takes on this machine; the thresholds of ``opacus_ac/grad_sample/one_backward/matmul.py`` come from this table.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from opacus_ac.grad_sample import products
+from opacus_ac.grad_sample.one_backward import matmul as products
 
 #: B, T, I, J of the benchmark's shapes: attention, MLP and head of a; MLP and head of b; MLP of c; a larger batch.
 SUMS = [

@@ -71,7 +71,8 @@ from torch.utils.data import DataLoader
 
 import opacus_ac
 from opacus_ac import PrivacyEngine
-from opacus_ac.grad_sample import products, register_rules
+from opacus_ac.grad_sample import register_rules
+from opacus_ac.grad_sample.one_backward import matmul as products
 from opacus_ac.loss import fused_causal_lm_loss
 
 Batch = dict[str, Tensor]

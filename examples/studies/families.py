@@ -41,8 +41,8 @@ from benchmark_step import release_memory, reset_peak, resident
 from benchmark_zeroth_order import AT_ONCE
 
 from opacus_ac import NoiseAllocation, PrivacyEngine
-from opacus_ac.integrations.default_model import ModelUnavailableError, load_model
-from opacus_ac.integrations.peft import add_lora
+from opacus_ac.models.default_model import ModelUnavailableError, load_model
+from opacus_ac.models.peft import add_lora
 
 FAMILIES = {
     "full": "DP-Adam-AC, all weights",

@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 
 from opacus_ac.clipping import PercentilePolicy
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import DEFAULT_WEIGHT, StepStatistics
+from opacus_ac.release import StepStatistics
+from opacus_ac.release.statistics import DEFAULT_WEIGHT
 
 STEPS, BATCH, NOISE = 60, 192, 0.8
 FALL, TYPICAL, SPREAD = 0.97, 10.0, 0.4  # norms: lognormal, median 10 at the start, 3 % less at every step

@@ -14,13 +14,13 @@ from opacus_ac.accounting.events import ADJACENCY, Event, common_adjacency
 from opacus_ac.accounting.filters import RenyiFilter, best_order, roomiest_order
 from opacus_ac.accounting.pld import pld_epsilon
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, epsilon_from_rdp, rdp_poisson_gaussian
+from opacus_ac.accounting.rdp_table import RDPTable
 from opacus_ac.accounting.shuffled import ShuffledEpochs
-from opacus_ac.accounting.table import RDPTable
 
 if TYPE_CHECKING:
-    from opacus_ac.accounting.accountant import VariableRateRDPAccountant
     from opacus_ac.accounting.pld_accountant import VariableRatePLDAccountant
-    from opacus_ac.accounting.pure import PureDPAccountant
+    from opacus_ac.accounting.pure_accountant import PureDPAccountant
+    from opacus_ac.accounting.rdp_accountant import VariableRateRDPAccountant
     from opacus_ac.accounting.registration import register
 
 __all__ = [
@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 _LAZY = {
-    "VariableRateRDPAccountant": "accountant",
-    "PureDPAccountant": "pure",
+    "VariableRateRDPAccountant": "rdp_accountant",
+    "PureDPAccountant": "pure_accountant",
     "VariableRatePLDAccountant": "pld_accountant",
     "register": "registration",
 }

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from opacus_ac.accounting.divergence import rdp_pair
+from opacus_ac.accounting.dominating_pairs import Component, Pair, PairRounding, dominating_pairs
 from opacus_ac.accounting.events import Event, check_count, check_delta, check_noise_multiplier, check_sample_rate
-from opacus_ac.accounting.pairs import Component, Pair, PairRounding, dominating_pairs
 from opacus_ac.accounting.pld import MAX_EXACT, PrivacyLosses
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp
-from opacus_ac.accounting.table import MAX_OTHER, MAX_PLAIN
+from opacus_ac.accounting.rdp_table import MAX_OTHER, MAX_PLAIN
 
 #: Where the search for a noise multiplier ends.
 MIN_NOISE_MULTIPLIER = 1e-3

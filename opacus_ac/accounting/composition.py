@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from opacus_ac.accounting.losses import Atoms, discretise
-from opacus_ac.accounting.pairs import Pair
+from opacus_ac.accounting.dominating_pairs import Pair
+from opacus_ac.accounting.loss_distribution import Atoms, discretise
 from opacus_ac.accounting.rdp import FloatArray
 
 _EPS = float(np.finfo(np.float64).eps)

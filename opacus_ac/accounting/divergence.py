@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from opacus_ac.accounting.dominating_pairs import Component, Pair, dominating_pairs
 from opacus_ac.accounting.events import Event
-from opacus_ac.accounting.pairs import Component, Pair, dominating_pairs
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, rdp_poisson_gaussian
 
 _TAIL = 9.5  # standard deviations kept on either side

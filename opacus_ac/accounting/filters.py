@@ -10,7 +10,7 @@ import numpy as np
 from opacus_ac.accounting.divergence import rdp_event
 from opacus_ac.accounting.events import Event, check_count, check_delta
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp
-from opacus_ac.accounting.table import RDPTable
+from opacus_ac.accounting.rdp_table import RDPTable
 
 _SLACK = 1e-12  # relative; a plan that uses its budget up to rounding fits
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 from opacus_ac.accounting.composition import Composition, Grid
+from opacus_ac.accounting.dominating_pairs import Pair, PairRounding, dominating_pairs
 from opacus_ac.accounting.events import Event, check_count, check_delta
-from opacus_ac.accounting.pairs import Pair, PairRounding, dominating_pairs
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp
-from opacus_ac.accounting.table import RDPTable
+from opacus_ac.accounting.rdp_table import RDPTable
 
 _GROWTH = 2.0  # a grid is planned for so much more than was spent, so that rebuilding it stays rare
 #: How many distinct pairs are composed without rounding.

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from opacus_ac.accounting.accountant import VariableRateRDPAccountant
 from opacus_ac.accounting.events import Event, check_count, check_delta
 from opacus_ac.accounting.history import Run
 from opacus_ac.accounting.pld import PrivacyLosses
+from opacus_ac.accounting.rdp_accountant import VariableRateRDPAccountant
 
 
 class VariableRatePLDAccountant(VariableRateRDPAccountant):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from opacus.accountants import create_accountant, register_accountant
 
-from opacus_ac.accounting.accountant import VariableRateRDPAccountant
 from opacus_ac.accounting.pld_accountant import VariableRatePLDAccountant
-from opacus_ac.accounting.pure import PureDPAccountant
+from opacus_ac.accounting.pure_accountant import PureDPAccountant
+from opacus_ac.accounting.rdp_accountant import VariableRateRDPAccountant
 
 
 def register() -> None:

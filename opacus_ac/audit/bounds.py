@@ -11,7 +11,7 @@ import math
 import numpy as np
 from scipy import special, stats
 
-from opacus_ac.statistics import FloatArray
+from opacus_ac.release.values import FloatArray
 
 LARGEST_MU = 1e4
 """Where bounds stop: a mechanism this far from private has no noise worth the name."""

@@ -22,11 +22,10 @@ from opacus_ac.audit.noise import spread_finding
 from opacus_ac.audit.published import Published, entry_weights
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.task import CanaryTask, Task, endless
-from opacus_ac.data import PrivateDataLoader
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.mechanism import StepRelease
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import FloatArray
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import FloatArray, StepRelease
+from opacus_ac.sampling.loader import PrivateDataLoader
 from opacus_ac.zeroth_order.settings import preset
 
 MakePrivate = Callable[..., tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]]
@@ -55,7 +54,7 @@ def private_parts(
     if not settings.get("poisson_sampling", True):
         raise ValueError("the audit needs poisson_sampling=True: the sampler's draws are its coins")
     if make_private is None:
-        from opacus_ac.engine import PrivacyEngine
+        from opacus_ac.engine.privacy_engine import PrivacyEngine
 
         make_private = PrivacyEngine().make_private
     if settings.get("clipping") == "zo":

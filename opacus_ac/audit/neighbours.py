@@ -24,7 +24,7 @@ PRESENT = (True, False, True, False)
 
 def new_engine() -> Any:
     """Return the engine that is audited by default."""
-    from opacus_ac.engine import PrivacyEngine
+    from opacus_ac.engine.privacy_engine import PrivacyEngine
 
     return PrivacyEngine()
 

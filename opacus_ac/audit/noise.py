@@ -9,7 +9,7 @@ from scipy import special, stats
 
 from opacus_ac.audit.bounds import std_interval
 from opacus_ac.audit.result import Finding
-from opacus_ac.statistics import FloatArray
+from opacus_ac.release.values import FloatArray
 
 LAGS = 32
 """Steps back to which noise is compared tensor by tensor; single pairs of steps are compared at any distance."""

@@ -13,7 +13,7 @@ from opacus_ac.audit.published import Published
 from opacus_ac.audit.result import AuditResult, check_confidence
 from opacus_ac.audit.streams import FixedDraws
 from opacus_ac.audit.task import CanaryTask, endless
-from opacus_ac.statistics import FloatArray
+from opacus_ac.release.values import FloatArray
 
 CHECKS = 4
 

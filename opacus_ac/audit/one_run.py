@@ -16,8 +16,8 @@ from opacus_ac.audit.streams import WithoutRecords
 from opacus_ac.audit.task import CanaryTask
 from opacus_ac.audit.usage import account_finding
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.randomness import RandomStream, SecretStream, SeededStream
-from opacus_ac.statistics import FloatArray
+from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
+from opacus_ac.release.values import FloatArray
 
 
 def one_run_audit(
@@ -77,7 +77,7 @@ def one_run_audit(
     if not settings.get("poisson_sampling", True):
         raise ValueError("the audit needs poisson_sampling=True: absent canaries are records that are never drawn")
     if engine is None:
-        from opacus_ac.engine import PrivacyEngine
+        from opacus_ac.engine.privacy_engine import PrivacyEngine
 
         engine = PrivacyEngine()
     coins: RandomStream = SecretStream() if seed is None else SeededStream(torch.Generator().manual_seed(seed + 1))

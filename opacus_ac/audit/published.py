@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from opacus_ac.mechanism import StepRelease
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import FloatArray
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import FloatArray, StepRelease
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 

@@ -17,8 +17,8 @@ from opacus_ac.audit.canary import private_parts
 from opacus_ac.audit.published import Published
 from opacus_ac.audit.streams import FixedDraws, public_generators, seed_public_generators
 from opacus_ac.audit.task import Task
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import FloatArray
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import FloatArray
 
 REFUSED = (ValueError, RuntimeError, NotImplementedError)
 """What a refusal is; anything else is an error of the audit."""

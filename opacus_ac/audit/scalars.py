@@ -17,8 +17,8 @@ from opacus_ac.audit.canary import MakePrivate, describe, private_parts
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.streams import FixedDraws, public_generators, seed_public_generators
 from opacus_ac.audit.task import CanaryTask, endless
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import FloatArray
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import FloatArray
 
 Scalars = dict[tuple[int, str], float]
 """Value of each scalar, by step (from 1) and name."""

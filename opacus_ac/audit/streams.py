@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from opacus_ac.randomness import RandomStream
+from opacus_ac.noise.streams import RandomStream
 
 
 class FixedDraws:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import FloatArray
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import FloatArray
 from opacus_ac.testing import per_sample_gradients
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 

@@ -139,7 +139,7 @@ def usage_audit(
         ValueError: an ordinary way of use, or a setting, that was refused.
     """
     if engine is None:
-        from opacus_ac.engine import PrivacyEngine
+        from opacus_ac.engine.privacy_engine import PrivacyEngine
 
         engine = PrivacyEngine
     if not noise_multiplier > 0:

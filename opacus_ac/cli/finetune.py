@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from opacus_ac.cli.command import INTERRUPTED, OK, Command, add_option
-from opacus_ac.integrations.finetune_arguments import EXIT_CODES, TRAINING_HELP, DataArguments, ModelArguments
-from opacus_ac.integrations.trainer_arguments import PrivacyArguments
+from opacus_ac.integrations.finetune.arguments import EXIT_CODES, TRAINING_HELP, DataArguments, ModelArguments
+from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 
 PROG = "opacus-ac finetune"
 USAGE = f"{PROG} --train_file FILE --output_dir DIR (--target_epsilon E | --noise_multiplier S) [options]"
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _own_options(own)
     try:
-        from opacus_ac.integrations import finetune
+        from opacus_ac.integrations.finetune import finetune
 
         if options.help_all:
             finetune.full_parser(PROG, USAGE).print_help()

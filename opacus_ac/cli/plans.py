@@ -161,7 +161,7 @@ def _lengths(options: argparse.Namespace, rate: float) -> list[tuple[float, int]
 def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tuple[float, int]) -> dict[str, Any]:
     """Return what a run of this budget, batch size and length buys."""
     from opacus_ac.accounting import calibrate_noise_multiplier
-    from opacus_ac.statistics import default_histogram_weight
+    from opacus_ac.release.statistics import default_histogram_weight
 
     epochs, steps = length
     noise = calibrate_noise_multiplier(

@@ -12,7 +12,7 @@ from opacus_ac.cli.command import OK, Command, add_format, add_option
 
 if TYPE_CHECKING:
     from opacus_ac.accounting import Event
-    from opacus_ac.charges import Terms
+    from opacus_ac.budget.charges import Terms
 
 REPORT_FILE = "privacy_report.json"
 
@@ -52,8 +52,8 @@ def _of_report(path: Path) -> dict[str, Any]:
 def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
     """Return what the charges of a ledger add up to; every line of it is checked."""
     from opacus_ac.accounting import common_adjacency
-    from opacus_ac.charges import Terms
-    from opacus_ac.ledger import PrivacyLedger
+    from opacus_ac.budget.charges import Terms
+    from opacus_ac.budget.ledger import PrivacyLedger
 
     if delta is None:
         raise ValueError("a ledger has no delta of its own: give --delta")
@@ -78,7 +78,7 @@ def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
 def _epsilon(counts: Counter[Event], terms: Terms, delta: float) -> float:
     """Return what the charges of a ledger, which are of one mechanism, cost together."""
     from opacus_ac.accounting import PureDPAccountant, pld_epsilon
-    from opacus_ac.charges import renyi_epsilon
+    from opacus_ac.budget.charges import renyi_epsilon
 
     if any(event.mechanism == "gaussian" for event in counts):
         if terms.adaptive:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.distributed.world import Floats, Group, Ints, initialized
+from opacus_ac.distributed.group import Floats, Group, Ints, initialized
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from opacus_ac.distributed.group import Group
 from opacus_ac.distributed.reducers import BUCKET, GroupReducer, Noise, Source, buckets, sum_with_noise
-from opacus_ac.distributed.world import Group
-from opacus_ac.grad_sample.replay import written_type
-from opacus_ac.grad_sample.shards import is_sharded
+from opacus_ac.grad_sample.module_replay import written_type
+from opacus_ac.grad_sample.sharded_parameters import is_sharded
 
 _WITHIN_MODEL = {"tp", "cp", "pp", "ep", "sp", "tensor", "context", "pipeline", "expert", "sequence"}
 """Names of mesh dimensions along which ranks share the records instead of having their own."""

@@ -4,7 +4,7 @@ Importing registers nothing; ``register_rules(model)`` does.
 """
 
 from opacus_ac.grad_sample.broadcast import expand_broadcast_embeddings
-from opacus_ac.grad_sample.check import check_model, constant_buffers_ok
+from opacus_ac.grad_sample.checks.exactness import check_model, constant_buffers_ok
 from opacus_ac.grad_sample.explain import explain
 from opacus_ac.grad_sample.registry import register_rule, register_rules, register_ste_linear
 

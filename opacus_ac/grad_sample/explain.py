@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from opacus_ac.grad_sample.check import module_problem
-from opacus_ac.grad_sample.probe import guess_input
+from opacus_ac.grad_sample.checks.exactness import module_problem
+from opacus_ac.grad_sample.checks.probe import guess_input
+from opacus_ac.grad_sample.one_backward.layer_terms import replays_lookup, rule_of, watched_modules
+from opacus_ac.grad_sample.one_backward.outer_products import keeps
 from opacus_ac.grad_sample.registry import OWN_RULES, GradSampler, UserRule, hooked_modules, sampler_of
 from opacus_ac.grad_sample.rules.bitlinear import QuantizedInputs
-from opacus_ac.grad_sample.term_rules import replays_lookup, rule_of, watched_modules
-from opacus_ac.grad_sample.terms import keeps
 
 _BYTES = 4  # records are held in float32
 

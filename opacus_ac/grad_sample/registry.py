@@ -25,7 +25,7 @@ from opacus.grad_sample import rms_norm as _rms_norm
 from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.replay import written_type
+from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
 from opacus_ac.grad_sample.rules.embedding import embedding, is_scaled_lookup
 from opacus_ac.grad_sample.rules.linear import conv1d

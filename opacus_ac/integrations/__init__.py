@@ -1,19 +1,7 @@
 """Optional integrations; each is imported only where it is used."""
 
-from __future__ import annotations
+from opacus_ac._lazy import lazy_names
 
-import importlib
-from typing import Any
-
-_EXPORTS = {
-    "PrivacyArguments": "opacus_ac.integrations.trainer_arguments",
-    "PrivateTrainer": "opacus_ac.integrations.trainer",
-}
-
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'opacus_ac.integrations' has no attribute {name!r}")
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__, {"PrivacyArguments": "trainer.arguments", "PrivateTrainer": "trainer.trainer"}
+)

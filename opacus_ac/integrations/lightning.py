@@ -12,11 +12,11 @@ import lightning
 import torch
 from torch import nn
 
-from opacus_ac.data import LogicalBatches, PrivateDataLoader
-from opacus_ac.engine import PrivacyEngine
+from opacus_ac.engine.privacy_engine import PrivacyEngine
 from opacus_ac.integrations.lightning_released import ReleasedOnly
 from opacus_ac.integrations.public_rows import PrivateRows
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.sampling.loader import LogicalBatches, PrivateDataLoader
 
 _PREFIX = "privacy/"
 
@@ -155,7 +155,7 @@ class PrivacyCallback(lightning.Callback):
             (
                 limit is not None,
                 "max_physical_batch_size: Lightning ends a pass after len(loader) batches, amid a logical batch. Leave it out, "
-                "or take the steps by hand (automatic_optimization=False, opacus_ac.data.LogicalBatches)",
+                "or take the steps by hand (automatic_optimization=False, opacus_ac.sampling.loader.LogicalBatches)",
             ),
             (
                 loader is not self.loader,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 
 _COUNTERS = ("epoch", "step", "global_step", "trainer/global_step")
 _RATES = ("lr", "learning_rate", "momentum", "weight_decay")

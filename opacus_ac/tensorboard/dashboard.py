@@ -13,10 +13,10 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars
 
-from opacus_ac.engine import PrivacyEngine
-from opacus_ac.mechanism import StepRelease
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.report import PrivacyReport
+from opacus_ac.engine.privacy_engine import PrivacyEngine
+from opacus_ac.engine.report import PrivacyReport
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import StepRelease
 from opacus_ac.tensorboard import tags
 from opacus_ac.tensorboard.summaries import (
     histogram_arguments,

@@ -12,10 +12,9 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from torch.utils.tensorboard.summary import hparams
 
-from opacus_ac.mechanism import StepRelease
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.report import PrivacyReport
-from opacus_ac.statistics import GRID_RATIO, NoisyHistogram
+from opacus_ac.engine.report import PrivacyReport
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.values import GRID_RATIO, NoisyHistogram, StepRelease
 from opacus_ac.tensorboard.tags import META_TAG, META_VERSION, PLUGIN_NAME
 
 DATA_CLASS_TENSOR = 2

@@ -4,14 +4,8 @@
 the oracle. :mod:`opacus_ac.testing.policies` has those of clip policies; it needs the optimizer, which comes later.
 """
 
-from opacus_ac.testing.records import (
-    LossFn,
-    check_losses_add_up,
-    check_norms,
-    check_records_independent,
-    per_sample_gradients,
-    select_records,
-)
+from opacus_ac.grad_sample.checks.independence import check_losses_add_up, check_records_independent
+from opacus_ac.grad_sample.oracle import LossFn, check_norms, per_sample_gradients, select_records
 from opacus_ac.testing.rules import check_rule, hooks_gradients, one_backward, opacus_table_restored, worst_error
 
 __all__ = [

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.allocation import NoiseAllocation
-from opacus_ac.clipping import ClipPolicy
-from opacus_ac.mechanism import StepRelease
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.allocation.settings import NoiseAllocation
+from opacus_ac.allocation.weights import GroupWeights
+from opacus_ac.clipping.policy import ClipPolicy
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.statistics import StepStatistics
+from opacus_ac.release.values import StepRelease
 
 MakePolicy = Callable[[float], ClipPolicy]
 
@@ -44,7 +45,7 @@ def optimizer_by_hand(gradients: Tensor, *, losses: Tensor | None = None, **kwar
     parameters = [nn.Parameter(torch.zeros(size, dtype=gradients.dtype)) for size in sizes]
     arguments = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 1, **kwargs}
     if isinstance(allocation := arguments.get("allocation"), NoiseAllocation):
-        arguments["allocation"] = allocation.start(parameters, ["first", "second"])
+        arguments["allocation"] = GroupWeights(allocation, parameters, ["first", "second"])
     optimizer = AdaptiveClipDPOptimizer(torch.optim.SGD(parameters, lr=1.0), **arguments)
     for parameter, rows in zip(parameters, gradients.split(sizes, dim=1), strict=True):
         parameter.grad_sample = rows.clone()  # type: ignore[attr-defined]
@@ -80,7 +81,7 @@ def check_clip_policy(make_policy: MakePolicy, *, trials: int = 10, seed: int = 
         AssertionError: names what is broken, with C0 and the numbers.
 
     Example:
-        >>> from opacus_ac.clipping import GeometricPolicy
+        >>> from opacus_ac.clipping.policy import GeometricPolicy
         >>> round(check_clip_policy(GeometricPolicy), 6)
         1.0
     """

@@ -14,8 +14,8 @@ from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSam
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
-from opacus_ac.testing.records import LossFn, check_norms, per_sample_gradients
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.grad_sample.oracle import LossFn, check_norms, per_sample_gradients
 
 MODES = ("hooks", "bk")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, Optimizer
 
-from opacus_ac.grad_sample.coupled import check_records_apart
+from opacus_ac.grad_sample.checks.coupled import check_records_apart
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
 _RANDOM = ("drop", "jitter")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_ac.clipping import build_policy
-from opacus_ac.mechanism import GaussianMechanism
-from opacus_ac.randomness import RandomStream
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.clipping.table import build_policy
+from opacus_ac.noise.streams import RandomStream
+from opacus_ac.release.mechanism import GaussianMechanism
+from opacus_ac.release.statistics import StepStatistics
 
 GRID = 1 << 20
 """Steps of the grid in C: a record's clipped values are multiples of C / GRID, cut towards zero."""

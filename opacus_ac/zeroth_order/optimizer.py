@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opacus_ac.accounting import Event
-from opacus_ac.control import WeightEMA
-from opacus_ac.delivery import Delivery, Draw
 from opacus_ac.distributed.reducers import LOCAL, Reducer, ReplicatedReducer
-from opacus_ac.grad_sample.alone_outputs import OutputsAlone
-from opacus_ac.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.grad_sample.alone.outputs import OutputsAlone
+from opacus_ac.optimizer.ema import WeightEMA
+from opacus_ac.optimizer.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
+from opacus_ac.release.statistics import StepStatistics
+from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.zeroth_order import checks, pruning
 from opacus_ac.zeroth_order.arithmetic import Evaluation, unwatched
 from opacus_ac.zeroth_order.coordinates import Coordinates

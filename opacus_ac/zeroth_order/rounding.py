@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opacus_ac.sampling import SamplingPlan
+from opacus_ac.sampling.plan import SamplingPlan
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
 SAFETY = 8.0

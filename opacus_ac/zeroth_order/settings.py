@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 DIRECTIONS = ("gaussian", "sphere", "rademacher")
 MECHANISMS = ("gaussian", "laplace")
 SCORES = ("magnitude", "synflow", "random")
@@ -239,3 +241,23 @@ def preset(name: str, **changes: Any) -> ZerothOrderSettings:
     if name not in PRESETS:
         raise ValueError(f"unknown zeroth_order preset {name!r}: choose one of {', '.join(map(repr, sorted(PRESETS)))}")
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+def zeroth_order_settings(clipping: str, zeroth_order: str | ZerothOrderSettings | None) -> ZerothOrderSettings | None:
+    """Return the settings of ``clipping="zo"``; None for every other clipping."""
+    if clipping != "zo":
+        if zeroth_order is not None:
+            raise ValueError(f"zeroth_order belongs to clipping='zo', not to clipping={clipping!r}: leave it out")
+        return None
+    if isinstance(zeroth_order, ZerothOrderSettings):
+        return zeroth_order
+    return preset("aggzo" if zeroth_order is None else zeroth_order)
+
+
+def _resolution(settings: ZerothOrderSettings) -> float:
+    """Return the norm of the differences that rounding float32 weights makes of losses around 1.
+
+    A smaller C, which a percentile of records with nothing left to learn would ask for, would train on rounding errors.
+    """
+    each = torch.finfo(torch.float32).eps / (2 * settings.smoothing)
+    return float(each * math.sqrt(settings.num_directions))

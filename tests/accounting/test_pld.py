@@ -26,7 +26,7 @@ from opacus_ac.accounting import (
     register,
 )
 from opacus_ac.accounting.composition import Composition, Grid
-from opacus_ac.accounting.pairs import Component, Pair, dominating_pairs
+from opacus_ac.accounting.dominating_pairs import Component, Pair, dominating_pairs
 
 DELTA = 1e-5
 ZERO_OUT = dp.NeighboringRelation.REPLACE_SPECIAL

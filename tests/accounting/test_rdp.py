@@ -13,7 +13,7 @@ from opacus.accountants import RDPAccountant
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from opacus_ac.accounting import DEFAULT_ORDERS, RDPTable, epsilon_from_rdp, rdp_poisson_gaussian
-from opacus_ac.accounting.table import noise_below, rate_above
+from opacus_ac.accounting.rdp_table import noise_below, rate_above
 
 RATES = st.floats(-6.0, 0.0).map(lambda x: min(10.0**x, 1.0))
 NOISES = st.floats(-1.0, 2.0).map(lambda x: 10.0**x)

@@ -21,7 +21,7 @@ from opacus_ac.accounting import (
 )
 from opacus_ac.accounting.binomial import log_tail
 from opacus_ac.accounting.divergence import rdp_pair
-from opacus_ac.accounting.pairs import Component, Pair, PairRounding, dominating_pairs
+from opacus_ac.accounting.dominating_pairs import Component, Pair, PairRounding, dominating_pairs
 
 DELTA = 1e-5
 ORDERS = np.array([1.01, 1.5, 2.0, 3.7, 8.0, 32.0, 64.0])

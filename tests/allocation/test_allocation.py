@@ -14,9 +14,11 @@ from allocation_runs import HISTORY, MODES, PAID, UNEVEN, flat, make
 from helpers import classifier, loader, loss_of, train
 from torch import nn
 
-from opacus_ac.allocation import MAX_CHANGE, NoiseAllocation, optimal_weights
+from opacus_ac.allocation import GroupWeights, NoiseAllocation, optimal_weights
+from opacus_ac.allocation.weights import MAX_CHANGE
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import NoisyProfile, StepStatistics, energy_profiles
+from opacus_ac.release import NoisyProfile, StepStatistics
+from opacus_ac.release.statistics import energy_profiles
 from opacus_ac.testing import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
@@ -75,8 +77,8 @@ def release_error(weights, *, records=64, repeats=150):
         for d, g in zip(sizes, norms, strict=True)
     ]
     scaled = sum((w * g) ** 2 for w, g in zip(weights, norms, strict=True))
-    allocation = NoiseAllocation("constant", weights=dict(zip("ab", weights, strict=True))).start(
-        parameters, ["a", "b"]
+    allocation = GroupWeights(
+        NoiseAllocation("constant", weights=dict(zip("ab", weights, strict=True))), parameters, ["a", "b"]
     )
     optimizer = AdaptiveClipDPOptimizer(
         torch.optim.SGD(parameters, lr=0.0), noise_multiplier=1.0, max_grad_norm=1.5 * math.sqrt(scaled),
@@ -112,7 +114,7 @@ def test_a_history_finds_the_weights():
     The signal's relative error per release is below 10 %, that of the ratio of roots of averages below 3 %: 20 % is safe.
     """
     parameters = [nn.Parameter(torch.zeros(d, dtype=torch.float64)) for d in (900, 100)]
-    weights = NoiseAllocation(warmup=5).start(parameters, ["a", "b"])
+    weights = GroupWeights(NoiseAllocation(warmup=5), parameters, ["a", "b"])
     generator = torch.Generator().manual_seed(0)
     signal = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
     signal = [s * g / s.norm() for s, g in zip(signal, (0.1, 1.0), strict=True)]
@@ -134,7 +136,7 @@ def test_a_history_finds_the_weights():
 def test_without_a_signal_a_history_tends_to_the_rule_of_the_dimension():
     """Releases whose energy is exactly that of their noise: the bound on what may hide in it sets the weights."""
     parameters = [nn.Parameter(torch.zeros(d, dtype=torch.float64)) for d in (1600, 100)]
-    weights = NoiseAllocation(warmup=0, decay=0.5).start(parameters, ["a", "b"])
+    weights = GroupWeights(NoiseAllocation(warmup=0, decay=0.5), parameters, ["a", "b"])
     for _ in range(100):
         stds = [1.0 / w for w in weights.weights]
         weights.observe(parameters, [torch.full_like(p, s) for p, s in zip(parameters, stds, strict=True)], stds, 1.0)
@@ -181,7 +183,7 @@ def test_the_table_of_sources_has_a_row_per_setting(monkeypatch, capsys):
 def test_without_a_signal_paid_weights_tend_to_the_rule_of_the_dimension():
     """Releases without any energy: the floor is the same for all groups."""
     parameters = [nn.Parameter(torch.zeros(d)) for d in (1600, 100)]
-    weights = NoiseAllocation("paid").start(parameters, ["a", "b"])
+    weights = GroupWeights(NoiseAllocation("paid"), parameters, ["a", "b"])
     for _ in range(60):
         weights.observe_profile(NoisyProfile(np.zeros(2), 0.3))
         weights.update()
@@ -261,7 +263,7 @@ def test_a_release_without_the_groups_is_refused():
         ("paid", 0, r"profile of 1 groups.*has 0"),
         ("dimension", 3, "profile of 0 groups"),
     ):
-        allocation = NoiseAllocation(source).start([parameter], ["a"])
+        allocation = GroupWeights(NoiseAllocation(source), [parameter], ["a"])
         with pytest.raises(ValueError, match=message):
             AdaptiveClipDPOptimizer(inner, statistics=StepStatistics(groups=groups), allocation=allocation, **arguments)
     with pytest.raises(ValueError, match="pass allocation too"):
@@ -270,7 +272,7 @@ def test_a_release_without_the_groups_is_refused():
 
 def test_importance_moves_noise_away_from_large_weights():
     parameters = [nn.Parameter(torch.full((50,), value, dtype=torch.float64)) for value in (16.0, 1.0)]
-    weights = NoiseAllocation(warmup=0, decay=0.0, importance="weights").start(parameters, ["a", "b"])
+    weights = GroupWeights(NoiseAllocation(warmup=0, decay=0.0, importance="weights"), parameters, ["a", "b"])
     for _ in range(20):
         weights.observe(parameters, [torch.ones_like(p) for p in parameters], [0.0, 0.0], 1.0)
         weights.update()

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.allocation import MAX_CHANGE, NoiseAllocation, optimal_weights
+from opacus_ac.allocation import GroupWeights, NoiseAllocation, optimal_weights
+from opacus_ac.allocation.weights import MAX_CHANGE
 from opacus_ac.clipping import POLICIES, build_policy
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.release import StepStatistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
 
@@ -94,7 +95,7 @@ def test_the_bound_is_attained_in_the_scaled_space(mode):
 
 def test_the_battery_trips_when_the_norms_forget_the_weights(monkeypatch):
     """Planted: noise is scaled, norms are not."""
-    from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+    from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 
     whole = BookKeepingSource.finish_batch
     monkeypatch.setattr(BookKeepingSource, "finish_batch", lambda self, weights=None: whole(self))
@@ -120,7 +121,7 @@ def test_sensitivity_for_any_weights_and_policy(policy, histogram, paid, batch, 
         values = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
         parameters = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (2, 3)]
         constant = NoiseAllocation("constant", weights={"a": weights[0], "b": weights[1]})
-        chosen = (NoiseAllocation("paid") if paid else constant).start(parameters, ["a", "b"])
+        chosen = GroupWeights(NoiseAllocation("paid") if paid else constant, parameters, ["a", "b"])
         chosen._set(weights)
         optimizer = AdaptiveClipDPOptimizer(
             torch.optim.SGD(parameters, lr=1.0), noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=1,

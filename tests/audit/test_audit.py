@@ -14,8 +14,8 @@ from opacus_ac.audit import CanaryTask, canary_audit, one_run_audit, scalar_audi
 from opacus_ac.audit.canary import _Auditor, private_parts
 from opacus_ac.audit.scalars import released_scalars
 from opacus_ac.audit.streams import FixedDraws, WithoutRecords
-from opacus_ac.mechanism import StepRelease
-from opacus_ac.randomness import SeededStream
+from opacus_ac.noise import SeededStream
+from opacus_ac.release import StepRelease
 
 MODES = ("bk", "hooks", "functorch")
 CLIPPING = (

@@ -11,11 +11,11 @@ from torch import nn
 from opacus_ac.audit import canary_audit, scalar_audit
 from opacus_ac.clipping import ClipPolicy, PercentilePolicy
 from opacus_ac.grad_sample import register_rules
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
-from opacus_ac.grad_sample.check import check_model
-from opacus_ac.grad_sample.sources import PerSampleSource
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.grad_sample.checks.exactness import check_model
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release import GaussianMechanism
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.testing import check_norms, per_sample_gradients
 

@@ -6,7 +6,7 @@ import torch
 
 from opacus_ac.audit import canary_audit, noise_audit
 from opacus_ac.audit.noise import closest_steps, independence_findings, lagged, shifted
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.release import GaussianMechanism
 
 pytestmark = pytest.mark.statistical
 MODES = [

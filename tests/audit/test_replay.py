@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.account import Account
 from opacus_ac.accounting import VariableRateRDPAccountant
 from opacus_ac.audit import AUDITS, Plan, coupling_audit, one_run_audit, poison_audit, run_audits, usage_audit
 from opacus_ac.audit.cases import MODELS, POISONS
 from opacus_ac.audit.scripts import SCRIPTS
 from opacus_ac.audit.table import chosen_audits
 from opacus_ac.audit.usage import covered, epsilon_at_least
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.budget.account import Account
 from opacus_ac.cli.audit import NAMES
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
-from opacus_ac.grad_sample.sources import PerSampleSource
-from opacus_ac.ledger import PrivacyLedger
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.zeroth_order.source import DifferenceSource
 

@@ -14,9 +14,10 @@ from ledgers import SETTINGS, edit, make, train, written
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import Event
 from opacus_ac.accounting.events import MECHANISMS
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.budget.ledger import SECTOR, repair
 from opacus_ac.errors import LedgerError
-from opacus_ac.ledger import SECTOR, PrivacyLedger, repair
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.release import GaussianMechanism
 
 # ------------------------------------------------------------------ reading and adding up
 

@@ -6,12 +6,13 @@ import pytest
 from ledgers import edit, make, train, written
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
-from opacus_ac.account import account_for
 from opacus_ac.accounting import Event, PureDPAccountant, RenyiFilter, VariableRateRDPAccountant, pld_epsilon, rdp_event
-from opacus_ac.accounting.table import DEFAULT_ORDERS, RDPTable
+from opacus_ac.accounting.rdp_table import DEFAULT_ORDERS, RDPTable
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.budget.accountants import account_for
+from opacus_ac.budget.ledger import SECTOR, _encode
 from opacus_ac.cli import main
 from opacus_ac.errors import LedgerError
-from opacus_ac.ledger import SECTOR, PrivacyLedger, _encode
 
 LAPLACE = Event(2.0, 0.25, mechanism="laplace")
 GAUSSIAN = ["vrdp", "vpld", "rdp", "prv", "gdp"]

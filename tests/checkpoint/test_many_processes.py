@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.distributed import load_checkpoint, save_checkpoint
-from opacus_ac.distributed.checkpoint import _read_text
+from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
+from opacus_ac.checkpoint.many_processes import _read_text
 
 SAVES = ["2:save_fsdp", "2:save_ddp"]
 RESUMES = ["1:resume_ddp", "2:resume_fsdp", "2:resume_fsdp_of_ddp", "3:resume_fsdp", "3:resume_ddp"]
@@ -137,7 +137,7 @@ def test_folders_and_optimizers_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("opacus_ac.distributed.checkpoint.VERSION", 2)
+    monkeypatch.setattr("opacus_ac.checkpoint.many_processes.VERSION", 2)
     trained(tmp_path / "run")
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"version 2 of the checkpoint, this package reads 1"):

@@ -12,7 +12,7 @@ from tiny_models import qwen2
 from opacus_ac import PrivacyEngine, cli
 from opacus_ac.accounting import calibrate_noise_multiplier, plan_epsilon
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.statistics import default_histogram_weight
+from opacus_ac.release import default_histogram_weight
 
 PLAN = ["--dataset-size", "10000", "--batch-size", "100", "--steps", "500", "--delta", "1e-5"]
 

@@ -8,19 +8,17 @@ import torch
 from scipy.stats import norm as normal
 
 from opacus_ac.clipping import (
-    MAX_CHANGE,
     POLICIES,
-    SEARCH_STEPS,
     GeometricPolicy,
     PercentilePolicy,
     RawPercentilePolicy,
     build_policy,
     paper_policy,
 )
-from opacus_ac.control import ClipRateControl
-from opacus_ac.mechanism import GaussianMechanism, StepRelease
-from opacus_ac.randomness import SeededStream
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.clipping.percentile import MAX_CHANGE, SEARCH_STEPS
+from opacus_ac.noise import SeededStream
+from opacus_ac.optimizer import ClipRateControl
+from opacus_ac.release import GaussianMechanism, StepRelease, StepStatistics
 
 
 def follow(policy, *, batch, noise, steps, seed, spread=1.0):

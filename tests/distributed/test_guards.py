@@ -13,8 +13,8 @@ from distributed_launch import SHORT, run
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from opacus_ac.budget import PrivacyLedger
 from opacus_ac.distributed.sharded import _check_mesh, _check_placements
-from opacus_ac.ledger import PrivacyLedger
 
 REFUSED = {
     "torch DDP": "DistributedDataParallel, whose own reduction.*pass the bare model",
@@ -54,7 +54,7 @@ STOPPED = {
     "own batch": "a batch that the private loader did not just draw",
     "loader around ours": "a batch that the private loader did not just draw",
     "other draw": "not in the same step: the records drawn differ. ",
-    "plain checkpoint": "use opacus_ac.distributed.save_checkpoint",
+    "plain checkpoint": "use opacus_ac.checkpoint.save_checkpoint",
 }
 PLANTED = {
     "same noise": "ranks 0 and 1 draw the same noise",

@@ -16,8 +16,8 @@ import pytest
 import torch
 from distributed_launch import run
 
-from opacus_ac.key_stream import SEED, KeyStream
-from opacus_ac.randomness import SecretStream, SharedStream
+from opacus_ac.noise import SecretStream, SharedStream
+from opacus_ac.noise.keys import SEED, KeyStream
 
 NOISE = ["2:noise_ddp", "2:noise_fsdp", "3:noise_ddp", "3:noise_fsdp", "3:noise_seeded", "4:noise_hybrid"]
 EVERYWHERE = ["2:noise_everywhere_ddp", "4:noise_everywhere_hybrid"]
@@ -127,7 +127,7 @@ def test_shared_streams_of_one_seed_draw_alike_and_others_do_not():
 
 
 def test_key_streams_stay_alike_when_they_take_a_new_key(monkeypatch):
-    monkeypatch.setattr("opacus_ac.key_stream._LIMIT", 1 << 20)
+    monkeypatch.setattr("opacus_ac.noise.keys._LIMIT", 1 << 20)
     seed = os.urandom(SEED)
     words = [np.empty(3 << 17, np.uint64) for _ in range(2)]
     for array in words:

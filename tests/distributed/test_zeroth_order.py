@@ -16,8 +16,8 @@ from distributed_launch import run
 from distributed_zeroth_guards import half_frozen, narrow
 from zeroth import by_hand, weights
 
-from opacus_ac.distributed import load_checkpoint, save_checkpoint
-from opacus_ac.ledger import PrivacyLedger
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
 from opacus_ac.zeroth_order import ZerothOrderSettings
 
 pytestmark = pytest.mark.filterwarnings(

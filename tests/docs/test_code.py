@@ -171,7 +171,7 @@ def test_steps_by_hand_in_lightning_are_logical_ones(tmp_path, monkeypatch):
     import lightning
     from torch.utils.data import TensorDataset
 
-    from opacus_ac.data import LogicalBatches
+    from opacus_ac.sampling import LogicalBatches
 
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
@@ -280,7 +280,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One command line, by its first word; an unknown one is an error."""
     match words:
         case ["opacus-ac", "finetune", *options]:
-            from opacus_ac.integrations.finetune import parse
+            from opacus_ac.integrations.finetune.finetune import parse
 
             parse(options, None, prog="", usage="")
         case ["opacus-ac", *options]:

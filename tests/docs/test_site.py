@@ -173,19 +173,19 @@ def test_a_public_name_without_an_entry_is_found(site, monkeypatch):
     class Made:
         def up(self): ...
 
-    made_up.__module__ = Made.__module__ = opacus_ac.clipping.__name__
+    made_up.__module__ = Made.__module__ = opacus_ac.clipping.policy.__name__
     made_up.__qualname__, Made.__qualname__ = "made_up", "Made"
-    monkeypatch.setattr(opacus_ac.clipping, "made_up", made_up, raising=False)
-    monkeypatch.setattr(opacus_ac.clipping, "Made", Made, raising=False)
+    monkeypatch.setattr(opacus_ac.clipping.policy, "made_up", made_up, raising=False)
+    monkeypatch.setattr(opacus_ac.clipping.policy, "Made", Made, raising=False)
     monkeypatch.setattr(opacus_ac.clipping.ClipPolicy, "made_up", made_up, raising=False)
     monkeypatch.setattr("opacus_ac.accounting.__all__", [*opacus_ac.accounting.__all__, "grid"])
     after = missing(public_names(modules()), inventory(site / "objects.inv"))
     assert [name for name in after if name not in before] == [
         "opacus_ac.accounting.grid",
         "opacus_ac.clipping.ClipPolicy.made_up",
-        "opacus_ac.clipping.Made",
-        "opacus_ac.clipping.Made.up",
-        "opacus_ac.clipping.made_up",
+        "opacus_ac.clipping.policy.Made",
+        "opacus_ac.clipping.policy.Made.up",
+        "opacus_ac.clipping.policy.made_up",
     ]
 
 

@@ -7,7 +7,7 @@ from checkout import ROOT
 from study_data.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 
-from opacus_ac.integrations import trainer_checks
+from opacus_ac.integrations.trainer import checks as trainer_checks
 
 PAGE = (ROOT / "docs" / "trainer.md").read_text(encoding="utf-8")
 

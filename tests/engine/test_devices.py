@@ -25,7 +25,7 @@ from zeroth import by_hand, direction, flat
 from opacus_ac import PrivacyEngine
 from opacus_ac.clipping import POLICIES
 from opacus_ac.grad_sample import expand_broadcast_embeddings, register_rules
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.loss import fused_causal_lm_loss, per_record_causal_lm_loss
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import Event, pld_epsilon
-from opacus_ac.checkpoint import digest
+from opacus_ac.checkpoint.file import digest
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
@@ -175,8 +175,8 @@ def test_bad_input_raises_what_it_promises_and_changes_nothing(name):
 
 @pytest.mark.parametrize("mode", ["bk", "hooks"])
 def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
-    import opacus_ac.grad_sample.capture as capture
-    import opacus_ac.preparation as preparation
+    import opacus_ac.engine.parts as preparation
+    import opacus_ac.grad_sample.one_backward.capture as capture
 
     def fail(*args, **kwargs):
         if mode == "hooks":

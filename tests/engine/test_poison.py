@@ -197,7 +197,7 @@ def test_one_record_moves_the_release_of_a_mode_by_at_most_the_sensitivity(mode,
 
 def test_the_battery_trips_when_a_mode_lets_a_record_through_unclipped(monkeypatch):
     """Planted: norms that are half of what they are."""
-    from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+    from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 
     whole = BookKeepingSource.finish_batch
     monkeypatch.setattr(BookKeepingSource, "finish_batch", lambda self: whole(self) / 2)

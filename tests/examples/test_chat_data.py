@@ -191,7 +191,7 @@ def test_empty_file_is_refused(tmp_path):
 
 
 def test_opacus_is_not_imported():
-    code = "import sys, chat_data, tone_dialogues; import opacus_ac.integrations.default_model; assert 'opacus' not in sys.modules, 'opacus imported'"
+    code = "import sys, chat_data, tone_dialogues; import opacus_ac.models.default_model; assert 'opacus' not in sys.modules, 'opacus imported'"
     folder = str(Path(cd.__file__).parent)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
 

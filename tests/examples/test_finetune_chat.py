@@ -10,7 +10,7 @@ from study_data.tone_dialogues import dialogues, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_chat import save_chat_model
 
-from opacus_ac.integrations.peft import add_lora
+from opacus_ac.models.peft import add_lora
 from opacus_ac.tensorboard.tags import SCALARS
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

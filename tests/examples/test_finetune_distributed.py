@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from checkout import ROOT
 
-from opacus_ac.ledger import PrivacyLedger
+from opacus_ac.budget import PrivacyLedger
 
 
 def torchrun(*options: str) -> str:

@@ -13,15 +13,9 @@ import torch.nn.functional as F
 from tiny_models import DEVICE, one_backward, worst_error
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample import (
-    check_model,
-    expand_broadcast_embeddings,
-    explain,
-    register_rules,
-    register_ste_linear,
-    term_rules,
-    terms,
-)
+from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, explain, register_rules, register_ste_linear
+from opacus_ac.grad_sample.one_backward import layer_terms as term_rules
+from opacus_ac.grad_sample.one_backward import outer_products as terms
 from opacus_ac.grad_sample.rules import bitlinear, embedding, normalization
 from opacus_ac.testing import check_norms, per_sample_gradients
 
@@ -477,7 +471,7 @@ class MixesRecords(nn.Module):
 
 @pytest.mark.parametrize("inner", [nn.Dropout(0.5), MixesRecords()])
 def test_a_fallback_that_does_not_repeat_itself_is_refused(inner: nn.Module) -> None:
-    from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+    from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 
     model = nn.Sequential(nn.Linear(6, 6), Dropped(inner)).double().to(DEVICE).train()
     named = dict(model.named_parameters())
@@ -554,7 +548,7 @@ def test_a_norm_that_computes_with_another_epsilon_than_it_names_keeps_the_long_
 @pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "bitnet-rms-norm", "gpt2", "opt", "roberta", "mamba"])
 def test_explain_says_what_happens(name: str, length: int) -> None:
     """Routes and bytes of one record against what the books hold after a backward pass."""
-    from opacus_ac.grad_sample.book_keeping import BookKeepingSource
+    from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 
     model = tiny_models.build(name, dtype=torch.float32)
     register_rules(model)

@@ -152,9 +152,9 @@ def lowered(x, bits):
 @pytest.mark.parametrize(("bits", "bound"), [(10, 1e-3), (7, 8e-3)], ids=["tf32", "bfloat16"])
 def test_norms_of_lowered_products_would_be_off_by_more_than_is_allowed(bits, bound, monkeypatch):
     """What the setting is taken back for: 1e-4 is what a clipped record may exceed C by."""
-    from opacus_ac.grad_sample import terms
-    from opacus_ac.grad_sample.certified import certified
-    from opacus_ac.grad_sample.gram import GramCache
+    from opacus_ac.grad_sample.one_backward import outer_products as terms
+    from opacus_ac.grad_sample.one_backward.certified import certified
+    from opacus_ac.grad_sample.one_backward.gram import GramCache
 
     monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
     left, right = torch.full((3, 4, 8), 1 + 2**-8 - 2**-11), torch.full((3, 4, 9), 1 + 2**-8 - 2**-11)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample import products
+from opacus_ac.grad_sample.one_backward import matmul as products
 
 #: B, T, I, J: few rows, many, one; results in one piece and in several; every side the widest one.
 SHAPES = [

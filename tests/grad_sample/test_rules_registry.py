@@ -22,7 +22,7 @@ from opacus_ac.grad_sample import (
     register_rules,
     register_ste_linear,
 )
-from opacus_ac.grad_sample import probe as probe_module
+from opacus_ac.grad_sample.checks import probe as probe_module
 from opacus_ac.testing import per_sample_gradients
 
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample import certified as certification
-from opacus_ac.grad_sample import gram, terms
-from opacus_ac.grad_sample.bounds import squared_norms
-from opacus_ac.grad_sample.certified import certified
-from opacus_ac.grad_sample.gram import GramCache
-from opacus_ac.grad_sample.terms import Dense, Lookup, ParameterBook, Rows, Weights
+from opacus_ac.grad_sample.one_backward import certified as certification
+from opacus_ac.grad_sample.one_backward import gram
+from opacus_ac.grad_sample.one_backward import outer_products as terms
+from opacus_ac.grad_sample.one_backward.bounds import squared_norms
+from opacus_ac.grad_sample.one_backward.certified import certified
+from opacus_ac.grad_sample.one_backward.gram import GramCache
+from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, ParameterBook, Rows, Weights
 
 B, T, V, D = 5, 6, 23, 11
 

@@ -12,17 +12,16 @@ from typing import Any
 
 from reference import NoiseTally, Violation
 
-from opacus_ac.account import Account
 from opacus_ac.accounting.shuffled import ShuffledEpochs
-from opacus_ac.delivery import Delivery, Recognition
-from opacus_ac.grad_sample.sources import PerSampleSource
-from opacus_ac.ledger import PrivacyLedger
-from opacus_ac.logical_batch import LogicalBatch
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.budget.account import Account
+from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.origin import Origin
+from opacus_ac.optimizer.logical_batch import LogicalBatch
+from opacus_ac.optimizer.origin import Origin
+from opacus_ac.release import GaussianMechanism, StepStatistics
 from opacus_ac.sampling import SamplingPlan
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.sampling.delivery import Delivery, Recognition
 
 Patch = tuple[Any, str, Callable[[Any], Any]]
 """Owner, attribute, and what is put in the place of the original."""

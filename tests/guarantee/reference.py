@@ -24,7 +24,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.release import GaussianMechanism
 from opacus_ac.sampling import (
     FixedSizeBatchSampler,
     PoissonBatchSampler,

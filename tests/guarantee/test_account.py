@@ -10,12 +10,14 @@ from dp_accounting.pld import privacy_loss_distribution
 from helpers import classifier, loader, train
 from torch.utils.data import DataLoader
 
-from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine, checkpoint
+from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import VariableRateRDPAccountant, epsilon_from_rdp
 from opacus_ac.accounting.opacus_accountants import checked
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.budget.ledger import _encode
+from opacus_ac.checkpoint import file as checkpoint
 from opacus_ac.cli import main
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.ledger import PrivacyLedger, _encode
 
 DELTA = 1e-3
 pytestmark = [

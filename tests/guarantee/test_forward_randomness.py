@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_ac import PrivacyEngine, forward_randomness
-from opacus_ac.forward_randomness import RecordMasks
-from opacus_ac.secret_state import replace_torch_state, secret_randomness, secret_torch_state
+from opacus_ac import PrivacyEngine
+from opacus_ac.noise import forward_randomness
+from opacus_ac.noise.forward_randomness import RecordMasks
+from opacus_ac.noise.secret_state import replace_torch_state, secret_randomness, secret_torch_state
 
 C = 0.05
 WIDTH = 16

@@ -12,8 +12,8 @@ from lightning.pytorch.tuner import Tuner
 from tiny_lightning import Classifier, made
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_ac.data import LogicalBatches
 from opacus_ac.integrations.lightning import PrivacyCallback
+from opacus_ac.sampling import LogicalBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

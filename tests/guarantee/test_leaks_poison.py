@@ -120,7 +120,7 @@ def test_a_layer_that_is_none_is_found_beside_poison(value, monkeypatch):
     """The check looks at the other records: poison does not switch it off."""
     monkeypatch.setitem(LAYERS, "clipped", lambda: Clipped(6, 6))
     register_ste_linear(Clipped)
-    monkeypatch.setattr("opacus_ac.grad_sample.check._Examiner._sampler_problem", lambda *args: None)
+    monkeypatch.setattr("opacus_ac.grad_sample.checks.exactness._Examiner._sampler_problem", lambda *args: None)
     model, optimizer = made("clipped", "bk", torch.float32)
     with pytest.raises(ValueError, match="not a straight-through linear layer"):
         released(optimizer, model(rows(torch.float32, None if value is None else VALUES[value])))
@@ -137,7 +137,7 @@ class Noisy(Gate):
 def test_a_random_layer_is_found_beside_poison(value, monkeypatch):
     """Large outputs of one record excuse no other."""
     monkeypatch.setitem(LAYERS, "noisy", lambda: Noisy(6))
-    monkeypatch.setattr("opacus_ac.grad_sample.check._Examiner._functorch_problem", lambda *args: None)
+    monkeypatch.setattr("opacus_ac.grad_sample.checks.exactness._Examiner._functorch_problem", lambda *args: None)
     model, optimizer = made("noisy", "bk", torch.float32)
     with pytest.raises(ValueError, match="does not return what it returned on the batch"):
         released(optimizer, model(rows(torch.float32, None if value is None else VALUES[value])))

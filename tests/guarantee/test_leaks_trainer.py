@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from opacus_ac.integrations import PrivateTrainer
-from opacus_ac.integrations.trainer_released import ReleasedLog
+from opacus_ac.integrations.trainer.released import ReleasedLog
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.grad_sample import bounds, certified, expand_broadcast_embeddings, register_rules, terms
-from opacus_ac.grad_sample.book_keeping import BookKeepingSource
-from opacus_ac.grad_sample.bounds import Certificate, squared_norms
+from opacus_ac.grad_sample import expand_broadcast_embeddings, register_rules
+from opacus_ac.grad_sample.one_backward import bounds, certified
+from opacus_ac.grad_sample.one_backward import outer_products as terms
+from opacus_ac.grad_sample.one_backward.bounds import Certificate, squared_norms
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

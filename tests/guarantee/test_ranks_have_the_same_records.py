@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.distributed import reducers
-from opacus_ac.distributed.records import PARTS, check_same_records, digests, plain_bytes
+from opacus_ac.distributed.same_records import PARTS, check_same_records, digests, plain_bytes
 from opacus_ac.errors import SamplingWarning
 
 SAME = "have other records, or in another order"

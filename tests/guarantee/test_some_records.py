@@ -16,12 +16,12 @@ from tiny_trainer import trainer, weights
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.chosen_records import choose_records, fresh, remade
+from opacus_ac.grad_sample.checks.chosen_records import choose_records, fresh, remade
 from opacus_ac.integrations import PrivateTrainer
-from opacus_ac.integrations.chat_data import PadCollate
-from opacus_ac.integrations.record_checks import check_some_records
+from opacus_ac.integrations.finetune import PadCollate
+from opacus_ac.integrations.trainer.record_checks import check_some_records
 from opacus_ac.loss import per_record_causal_lm_loss
-from opacus_ac.public_randomness import carried_generator
+from opacus_ac.sampling.public_randomness import carried_generator
 from opacus_ac.testing import check_losses_add_up, check_records_independent, select_records
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::FutureWarning")

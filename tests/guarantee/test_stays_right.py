@@ -462,7 +462,7 @@ LOOPS = {
 
 
 def frozen_a(**options):
-    from opacus_ac.integrations.peft import freeze_a
+    from opacus_ac.models.peft import freeze_a
 
     model = adapted(**options)
     freeze_a(model)

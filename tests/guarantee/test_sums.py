@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.clipping import ClipPolicy
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.release import StepStatistics
 from opacus_ac.testing.policies import released_vector
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations import PrivateTrainer, finetune
-from opacus_ac.integrations.chat_data import ChatDataset, PadCollate
+from opacus_ac.integrations import PrivateTrainer
+from opacus_ac.integrations.finetune import ChatDataset, PadCollate, finetune
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

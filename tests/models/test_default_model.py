@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opacus_ac.integrations import default_model as cm
+from opacus_ac.models import default_model as cm
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")

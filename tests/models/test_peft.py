@@ -10,8 +10,8 @@ from tiny_models import build, one_backward, record_losses, token_batch, worst_e
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.peft import _REFUSED, check_peft, freeze_a
 from opacus_ac.loss import per_record_causal_lm_loss
+from opacus_ac.models.peft import _REFUSED, check_peft, freeze_a
 from opacus_ac.testing import check_norms, per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -11,8 +11,9 @@ from torch import nn
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation
-from opacus_ac.dp_adam import DPAdamW
-from opacus_ac.projection import RandomProjection, projected_layers
+from opacus_ac.models import RandomProjection
+from opacus_ac.models.projection import projected_layers
+from opacus_ac.optimizer import DPAdamW
 from opacus_ac.testing import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")

@@ -11,8 +11,8 @@ from transformers import (
 )
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.transformers import use_record_loss
 from opacus_ac.loss import LossTape, per_record_causal_lm_loss, per_record_token_loss
+from opacus_ac.models.transformers import use_record_loss
 from opacus_ac.testing import check_records_independent, per_sample_gradients
 
 TINY = {

@@ -18,9 +18,9 @@ from scipy import stats
 
 pytest.importorskip("triton")
 
-from opacus_ac import device_noise
-from opacus_ac.device_noise import DeviceSampler, draws
-from opacus_ac.randomness import SecretStream, SharedStream
+from opacus_ac.noise import SecretStream, SharedStream
+from opacus_ac.noise import gaussian_gpu as device_noise
+from opacus_ac.noise.gaussian_gpu import DeviceSampler, draws
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -142,7 +142,7 @@ def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_without_triton_the_processor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "opacus_ac.device_noise")
+    monkeypatch.delitem(sys.modules, "opacus_ac.noise.gaussian_gpu")
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.warns(RuntimeWarning, match=r"drawn by the processor.*Install triton"):
         assert SecretStream()._sampler(torch.device("cuda", 0)) is None

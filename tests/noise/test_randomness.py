@@ -19,11 +19,13 @@ from helpers import by_hand
 from scipy import stats
 from torch import nn
 
-from opacus_ac import gaussian, key_stream, randomness
-from opacus_ac.gaussian import BLOCK, GaussianSampler
-from opacus_ac.key_stream import KeyStream
-from opacus_ac.mechanism import GaussianMechanism
-from opacus_ac.randomness import SecretStream, SeededStream
+from opacus_ac.noise import SecretStream, SeededStream
+from opacus_ac.noise import gaussian_cpu as gaussian
+from opacus_ac.noise import keys as key_stream
+from opacus_ac.noise import streams as randomness
+from opacus_ac.noise.gaussian_cpu import BLOCK, GaussianSampler
+from opacus_ac.noise.keys import KeyStream
+from opacus_ac.release import GaussianMechanism
 
 THREADS = 4
 DTYPES = [torch.float32, torch.float64]
@@ -280,7 +282,7 @@ def test_a_forked_child_does_not_wait_for_threads_of_its_parent():
     """The parent's torch has worked in two threads, which a child does not have; any torch call of this size would hang."""
     code = """
 import os, signal, torch
-from opacus_ac.randomness import SecretStream
+from opacus_ac.noise import SecretStream
 torch.set_num_threads(2)
 stream, target = SecretStream(), torch.zeros(600_000)
 torch.rand(3_000_000).log()

@@ -10,7 +10,8 @@ from torch import nn
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation
-from opacus_ac.dp_adam import DPAdamW, second_moment
+from opacus_ac.optimizer import DPAdamW
+from opacus_ac.optimizer.dp_adamw import second_moment
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
 SETTINGS = [

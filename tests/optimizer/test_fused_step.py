@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.mechanism import GaussianMechanism
+from opacus_ac.release import GaussianMechanism
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
 

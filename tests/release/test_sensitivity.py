@@ -9,10 +9,10 @@ from helpers import release_vector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opacus_ac import statistics as statistics_module
 from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.clipping import POLICIES, AutomaticPolicy, ClipPolicy, build_policy
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.release import StepStatistics
+from opacus_ac.release import statistics as statistics_module
 
 STATISTICS = {
     "flat": {"histogram": False},

@@ -8,19 +8,10 @@ import torch
 from helpers import classifier, loader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.mechanism import GaussianMechanism
-from opacus_ac.randomness import SeededStream
-from opacus_ac.statistics import (
-    DEFAULT_WEIGHT,
-    GRID_RATIO,
-    SMALLEST_WEIGHT,
-    WANTED_ERROR,
-    NormWindow,
-    StepStatistics,
-    default_histogram_weight,
-    energy_profiles,
-    monotone,
-)
+from opacus_ac.noise import SeededStream
+from opacus_ac.release import GaussianMechanism, NormWindow, StepStatistics, default_histogram_weight
+from opacus_ac.release.statistics import DEFAULT_WEIGHT, SMALLEST_WEIGHT, WANTED_ERROR, energy_profiles
+from opacus_ac.release.values import GRID_RATIO, monotone
 
 
 def clipped_share(ratio):

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Weighte
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.accounting import ADJACENCY, Event
-from opacus_ac.data import private_loader
-from opacus_ac.delivery import tensors_of
+from opacus_ac.budget import PrivacyLedger
 from opacus_ac.errors import SamplingWarning
-from opacus_ac.ledger import PrivacyLedger
-from opacus_ac.randomness import SecretStream, SeededStream
-from opacus_ac.sampling import SAMPLING, BatchSizes
+from opacus_ac.noise import SecretStream, SeededStream
+from opacus_ac.sampling import BatchSizes, private_loader
+from opacus_ac.sampling.delivery import tensors_of
+from opacus_ac.sampling.plan import SAMPLING
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
 

@@ -15,7 +15,7 @@ from users import MOST, number_loss, number_users, one_step, oracle, pad, pad_to
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import LedgerError
-from opacus_ac.grad_sample import terms
+from opacus_ac.grad_sample.one_backward import outer_products as terms
 from opacus_ac.loss import per_user_loss
 from opacus_ac.testing import check_losses_add_up, check_norms
 

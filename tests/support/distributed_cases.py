@@ -305,7 +305,7 @@ def summary(engine: Any, model: nn.Module, optimizer: Any, seen: list[dict[str, 
 
 
 def save(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
-    from opacus_ac.distributed import save_checkpoint
+    from opacus_ac.checkpoint import save_checkpoint
 
     made = engine, model, optimizer, _ = prepare_quiet(model, **options)
     some_steps(*made[1:], DRAWS[:4])
@@ -316,7 +316,7 @@ def save(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def resume(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
-    from opacus_ac.distributed import load_checkpoint
+    from opacus_ac.checkpoint import load_checkpoint
 
     with torch.no_grad():
         for parameter in model.parameters():

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from opacus_ac import PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.distributed import roles
+from opacus_ac.release import StepStatistics
 from opacus_ac.sampling import PoissonBatchSampler
-from opacus_ac.statistics import StepStatistics
 
 
 def sharded(model: nn.Module | None = None, mesh: Any = None, **options: Any) -> nn.Module:
@@ -241,7 +241,7 @@ def planted(rank: int, world: int) -> dict[str, str]:
     def same_noise(reducer: Any, noise: Any, sampling: Any) -> Any:
         return noise, sampling
 
-    from opacus_ac import engine as engine_module
+    from opacus_ac.engine import privacy_engine as engine_module
 
     engine_module.rank_streams = same_noise
     try:

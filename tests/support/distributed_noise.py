@@ -86,7 +86,8 @@ def noise_seeded(rank: int, world: int) -> dict[str, Any]:
 
 def noise_same_stream(rank: int, world: int) -> dict[str, Any]:
     """Every rank draws the same noise for its shard, and the guard against that is out."""
-    from opacus_ac import engine, preparation
+    from opacus_ac.engine import parts as preparation
+    from opacus_ac.engine import privacy_engine as engine
 
     kept = engine.rank_streams, preparation.check_noise
     engine.rank_streams = lambda reducer, noise, sampling: (noise, sampling)

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.distributed import load_checkpoint, reducers, save_checkpoint
+from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
+from opacus_ac.distributed import reducers
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderSettings
 

@@ -13,7 +13,7 @@ from helpers import classifier
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from opacus_ac.distributed.world import Group
+from opacus_ac.distributed.group import Group
 from opacus_ac.zeroth_order import ZerothOrderSettings
 from opacus_ac.zeroth_order.source import DifferenceSource
 

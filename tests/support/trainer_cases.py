@@ -21,10 +21,10 @@ from tiny_trainer import arguments, generator, rows, trainer, weights
 from torch.utils.data import IterableDataset
 from transformers import BatchEncoding
 
+from opacus_ac.budget import PrivacyLedger
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import PrivateTrainer
-from opacus_ac.integrations.trainer_ranks import refused_processes
-from opacus_ac.ledger import PrivacyLedger
+from opacus_ac.integrations.trainer.ranks import refused_processes
 
 PUBLIC = {"a": rows(13, seed=8), "b": rows(11, seed=9), "c": rows(3, seed=10)}
 """13 and 11 leave 4 + 1 and 3 + 0 records for the last batches of 4 of two ranks; 3 are fewer than one batch."""

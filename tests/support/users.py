@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.chat_users import UserCollate
+from opacus_ac.integrations.finetune import UserCollate
 from opacus_ac.loss import per_user_loss
 
 MOST = 3

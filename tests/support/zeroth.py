@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.randomness import SeededStream
+from opacus_ac.noise import SeededStream
 from opacus_ac.zeroth_order import ZerothOrderDPOptimizer, ZerothOrderSettings
 
 

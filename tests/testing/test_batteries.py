@@ -237,7 +237,7 @@ def test_planted_bugs_trip_the_battery(policy):
 
 def test_the_search_over_releases_finds_what_factors_alone_do_not_show(monkeypatch):
     """Were the weights of the histogram wrong, every policy would be honest and the release still move too far."""
-    from opacus_ac.statistics import StepStatistics
+    from opacus_ac.release import StepStatistics
 
     begin = StepStatistics.begin
 

@@ -14,8 +14,8 @@ import opacus_ac
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import Event
 from opacus_ac.allocation import NoiseAllocation
+from opacus_ac.budget import PrivacyLedger
 from opacus_ac.errors import SamplingWarning
-from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderDPOptimizer, ZerothOrderSettings, preset, record_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")

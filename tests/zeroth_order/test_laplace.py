@@ -15,8 +15,8 @@ from zeroth import Scripted, by_hand, measured, released
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import PureDPAccountant, VariableRateRDPAccountant, register
-from opacus_ac.accounting.pure import laplace_epsilon, laplace_noise_multiplier
-from opacus_ac.randomness import SecretStream, SeededStream
+from opacus_ac.accounting.pure_accountant import laplace_epsilon, laplace_noise_multiplier
+from opacus_ac.noise import SecretStream, SeededStream
 from opacus_ac.zeroth_order import ZerothOrderSettings
 from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism, WholeNumbers
 
@@ -103,7 +103,7 @@ def test_uniform_whole_numbers_stay_below_their_bound_and_reach_all():
 def test_histogram_and_loss_have_no_room_in_a_laplace_release():
     with pytest.raises(ValueError, match="clip_policy='percentile' needs a norm histogram"):
         laplace(clip_policy="percentile")
-    from opacus_ac.statistics import StepStatistics
+    from opacus_ac.release import StepStatistics
 
     with pytest.raises(ValueError, match="no norm histogram and no loss"):
         laplace(statistics=StepStatistics(histogram=False, loss_bound=1.0))

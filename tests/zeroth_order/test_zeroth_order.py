@@ -11,8 +11,8 @@ from torch import nn
 from zeroth import Scripted, by_hand, direction, flat, measured, release_vector, released, weights
 
 from opacus_ac.clipping import POLICIES
-from opacus_ac.randomness import SecretStream
-from opacus_ac.statistics import StepStatistics
+from opacus_ac.noise import SecretStream
+from opacus_ac.release import StepStatistics
 from opacus_ac.zeroth_order import ZerothOrderDPOptimizer
 from opacus_ac.zeroth_order.directions import Directions, derived_seed
 from opacus_ac.zeroth_order.settings import DIRECTIONS

@@ -32,8 +32,8 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from opacus_ac.integrations.chat_users import choose_rows
-from opacus_ac.integrations.default_model import cache_root
+from opacus_ac.integrations.finetune.chat_users import choose_rows
+from opacus_ac.models.default_model import cache_root
 
 CHATS = ("chitchat-dataset==0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
 SPECIAL = ("<pad>", "<turn>", "<end>")

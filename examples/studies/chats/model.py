@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.integrations.chat_users import UserCollate
+from opacus_ac.integrations.finetune import UserCollate
 from opacus_ac.loss import per_record_causal_lm_loss, per_user_loss
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from opacus_ac.dp_adam import DPAdamW
+from opacus_ac.optimizer import DPAdamW
 
 Parameters = Iterable[torch.nn.Parameter]
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {

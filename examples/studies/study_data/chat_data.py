@@ -1,4 +1,4 @@
-"""What the chat example needs beside ``opacus_ac.integrations.chat_data``: fast losses, held-out loss, sample replies."""
+"""What the chat example needs beside ``opacus_ac.integrations.finetune.chat_data``: fast losses, held-out loss, sample replies."""
 
 from __future__ import annotations
 
@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from opacus_ac.integrations.chat_data import (
-    IGNORE,
-    ChatDataset,
-    PadCollate,
-    Row,
-    collate,
-    encode,
-    prompt_ids,
-    read_jsonl,
-)
+from opacus_ac.integrations.finetune import ChatDataset, PadCollate
+from opacus_ac.integrations.finetune.chat_data import IGNORE, Row, collate, encode, prompt_ids, read_jsonl
 from opacus_ac.loss import fused_causal_lm_loss, per_record_causal_lm_loss
 
 __all__ = [

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opacus_ac.grad_sample.replay import call_forward
+from opacus_ac.grad_sample.module_replay import call_forward
 from opacus_ac.grad_sample.rules.linear import outer_products, sum_positions
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opacus_ac.grad_sample.replay import bare_twin, call_forward, map_tensors, to_double, written_type
-from opacus_ac.grad_sample.terms import Lookup, Term
+from opacus_ac.grad_sample.module_replay import bare_twin, call_forward, map_tensors, to_double, written_type
+from opacus_ac.grad_sample.one_backward.outer_products import Lookup, Term
 
 
 def unsupported(module: nn.Embedding) -> str | None:

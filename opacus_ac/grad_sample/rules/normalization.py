@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.bounds import wide
-from opacus_ac.grad_sample.replay import bare_twin, call_with, map_tensors, to_double
+from opacus_ac.grad_sample.module_replay import bare_twin, call_with, map_tensors, to_double
+from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.rules.linear import sum_positions
 
 # Module -> (epsilon that it names, whether it computes with it).

@@ -11,9 +11,9 @@ from tiny_chat import byte_tokenizer, chat_model
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations import chat_files
-from opacus_ac.integrations.chat_data import IGNORE, ChatDataset
-from opacus_ac.integrations.chat_users import UserCollate, UserDataset, choose_rows
+from opacus_ac.integrations.finetune import ChatDataset, UserCollate, UserDataset, chat_files
+from opacus_ac.integrations.finetune.chat_data import IGNORE
+from opacus_ac.integrations.finetune.chat_users import choose_rows
 
 
 def talk(text, reply="Yes."):

@@ -15,8 +15,8 @@ from tiny_finetune import STEPS, command
 from tiny_models import opacus_table_restored
 
 from opacus_ac import cli
-from opacus_ac.integrations import finetune
-from opacus_ac.ledger import PrivacyLedger
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.integrations.finetune import finetune
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 

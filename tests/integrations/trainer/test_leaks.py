@@ -11,7 +11,7 @@ from tiny_trainer import generator, rows, trainer
 from transformers import Trainer, TrainerCallback
 
 from opacus_ac.integrations import PrivateTrainer
-from opacus_ac.integrations.trainer_released import ReleasedLog
+from opacus_ac.integrations.trainer.released import ReleasedLog
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.tensorboard.tags import SCALARS
 

@@ -18,7 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from opacus_ac.integrations import PrivacyArguments, PrivateTrainer, trainer_checks
+from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
+from opacus_ac.integrations.trainer import checks as trainer_checks
 from opacus_ac.loss import per_record_causal_lm_loss
 
 # Argument, value, word of the reason. Set on the finished TrainingArguments, which would check some of them for hardware.

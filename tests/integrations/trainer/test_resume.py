@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_trainer import generator, trainer, weights
 from transformers import TrainerCallback
 
+from opacus_ac.budget import PrivacyLedger
 from opacus_ac.errors import LedgerError
-from opacus_ac.ledger import PrivacyLedger
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")
 

@@ -15,13 +15,13 @@ from tiny_trainer import arguments, batch, generator, privacy, rows, trainer, we
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
-from opacus_ac.data import LogicalBatches
+from opacus_ac.budget import PrivacyLedger
 from opacus_ac.engine import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
-from opacus_ac.integrations.transformers import use_record_loss
-from opacus_ac.ledger import PrivacyLedger
 from opacus_ac.loss import LossTape
+from opacus_ac.models.transformers import use_record_loss
+from opacus_ac.sampling import LogicalBatches
 from opacus_ac.testing import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")
@@ -454,7 +454,7 @@ def test_logical_batches_group_the_physical_ones():
 
 def test_both_modules_export_the_names():
     from opacus_ac import integrations
-    from opacus_ac.integrations import transformers
+    from opacus_ac.models import transformers
 
     for name in ("PrivacyArguments", "PrivateTrainer"):
         assert getattr(transformers, name) is getattr(integrations, name)

@@ -13,8 +13,7 @@ from users import MOST, oracle, own_token_loss, pad_tokens, token_users
 
 from opacus_ac.errors import LedgerError
 from opacus_ac.integrations import PrivateTrainer
-from opacus_ac.integrations.chat_data import ChatDataset
-from opacus_ac.integrations.chat_users import UserCollate, UserDataset
+from opacus_ac.integrations.finetune import ChatDataset, UserCollate, UserDataset
 from opacus_ac.loss import per_record_causal_lm_loss, per_user_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")

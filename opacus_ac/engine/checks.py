@@ -1,0 +1,118 @@
+"""What make_private checks before it changes anything."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from opacus.accountants import IAccountant
+from opacus.grad_sample import AbstractGradSampleModule
+from torch import nn
+from torch.optim import Optimizer
+
+from opacus_ac.distributed.choose import check_wrappers
+from opacus_ac.distributed.same_records import check_same_records
+from opacus_ac.engine.parts import public_settings
+from opacus_ac.engine.ranks import check_alike, check_noise, parameter_layout
+from opacus_ac.grad_sample.one_backward.capture import is_captured
+from opacus_ac.grad_sample.precision import check_environment
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.parameters import named_parameters
+from opacus_ac.sampling.loader import PrivateDataLoader
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
+from opacus_ac.zeroth_order.settings import ZerothOrderSettings
+
+_NO_FLOAT64 = {
+    "mps": "which has no float64, and norms and noise are computed in it",
+    "meta": "where weights have no values",
+}
+
+
+def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
+    """Raise ``ValueError`` for a model and optimizer that cannot be made private; change nothing."""
+    hooked = any(hasattr(m, "autograd_grad_sample_hooks") for m in module.modules())
+    if isinstance(module, AbstractGradSampleModule) or hooked or is_captured(module):
+        raise ValueError(
+            "the model is private already (it carries per-sample gradient hooks): pass the original model, or call "
+            "engine.detach(model) first"
+        )
+    check_wrappers(module)
+    if any(type(m).__name__ == "OptimizedModule" for m in module.modules()):
+        raise ValueError(
+            "the model was compiled with torch.compile, which decides what runs before the hooks can: pass the original "
+            "model (its attribute _orig_mod)"
+        )
+    own = set(module.parameters())
+    held = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    if any(p not in own for p in held):
+        raise ValueError(
+            "Module parameters are different than optimizer Parameters: build the optimizer from model.parameters() "
+            "of the model that you pass"
+        )
+    trainable, names = named_parameters(module, optimizer)
+    if not trainable:
+        raise ValueError("the optimizer holds no trainable parameter: every one has requires_grad=False")
+    for parameter, name in zip(trainable, names, strict=True):
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is trained in {parameter.dtype}: sums of clipped gradients would round beyond C. Keep "
+                "trainable weights in float32 (frozen weights may be bfloat16)"
+            )
+        if parameter.device.type in _NO_FLOAT64:
+            raise ValueError(
+                f"{name} is on the device {parameter.device}, {_NO_FLOAT64[parameter.device.type]}: move the model to the "
+                "processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
+            )
+    check_environment({p.device.type for p in trainable})
+
+
+def check_start(
+    optimizer: AdaptiveClipDPOptimizer,
+    loader: PrivateDataLoader,
+    module: nn.Module,
+    max_physical_batch_size: int | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Raise ``ValueError``, on every rank, unless all ranks begin the same run; with one process there is nothing to check."""
+    if optimizer.reducer.world == 1:
+        return
+    settings = {
+        **public_settings(optimizer, loader.plan),
+        "reducer": optimizer.reducer.name,
+        "normalize": optimizer.normalize,
+        "lr_control": optimizer.control is not None,
+        "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
+        "max_physical_batch_size": max_physical_batch_size,
+        "loss_reduction": optimizer.loss_reduction,
+        "seed of noise_generator": None if generator is None else generator.initial_seed(),
+        "batches in a pass": len(loader),
+        "number of records": len(loader.dataset),  # type: ignore[arg-type]
+        **_direction_seed(optimizer),
+        **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
+    }
+    check_alike(optimizer.reducer, settings)
+    check_same_records(optimizer.reducer, loader.dataset)
+    check_noise(optimizer.reducer, optimizer.mechanism.stream)
+
+
+def _direction_seed(optimizer: AdaptiveClipDPOptimizer) -> dict[str, Any]:
+    """Return the seed of the directions that the caller gave, where there are directions."""
+    if not isinstance(optimizer, ZerothOrderDPOptimizer):
+        return {}
+    return {"direction_seed": optimizer.settings.direction_seed}
+
+
+def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | None) -> None:
+    """Raise ``ValueError`` when the accountant takes the noise for another than it is."""
+    laplace = settings is not None and settings.mechanism == "laplace"
+    if laplace and accountant.mechanism() != "pure":
+        raise ValueError(
+            f"the accountant {accountant.mechanism()!r} has no bound for mechanism='laplace': use "
+            'PrivacyEngine(accountant="pure")'
+        )
+    if not laplace and accountant.mechanism() == "pure":
+        raise ValueError(
+            'accountant="pure" accounts for Laplace noise only: use clipping="zo" with '
+            'zeroth_order=ZerothOrderSettings(mechanism="laplace"), or the accountant "vrdp"'
+        )

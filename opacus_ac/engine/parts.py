@@ -1,0 +1,175 @@
+"""What ``make_private`` checks, chooses and attaches before the first step; on an error everything is taken off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from opacus.accountants import IAccountant
+from torch import nn
+from torch.optim import Optimizer
+
+from opacus_ac._validate import check_choice
+from opacus_ac.allocation.settings import NoiseAllocation
+from opacus_ac.allocation.weights import GroupWeights
+from opacus_ac.budget.accountants import check_accountant
+from opacus_ac.clipping.paper import paper_policy
+from opacus_ac.clipping.policy import ClipPolicy
+from opacus_ac.clipping.table import build_policy
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
+from opacus_ac.grad_sample.source import GradientSource
+from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
+from opacus_ac.optimizer.lr_control import ClipRateControl
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.parameters import named_parameters
+from opacus_ac.release.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
+from opacus_ac.sampling.plan import SAMPLING, SamplingPlan
+from opacus_ac.sampling.users import UserRows
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
+
+
+def random_streams(generator: torch.Generator | None, secure: bool = False) -> tuple[RandomStream, RandomStream]:
+    """Return the streams of noise and of sampling.
+
+    Raises:
+        ValueError: a generator together with secure mode.
+    """
+    if secure and generator is not None:
+        raise ValueError(
+            "noise_generator with secure_mode=True: whoever knows its seed could remove the noise. Leave noise_generator "
+            "out, or use secure_mode=False for tests"
+        )
+    noise: RandomStream = SecretStream(hardened=secure)
+    if generator is not None:
+        noise = SeededStream(generator)
+    return noise, noise.fork(1)
+
+
+def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: IAccountant) -> str:
+    """Return the kind of sampling that the arguments of ``make_private`` describe.
+
+    Raises:
+        ValueError: an unknown kind, contradictory arguments, or a kind for which the accountant has no bound.
+    """
+    if sampling is None:
+        sampling = "poisson" if poisson_sampling else "shuffled"
+    check_choice("sampling", sampling, SAMPLING)
+    if not poisson_sampling and sampling != "shuffled":
+        raise ValueError(
+            f"poisson_sampling=False keeps the loader's batches, sampling={sampling!r} draws others: give one"
+        )
+    check_accountant(accountant, sampling)
+    return sampling
+
+
+def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> dict[str, Any]:
+    """Return the settings of a run on which its guarantee depends, for ledger and checkpoint; plain values only."""
+    return {
+        "noise_multiplier": optimizer.mechanism.noise_multiplier,
+        "max_grad_norm": optimizer.policy.initial_bound,
+        "clip_policy": optimizer.policy.name,
+        "inner_optimizer": type(optimizer.original_optimizer).__name__,
+        "statistics": optimizer.statistics.configuration(),
+        "sampling": plan.sampling,
+        "dataset_size": plan.sizes.dataset_size,
+        "expected_batch_size": plan.sizes.expected(0),
+        "max_batch_size": plan.max_batch_size,
+        "max_rows_per_user": plan.max_rows_per_user,
+        **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
+        **({"zeroth_order": optimizer.public_settings()} if isinstance(optimizer, ZerothOrderDPOptimizer) else {}),
+    }
+
+
+def choose_policy(
+    clipping: str,
+    clip_policy: str | ClipPolicy | None,
+    preset: str | None,
+    max_grad_norm: float | None,
+    target_clip_rate: float,
+    expected_batch_size: float,
+) -> ClipPolicy:
+    """Return the clip policy that the arguments of ``make_private`` describe."""
+    if preset not in (None, "paper"):
+        raise ValueError(f'unknown preset {preset!r}: the only one is "paper"')
+    if clipping != "adaptive" and (clip_policy is not None or preset is not None):
+        raise ValueError(f"clipping={clipping!r} has no clip_policy or preset: use clipping='adaptive' with them")
+    if isinstance(clip_policy, ClipPolicy):
+        return clip_policy
+    if preset == "paper":
+        bound = 3.0 if max_grad_norm is None else max_grad_norm
+        return paper_policy(clip_policy or "percentile", bound, expected_batch_size)
+    name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or clip_policy or "percentile"
+    bound = 1.0 if max_grad_norm is None else max_grad_norm
+    return build_policy(name, bound, target_clip_rate, expected_batch_size)
+
+
+def choose_control(
+    lr_control: bool, policy: ClipPolicy, target_clip_rate: float, preset: str | None
+) -> ClipRateControl | bool:
+    """Return the learning-rate control; the paper's reads each clip rate as it is."""
+    if not lr_control:
+        return False
+    target = getattr(policy, "target_clip_rate", target_clip_rate)
+    return ClipRateControl(target, smoothing=0.0 if preset == "paper" else 0.9)
+
+
+def choose_statistics(
+    clipping: str,
+    policy: ClipPolicy,
+    noise_multiplier: float,
+    expected_batch_size: float,
+    histogram_weight: float | None,
+    loss_bound: float | None,
+    loss_weight: float | None,
+    allocation: GroupWeights | None = None,
+) -> StepStatistics:
+    """Return what a step releases beside the gradient.
+
+    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
+    is asked for; a policy that reads un-noised norms needs no histogram.
+    """
+    if histogram_weight is None:
+        histogram_weight = default_histogram_weight(noise_multiplier, expected_batch_size)
+    return StepStatistics(
+        histogram=clipping == "adaptive" and policy.is_private,
+        histogram_weight=histogram_weight,
+        loss_bound=loss_bound,
+        loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
+        **({} if allocation is None else allocation.statistics()),
+    )
+
+
+def choose_allocation(
+    module: nn.Module, optimizer: Optimizer, noise_allocation: NoiseAllocation | None
+) -> GroupWeights | None:
+    """Return the weights that the run starts with; None for equal ones."""
+    if noise_allocation is None:
+        return None
+    if not isinstance(noise_allocation, NoiseAllocation):
+        raise ValueError(
+            f"noise_allocation={noise_allocation!r} is no NoiseAllocation: from opacus_ac.allocation import NoiseAllocation"
+        )
+    return GroupWeights(noise_allocation, *named_parameters(module, optimizer))
+
+
+def choose_source(
+    module: nn.Module,
+    optimizer: Optimizer,
+    mode: str,
+    loss_reduction: str,
+    batch_first: bool,
+    users: UserRows | None = None,
+    secure: bool = False,
+) -> GradientSource:
+    """Return where the optimizer gets norms and clipped sums from, in secure mode exact ones; nothing is attached yet."""
+    parameters, names = named_parameters(module, optimizer)
+    count = None if users is None else users.drawn
+    if mode != "bk":
+        return PerSampleSource(parameters, names, loss_reduction, count, exact_sums=secure)
+    if not batch_first:
+        raise ValueError(
+            'grad_sample_mode="bk" needs the records in the first dimension: pass batch_first=True, or '
+            'grad_sample_mode="hooks"'
+        )
+    return BookKeepingSource(module, parameters, names, loss_reduction, count, exact_sums=secure)

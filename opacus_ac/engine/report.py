@@ -1,0 +1,183 @@
+"""The privacy statement of a run: what is protected, by which mechanism, and what was released."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from opacus_ac.budget.charges import privacy_unit
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.sampling.plan import SamplingPlan
+
+
+@dataclass(frozen=True)
+class PrivacyReport:
+    """Everything that somebody needs to check the claim; ``str()`` for people, :meth:`to_json` for files.
+
+    Attributes:
+        epsilon: privacy loss spent so far; infinity when no bound holds.
+        delta: the delta it holds at.
+        accountant: method that gives this epsilon: an accountant, or the privacy loss distribution of its history.
+        bounds: every epsilon that holds, by method.
+        unit: what one record is: a row, or a user with all rows.
+        adjacency: which datasets are neighbours.
+        sampling: how batches were drawn.
+        dataset_size: N, taken as a public constant.
+        expected_batch_size: smallest and largest expected batch size so far (the plan's when no step was taken).
+        history: accounted (noise multiplier, sample rate, steps).
+        steps: steps taken.
+        noise_multiplier: std of the noise over the sensitivity of the whole release.
+        gradient_noise_multiplier: std of the gradient noise in units of C.
+        clip_policy: rule that chose C.
+        max_grad_norm: C of the next step, a function of releases.
+        released: what every step released.
+        noise_source: where the noise came from.
+        ledger: the privacy ledger in words: charges, runs, head; None without one.
+        warnings: what the reader must know.
+    """
+
+    epsilon: float
+    delta: float
+    accountant: str
+    bounds: dict[str, float]
+    unit: str
+    adjacency: str
+    sampling: str
+    dataset_size: int
+    expected_batch_size: tuple[float, float]
+    history: list[tuple[float, float, int]]
+    steps: int
+    noise_multiplier: float
+    gradient_noise_multiplier: float
+    clip_policy: str
+    max_grad_norm: float
+    released: list[str]
+    noise_source: str
+    ledger: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values as JSON has them; an infinite epsilon becomes the string "infinity"."""
+
+        def finite(epsilon: float) -> float | str:
+            return "infinity" if math.isinf(epsilon) else epsilon
+
+        bounds = {name: finite(epsilon) for name, epsilon in self.bounds.items()}
+        plain = {**asdict(self), "epsilon": finite(self.epsilon), "bounds": bounds}
+        values: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
+        return values
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        low, high = self.expected_batch_size
+        size = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        rates = [q for _, q, _ in self.history] or [low / self.dataset_size]
+        rate = f"{rates[0]:.6g}" if min(rates) == max(rates) else f"{min(rates):.6g} to {max(rates):.6g}"
+        others = "".join(f"; {name}: {e:.4f}" for name, e in self.bounds.items() if name != self.accountant)
+        lines = [
+            f"({self.epsilon:.4f}, {self.delta:g})-differential privacy by {self.accountant} accounting{others}",
+            f"  protects        {self.unit}",
+            f"  neighbours      {self.adjacency}",
+            f"  sampling        {self.sampling}, N = {self.dataset_size}, expected batch {size}, rate q = {rate}",
+            f"  steps           {self.steps}",
+            f"  noise           multiplier {self.noise_multiplier:.4f} (gradient {self.gradient_noise_multiplier:.4f} C), "
+            f"{self.noise_source}",
+            f"  clipping        {self.clip_policy}, next C = {self.max_grad_norm:.4g}",
+            f"  released        {'; '.join(self.released)}",
+            *([f"  ledger          {self.ledger}"] if self.ledger is not None else []),
+            *(f"  WARNING         {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)
+
+
+def make_report(
+    optimizer: AdaptiveClipDPOptimizer,
+    plan: SamplingPlan,
+    *,
+    bounds: dict[str, float],
+    delta: float,
+    adjacency: str,
+    history: list[tuple[float, float, int]],
+    notes: Sequence[str] = (),
+    unknown_batches: int = 0,
+    ledger: str | None = None,
+) -> PrivacyReport:
+    """Put together the statement of a run from its parts; nothing private enters.
+
+    Args:
+        optimizer: the private optimizer.
+        plan: its sampling plan.
+        bounds: every epsilon that holds at ``delta``, by method.
+        delta: delta.
+        adjacency: neighbouring relation under which they hold.
+        history: accounted (noise multiplier, sample rate, steps).
+        notes: what the account says beside its bounds (:meth:`opacus_ac.budget.account.Account.notes`).
+        unknown_batches: steps on batches of unknown origin.
+        ledger: the ledger in words.
+    """
+    accountant = min(bounds, key=lambda name: bounds[name])
+    sizes = [rate * plan.sizes.dataset_size for _, rate, _ in history if plan.sampling != "shuffled"]
+    sizes = sizes or [plan.sizes.expected(0)]
+    return PrivacyReport(
+        epsilon=bounds[accountant],
+        delta=delta,
+        accountant=accountant,
+        bounds=bounds,
+        unit=privacy_unit(plan.max_rows_per_user),
+        adjacency=adjacency,
+        sampling=plan.sampling,
+        dataset_size=plan.sizes.dataset_size,
+        expected_batch_size=(min(sizes), max(sizes)),
+        history=history,
+        steps=optimizer.steps_taken,
+        noise_multiplier=optimizer.mechanism.noise_multiplier,
+        gradient_noise_multiplier=optimizer.mechanism.gradient_multiplier(optimizer.statistics),
+        clip_policy=optimizer.policy.name,
+        max_grad_norm=optimizer.max_grad_norm,
+        released=_released(optimizer),
+        noise_source=optimizer.mechanism.stream.description,
+        ledger=ledger,
+        warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches, notes),
+    )
+
+
+def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
+    """Say in words what every step releases."""
+    statistics = optimizer.statistics
+    released = [optimizer.sum_description]
+    if statistics.histogram:
+        released.append(f"a histogram of gradient norms (weight a = {statistics.histogram_weight:.3f})")
+    if statistics.loss_bound is not None:
+        weight = f"weight b = {statistics.loss_weight:.3f}"
+        released.append(f"the mean loss, each record's clipped to {statistics.loss_bound:g} ({weight})")
+    if statistics.groups:
+        weight = f"weight c = {statistics.group_weight:.3f}"
+        released.append(f"the mean profile of gradient energy over {statistics.groups} groups of parameters ({weight})")
+    if not optimizer.policy.is_private:
+        released.append("a clipping norm computed from un-noised gradient norms")
+    return released
+
+
+def _warnings(
+    optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int, notes: Sequence[str]
+) -> list[str]:
+    """Say what a reader of the claim must know."""
+    found = []
+    if not optimizer.policy.is_private:
+        found.append("the clip policy reads un-noised gradient norms: no finite epsilon holds")
+    if not optimizer.mechanism.stream.secret:
+        found.append("the noise comes from a seeded generator: whoever knows the seed can remove it")
+    if optimizer.mechanism.noise_multiplier == 0:
+        found.append("the noise multiplier is 0: nothing is protected")
+    if delta >= 1 / records:
+        found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
+    found += notes
+    if unknown_batches:
+        found.append(f"{unknown_batches} steps on batches of unknown origin were charged at sample rate 1")
+    return found

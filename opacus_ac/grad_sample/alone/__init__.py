@@ -1,0 +1,1 @@
+"""Whether a record's gradient is what it would be if the record were alone."""

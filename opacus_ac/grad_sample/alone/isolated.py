@@ -1,0 +1,118 @@
+"""Running a model again, on single records, without leaving a trace in it."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.module_replay import bare_twin
+
+_LARGE = 1 << 24
+"""Elements of a buffer that is not copied: quantised weights, which no forward pass writes to."""
+
+
+def isolated_twin(module: nn.Module) -> nn.Module:
+    """Return a twin of ``module`` that shares its parameters and nothing that a forward pass might write to.
+
+    Hooks are left out but those marked ``of_records``, gradient checkpointing is switched off, buffers, tensors and containers held as attributes are copied.
+    """
+    twins: dict[int, nn.Module] = {}
+    twin = bare_twin(module, twins)
+    for original in module.modules():
+        inner = twins[id(original)]
+        _copy_state(inner, twins)
+        _rebind(inner, original)
+        for key, hook in original._forward_hooks.items():
+            if getattr(hook, "of_records", False):  # makes the loss that the model returns one of records
+                inner._forward_hooks[key] = hook
+                inner._forward_hooks_with_kwargs[key] = True
+        if getattr(inner, "gradient_checkpointing", False) is True:
+            inner.gradient_checkpointing = False  # type: ignore[assignment]
+    return twin
+
+
+def _copy_state(twin: nn.Module, twins: dict[int, nn.Module]) -> None:
+    for key, buffer in twin._buffers.items():
+        if buffer is not None and buffer.numel() < _LARGE:
+            twin._buffers[key] = buffer.detach().clone()
+    for key, value in twin.__dict__.items():
+        if key in ("_parameters", "_buffers", "_modules", "training") or "_hooks" in key:
+            continue
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            twin.__dict__[key] = value.detach().clone()
+        else:
+            twin.__dict__[key] = _copied(value, twins)
+
+
+def _copied(value: Any, twins: dict[int, nn.Module]) -> Any:
+    """Return a copy of a container, with twins for the modules that it holds (a recurrent layer's list of cells); else the value."""
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, twins) for item in value)
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        return type(value)((key, _copied(item, twins)) for key, item in value.items())
+    return copy.copy(value) if isinstance(value, dict | set | deque | list) else value
+
+
+def _rebind(twin: nn.Module, original: nn.Module) -> None:
+    """Give methods that an instance has of its own, such as a forward that was wrapped, the twin for ``self``."""
+    for key, value in twin.__dict__.items():
+        if isinstance(value, types.MethodType) and value.__self__ is original:
+            twin.__dict__[key] = types.MethodType(value.__func__, twin)
+
+
+class _NotCheckpointed:
+    """Stands in for the function of torch that checkpoints with re-entry, whose backward pass writes ordinary gradients."""
+
+    @staticmethod
+    def apply(run: Any, _preserve: Any, *args: Any) -> Any:
+        return run(*args)
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Return a context in which checkpointing with re-entry does nothing."""
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    module.CheckpointFunction = _NotCheckpointed
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
+
+
+def shapes_of(twin: nn.Module) -> set[int]:
+    """Return a set that fills with the dimensions of what the layers of a twin take and return."""
+    seen: set[int] = set()
+
+    def note(_module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in (*args, output):
+            if isinstance(tensor, Tensor):
+                seen.update(tensor.shape)
+
+    for inner in twin.modules():
+        inner.register_forward_hook(note)
+    return seen
+
+
+def is_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether a parameter lies in parts on several processes."""
+    return any(hasattr(p, "full_tensor") for p in parameters)
+
+
+def is_coarse(module: nn.Module, tensors: Iterable[Tensor]) -> bool:
+    """Whether anything is computed in less than float32 now."""
+    low = (torch.bfloat16, torch.float16)
+    asked = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    # accelerate puts autocast inside of the forward that it wraps.
+    asked = asked or any(hasattr(inner, "_original_forward") for inner in module.modules())
+    return asked or any(t.dtype in low for t in (*module.parameters(), *tensors))

@@ -1,0 +1,1 @@
+"""Checks that per-sample gradients are exact and that records do not couple."""

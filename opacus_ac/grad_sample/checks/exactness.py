@@ -1,0 +1,224 @@
+"""Exact or refused: what is looked at before a model is made private."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+from torch import nn
+
+from opacus_ac.grad_sample.checks.probe import Verdict, probe, required_inputs
+from opacus_ac.grad_sample.module_replay import written_type
+from opacus_ac.grad_sample.one_backward.layer_terms import replays_lookup, watched_modules
+from opacus_ac.grad_sample.registry import (
+    STOCK,
+    GradSampler,
+    UserRule,
+    has_own_trainable,
+    hooked_modules,
+    is_dp_rnn,
+    sampler_of,
+)
+from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
+from opacus_ac.grad_sample.rules.embedding import embedding, unsupported
+
+_BUFFER_RULES: tuple[GradSampler, ...] = (auto_bitlinear, embedding, ste_linear)
+_FREEZE = "or freeze it with requires_grad_(False)"
+
+
+def constant_buffers_ok(module: nn.Module) -> bool:
+    """Whether the module's buffers, if any, are constants that its rule takes into account.
+
+    Opacus refuses every trainable layer with buffers unless told ``strict=False``; where this holds for all of
+    them, that is safe to say. Examples: ``weight_scale`` of an offline ``AutoBitLinear``, ``embed_scale`` of Gemma.
+    """
+    if next(module.buffers(), None) is None:
+        return True
+    sampler = sampler_of(module)
+    return sampler in _BUFFER_RULES or (isinstance(sampler, UserRule) and sampler.constant_buffers)
+
+
+def _signature(module: nn.Module, sampler: GradSampler | None) -> Hashable:
+    """Modules that share this behave alike, so one probe answers for all of them."""
+    tensors = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters())
+    return (sampler, tensors, tuple((n, written_type(m), _settings(m)) for n, m in module.named_modules()))
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """Attributes by value where they are plain, by identity where they are objects (a configuration, a function)."""
+    state = ((k, v) for k, v in sorted(vars(module).items()) if not (k.startswith("_") or isinstance(v, torch.Tensor)))
+    return tuple((k, v if isinstance(v, bool | int | float | str | type(None)) else id(v)) for k, v in state)
+
+
+class _Examiner:
+    """Looks at hooked modules one by one, probing each distinct kind once."""
+
+    def __init__(self, mode: str) -> None:
+        self._mode, self._force_functorch = mode, mode == "functorch"
+        self._verdicts: dict[Hashable, Verdict] = {}
+
+    def problem(self, module: nn.Module) -> str | None:
+        """What is wrong with the per-sample gradients of ``module``, with the remedy; None if nothing is."""
+        if isinstance(module, nn.ParameterList | nn.ParameterDict):
+            return (
+                "it is a container whose forward is never called, so no hook sees its parameters. Put them on a "
+                f"module that is called (LoRA: leave embedding layers out of target_modules), {_FREEZE}"
+            )
+        if isinstance(module, nn.Embedding) and (reason := unsupported(module)) is not None:
+            return f"{reason}. Switch it off, {_FREEZE}"
+        if not constant_buffers_ok(module):
+            return (
+                "it is a trainable layer with buffers, which Opacus does not support because they may hold "
+                "statistics of the data. Call opacus_ac.grad_sample.register_rules(model), which knows some such layers, "
+                f"or register_rule(..., constant_buffers=True) with an exact rule, {_FREEZE}"
+            )
+        sampler = sampler_of(module)
+        if self._mode == "bk" and replays_lookup(module):
+            return None  # its ids are read from a second run, which is compared with the first one, at every use
+        if sampler is None or self._force_functorch:
+            return self._functorch_problem(module)
+        return self._sampler_problem(module, sampler)
+
+    def _probe(
+        self, module: nn.Module, sampler: GradSampler, recurse: bool, make_input: Callable[..., object] | None = None
+    ) -> Verdict:
+        key = _signature(module, sampler)
+        if "forward" in module.__dict__ or key not in self._verdicts:
+            self._verdicts[key] = probe(module, sampler, recurse=recurse, make_input=make_input)  # type: ignore[arg-type]
+        return self._verdicts[key]
+
+    def _sampler_problem(self, module: nn.Module, sampler: GradSampler) -> str | None:
+        plain = "forward" not in module.__dict__
+        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        stock = STOCK.get(written_type(module))
+        if sampler is stock and plain and not padded:
+            return _stock_problem(module)
+        make_input = sampler.probe_input if isinstance(sampler, UserRule) else None
+        verdict = self._probe(module, sampler, False, make_input)
+        name = getattr(sampler, "__name__", None) or getattr(getattr(sampler, "rule", None), "__name__", "rule")
+        if verdict.status == "wrong":
+            return f"its registered sampler {name!r} is wrong for it: {verdict.reason}. {_remedy(module)}"
+        if verdict.status == "unknown" and (sampler in STOCK.values() or not plain):
+            return (
+                f"its registered sampler {name!r} was written for another class and cannot be verified "
+                f"({verdict.reason}). {_remedy(module)}"
+            )
+        return None
+
+    def _functorch_problem(self, module: nn.Module) -> str | None:
+        if self._force_functorch and next(module.buffers(), None) is not None:
+            return f'it has buffers, which mode "functorch" does not support. Use mode "hooks", {_FREEZE}'
+        if self._force_functorch and sampler_of(module) is not None and _has_trainable_child(module):
+            return f'in mode "functorch" its children\'s gradients would count twice. Use mode "hooks", {_FREEZE}'
+        inputs = required_inputs(module)
+        if inputs is not None and inputs != 1:
+            return (
+                f"it has no rule, and the functorch fallback replays modules with exactly one input; its forward "
+                f"requires {inputs}. Register a rule with register_rule({type(module).__name__}, rule), {_FREEZE}"
+            )
+        for inner in module.modules():
+            if (problem := self._replay_problem(inner, module)) is not None:
+                return problem
+        return None
+
+    def _replay_problem(self, inner: nn.Module, root: nn.Module) -> str | None:
+        if type(inner).__module__.startswith("torch.nn") and "forward" not in inner.__dict__:
+            return None
+        if not any(p.requires_grad for p in inner.parameters()):
+            return None
+        verdict = self._probe(inner, ft_compute_per_sample_gradient, True)
+        known_family = inner is root and isinstance(inner, nn.Linear | nn.Embedding)
+        if verdict.status == "exact" or (verdict.status == "unknown" and not known_family):
+            return None
+        where = "" if inner is root else f" (inside it: {type(inner).__name__})"
+        what = "does not work on it" if verdict.status == "wrong" else "cannot be verified on it"
+        return f"it has no rule, and the functorch fallback {what}{where}: {_short(verdict.reason)}. {_remedy(inner)}"
+
+
+def _short(reason: str) -> str:
+    return reason if len(reason) <= 200 else f"{reason[:200]}..."
+
+
+def _stock_problem(module: nn.Module) -> str | None:
+    """Where Opacus's own pair does not fit: a layer that keeps its parameters under other names."""
+    if is_dp_rnn(module):
+        return None
+    extra = [n for n, p in module._parameters.items() if p is not None and p.requires_grad and n not in _STOCK_NAMES]
+    if extra:
+        return (
+            f"its trainable parameters {', '.join(extra)} are not those of a plain {type(module).__name__}. Remove the "
+            f"reparametrisation (weight_norm, say), {_FREEZE}"
+        )
+    if isinstance(module, nn.LayerNorm) and module.elementwise_affine and module.bias is None:
+        return f"Opacus's own rule for LayerNorm fails without a bias. Call register_rules(model), {_FREEZE}"
+    return None
+
+
+_STOCK_NAMES = ("weight", "bias")
+
+
+def _has_trainable_child(module: nn.Module) -> bool:
+    return any(has_own_trainable(child) for child in module.modules() if child is not module)
+
+
+def _remedy(module: nn.Module) -> str:
+    name = type(module).__name__
+    steps = ["Call opacus_ac.grad_sample.register_rules(model)"]
+    if isinstance(module, nn.Linear) or hasattr(module, "in_features"):
+        steps.append(f"register_ste_linear({name}) if it is a straight-through quantised layer")
+    steps.append(f"register_rule({name}, rule) with an exact rule")
+    return f"{', '.join(steps)}, {_FREEZE}"
+
+
+def _shared_modules(hooked: list[tuple[str, nn.Module]]) -> list[str]:
+    places: dict[int, list[str]] = {}
+    for path, module in hooked:
+        places.setdefault(id(module), []).append(path)
+    types = {id(module): type(module).__name__ for _, module in hooked}
+    return [
+        f"{' and '.join(paths)} ({types[key]}): one module object in two places is hooked twice by Opacus, which "
+        "doubles its gradient. Give each place a module of its own with tied weights, or freeze it"
+        for key, paths in places.items()
+        if len(paths) > 1
+    ]
+
+
+def module_problem(mode: str) -> Callable[[nn.Module], str | None]:
+    """A function that says what is wrong with the per-sample gradients of one module in ``mode``, or None."""
+    examiner = _Examiner(mode)
+    return lambda module: None if is_dp_rnn(module) else examiner.problem(module)
+
+
+def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
+    """Refuse a model whose per-sample gradients would not be exact. Changes nothing.
+
+    Every distinct kind of layer whose sampler is not Opacus's own for exactly that class is compared with a loop of
+    autograd over single records, on a float64 copy. Layers without trainable parameters are not looked at.
+
+    Args:
+        model: the model about to be made private.
+        mode: ``grad_sample_mode``: "bk", "hooks", or "functorch", which ignores all registered samplers.
+
+    Guarantees:
+        A layer whose rule disagrees with autograd on the probe, whose output for a record depends on other records,
+        or whose buffers change in the forward pass does not get past this. A user's rule for a module whose input
+        cannot be guessed is trusted; ``explain`` says so.
+
+    Raises:
+        ValueError: names the modules, their types and the remedies.
+    """
+    problem_of = module_problem(mode)
+    # Mode "bk" watches a module object once, however many places it has.
+    hooked = list(watched_modules(model) if mode == "bk" else hooked_modules(model))
+    problems = [] if mode == "bk" else _shared_modules(hooked)
+    by_problem: dict[tuple[str, str], list[str]] = {}
+    for path, module in hooked:
+        problem = problem_of(module)
+        if problem is not None:
+            by_problem.setdefault((type(module).__name__, problem), []).append(path or "the model itself")
+    for (kind, problem), paths in by_problem.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        problems.append(f"{paths[0]}{more} ({kind}): {problem}")
+    if problems:
+        raise ValueError("per-sample gradients would not be exact:\n  " + "\n  ".join(problems))

@@ -1,0 +1,1 @@
+"""Per-sample norms and weighted sums from one backward pass: mode "bk"."""

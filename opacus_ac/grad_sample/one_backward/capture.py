@@ -1,0 +1,360 @@
+"""Hooks that note, for every use of a trainable parameter, the module's input and the gradient at its output.
+
+While a module with trainable parameters of its own runs, these parameters do not require a gradient, so autograd skips
+their weight gradients (the larger half of the backward pass's memory, a third of its work) and only carries the
+gradient on to the input. The input is kept by autograd's own means, so gradient checkpointing, offloading and the
+check against in-place changes apply to it as to anything else that a backward pass needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from opacus_ac.grad_sample.precision import exact
+from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
+
+
+class _Keep(torch.autograd.Function):
+    """Holds tensors as a node of the graph would: through saved-tensor hooks, with their versions."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + len(ctx.saved_tensors))
+
+
+class _AskForGradient(torch.autograd.Function):
+    """Connects an output that needs no gradient to the graph, so that its gradient is computed all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, output: Tensor) -> Tensor:
+        # The same memory under a tensor of its own: a view could not be changed in place by the layers that follow.
+        return output.new_empty(0).set_(
+            output.untyped_storage(), output.storage_offset(), output.size(), output.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _Pass(torch.autograd.Function):
+    """Hands a view on; autograd refuses to change what comes out in place, which would go past its hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a module, tensors apart from the rest."""
+
+    leaves: list[Any]
+    places: list[int]
+    spec: TreeSpec | None
+    """None: one positional tensor and nothing else."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Tensor]]:
+        """Take the tensors out of the arguments."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return _ONE_TENSOR, [args[0]]
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in places]
+        for i in places:
+            leaves[i] = None
+        return cls(leaves, places, spec), tensors
+
+    def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Put tensors back into the arguments."""
+        if self.spec is None:
+            return tuple(tensors), {}
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+_ONE_TENSOR = Call([], [], None)
+
+
+@dataclass(slots=True)
+class Use:
+    """One call of a module in a training forward pass, until the gradient at its output arrives."""
+
+    path: str
+    """Name of the module in the model."""
+    module: nn.Module
+    call: Call
+    kept: Any
+    """The output of the graph node that holds the tensors of the call (and, last, the output, where that was asked for).
+
+    The node itself would not do: before torch 2.13 it lets go of them when its output is gone.
+    """
+    autocast: AbstractContextManager[Any]
+    """A context in which the module runs again as it ran."""
+    model_pass: int
+    """Number of the model's forward pass that it belongs to."""
+    flattened: tuple[int, int] | None = None
+    """``(B, T)`` where the module may have been handed ``[B T, d]`` for ``[B, T, d]``."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors held; recomputed here where the forward was checkpointed. Once."""
+        tensors: tuple[Tensor, ...] = self.kept.grad_fn.saved_tensors
+        self.kept = None
+        return tensors
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A module whose uses are noted.
+
+    Attributes:
+        path: its name in the model.
+        module: the module.
+        parameters: the parameters whose gradients it answers for.
+        keep_output: whether a use holds the output too.
+    """
+
+    path: str
+    module: nn.Module
+    parameters: tuple[nn.Parameter, ...]
+    keep_output: bool = False
+
+
+def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Tensors and gradient of a use with the records first, where they came as ``[B T, d]``."""
+    if use.flattened is None or gradient.dim() != 2 or gradient.shape[0] != use.flattened[0] * use.flattened[1]:
+        return tensors, gradient
+
+    def split(tensor: Tensor) -> Tensor:
+        assert use.flattened is not None
+        whole = tensor.dim() > 0 and tensor.shape[0] == gradient.shape[0]
+        return tensor.reshape(*use.flattened, *tensor.shape[1:]) if whole else tensor
+
+    return tuple(split(t) for t in tensors), split(gradient)
+
+
+def _autocast_of(device: str) -> AbstractContextManager[Any]:
+    """A context in which what ran here runs again as it did."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+    return nullcontext()
+
+
+class Capture:
+    """Attaches to a model and hands over every (use, output gradient) of its training passes.
+
+    Args:
+        model: the model; it is changed by nothing but hooks.
+        tracked: the modules to watch; one object is watched once, wherever it stands.
+        deliver: called in the backward pass with each use and the gradient at its output.
+        on_forward: called when a tracked module starts in a forward pass (not in a recomputation).
+        flattening: modules that take ``[B, T, d]`` and hand ``[B T, d]``, record after record, to modules inside.
+
+    Attributes:
+        paused: while true, forward passes are not noted.
+
+    Guarantees:
+        A module in evaluation mode, or run without gradients, is not watched: nothing is held for it. ``requires_grad``
+        is what it was before whenever no forward pass is running, also after an exception. A parameter that is used
+        otherwise than through the modules watched gets an ordinary ``.grad``, which is how that is found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tracked: Iterable[Tracked],
+        deliver: Callable[[Use, Tensor], None],
+        on_forward: Callable[[], None],
+        flattening: Iterable[nn.Module] = (),
+    ) -> None:
+        self._deliver, self._on_forward = deliver, on_forward
+        self._tracked = {id(t.module): t for t in tracked}
+        self._model_id = id(model)
+        self._shards = ShardedParameters(model, self._tracked.values())
+        self._flattening = list(flattening)
+        self._passes = 0
+        self.paused = False
+        self._shapes: dict[int, tuple[int, int] | None] = {}
+        self._outer = {id(inner): id(m) for m in self._flattening for inner in m.modules()}
+        self._running: list[tuple[int, list[nn.Parameter]]] = []
+        self._token = torch.zeros((), requires_grad=True)
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._attach(model)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _attach(self, model: nn.Module) -> None:
+        self._handles.append(model.register_forward_pre_hook(self._start))
+        for module in self._flattening:
+            self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+        for item in self._tracked.values():
+            self._handles.append(item.module.register_forward_pre_hook(self._before))
+            # First of the module's hooks: what others do to the output comes after what the rule describes.
+            self._handles.append(
+                item.module.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        # A copy of the model carries the hooks, which do not know its modules and leave them alone.
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled model is a plain model: its hooks do nothing.
+        return _inert, ()
+
+    def remove(self) -> None:
+        """Take all hooks off and put ``requires_grad`` back; doing so twice is harmless."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.restore()
+
+    def watches(self, module: nn.Module) -> bool:
+        """Whether the calls of exactly this module object are noted."""
+        return id(module) in self._tracked
+
+    def restore(self) -> None:
+        """Undo what an interrupted forward pass left behind."""
+        while self._running:
+            self._switch_on(self._running.pop()[1])
+
+    @staticmethod
+    def _switch_on(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.requires_grad = True
+
+    def _watching(self, module: nn.Module) -> Tracked | None:
+        tracked = self._tracked.get(id(module))
+        watched = tracked is not None and module.training and torch.is_grad_enabled() and not self.paused
+        return tracked if watched else None
+
+    def _start(self, module: nn.Module, _args: Any) -> None:
+        if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
+            self._passes += 1
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else next(iter(kwargs.values()), None)
+        shape = states.shape if isinstance(states, Tensor) and states.dim() == 3 else None
+        # Kept after the call: a recomputation may run what is inside without running the module's hooks.
+        self._shapes[id(module)] = None if shape is None else (shape[0], shape[1])
+
+    def _before(self, module: nn.Module, _args: Any) -> None:
+        tracked = self._watching(module)
+        if tracked is None:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self._on_forward()
+        off = [p for p in self._shards.now(tracked) if p.requires_grad]
+        for parameter in off:
+            parameter.requires_grad = False
+        self._running.append((id(module), off))
+
+    def _leave(self, module: nn.Module) -> bool:
+        """Switch the module's parameters on again; whether it was watched and any of them is trained."""
+        own = id(module)
+        off: list[nn.Parameter] = []
+        if self._running and self._running[-1][0] != own and all(key != own for key, _ in self._running):
+            return False
+        key = None
+        while self._running and key != own:
+            key, off = self._running.pop()
+            self._switch_on(off)
+        if key != own:
+            return False
+        if off:
+            return True
+        switched = {id(p) for _, outer in self._running for p in outer}  # tied weights in nested modules
+        return any(id(p) in switched for p in self._shards.now(self._tracked[own]))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._leave(module) or output is None:  # None: the forward raised
+            return None
+        tracked = self._tracked[id(module)]
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ValueError(
+                f"{tracked.path or 'the model'} ({type(module).__name__}) returns {type(output).__name__}, and a "
+                "per-sample gradient needs one floating-point tensor with the records first. Split the module so that "
+                "its parameters stand in layers that return one, or freeze it"
+            )
+        call, tensors = Call.of(args, kwargs)
+        if tracked.keep_output:
+            tensors = [*tensors, output]
+        # Detached: the graph must not be held by what it holds.
+        kept = _Keep.apply(self._token, *(t.detach() for t in tensors))
+        flattened = self._shapes.get(self._outer.get(id(module), 0))
+        use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes, flattened)
+        return self._watch(output, lambda gradient: self._arrive(use, gradient))
+
+    def _watch(self, output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor | None:
+        """Have ``arrive`` called with the gradient at ``output``; returns what takes the output's place, if anything."""
+        if not output.requires_grad:
+            asked: Tensor = _AskForGradient.apply(self._token, output)
+            asked.register_hook(arrive)
+            return asked
+        # A change in place gives a view another place in the graph, and its hooks are never called; those of the
+        # tensor under it are.
+        base = output._base
+        if base is None:
+            output.register_hook(arrive)
+            return None
+        shape = output.shape
+        if base.requires_grad and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+            base.register_hook(lambda gradient: arrive(gradient.reshape(shape)))
+            return None
+        passed: Tensor = _Pass.apply(output)
+        passed.register_hook(arrive)
+        return passed
+
+    def _arrive(self, use: Use, gradient: Tensor) -> None:
+        if use.kept is None:
+            raise ValueError(
+                f"two backward passes ran through one use of {use.path}: the records would count twice. Add the losses "
+                "and call backward() once"
+            )
+        self._shards.gather(use.module)
+        with exact():
+            self._deliver(use, gradient)
+
+
+def is_captured(model: nn.Module) -> bool:
+    """Whether the uses of ``model``, or of a part of it, are being captured."""
+    owners = (getattr(h, "__self__", None) for m in model.modules() for h in m._forward_pre_hooks.values())
+    watched = [o for o in owners if isinstance(o, Capture)]
+    return any(capture.watches(m) for capture in watched for m in model.modules())
+
+
+def _inert() -> Any:
+    """What a hook becomes in a pickled model; see ``Capture.__reduce__``."""
+    return _Inert()
+
+
+class _Inert:
+    def _start(self, *_: Any) -> None: ...
+
+    def _before(self, *_: Any) -> None: ...
+
+    def _enter(self, *_: Any) -> None: ...
+
+    def _after(self, *_: Any) -> None: ...

@@ -1,0 +1,149 @@
+"""Gram matrices of positions, and what the norms of sums of outer products take from them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from opacus_ac.grad_sample.one_backward.bounds import squared_norms, stretches, wide
+from opacus_ac.grad_sample.one_backward.matmul import inner, inner_is_faster, may_be_faster
+
+T = TypeVar("T")
+
+_WIDE = 1 << 13
+"""Width from which on a norm in float32 may be wrong by more than a thousandth."""
+
+_HALVED = (64, 4096)
+"""Fewest positions and greatest width for which computing a Gram matrix by halves is faster, as measured."""
+
+
+def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
+    """Return ``a_i b_i^T`` for every record, in float32 or better, with the error of :func:`bounds.inner_terms`.
+
+    Args:
+        a: ``[B, M, K]``.
+        b: ``[B, N, K]``.
+        size: terms that are added up at a time.
+    """
+    a, b = wide(a), wide(b)
+    parts = stretches(a.shape[2], size)
+    if len(parts) == 1:
+        return inner(a, b)
+    total: Tensor | None = None
+    for part in parts:
+        x = _cut(a, part)
+        product = inner(x, x if a is b else _cut(b, part))
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _cut(x: Tensor, part: slice) -> Tensor:
+    # oneDNN is slow at matrices with gaps between their rows.
+    return x[:, :, part].contiguous() if may_be_faster(x) else x[:, :, part]
+
+
+@dataclass
+class Gram:
+    """The inner products of all pairs of positions, of which those below the diagonal need not be computed.
+
+    For an even number of positions the matrix is kept as its two diagonal blocks and the one above them, which saves
+    a quarter of the work.
+    """
+
+    blocks: Tensor
+    """``[B, T, T]``, or ``[2 B, T / 2, T / 2]``."""
+    above: Tensor | None
+    """``[B, T / 2, T / 2]``, or None where ``blocks`` is everything."""
+
+    @classmethod
+    def of(cls, x: Tensor, size: int = 1 << 60) -> Gram:
+        """Of ``x`` ``[B, T, d]``; ``size``: terms that are added up at a time."""
+        x = wide(x)
+        positions, width = x.shape[1:]
+        halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
+        if not halved or inner_is_faster(x, x):
+            return cls(inner_by_pieces(x, x, size), None)
+        first, *others = stretches(width, size)
+        blocks, above = cls._halves(x[:, :, first])
+        for part in others:
+            more = cls._halves(x[:, :, part])
+            blocks, above = blocks.add_(more[0]), above.add_(more[1])
+        return cls(blocks, above)
+
+    @staticmethod
+    def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        half = x.shape[1] // 2
+        halves = x.unflatten(1, (2, half)).flatten(0, 1)
+        return torch.bmm(halves, halves.transpose(1, 2)), torch.bmm(x[:, :half], x[:, half:].transpose(1, 2))
+
+    def whole(self) -> Tensor:
+        """``[B, T, T]``."""
+        if self.above is None:
+            return self.blocks
+        batch, half = self.above.shape[:2]
+        first, second = self.blocks.view(batch, 2, half, half).unbind(1)
+        return torch.cat([torch.cat([first, self.above], 2), torch.cat([self.above.transpose(1, 2), second], 2)], 1)
+
+    def squares(self) -> Tensor:
+        """Squared norms of the positions, ``[B, T]``, in float64."""
+        diagonal = self.blocks.diagonal(dim1=1, dim2=2).double()
+        return diagonal if self.above is None else diagonal.reshape(self.above.shape[0], -1)
+
+
+def sizes(x: Tensor) -> Tensor:
+    """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64; right to a thousandth."""
+    if x.shape[2] > _WIDE:
+        return squared_norms(x.flatten(0, 1)).sqrt_().view(x.shape[:2])
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).double()
+
+
+class GramCache:
+    """Gram matrices, and norms of positions, of the last few inputs: the projections of one input share theirs.
+
+    Keyed by storage address; the tensors are held, so that an address cannot come back as another tensor.
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._held: OrderedDict[tuple[object, ...], tuple[Tensor, Any]] = OrderedDict()
+
+    def gram(self, x: Tensor, size: int = 1 << 60) -> Gram:
+        """As :meth:`Gram.of`; not to be written to."""
+        return self._get(Gram.of, x, size)
+
+    def sizes(self, x: Tensor) -> Tensor:
+        """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]``; not to be written to."""
+        return self._get(sizes, x)
+
+    def _get(self, compute: Callable[..., T], x: Tensor, *settings: int) -> T:
+        key = (compute, *settings, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x._version)
+        if key not in self._held:
+            self._held[key] = (x, compute(x, *settings))
+        self._held.move_to_end(key)
+        if len(self._held) > self._size:
+            self._held.popitem(last=False)
+        result: T = self._held[key][1]
+        return result
+
+
+def products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two Gram matrices ``[B, T, T]``: what the norm of ``sum_t left_t (x) right_t`` is made of, float64 ``[B]``.
+
+    Returns:
+        sum of their elementwise product; sum of ``|left_t| |right_t|``; largest square on the diagonal of either.
+    """
+    if (left.above is None) != (right.above is None):
+        left, right = Gram(left.whole(), None), Gram(right.whole(), None)
+    total = (left.blocks * right.blocks).sum((1, 2), dtype=torch.float64)
+    a, b = left.squares(), right.squares()
+    reach = (a * b).sqrt_().sum(-1)
+    if left.above is not None and right.above is not None:
+        above = (left.above * right.above).sum((1, 2), dtype=torch.float64)
+        total = total.view(-1, 2).sum(1) + 2 * above
+    return total, reach, torch.maximum(a.amax(-1), b.amax(-1))

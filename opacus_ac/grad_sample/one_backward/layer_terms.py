@@ -1,0 +1,256 @@
+"""From one use of a module and the gradient at its output to terms of its parameters' gradients.
+
+The table of grad samplers stays the one place where rules are registered. Where the registered sampler belongs to a
+family that is a sum of outer products, its terms take its place; any other sampler is asked for its rows; a module
+without a sampler is run again record by record, and what it returns is compared with what it had returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from opacus_ac.grad_sample.module_replay import bare_twin, written_type
+from opacus_ac.grad_sample.one_backward.capture import Tracked, Use
+from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term, wide
+from opacus_ac.grad_sample.precision import less_was_asked
+from opacus_ac.grad_sample.registry import STOCK, GradSampler, has_own_trainable, sampler_of
+from opacus_ac.grad_sample.rules.bitlinear import (
+    QuantizedInputs,
+    auto_bitlinear,
+    auto_bitlinear_factors,
+    ste_linear,
+    ste_linear_factors,
+)
+from opacus_ac.grad_sample.rules.embedding import embedding, lookup_terms, replayed_ids
+from opacus_ac.grad_sample.rules.linear import conv1d, dense_terms
+from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm, rms_norm_rows
+
+Terms = list[tuple[nn.Parameter, Term]]
+TermRule = Callable[[Use, tuple[Tensor, ...], Tensor], Terms]
+
+_REPLAY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_LOW_TOLERANCE = 5e-2
+
+
+def _linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    return dense_terms(use.module, tensors[0], backprops)
+
+
+def _conv1d(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    return dense_terms(use.module, tensors[0], backprops, transposed=True)
+
+
+def _lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    return lookup_terms(use.module, tensors[0], backprops)
+
+
+def _ste_linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    factors = ste_linear_factors(use.module, tensors[0], backprops)
+    return dense_terms(use.module, factors.inputs, factors.backprops)
+
+
+def _rms_norm(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    weight = use.module._parameters["weight"]
+    rows = rms_norm_rows(use.module, tensors[0], backprops)
+    if weight is None or rows is None:
+        return _rows_of(sampler_of(use.module) or rms_norm)(use, tensors, backprops)
+    return [(weight, Rows(rows))]
+
+
+def _auto_bitlinear(shared: QuantizedInputs) -> TermRule:
+    def rule(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+        factors = auto_bitlinear_factors(use.module, tensors[0], backprops, shared)
+        return dense_terms(use.module, factors.inputs, factors.backprops)
+
+    return rule
+
+
+def _rows_of(sampler: GradSampler) -> TermRule:
+    def rule(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+        rows = sampler(use.module, list(tensors), wide(backprops))
+        return [(parameter, Rows(values)) for parameter, values in rows.items()]
+
+    return rule
+
+
+def _replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    """An embedding that makes its ids itself (OPT's positions): they are taken from a second run."""
+    assert isinstance(use.module, nn.Embedding)
+    args, kwargs = use.call.arguments(tensors[:-1])
+    return lookup_terms(use.module, replayed_ids(use.module, args, kwargs, tensors[-1]), backprops)
+
+
+def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    """Run the module again on each record, with ``torch.func``, and differentiate it.
+
+    Every argument whose first dimension is the batch is taken apart, all others are passed on whole. That this was the
+    right way to take the call apart, and that the module is not random, shows in its output, which must be the one
+    that it returned in the forward pass.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    module, inputs, output = use.module, tensors[:-1], tensors[-1]
+    batch = backprops.shape[0]
+    dims = tuple(0 if t.dim() > 0 and t.shape[0] == batch else None for t in inputs)
+    twin = bare_twin(module)
+    parameters = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
+
+    def record(weights: dict[str, Tensor], arguments: tuple[Tensor, ...], backprop: Tensor) -> tuple[Tensor, Tensor]:
+        alone = [t if d is None else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
+        args, kwargs = use.call.arguments(alone)
+        with use.autocast:
+            result = functional_call(twin, weights, args, kwargs)
+        return (result * backprop).sum(), result.detach()
+
+    with torch.enable_grad():
+        per_record = vmap(grad(record, has_aux=True), in_dims=(None, dims, 0), randomness="different")
+        rows, outputs = per_record(parameters, inputs, backprops.unsqueeze(1))
+    _check_replay(use, inputs, outputs.squeeze(1), output)
+    owned = dict(module.named_parameters())
+    return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+
+
+_ORDINARY = 1e15
+"""Beyond this, up to where numbers stand for minus infinity in a mask, two runs of one record may differ in any way."""
+_MASK = 1e37
+
+
+def _ordinary_records(inputs: Sequence[Tensor], want: Tensor) -> Tensor:
+    """Which records ``[B]`` have values for which a second run must give what the first one gave."""
+    ordinary = torch.ones(want.shape[0], dtype=torch.bool, device=want.device)
+    for tensor in (want, *(t for t in inputs if t.dim() > 0 and t.shape[0] == want.shape[0])):
+        if tensor.is_floating_point() and tensor.numel():
+            size = tensor.abs().flatten(1) if tensor.dim() > 1 else tensor.abs().unsqueeze(1)
+            extreme = (size > _ORDINARY) & (size < _MASK) | torch.isnan(tensor).reshape(size.shape)
+            ordinary &= ~extreme.any(1).to(want.device)
+    return ordinary
+
+
+def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
+    """Whether a second run returned what the first one did, record by record; poisonous ones are not looked at."""
+    if got.shape != want.shape:
+        return False
+    got, want = (t[ordinary].flatten(1) if t.dim() > 1 else t[ordinary].unsqueeze(1) for t in (got, want))
+    if not want.numel():
+        return True
+    finite = torch.isfinite(want)
+    difference = torch.where(finite, (got - want).abs(), 0).amax(1)
+    size = torch.where(finite, want.abs(), 0).amax(1)
+    tolerance = _REPLAY_TOLERANCE.get(want.dtype, _LOW_TOLERANCE)
+    if want.dtype == torch.float32 and less_was_asked():  # for the batch, not for this run
+        tolerance = _LOW_TOLERANCE
+    # A record of small outputs may round as the others do; one of large outputs excuses nobody but itself.
+    return bool((difference <= tolerance * torch.maximum(size, size.median())).all())
+
+
+def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor) -> None:
+    same = _is_replay(got, want, _ordinary_records(inputs, want)) if want.dim() > 0 else got.shape == want.shape
+    if not same:
+        raise ValueError(
+            f"{use.path or 'the model'} ({type(use.module).__name__}) has no rule, and run again on single records it "
+            "does not return what it returned on the batch: it is random (dropout inside it?), or its arguments do not "
+            "have the records first. Set its dropout to 0, register a rule with register_rule, or freeze it"
+        )
+
+
+def replays_lookup(module: nn.Module) -> bool:
+    """Whether the module is an embedding with a forward of its own that no registered rule covers."""
+    return isinstance(module, nn.Embedding) and sampler_of(module) is None
+
+
+def delegates(module: nn.Module) -> bool:
+    """Whether all trainable parameters of the module are also held by layers inside it, as a head's tied bias is.
+
+    Then the layers answer for them. Should the module's own forward use one directly, it would get an ordinary
+    gradient, which is refused.
+    """
+    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    inner = {id(p) for child in module.modules() if child is not module for p in child.parameters(recurse=False)}
+    return bool(own) and all(id(p) in inner for p in own)
+
+
+# Their source has been read: states [B, T, d] go through some of their layers as [B T, d], record after record.
+_FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
+
+
+def _written(module: nn.Module) -> tuple[str, str]:
+    cls = written_type(module)
+    return cls.__module__, cls.__qualname__
+
+
+def flattening_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that are known to take ``[B, T, d]`` and to hand ``[B T, d]`` to layers inside them."""
+    return [m for m in model.modules() if _written(m) in _FLATTENING]
+
+
+def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that answer for the trainable parameters of a model, each once, with their paths.
+
+    Below a module with trainable parameters of its own and without a rule nothing is watched: it is run again whole.
+    """
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if has_own_trainable(module) and not delegates(module):
+            yield path, module
+            if sampler_of(module) is None and not replays_lookup(module):
+                return
+        for name, child in module.named_children():
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(module, path)
+
+
+_FAMILIES: dict[GradSampler, TermRule] = {
+    STOCK[nn.Linear]: _linear,
+    conv1d: _conv1d,
+    embedding: _lookup,
+    ste_linear: _ste_linear,
+    rms_norm: _rms_norm,
+    offset_rms_norm: _rms_norm,
+}
+_KINDS: dict[GradSampler, str] = {embedding: "lookup", rms_norm: "rows", offset_rms_norm: "rows"}
+
+
+def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
+    """The rule for a module and its name: ``dense``, ``lookup``, ``rows`` or ``replay``."""
+    sampler = sampler_of(module)
+    if sampler is None:
+        return (_replayed_lookup, "lookup") if replays_lookup(module) else (replayed_rows, "replay")
+    if sampler is auto_bitlinear:
+        return _auto_bitlinear(shared), "dense"
+    if sampler in _FAMILIES:
+        return _FAMILIES[sampler], _KINDS.get(sampler, "dense")
+    return _rows_of(sampler), "rows"
+
+
+def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], QuantizedInputs]:
+    """What :class:`~opacus_ac.grad_sample.one_backward.capture.Capture` has to watch in ``model``, and the rule for each path."""
+    shared = QuantizedInputs()
+    items, rules = [], {}
+    for path, module in watched_modules(model):
+        rules[path], name = rule_of(module, shared)
+        replayed = name == "replay" or replays_lookup(module)
+        parameters: Iterable[nn.Parameter] = module.parameters(recurse=name == "replay")
+        items.append(Tracked(path, module, tuple(p for p in parameters if p.requires_grad), keep_output=replayed))
+    return items, rules, shared
+
+
+__all__ = [
+    "TermRule",
+    "Terms",
+    "delegates",
+    "flattening_modules",
+    "replays_lookup",
+    "rule_of",
+    "tracked",
+    "watched_modules",
+]

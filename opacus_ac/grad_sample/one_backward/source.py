@@ -1,0 +1,286 @@
+"""Mode "bk": per-record norms and clipped sums from one ordinary backward pass, without per-sample gradients.
+
+References:
+    Bu et al., arXiv 2210.00038 (book-keeping: one backward pass); arXiv 2110.05679 (ghost norms for language models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.one_backward.capture import Capture, Use, by_record
+from opacus_ac.grad_sample.one_backward.certified import certified
+from opacus_ac.grad_sample.one_backward.gram import GramCache
+from opacus_ac.grad_sample.one_backward.layer_terms import flattening_modules, tracked
+from opacus_ac.grad_sample.one_backward.outer_products import ParameterBook, Weights
+from opacus_ac.grad_sample.precision import exact
+from opacus_ac.grad_sample.sharded_parameters import places_of
+from opacus_ac.grad_sample.source import Place, squares_by_parameter
+from opacus_ac.grad_sample.user_rows import CountUsers, regroup
+
+
+@dataclass
+class _Chunk:
+    """What one backward pass left: a book per parameter (by its position), and the forward passes it went through."""
+
+    books: dict[int, ParameterBook] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+    model_passes: set[int] = field(default_factory=set)
+    rows: int = 0
+    records: int = 0
+
+
+class BookKeepingSource:
+    """Norms and weighted sums of per-sample gradients from one backward pass.
+
+    Around each trained layer the forward pass keeps the input, and the backward pass brings the gradient at the output;
+    from these the norms are computed, and after clipping one weighted product per layer gives the sum. Weights that
+    are tied, or used several times, are one parameter with one norm.
+
+    Args:
+        model: the model; nothing happens to it before :meth:`attach`.
+        parameters: the parameters that are trained, with a norm over all of them.
+        names: their names, for messages.
+        loss_reduction: "mean" or "sum" over the records, as the loop computes the loss.
+        users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
+        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the others add.
+
+    Guarantees:
+        Norms are in float32 or better whatever the type of the activations, and upper bounds of what each record adds, rounding
+        included. Tensors that change between norm and sum are refused. A trained parameter
+        that is also used where no rule sees it gets an ordinary gradient in the backward pass, and the step is refused.
+        Two backward passes before a step are records of their own.
+
+    References:
+        arXiv 2210.00038.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str],
+        loss_reduction: str = "mean",
+        users: CountUsers | None = None,
+        exact_sums: bool = False,
+    ) -> None:
+        self._model = model
+        self._exact_sums = exact_sums
+        self._parameters, self._names = list(parameters), list(names)
+        self._index = {id(p): i for i, p in enumerate(self._parameters)}
+        self._mean = loss_reduction == "mean"
+        self._users = users
+        self._capture: Capture | None = None
+        self._shared: Callable[[], None] = lambda: None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._chunks: list[_Chunk] = [_Chunk()]
+        self._grams = GramCache()
+        self._weights: list[Weights] | None = None
+        self._failed = False
+        self._released = False
+
+    def attach(self) -> Callable[[], None]:
+        """Put the hooks on the model and return the function that takes them off."""
+        items, self._rules, quantized = tracked(self._model)
+        self._places = places_of(self._model, self._index)
+        self._shared = quantized.clear
+        self._capture = Capture(self._model, items, self._deliver, self._on_forward, flattening_modules(self._model))
+        return self._capture.remove
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context in which forward passes leave no records."""
+        capture = self._capture
+        if capture is not None:
+            capture.paused = True
+        try:
+            yield
+        finally:
+            if capture is not None:
+                capture.paused = False
+
+    # ---------------------------------------------------------------- in forward and backward passes
+
+    def _on_forward(self) -> None:
+        """A forward pass after a backward pass: what comes now belongs to other records."""
+        if self._chunks[-1].books:
+            self._chunks.append(_Chunk())
+
+    def _deliver(self, use: Use, gradient: Tensor) -> None:
+        """Take in the gradient at the output of one use of a module."""
+        try:
+            tensors, gradient = by_record(use, use.tensors(), gradient)
+            chunk = self._chunks[-1]
+            self._check_batch(chunk, use, gradient)
+            for parameter, term in self._rules[use.path](use, tensors, gradient):
+                index = self._index.get(id(parameter), self._places(parameter, use.module))
+                if index is not None and self._parameters[index].requires_grad:
+                    book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
+                    term = term if self._users is None else regroup(term, chunk.records)
+                    book.add(term, self._grams, use.path)
+            chunk.model_passes.add(use.model_pass)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _check_batch(self, chunk: _Chunk, use: Use, gradient: Tensor) -> None:
+        rows = gradient.shape[0] if gradient.dim() > 1 else 0
+        if not chunk.books:
+            chunk.rows = rows
+        if rows != chunk.rows or rows == 0:
+            raise ValueError(
+                f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of shape "
+                f"{tuple(gradient.shape)}, other layers have {chunk.rows} records: the batch must be the first "
+                "dimension of every layer's input and output"
+            )
+        if not chunk.books:
+            chunk.records = rows if self._users is None else self._users(rows)
+
+    # ---------------------------------------------------------------- GradientSource
+
+    def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the norm by which each record is clipped, ``[B]`` float64; as in ``GradientSource``.
+
+        Raises:
+            ValueError: there was no backward pass, a part of the model was used outside of its rule, a backward pass
+                failed half-way, gradients of the step before were not cleared, or inputs or gradients were written to since.
+        """
+        if self._capture is not None:
+            self._capture.restore()
+        self._check()
+        self._chunks = [c for c in self._chunks if c.books]
+        self._shared()
+        self._grams = GramCache()
+        with exact():
+            norms = [self._norms(chunk, weights) for chunk in self._chunks]
+        return torch.cat(norms)
+
+    def _check(self) -> None:
+        if self._released or self._weights is not None:
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy "
+                "guarantees you must call optimizer.zero_grad() on each step"
+            )
+        if self._failed:
+            raise ValueError(
+                "the last backward pass or step failed half-way: call optimizer.zero_grad() and run forward and backward again"
+            )
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            if parameter.grad is not None:
+                raise ValueError(
+                    f"{name} has an ordinary gradient, which was not clipped: it is used outside of its own module, or "
+                    "its module ran in evaluation mode. Use it through its module in training mode, or freeze it"
+                )
+        if not any(chunk.books for chunk in self._chunks):
+            raise ValueError(
+                "Per sample gradient is not initialized: no gradient has reached a trained layer. Run forward and "
+                "backward through the model that make_private returned, in training mode, before optimizer.step()"
+            )
+
+    def _norms(self, chunk: _Chunk, weights: Sequence[float] | None) -> Tensor:
+        places = sorted(chunk.books)
+        chosen = [1.0 if weights is None else weights[index] for index in places]
+        norms, squares = certified([chunk.books[index] for index in places], chosen)
+        chunk.squares = dict(zip(places, squares, strict=True))
+        return norms * (chunk.records if self._mean else 1)
+
+    def parameter_squares(self) -> Tensor:
+        """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
+        scales = [chunk.records**2 if self._mean else 1 for chunk in self._chunks]
+        parts = [squares_by_parameter(chunk.squares, len(self._parameters)) for chunk in self._chunks]
+        return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)])
+
+    @property
+    def records(self) -> int:
+        """Number of records that the last backward pass went through."""
+        return self._chunks[-1].records
+
+    def record_gradients(self, record: int) -> Iterator[Tensor | None]:
+        """Yield what a record of the last backward pass adds to each parameter's ordinary gradient; nothing is used up."""
+        chunk = self._chunks[-1]
+        chosen = torch.zeros(chunk.records, dtype=torch.float64, device=self._parameters[0].device)
+        chosen[record] = 1.0
+        weights = Weights(chosen)
+        for index, parameter in enumerate(self._parameters):
+            book = chunk.books.get(index)
+            yield None if book is None else self._add(parameter, book, weights, None, None)
+
+    def accumulate(self, factors: Tensor) -> None:
+        """Note the factors; the sums are formed parameter by parameter when they are needed."""
+        sizes = [chunk.records for chunk in self._chunks]
+        scales = [size if self._mean else 1 for size in sizes]
+        factors = factors.to(self._parameters[0].device)
+        self._weights = [Weights(f * scale) for f, scale in zip(factors.split(sizes), scales, strict=True)]
+
+    def withdraw(self) -> None:
+        """Take back :meth:`accumulate`."""
+        self._weights = None
+        self._failed = True  # the records stay until they are cleared, but no step may use them
+
+    def settle(self) -> None:
+        """Form the sums now and let go of the records: another physical batch of the logical one follows."""
+        if self._weights is None:
+            return
+        for parameter, total in zip(self._parameters, self.sums(), strict=True):
+            parameter.summed_grad = total  # type: ignore[attr-defined]
+
+    def sums(self, place: Place | None = None) -> Iterator[Tensor | None]:
+        """Yield the summed clipped gradient of each parameter; None is zero. The records go as the sums come.
+
+        Args:
+            place: gives the memory for a parameter's sum, or None for memory of its own.
+        """
+        weights = self._weights or []
+        for index, parameter in enumerate(self._parameters):
+            total: Tensor | None = getattr(parameter, "summed_grad", None)
+            parameter.summed_grad = None  # type: ignore[attr-defined]
+            for chunk, chunk_weights in zip(self._chunks, weights, strict=False):
+                book = chunk.books.pop(index, None)
+                if book is not None:
+                    total = self._add(parameter, book, chunk_weights, total, place)
+            yield total
+        self._released = True
+
+    def _add(
+        self, parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, place: Place | None
+    ) -> Tensor:
+        """Return ``total`` plus the weighted sum of a book."""
+        out = place(parameter) if total is None and place is not None and not self._exact_sums else None
+        if out is None:
+            # Of the whole parameter, also where a rank holds a shard of it.
+            dtype = torch.float64 if self._exact_sums else parameter.dtype
+            out = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+        with exact():
+            book.weighted_sum(weights, out)
+            return out if total is None else total.add_(out)
+
+    def clear(self, *, sums: bool) -> None:
+        """Forget the records and ordinary gradients, and with ``sums`` the clipped sums too."""
+        if self._capture is not None:
+            self._capture.restore()
+        self._reset()
+        self._shared()
+        for parameter in self._parameters:
+            parameter.grad = None
+            if sums:
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+
+    @property
+    def backward_passes(self) -> int:
+        """Number of backward passes since the last step."""
+        return len(self._chunks)
+
+    @property
+    def merged_passes(self) -> bool:
+        """Whether one backward pass went through several forward passes of the model.
+
+        Record i of each is then one record. Whether that is so, only the number of records drawn can tell.
+        """
+        return any(len(chunk.model_passes) > 1 for chunk in self._chunks)

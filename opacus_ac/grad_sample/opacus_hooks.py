@@ -1,0 +1,254 @@
+"""Sources of per-sample gradients: what the optimizer asks for norms and clipped sums.
+
+A source answers two questions about the physical batch just run backward: the norm of each record's gradient, and,
+given one factor per record, the weighted sum. It knows nothing of clipping rules, noise or accounting. The source
+here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch"; :mod:`book_keeping` has the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.one_backward.bounds import of_rows
+from opacus_ac.grad_sample.one_backward.outer_products import add_rows
+from opacus_ac.grad_sample.precision import exact
+from opacus_ac.grad_sample.source import Place, squares_by_parameter
+from opacus_ac.grad_sample.unchanged import Unchanged
+from opacus_ac.grad_sample.user_rows import CountUsers, sum_rows
+
+_SUM_TOLERANCE = 0.01
+"""Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
+
+
+_SMALL = 1e-3
+"""Share of the gradients of all parameters below which one may be nothing but rounding."""
+
+
+class PerSampleSource:
+    """Reads the ``grad_sample`` tensors that Opacus's hooks leave on the parameters.
+
+    Args:
+        parameters: trainable parameters of the optimizer.
+        names: their names, for messages.
+        loss_reduction: "mean" or "sum", as the per-sample gradients were scaled.
+        users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
+        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the others add.
+
+    Guarantees:
+        The first time that a parameter gets a gradient, its per-sample gradients must add up to what autograd
+        computed; a weight that is also used behind the hooks' back is found then, and refused.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        names: Sequence[str] | None = None,
+        loss_reduction: str = "mean",
+        users: CountUsers | None = None,
+        exact_sums: bool = False,
+    ) -> None:
+        self._parameters = list(parameters)
+        self._exact_sums = exact_sums
+        self._names = list(names) if names is not None else [f"parameter {i}" for i in range(len(self._parameters))]
+        self._mean = loss_reduction == "mean"
+        self._users = users
+        self._verified: set[int] = set()
+        self._squares: dict[int, Tensor] = {}
+        self._deviations: list[tuple[str, int, float, float]] = []
+        self._before: list[Tensor | None] = []
+        self._used = Unchanged()
+
+    def _rows(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""
+        sample: Any = getattr(parameter, "grad_sample", None)
+        if self._users is None or sample is None:
+            return torch.cat(sample) if isinstance(sample, list) else sample
+        if isinstance(sample, list):
+            raise ValueError(
+                "several backward passes went through one batch, so that nothing tells which rows are of one user: call "
+                "backward() once per batch of the private loader"
+            )
+        users = self._users(sample.shape[0])
+        summed = sum_rows(sample, users)
+        # Opacus has multiplied by the number of rows, and the loss is a mean over users.
+        return summed * (users / sample.shape[0]) if self._mean else summed
+
+    def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
+        """Return the norm by which each record is clipped, ``[B]`` float64; as in :class:`GradientSource`.
+
+        Raises:
+            ValueError: no parameter has per-sample gradients, a parameter received an ordinary gradient without
+                one, batch sizes differ between parameters, or the gradients were not cleared.
+        """
+        total: Tensor | None = None
+        self._squares, self._deviations, self._used = {}, [], Unchanged()
+        for index, (name, parameter) in enumerate(zip(self._names, self._parameters, strict=True)):
+            self._check(name, parameter)
+            rows = self._rows(parameter)
+            if rows is None:
+                continue
+            certificate = of_rows(rows)
+            squares, bound = certificate.squares.cpu(), certificate.bounds().square().cpu()
+            for record in (squares == 0).nonzero().reshape(-1).tolist():
+                if not bool(rows[record].any()):  # nothing that underflow could have taken
+                    bound[record] = 0.0
+            self._verify(name, parameter, rows, squares)
+            sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            self._used.note(f"the per-sample gradient of {name}", *(sample if isinstance(sample, list) else [sample]))
+            if total is not None and squares.shape != total.shape:
+                raise ValueError(
+                    f"{name} has per-sample gradients of {squares.shape[0]} records, other parameters of "
+                    f"{total.shape[0]}: the batch must be the first dimension of every layer's input"
+                )
+            self._squares[index] = squares
+            bound = bound if weights is None else bound * weights[index] ** 2
+            total = bound if total is None else total + bound
+        if total is None:
+            raise ValueError(
+                "Per sample gradient is not initialized: no parameter has grad_sample. Run forward and backward "
+                "through the model that make_private returned, in training mode, before optimizer.step()"
+            )
+        self._judge()
+        return total.sqrt()
+
+    def parameter_squares(self) -> Tensor:
+        """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
+        return squares_by_parameter(self._squares, len(self._parameters))
+
+    @property
+    def records(self) -> int:
+        """Number of records that the last backward pass went through."""
+        return next((len(rows) for p in self._parameters if (rows := self._last(p)) is not None), 0)
+
+    def _last(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the rows of the last backward pass."""
+        sample: Any = getattr(parameter, "grad_sample", None)
+        return sample[-1] if isinstance(sample, list) else self._rows(parameter)
+
+    def record_gradients(self, record: int) -> Iterator[Tensor | None]:
+        """Yield what a record of the last backward pass adds to each parameter's ordinary gradient."""
+        for parameter in self._parameters:
+            rows = self._last(parameter)
+            yield None if rows is None else rows[record] / (len(rows) if self._mean else 1)
+
+    @staticmethod
+    def _check(name: str, parameter: nn.Parameter) -> None:
+        sample = getattr(parameter, "grad_sample", None)
+        if sample is None and parameter.grad is not None:
+            raise ValueError(
+                f"{name} has a gradient but no per-sample gradient, so it cannot be clipped: it is used outside the "
+                "modules that Opacus's hooks see. Freeze it, or use it through its own module"
+            )
+        if any(hasattr(rows, "_processed") for rows in (sample if isinstance(sample, list) else [sample])):
+            raise ValueError(
+                "Gradients haven't been cleared since the last optimizer step. In order to obtain privacy "
+                "guarantees you must call optimizer.zero_grad() on each step"
+            )
+
+    def _verify(self, name: str, parameter: nn.Parameter, rows: Tensor, squares: Tensor) -> None:
+        """Compare the per-sample gradients with autograd's own gradient, once per parameter."""
+        unknown = parameter.grad is None or isinstance(parameter.grad_sample, list)  # type: ignore[attr-defined]
+        if unknown or id(parameter) in self._verified or not bool(torch.isfinite(squares).all()):
+            return
+        assert parameter.grad is not None
+        total = rows.sum(0) / (rows.shape[0] if self._mean else 1)
+        scale = float(squares.sqrt().sum()) / (rows.shape[0] if self._mean else 1)
+        wrong = float(torch.linalg.vector_norm(total.double() - parameter.grad.double()))
+        scale = max(scale, float(torch.linalg.vector_norm(parameter.grad.double())))
+        self._deviations.append((name, id(parameter), wrong, scale))
+
+    def _judge(self) -> None:
+        """Raise ``ValueError`` where what :meth:`_verify` found is more than rounding.
+
+        A gradient that is zero in exact arithmetic (key biases of attention, biases before norms) is all rounding, which is small
+        beside the gradients of the other parameters.
+        """
+        deviations, self._deviations = self._deviations, []
+        if not deviations:
+            return
+        records = torch.stack(list(self._squares.values())).sum(0).sqrt()
+        whole = float(records.sum()) / (len(records) if self._mean else 1)
+        for name, parameter, wrong, scale in deviations:
+            if wrong > _SUM_TOLERANCE * max(scale, _SMALL * whole):
+                raise ValueError(
+                    f"the per-sample gradients of {name} do not add up to its gradient (off by {wrong / scale:.0%}): it "
+                    "is used outside its own module, or its module takes inputs that the hooks do not see. Use it "
+                    "through its module, freeze it, or register a rule (opacus_ac.grad_sample.register_rule)"
+                )
+            if scale > _SMALL * whole:
+                self._verified.add(parameter)
+
+    def accumulate(self, factors: Tensor) -> None:
+        """Add the weighted sum of the records to each parameter's ``summed_grad``.
+
+        Raises:
+            ValueError: per-sample gradients were written to after their norms were taken.
+        """
+        self._used.check()
+        kept = factors.nonzero().reshape(-1)
+        everything = kept.numel() == factors.numel()
+        self._before = [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
+        for parameter in self._parameters:
+            rows = self._rows(parameter)
+            if rows is None:
+                continue
+            # Dropped, not multiplied by zero: a record with a non-finite gradient must leave no trace.
+            chosen = rows if everything else rows[kept.to(rows.device)]
+            dtype = torch.float64 if self._exact_sums else parameter.dtype
+            added = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
+            with exact():
+                add_rows(chosen if self._exact_sums else chosen.to(dtype), factors[kept], added, first=True)
+            summed = getattr(parameter, "summed_grad", None)
+            # Not in place: what was there before is wanted again where the step fails.
+            parameter.summed_grad = added if summed is None else summed + added  # type: ignore[attr-defined]
+            sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
+            for part in sample if isinstance(sample, list) else [sample]:
+                part._processed = True  # Opacus's mark against using gradients twice
+
+    def withdraw(self) -> None:
+        """Take back :meth:`accumulate`."""
+        for parameter, before in zip(self._parameters, self._before, strict=False):
+            parameter.summed_grad = before  # type: ignore[attr-defined]
+        self._before = []
+
+    def settle(self) -> None:
+        """Let go of the sums before: the physical batch is in them for good."""
+        self._before = []
+
+    @property
+    def backward_passes(self) -> int:
+        """Number of backward passes since the last step, at least 1."""
+        samples = [getattr(p, "grad_sample", None) for p in self._parameters]
+        return max((len(s) if isinstance(s, list) else 1 for s in samples), default=1)
+
+    @property
+    def merged_passes(self) -> bool:
+        """Unknown here: Opacus's hooks do not tell."""
+        return False
+
+    def sums(self, place: Place | None = None) -> list[Tensor | None]:
+        """Return the summed clipped gradients of the logical batch."""
+        return [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
+
+    def clear(self, *, sums: bool) -> None:
+        """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
+        self._squares, self._before, self._used = {}, [], Unchanged()
+        if any(hasattr(parameter, "_current_grad_sample") for parameter in self._parameters):
+            self._forget_broken_pass()
+        for parameter in self._parameters:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.grad = None
+            if sums:
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+
+    def _forget_broken_pass(self) -> None:
+        """Take off what a backward pass that was broken off has left: Opacus would add the next one's gradients to it."""
+        for parameter in self._parameters:
+            if hasattr(parameter, "_current_grad_sample"):
+                del parameter._current_grad_sample
+            if hasattr(parameter, "_forward_counter"):
+                parameter._forward_counter = 0

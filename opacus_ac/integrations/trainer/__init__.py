@@ -1,0 +1,11 @@
+"""The Trainer of transformers, private."""
+
+from opacus_ac._lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "PrivacyArguments": "arguments",
+        "PrivateTrainer": "trainer",
+    },
+)

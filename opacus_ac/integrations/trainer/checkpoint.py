@@ -1,0 +1,145 @@
+"""The privacy state in a checkpoint folder of the Trainer: what was spent, and that all files belong together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from opacus_ac.checkpoint import file as checkpoint
+from opacus_ac.engine.privacy_engine import PrivacyEngine
+
+PRIVACY_STATE = "privacy_state.pt"
+"""File beside ``optimizer.pt``: accountant, settings, head of the ledger, step, and the hashes of all other files."""
+
+_INERT = (".md", ".txt", ".csv", ".html", ".png", ".svg", ".log")
+"""Suffixes of files that may come into a folder later on: nothing loads them."""
+
+
+def save(engine: PrivacyEngine, folder: Path, step: int) -> None:
+    """Write, on rank 0, the privacy state of a folder that has all other files already; every rank calls it."""
+
+    def write() -> None:
+        engine._write({"step": step, "files": _digests(folder), "module_state_dict": {}}, folder / PRIVACY_STATE)
+
+    engine._ranks.on_first(write)
+
+
+@contextmanager
+def sealing(state: Any, seal: Callable[[], None], *, writes: bool) -> Iterator[None]:
+    """A context in which ``seal`` runs once, after the last file of a checkpoint and before it is pushed or others are deleted.
+
+    Args:
+        state: the ``TrainerState``, which is written last.
+        seal: writes the privacy state; every rank runs it.
+        writes: whether this rank writes ``state``.
+    """
+
+    def save_to_json(path: str) -> None:
+        type(state).save_to_json(state, path)
+        seal()
+
+    if writes:
+        state.save_to_json = save_to_json
+    try:
+        yield
+        if not writes:
+            seal()
+    finally:
+        vars(state).pop("save_to_json", None)
+
+
+def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError``, on every rank, unless the folder is one whole checkpoint of a run with these public settings.
+
+    Raises:
+        LedgerError: the ledger does not contain what the checkpoint says it does.
+    """
+    ranks = engine._ranks
+    state: dict[str, Any] = {}
+    error: Exception | None = None
+    try:
+        state = _verified(engine, folder, settings)
+    except Exception as reason:  # raised again below, once the other ranks know of it
+        error = reason
+    found = ranks.gather_objects((state.get(checkpoint.DIGEST), None if error is None else str(error)))
+    if error is not None:
+        raise error
+    for rank, (digest, failure) in enumerate(found):
+        if failure is not None:
+            raise ValueError(f"rank {rank} cannot resume: {failure}")
+        if digest != found[0][0]:
+            raise ValueError(
+                f"ranks 0 and {rank} read different checkpoints at {folder}: use a folder that all of them see"
+            )
+    ranks.on_first(lambda: engine._account.check_checkpoint(state[checkpoint.LEDGER]))
+    ranks.on_first(lambda: engine._account.check_terms(engine._kept(state)))
+
+
+def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the privacy state of the folder, as this rank reads it, once all of it was found to be whole."""
+    state = _read(folder)
+    checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
+    _check_settings(state[checkpoint.SETTINGS] or {}, settings)
+    found, written = _digests(folder), state["files"]
+    known = written.keys() | {name for name in found if not _is_inert(name)}
+    wrong = sorted(name for name in known if found.get(name) != written.get(name))
+    if wrong:
+        raise ValueError(
+            f"{folder / wrong[0]} is missing, new or changed since the checkpoint was written"
+            + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else "")
+        )
+    return state
+
+
+def load(engine: PrivacyEngine, folder: Path) -> None:
+    """Take over what the checkpoint has spent; every rank calls it, after :func:`verify`."""
+    state = _read(folder)
+    checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
+    engine._take_over(state)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / PRIVACY_STATE
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: what the run has spent is not known, so it cannot be resumed. Resume from a checkpoint of "
+            "PrivateTrainer that was saved without save_only_model"
+        )
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file but the privacy state."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: _digest(path) for name, path in found.items() if name != PRIVACY_STATE}
+
+
+def _is_inert(name: str) -> bool:
+    """Whether nothing loads a file: notes, pictures, and what is hidden, such as the cache of a download."""
+    path = Path(name)
+    return path.suffix in _INERT or any(part.startswith(".") for part in path.parts)
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _check_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    for name in sorted(theirs.keys() | mine.keys()):
+        if theirs.get(name) != mine.get(name):
+            raise ValueError(
+                f"the checkpoint was written with {name} = {theirs.get(name)!r}, this run has {mine.get(name)!r}: resume "
+                "with the same PrivacyArguments, batch size, dataset and number of steps"
+            )

@@ -1,0 +1,314 @@
+"""Makes the loss of a transformers model a mean over records, so that it can be clipped per record.
+
+Every loss that leaves a model is one that was computed here, per record, or is refused: it does not matter how the model was called,
+where its labels stood and what its output is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.loss import LossTape, per_record_causal_lm_loss, per_record_token_loss, per_user_loss
+from opacus_ac.models.loss_heads import Entries, Head, agrees, head_of, labels_in, logits_in
+from opacus_ac.sampling.users import UserRows
+
+# Losses of transformers that average over all tokens of the batch, and what replaces them.
+_TOKEN_LOSSES: dict[str | None, Callable[..., Tensor]] = {
+    "ForCausalLM": per_record_causal_lm_loss,
+    "ForConditionalGeneration": per_record_causal_lm_loss,
+    "ForMaskedLM": per_record_token_loss,
+    "ForTokenClassification": per_record_token_loss,
+}
+_ROWS_MARK = "_opacus_ac_rows"
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, because the Trainer imports the engine, and the engine this module.
+    if name in ("PrivacyArguments", "PrivateTrainer"):
+        return getattr(importlib.import_module("opacus_ac.integrations"), name)
+    raise AttributeError(f"module 'opacus_ac.models.transformers' has no attribute {name!r}")
+
+
+def _models_in(module: nn.Module) -> list[Any]:
+    """Return the transformers models inside ``module``, none if the library is not loaded."""
+    transformers = sys.modules.get("transformers")
+    return [] if transformers is None else [m for m in module.modules() if isinstance(m, transformers.PreTrainedModel)]
+
+
+def has_record_losses(module: nn.Module) -> bool | None:
+    """Say whether the losses of single records are known of the transformers models inside ``module``.
+
+    Returns:
+        None where no model inside has a loss of its own.
+    """
+    models = _models_in(module)
+    if any(head_of(model) is not None for model in models):
+        return True
+    return (
+        False if any(getattr(model, "loss_type", None) or "For" in type(model).__name__ for model in models) else None
+    )
+
+
+def averages_tokens(module: nn.Module) -> bool:
+    """Say whether the library's loss of a transformers model inside ``module`` averages over the tokens of the batch."""
+    return any((head := head_of(model)) is not None and head.of_tokens for model in _models_in(module))
+
+
+def _token_loss(model: Any) -> Callable[..., Tensor] | None:
+    """Return what replaces the library's ``loss_function`` of a model, None where that is not a mean over tokens."""
+    kind = getattr(model, "loss_type", None)
+    if kind is None:  # then transformers falls back to the causal loss
+        head = head_of(model)
+        kind = "ForCausalLM" if head is None or head.of_tokens else kind
+    return _TOKEN_LOSSES.get(kind)
+
+
+class _Records:
+    """Reduces the losses of rows to that of a batch, and knows a loss that it made."""
+
+    def __init__(self, tape: LossTape, reduction: str, users: UserRows | None) -> None:
+        self.tape, self.reduction, self.users = tape, reduction, users
+
+    def reduce(self, losses: Tensor, labelled: Tensor, training: bool, *, tape: bool = True) -> Tensor:
+        """Return the mean (or sum) over records.
+
+        Args:
+            losses: ``[R]``, of rows.
+            labelled: ``[R]``: whether a row has anything to learn from.
+            training: whether the model is in training mode.
+            tape: whether the losses go to the tape.
+        """
+        rows, trains = len(losses), training and torch.is_grad_enabled()
+        by_row = self.users is not None and not (trains or self.users.supposed)
+        if self.users is not None and not by_row:
+            losses = per_user_loss(losses, labelled, self.users.count(rows))
+        if trains and tape:
+            self.tape.record(losses)
+        loss = losses.mean() if self.reduction == "mean" else losses.sum()
+        if by_row and loss.requires_grad:
+            _refuse_backward(
+                loss, "of a model in evaluation mode the loss is a mean over rows, not over users: call model.train()"
+            )
+        if not loss.is_inference():
+            setattr(loss, _ROWS_MARK, (loss._version, rows))
+        return loss
+
+
+def _is_ours(loss: Tensor, rows: int | None) -> bool:
+    """Say whether ``loss`` was made per record here, from ``rows`` rows if given, and nothing was added to it since."""
+    mark = getattr(loss, _ROWS_MARK, None)
+    return mark is not None and mark[0] == loss._version and rows in (None, mark[1])
+
+
+def _refuse_backward(value: Tensor, reason: str) -> None:
+    def refuse(_gradient: Tensor) -> None:
+        raise ValueError(reason)
+
+    value.register_hook(refuse)
+
+
+class RecordLoss:
+    """Loss function for transformers models: mean (or sum) over records of each record's mean token loss.
+
+    Where records are users, a user's loss is the mean over those of the user's rows that predict a token. In evaluation, whose
+    batches are not drawn, each row counts for itself.
+
+    Guarantees:
+        A record's gradient does not depend on the other records of its batch. The number of labelled tokens of the
+        batch (``num_items_in_batch``) is ignored: it would couple the records.
+    """
+
+    def __init__(self, per_record: Callable[..., Tensor], records: _Records, model: nn.Module) -> None:
+        self.per_record, self.records, self.model = per_record, records, model
+        self.called = False
+
+    def __call__(
+        self, logits: Tensor, labels: Tensor | None = None, *args: Any, ignore_index: int = -100, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss of a batch from logits ``[B, T, V]`` and labels ``[B, T]``."""
+        if labels is None or kwargs.get("shift_labels") is not None:
+            raise ValueError(f"{type(self.model).__name__} needs labels=, unshifted, to compute its loss per record")
+        self.called = True
+        losses = self.per_record(logits, labels.to(logits.device), ignore_index)
+        predicted = labels[:, 1:] if self.per_record is per_record_causal_lm_loss else labels
+        return self.records.reduce(losses, (predicted != ignore_index).any(1), self.model.training)
+
+
+def use_record_loss(
+    module: nn.Module, tape: LossTape, reduction: str = "mean", users: UserRows | None = None
+) -> Callable[[], None]:
+    """Make ``model(**batch, labels=...).loss`` of every transformers model inside ``module`` a mean over records.
+
+    The loss of a model that computes it by itself, not with its ``loss_function``, is computed again from the logits and labels, per
+    record, if the head is known and its loss is what the library computes from them. Any other loss is refused: at the forward pass in
+    training mode, else when a gradient is asked of it.
+
+    Args:
+        module: any module; those without a transformers model inside are left alone.
+        tape: receives the per-record losses of each training forward.
+        reduction: "mean" or "sum" over the records.
+        users: counts the users of a batch, where a record is a user of several rows.
+
+    Returns:
+        A function that puts the old losses back.
+
+    Raises:
+        ValueError: the model adds a loss over the whole batch (router load balancing). At the first training
+            forward with a loss: one that is not known to be a mean over records.
+    """
+    models = _models_in(module)
+    for model in models:
+        if getattr(model.config, "output_router_logits", False):
+            raise ValueError(
+                f"{type(model).__name__} adds a router loss over the whole batch (config.output_router_logits), "
+                "which couples records: set it to False"
+            )
+    records = _Records(tape, reduction, users)
+    undoes = [_replace_loss(model, records) for model in models]
+    peft = sys.modules.get("peft")
+    if peft is not None and models:  # some of them compute losses of their own
+        undoes += [_Watch(m, records, None).attach() for m in module.modules() if isinstance(m, peft.PeftModel)]
+
+    def undo() -> None:
+        for step in undoes:
+            step()
+
+    return undo
+
+
+def _replace_loss(model: Any, records: _Records) -> Callable[[], None]:
+    """Replace the loss of one model and watch every loss that leaves it."""
+    before = model.__dict__.get("_loss_function")
+    per_record = _token_loss(model) if before is None else None  # a loss of the user's own is looked at, not replaced
+    record = None if per_record is None else RecordLoss(per_record, records, model)
+    if record is not None:
+        model.loss_function = record
+    detach = _Watch(model, records, record).attach()
+
+    def undo() -> None:
+        detach()
+        if record is not None and model.__dict__.get("_loss_function") is record:
+            del model._loss_function
+
+    return undo
+
+
+class _Watch:
+    """Looks at what leaves a model, replaces a loss that it can compute per record, and refuses any other."""
+
+    of_records = True  # goes with the model where single records are run through it
+
+    def __init__(self, model: Any, records: _Records, record: RecordLoss | None) -> None:
+        self.model, self.records, self.record = model, records, record
+        self.head: Head | None = head_of(model)
+        self.signature = inspect.signature(model.forward)
+
+    def attach(self) -> Callable[[], None]:
+        """Start; returns a function that ends it."""
+        return self.model.register_forward_hook(self, with_kwargs=True).remove
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Return the output with a loss that is a mean over records.
+
+        Raises:
+            ValueError: it has another.
+        """
+        given = self._arguments(args, kwargs)
+        taped = self.record is not None and self.record.called
+        if self.record is not None:
+            self.record.called = False
+        rows = given["labels"].shape[0] if isinstance(given.get("labels"), Tensor) and given["labels"].dim() else None
+        main = _main_loss(output)
+        if main is not None and not _is_ours(main, rows):
+            losses = self._per_record(main, given, output)
+            if losses is not None:
+                output = _with_loss(output, self.records.reduce(*losses, self.model.training, tape=not taped))
+        for name, value in _scalars(output):
+            if value.requires_grad and not _is_ours(value, rows):
+                self._refuse(name, value)
+        return output
+
+    def _arguments(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of forward by name, wherever they stood."""
+        try:
+            bound = self.signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return kwargs
+        return {**bound, **kwargs}
+
+    def _per_record(self, loss: Tensor, given: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
+        """Return the losses ``[R]`` of rows and which of them are labelled; None where they are not known."""
+        if self.head is None:
+            return None
+        logits, labels = logits_in(output, self.head), labels_in(given, self.head)
+        if logits is None or labels is None:
+            return None
+        try:
+            labels = [value.to(logits[0].device) for value in labels]
+            parts: list[Entries] = self.head.entries(logits, labels, self.model.config)
+        except (ValueError, IndexError, RuntimeError):  # shapes that the head does not have
+            return None
+        traced = torch._C._functorch.peek_interpreter_stack() is not None  # values cannot be looked at
+        # Cross entropies of tokens are computed wide; of records, in the precision of the logits.
+        narrow = not self.head.of_tokens and any(torch.finfo(scores.dtype).bits < 32 for scores in logits)
+        if not traced and not agrees(loss, parts, given.get("num_items_in_batch"), narrow=narrow):
+            return None
+        losses = torch.stack([part.per_record() for part in parts]).mean(0)
+        return losses, torch.stack([part.counted.any(1) for part in parts]).any(0)
+
+    def _refuse(self, name: str, value: Tensor) -> None:
+        what = type(self.model).__name__
+        reason = (
+            f"{what} returned a loss ({name}) over the whole batch that is not known to be a mean over records: call the model "
+            "without what makes it compute that loss (labels, return_loss, output_router_logits), compute a per-record loss from "
+            "its other outputs, and call backward() on its mean"
+        )
+        if self.model.training and "loss" in name:
+            raise ValueError(reason)
+        _refuse_backward(value, reason)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 0
+
+
+def _main_loss(output: Any) -> Tensor | None:
+    """Return the loss of an output: of a mapping by its name, of a tuple its first scalar place."""
+    first = (
+        output.get("loss")
+        if isinstance(output, Mapping)
+        else output[0]
+        if isinstance(output, tuple) and output
+        else None
+    )
+    return first if _is_scalar(first) else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, Mapping):
+        output["loss"] = loss  # type: ignore[index]
+        return output
+    return (loss, *output[1:])
+
+
+def _scalars(output: Any, name: str = "loss") -> Iterator[tuple[str, Tensor]]:
+    """Yield what a model has computed from a whole batch: scalars, and anything that is called a loss; by name."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and (output.dim() == 0 or "loss" in name):
+            yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _scalars(value, str(key))
+    elif isinstance(output, tuple | list):
+        for place, value in enumerate(output):
+            yield from _scalars(value, f"place {place}" if not _is_scalar(value) else f"loss in place {place}")
+
+
+__all__ = ["RecordLoss", "averages_tokens", "has_record_losses", "use_record_loss"]

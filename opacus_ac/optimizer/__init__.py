@@ -1,0 +1,13 @@
+"""The private step."""
+
+from opacus_ac._lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "AdaptiveClipDPOptimizer": "optimizer",
+        "ClipRateControl": "lr_control",
+        "DPAdamW": "dp_adamw",
+        "WeightEMA": "ema",
+    },
+)

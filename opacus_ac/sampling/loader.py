@@ -1,0 +1,372 @@
+"""The private data loader: Poisson batches, physical batches, and a stand-in for the empty batch."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import secrets
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any
+
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    get_worker_info,
+)
+
+from opacus_ac.noise.secret_state import secret_randomness
+from opacus_ac.noise.streams import RandomStream
+from opacus_ac.sampling.delivery import tensors_of
+from opacus_ac.sampling.fixed_length import length_is_fixed
+from opacus_ac.sampling.plan import BatchSizes, Pass, RateSchedule, SamplingPlan, Worker
+from opacus_ac.sampling.public_randomness import carried_generator
+from opacus_ac.sampling.samplers import (
+    FixedSizeBatchSampler,
+    PoissonBatchSampler,
+    PrivateBatchSampler,
+    ShuffledBatchSampler,
+    TruncatedPoissonBatchSampler,
+)
+from opacus_ac.sampling.users import UserRows, check_rows_of_users
+
+_DRAWING: dict[str, type[PoissonBatchSampler]] = {
+    "poisson": PoissonBatchSampler,
+    "truncated_poisson": TruncatedPoissonBatchSampler,
+    "fixed_size": FixedSizeBatchSampler,
+}
+
+
+class EmptySafeCollate:
+    """Collates a batch; in the place of an empty one comes a stand-in, which the optimizer gives weight zero.
+
+    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that the batch was
+    empty. The stand-in is made of the first rows of the dataset, because no made-up row is sure to pass through every tokenizer, packer and
+    model: of one row, or of as many as ``collate_fn`` wants. Its gradients are left out of every sum, not multiplied by zero, so
+    no release depends on it. Each is a fresh object, which the loop may change.
+
+    Args:
+        collate_fn: puts a list of rows together.
+        dataset: where the first rows come from.
+
+    Raises:
+        ValueError: no batch can be made of the first rows.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], dataset: Any) -> None:
+        self.collate_fn = collate_fn
+        self._rows: list[Any] = []
+        failure: Exception | None = None
+        for count in range(1, min(_ROWS_OF_A_STAND_IN, len(dataset)) + 1):
+            self._rows.append(dataset[count - 1])
+            try:
+                if next(tensors_of(self._stand_in()), None) is not None or count == len(dataset):
+                    return
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise ValueError(
+                f"collate_fn makes no batch of the first {len(self._rows)} rows of the dataset ({type(failure).__name__}: {failure}), and a "
+                "Poisson batch may have any number of rows: let it take any list of rows"
+            ) from failure
+        del self._rows[1:]  # a batch without tensors, which the loop makes
+
+    @property
+    def first_row(self) -> Any:
+        """The first row of the dataset."""
+        return self._rows[0]
+
+    def _stand_in(self) -> Any:
+        with secret_randomness():
+            return self.collate_fn(copy.deepcopy(self._rows))
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of ``records``, or a stand-in when there are none."""
+        if not records:
+            return self._stand_in()
+        with secret_randomness():  # the masks of a collator would tell, by a known seed, how many records came before
+            return self.collate_fn(records)
+
+
+_ROWS_OF_A_STAND_IN = 8
+"""Rows that a stand-in is made of, at most."""
+
+_PLANS: weakref.WeakValueDictionary[str, SamplingPlan] = weakref.WeakValueDictionary()
+"""The plans of this process, by the names that batches carry from a worker."""
+
+
+class ArrivingCollate:
+    """Collates for loaders around our sampler, and tells the plan of every batch that reaches this process.
+
+    Args:
+        collate: collates a batch.
+        plan: sampling plan of the private loader.
+    """
+
+    def __init__(self, collate: EmptySafeCollate, plan: SamplingPlan) -> None:
+        self.collate = collate
+        self._plan = secrets.token_hex(8)
+        _PLANS[self._plan] = plan
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of ``records``, or a stand-in when there are none; in a worker, packed for its way out."""
+        batch = self.collate(records)
+        worker = get_worker_info()
+        if worker is not None:
+            return _Parcel(batch, (self._plan, len(records), Worker(os.getpid(), worker.id, worker.num_workers)))
+        return _unpack(batch, (self._plan, len(records), None))
+
+
+class _Parcel:
+    """A batch on its way out of a worker: it is the batch itself again, and known, as soon as it is read."""
+
+    def __init__(self, batch: Any, label: tuple[str, int, Worker | None]) -> None:
+        self.batch, self.label = batch, label
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, (self.batch, self.label)
+
+
+def _unpack(batch: Any, label: tuple[str, int, Worker | None]) -> Any:
+    name, records, worker = label
+    plan = _PLANS.get(name)
+    if plan is not None:
+        plan.arrive(batch, records, worker)
+    return batch
+
+
+class _SecretWorker:
+    """Starts a worker whose global generators have secret states: torch derives their seeds from a public one."""
+
+    def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
+        inner = worker_init_fn.worker_init_fn if isinstance(worker_init_fn, _SecretWorker) else worker_init_fn
+        self.worker_init_fn: Callable[[int], None] | None = inner
+        self._secret: AbstractContextManager[None] | None = None
+
+    def __call__(self, worker: int) -> None:
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker)
+        self._secret = secret_randomness()  # for as long as the worker lives
+        self._secret.__enter__()
+
+
+class PrivateDataLoader(DataLoader[Any]):
+    """A ``DataLoader`` over private draws; built by ``make_private``, used as any other loader.
+
+    ``len(loader)`` is the number of logical batches of a pass. With ``max_physical_batch_size`` a logical batch
+    comes as several batches in a row; the optimizer knows and steps once.
+
+    Attributes:
+        users: tells, where a record is a user, how many users the rows of the batch in hand belong to; None otherwise.
+    """
+
+    _is_accelerate_prepared = True
+    """Has ``accelerate`` take the loader as it is: its own would fetch a batch ahead, and join batches into one step."""
+
+    def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
+        collate = template._collate.collate_fn if isinstance(template, PrivateDataLoader) else template.collate_fn
+        self._collate: EmptySafeCollate = EmptySafeCollate(collate, template.dataset)
+        super().__init__(
+            dataset=template.dataset,
+            batch_sampler=batch_sampler,
+            collate_fn=ArrivingCollate(self._collate, batch_sampler.plan),
+            num_workers=template.num_workers,
+            pin_memory=template.pin_memory,
+            timeout=template.timeout,
+            worker_init_fn=_SecretWorker(template.worker_init_fn),
+            multiprocessing_context=template.multiprocessing_context,
+            prefetch_factor=template.prefetch_factor,
+            persistent_workers=template.persistent_workers,
+        )
+        self.plan = batch_sampler.plan
+        self.plan.length_is_fixed = cache(partial(length_is_fixed, template.dataset, collate, self._collate.first_row))
+        limit = self.plan.max_rows_per_user
+        self.users = None if limit is None else UserRows(self.plan, limit)
+
+    def split(self, rank: int, world: int) -> None:
+        """Hand out this process's records of each logical batch, one of several processes that draw alike."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, PrivateBatchSampler)
+        sampler.rank, sampler.world = rank, world
+
+    @property
+    def sample_rate(self) -> float:
+        """Sampling rate of the next step, expected batch size / N."""
+        return self.plan.sizes.rate(self.plan.step)
+
+    def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]
+        passing, batches = self._begin()
+        while True:
+            try:
+                with secret_randomness():  # a dataset may draw at random, too
+                    batch = next(batches)
+            except StopIteration:
+                return
+            self.plan.deliver(passing, batch)
+            if self.users is not None:
+                self.users.note(batch)
+            yield batch
+
+    def _begin(self) -> tuple[Pass, Iterator[Any]]:
+        """Start a pass; what it fetches is delivered here, so it need not be told of."""
+        shown, self.collate_fn, self.plan.own_loader = self.collate_fn, self._collate, True
+        try:
+            batches = super().__iter__()
+            return self.plan.latest, batches
+        finally:
+            self.collate_fn, self.plan.own_loader = shown, False
+
+
+class LogicalBatches:
+    """A private loader seen a logical batch at a time, for loops that take one optimizer step per item.
+
+    Each item yields the pairs (physical batch, whether it is the last of its logical batch). ``optimizer.step()`` has to
+    follow each physical batch before the next one is asked for.
+
+    Args:
+        loader: the loader that ``make_private`` returned.
+    """
+
+    def __init__(self, loader: PrivateDataLoader) -> None:
+        self.loader = loader
+        self.dataset = loader.dataset
+        self._open: Generator[Any, None, None] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of logical batches of a pass."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Iterator[tuple[Any, bool]]]:
+        if self._open is not None:
+            self._open.close()  # a pass that an error interrupted must not close this one later
+        self._open = batches = iter(self.loader)
+        try:
+            for _ in range(len(self)):
+                yield self._physical(batches)
+        finally:
+            batches.close()
+
+    def _physical(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        last = False
+        while not last:
+            batch = next(batches)
+            draw = self.loader.plan.current()
+            assert draw is not None
+            last = draw.last
+            yield batch, last
+
+
+def private_loader(
+    loader: DataLoader[Any],
+    *,
+    sampling: str,
+    stream: RandomStream,
+    max_physical_batch_size: int | None = None,
+    schedule: RateSchedule | None = None,
+    max_batch_size: int | None = None,
+    dataset_size: int | None = None,
+    max_rows_per_user: int | None = None,
+) -> PrivateDataLoader:
+    """Return a private loader over the records of ``loader``.
+
+    Args:
+        loader: loader over a map-style dataset, sequential, shuffled, or already Poisson.
+        sampling: "poisson": batches of rate batch_size / N; "truncated_poisson": the same, with at most ``max_batch_size``
+            records; "fixed_size": batch_size of N records without replacement; "shuffled": the loader's own batches.
+        stream: random stream of the draws.
+        max_physical_batch_size: largest batch that reaches the model.
+        schedule: expected batch size per step (not for "shuffled").
+        max_batch_size: largest logical batch, for "truncated_poisson".
+        dataset_size: public N, from which rate and length of a pass follow; the number of records by default. It may differ
+            from that number for "poisson" only.
+        max_rows_per_user: where an item of the dataset is a user, the most rows that one has; None where it is a row.
+
+    Raises:
+        ValueError: a dataset or sampler for which no sampling bound is known, or items that are other records than said.
+    """
+    _check_records(loader.dataset, max_rows_per_user)
+    _check_collate(loader, max_rows_per_user)
+    batch_size, steps = _check(loader, drawn=sampling != "shuffled")
+    records = len(loader.dataset)  # type: ignore[arg-type]
+    if dataset_size is not None and dataset_size != records:
+        if sampling != "poisson":
+            raise ValueError(
+                f"dataset_size={dataset_size} is not the number of records, which sampling={sampling!r} needs: leave it "
+                'out, or use sampling="poisson"'
+            )
+        sizes = BatchSizes(dataset_size, batch_size, schedule)
+        plan = SamplingPlan(sizes, sampling, math.ceil(dataset_size / batch_size), max_rows_per_user=max_rows_per_user)
+        public = PoissonBatchSampler(plan, stream, max_physical_batch_size)
+        public.records = records
+        return PrivateDataLoader(loader, public)
+    if schedule is not None and sampling == "shuffled":
+        raise ValueError("batch_size_schedule needs poisson_sampling=True, or another sampling that draws batches")
+    sizes = BatchSizes(records, batch_size, schedule, whole=sampling == "fixed_size")
+    plan = SamplingPlan(sizes, sampling, steps, max_batch_size, max_rows_per_user)
+    sampler: PrivateBatchSampler
+    if sampling == "shuffled":
+        assert isinstance(loader.batch_sampler, BatchSampler)
+        sampler = ShuffledBatchSampler(plan, loader.batch_sampler, max_physical_batch_size)
+    else:
+        sampler = _DRAWING[sampling](plan, stream, max_physical_batch_size)
+    return PrivateDataLoader(loader, sampler)
+
+
+def _check_records(dataset: Any, max_rows_per_user: int | None) -> None:
+    """Refuse a dataset that says of its items, as ``UserDataset`` does, that they are other records than asked for."""
+    said = getattr(dataset, "max_rows_per_user", None)
+    if said is not None and said != max_rows_per_user:
+        raise ValueError(
+            f"each item of {type(dataset).__name__} is a user with at most {said} rows, and max_rows_per_user="
+            f"{max_rows_per_user!r}: pass max_rows_per_user={said}"
+        )
+
+
+def _check_collate(loader: DataLoader[Any], max_rows_per_user: int | None) -> None:
+    """Refuse a ``collate_fn`` whose random draws are public, or that puts the rows of users elsewhere than said."""
+    collate = loader._collate.collate_fn if isinstance(loader, PrivateDataLoader) else loader.collate_fn
+    carried = carried_generator(collate)
+    if carried is not None:
+        raise ValueError(
+            f"collate_fn has a generator of its own ({carried}), whose draws for a batch tell how many records came before: leave "
+            "its seed or generator out, so that it draws from the global ones, which are secret during a step"
+        )
+    if max_rows_per_user is not None:
+        check_rows_of_users(loader.dataset, collate)
+
+
+def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:
+    """Return (expected batch size, batches per pass) of a loader whose sampling can be accounted."""
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError("an IterableDataset cannot be Poisson sampled: use a map-style dataset (with __len__)")
+    records = len(loader.dataset)  # type: ignore[arg-type]
+    if records < 1:
+        raise ValueError("the dataset has no records")
+    sampler = loader.batch_sampler
+    if drawn and isinstance(sampler, PoissonBatchSampler | UniformWithReplacementSampler):
+        return sampler.sample_rate * records, len(sampler)
+    if type(sampler) is not BatchSampler:
+        raise ValueError(
+            f"no sampling bound is known for the batch sampler {type(sampler).__name__}: pass a DataLoader with "
+            "batch_size=... (and shuffle=True or False)"
+        )
+    order = sampler.sampler
+    known = type(order) is SequentialSampler or (type(order) is RandomSampler and not order.replacement)
+    whole_pass = type(order) is not RandomSampler or order.num_samples <= records
+    if not (known and whole_pass):
+        raise ValueError(
+            f"no sampling bound is known for the sampler {type(order).__name__}: records drawn with weights or with "
+            "replacement are not Poisson sampled. Pass a DataLoader with shuffle=True or False"
+        )
+    if drawn and sampler.batch_size > records:
+        raise ValueError(
+            f"batch_size {sampler.batch_size} exceeds the number of records {records}: the sample rate would exceed 1"
+        )
+    return min(float(sampler.batch_size), float(records)), len(loader)

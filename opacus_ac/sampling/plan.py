@@ -1,0 +1,341 @@
+"""Which records enter a step, and with which probability: drawn here, carried with the batch, accounted as drawn.
+
+Every physical batch that reaches the loop is tied to its :class:`~opacus_ac.sampling.delivery.Draw`, so that the rate that is accounted
+is the rate that was drawn, whatever the loop skips, repeats or interrupts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from opacus_ac.accounting import Event, ShuffledEpochs
+from opacus_ac.sampling.delivery import RECOGNITION, Delivery, Draw, Sight, content_of, unknown
+
+RateSchedule = Callable[[int], float] | Sequence[float]
+
+SAMPLING = ("poisson", "truncated_poisson", "fixed_size", "shuffled")
+"""Ways to draw batches for which a bound is known."""
+
+
+_UNKNOWN = -1
+"""Number of records of a part that another loader makes, until it comes."""
+
+
+class BatchSizes:
+    """Public plan of expected batch sizes: constant, or a schedule over steps.
+
+    Args:
+        dataset_size: N, a public constant.
+        batch_size: expected batch size without a schedule.
+        schedule: ``step -> expected batch size`` (steps from 0), or a sequence whose last entry holds from then on.
+            It may depend on the step and on what was released, never on data.
+        whole: batch sizes must be whole numbers.
+
+    Raises:
+        ValueError: an expected batch size outside (0, N], or not whole.
+    """
+
+    def __init__(
+        self, dataset_size: int, batch_size: float, schedule: RateSchedule | None = None, *, whole: bool = False
+    ) -> None:
+        self.dataset_size = dataset_size
+        self._constant = batch_size
+        # A copy: entries of a list that changed during the run would follow a rule that nobody knows of.
+        self._schedule = schedule if callable(schedule) or schedule is None else tuple(schedule)
+        self._whole = whole
+        self.expected(0)
+        if isinstance(schedule, Sequence):
+            for step in range(len(schedule)):
+                self.expected(step)
+
+    @property
+    def is_function(self) -> bool:
+        """Whether the rate follows a function, which may depend on past releases."""
+        return callable(self._schedule)
+
+    @property
+    def varies(self) -> bool:
+        """Whether the rate follows a schedule."""
+        return self._schedule is not None
+
+    def expected(self, step: int) -> float:
+        """Return the expected batch size of ``step``."""
+        size: float = self._constant
+        if callable(self._schedule):
+            size = self._schedule(step)
+        elif self._schedule is not None:
+            if not self._schedule:
+                raise ValueError("batch_size_schedule is empty: give at least one expected batch size")
+            size = self._schedule[min(step, len(self._schedule) - 1)]
+        if not (isinstance(size, int | float) and math.isfinite(size) and 0 < size <= self.dataset_size):
+            raise ValueError(
+                f"the expected batch size of step {step} is {size!r}; it must be > 0 and at most the number of "
+                f"records ({self.dataset_size}), or the sample rate would exceed 1"
+            )
+        if self._whole and size != int(size):
+            raise ValueError(f"the batch size of step {step} is {size!r}: batches of a fixed size need a whole number")
+        return float(size)
+
+    def rate(self, step: int) -> float:
+        """Return the sampling rate of ``step``, expected batch size / N."""
+        return self.expected(step) / self.dataset_size
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that puts batches together for a loader.
+
+    Attributes:
+        process: its process id.
+        number: its number among the workers of the loader.
+        workers: how many there are; they take batches in turns.
+    """
+
+    process: int
+    number: int
+    workers: int
+
+
+class Pass:
+    """One iteration over the sampler: what it has announced, and what of that has come.
+
+    Args:
+        number: number of the pass.
+        own: whether our own loader iterates.
+    """
+
+    def __init__(self, number: int, *, own: bool) -> None:
+        self.number, self.own = number, own
+        self.announced: deque[Draw] = deque()
+        self.ended = False
+        self.is_split = False
+        self._latest: Draw | None = None
+        self._arrived = 0
+        self._taken: dict[int, Draw] = {}
+        self._places = 0
+        self._workers: dict[int, tuple[int, int]] = {}
+
+    def announce(self, draw: Draw) -> None:
+        """Note a physical batch that will come."""
+        self.announced.append(draw)
+        self._latest = None if draw.part else draw
+
+    def split(self, last: bool) -> None:
+        """Announce the next part of the logical batch that was announced last; its parts come in its stead."""
+        self.is_split = True
+        if self._latest is None:
+            return
+        if self._latest.records != _UNKNOWN:  # not split yet
+            if not self.announced or self.announced[-1] is not self._latest:
+                self._latest = None  # what is split here is a batch of another pass
+                return
+            self.announced.pop()
+            self._latest = replace(self._latest, records=_UNKNOWN, last=last)
+        else:
+            self._latest = replace(self._latest, part=self._latest.part + 1, last=last)
+        self.announced.append(self._latest)
+
+    def take(self, worker: Worker | None) -> Draw | None:
+        """Return the draw of a batch that has just been put together; None where that is not known."""
+        if worker is None:
+            place, self._arrived = self._arrived, self._arrived + 1
+        else:
+            process, count = self._workers.get(worker.number, (worker.process, 0))
+            if process != worker.process or not (self.announced or self._taken or self._places):
+                return None  # of workers of another loader, or left over from the pass before
+            self._workers[worker.number] = process, count + 1
+            place = worker.number + worker.workers * count
+        while self.announced and self._places <= place:
+            self._taken[self._places] = self.announced.popleft()
+            self._places += 1
+        return self._taken.pop(place, None)
+
+
+class SamplingPlan:
+    """Joins sampler, loader and optimizer: which draw the batch in hand came from, and what its step costs.
+
+    Args:
+        sizes: expected batch sizes.
+        sampling: a kind of :data:`SAMPLING`.
+        steps_per_pass: number of logical batches in one pass of the loader.
+        max_batch_size: largest logical batch, of "truncated_poisson" only.
+        max_rows_per_user: where a record is a user, the most rows that one has; None where a record is a row.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        sizes: BatchSizes,
+        sampling: str,
+        steps_per_pass: int,
+        max_batch_size: int | None = None,
+        max_rows_per_user: int | None = None,
+    ) -> None:
+        if (sampling == "truncated_poisson") != (max_batch_size is not None):
+            raise ValueError(
+                'max_batch_size belongs to sampling="truncated_poisson", which needs it: give both or none'
+            )
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size!r}")
+        self.sizes, self.sampling, self.steps_per_pass = sizes, sampling, steps_per_pass
+        self.max_batch_size, self.max_rows_per_user = max_batch_size, max_rows_per_user
+        self.step = 0
+        self.passes = 0
+        self.own_loader = False
+        self.length_is_fixed: Callable[[], bool] = lambda: False
+        self._batches = 0
+        self.latest = Pass(0, own=True)
+        self._pulled = self.latest
+        self._of_worker: dict[int, Pass] = {}
+        self._current: Delivery | None = None
+        self._ahead = False
+        self._epochs = ShuffledEpochs()
+
+    # ---------------------------------------------------------------- announcing
+
+    def begin_pass(self) -> Pass:
+        """Count a new pass of the sampler, by our loader if ``own_loader`` is set, else by a loader around it."""
+        self.passes += 1
+        self.latest = Pass(self.passes, own=self.own_loader)
+        self._current, self._ahead = None, False
+        return self.latest
+
+    def emit(self, passing: Pass, step_in_pass: int, expected: float, sizes: Sequence[int], selection: int = 0) -> None:
+        """Announce the physical batches, of ``sizes`` records, of the next logical batch, ``expected`` records large.
+
+        ``selection`` is the hash of its records.
+        """
+        self._batches += 1
+        self._pulled = passing
+        rate = 1.0 if self.sampling == "shuffled" else expected / self.sizes.dataset_size
+        for part, records in enumerate(sizes):
+            last = part == len(sizes) - 1
+            draw = Draw(self._batches, rate, expected, records, last, passing.number, step_in_pass, selection, part)
+            passing.announce(draw)
+
+    def split(self, last: bool) -> None:
+        """Note that a loader around our sampler makes a physical batch of the logical one that was announced last."""
+        self._pulled.split(last)
+
+    # ---------------------------------------------------------------- delivering
+
+    def deliver(self, passing: Pass, batch: Any) -> None:
+        """Note that our loader hands the next announced physical batch to the user."""
+        before = self._current
+        if before is not None and not before.used and not before.draw.last:
+            raise RuntimeError(
+                "a physical batch was not followed by optimizer.step(): with max_physical_batch_size every batch "
+                "of the loader needs its own backward() and step(), or part of the logical batch is lost"
+            )
+        self._hand_out(Delivery(passing.announced.popleft(), owner=self), batch)
+
+    def arrive(self, batch: Any, records: int, worker: Worker | None = None) -> None:
+        """Note that a loader around our sampler has put a physical batch of ``records`` records together.
+
+        Args:
+            batch: the batch.
+            records: number of its records; 0 for the stand-in of an empty batch.
+            worker: who has done so; None for this process, where a batch is handed out as soon as it is there.
+        """
+        passing = self._pulled if worker is None else self._pass_of(worker)
+        draw = None if passing.own else passing.take(worker)
+        if draw is None:
+            return
+        delivery = Delivery(replace(draw, records=records), split=passing.is_split, owner=self)
+        if worker is None:
+            self._hand_out(delivery, batch)
+        else:
+            RECOGNITION.remember(delivery, batch)
+
+    def _pass_of(self, worker: Worker) -> Pass:
+        """Return the pass that a worker works for: workers stay with a pass until it has ended."""
+        known = self._of_worker.get(worker.process)
+        if known is None or known.ended:
+            known = self._of_worker[worker.process] = self.latest
+        return known
+
+    def _hand_out(self, delivery: Delivery, batch: Any) -> None:
+        if self._current is not None and not self._current.used:
+            self._ahead = True  # skipped, or fetched ahead by whoever is around the loader
+        self._current = delivery
+        RECOGNITION.remember(delivery, batch)
+
+    # ---------------------------------------------------------------- in hand
+
+    @property
+    def in_hand(self) -> Delivery | None:
+        """The batch that was handed out last, unless a step has used it."""
+        return None if self._current is None or self._current.used else self._current
+
+    def current(self) -> Draw | None:
+        """Return the draw of the batch in hand, or None when no fresh draw is there."""
+        return None if self.in_hand is None else self.in_hand.draw
+
+    def see(self, tensors: list[Tensor]) -> Sight:
+        """Return what a forward pass of the model runs on.
+
+        Args:
+            tensors: what goes into the model.
+        """
+        found, known = RECOGNITION.find(tensors, self._current)
+        if found is None and not known and not self._ahead:
+            found = self.in_hand  # it was changed on its way, and nothing tells of another one
+            if found is None and self._current is not None and self._current.draw.records == 0:
+                found = self._current  # a stand-in that was used before: a copy of it still belongs to nobody
+        if found is None or found.owner is not self:
+            return unknown(tensors)
+        RECOGNITION.follow(found, tensors)
+        return Sight(found)
+
+    def keeps_length(self, tensors: list[Tensor]) -> bool:
+        """Say whether tensors are of a batch as our loader made it, and the loader gives every record one length.
+
+        Args:
+            tensors: what goes into the model.
+        """
+        found, _ = RECOGNITION.find(tensors, self._current)
+        if found is None or found.owner is not self:
+            return False
+        return any(t.dim() > 1 and content_of(t) in found.contents for t in tensors) and self.length_is_fixed()
+
+    def price(self, draw: Draw | None, noise_multiplier: float) -> Event | None:
+        """Return the event that a step on ``draw`` costs; None when its pass has been paid for. Nothing is noted.
+
+        A batch of unknown origin (``draw`` None) gets no amplification: it is charged at rate 1.
+        """
+        if draw is None:
+            return Event(noise_multiplier, 1.0, "shuffled" if self.sampling == "shuffled" else "poisson")
+        if self.sampling == "shuffled":
+            return self._epochs.price(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
+        return self.event(noise_multiplier, draw.sample_rate)
+
+    def paid(self, draw: Draw | None, noise_multiplier: float) -> None:
+        """Note that what :meth:`price` said of a step has been charged."""
+        if draw is not None and self.sampling == "shuffled":
+            self._epochs.paid(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
+
+    def event(self, noise_multiplier: float, sample_rate: float) -> Event:
+        """Return what one step at ``sample_rate`` costs (of "shuffled" batches, what one pass costs)."""
+        if self.sampling == "shuffled":
+            return Event(noise_multiplier, 1.0, "shuffled")
+        if self.sampling == "truncated_poisson":
+            sizes = self.sizes.dataset_size, self.max_batch_size
+            return Event(noise_multiplier, sample_rate, self.sampling, *sizes)
+        return Event(noise_multiplier, sample_rate, self.sampling)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the public counters."""
+        return {"step": self.step, "passes": self.passes, "epochs": self._epochs.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue counting from ``state``."""
+        self.step, self.passes = int(state["step"]), int(state["passes"])
+        self._epochs.load_state_dict(state["epochs"])
