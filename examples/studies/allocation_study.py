@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.allocation import NoiseAllocation
-from opacus_ac.allocation.settings import optimal_weights
+from opacus_ac.allocation import NoiseAllocation, optimal_weights
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 

@@ -27,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import finetune_chat
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.allocation import NoiseAllocation
-from opacus_ac.allocation.settings import optimal_weights
+from opacus_ac.allocation import NoiseAllocation, optimal_weights
 from opacus_ac.models.default_model import ModelUnavailableError
 from opacus_ac.testing import per_sample_gradients, select_records
 

@@ -30,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from opacus_ac.budget.account import kept_terms
 from opacus_ac.budget.charges import Terms
 from opacus_ac.checkpoint.file import check_settings
-from opacus_ac.engine.privacy_engine import PrivacyEngine
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.optimizer.state import check_private_state, load_private_state, private_state
@@ -41,7 +40,7 @@ _TEXT = "privacy"
 
 
 def save_checkpoint(
-    engine: PrivacyEngine, model: nn.Module, optimizer: AdaptiveClipDPOptimizer, folder: str | os.PathLike[str]
+    engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer, folder: str | os.PathLike[str]
 ) -> None:
     """Save a run; every rank has to call it, between two steps.
 
@@ -67,7 +66,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    engine: PrivacyEngine, model: nn.Module, optimizer: AdaptiveClipDPOptimizer, folder: str | os.PathLike[str]
+    engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer, folder: str | os.PathLike[str]
 ) -> None:
     """Continue from :func:`save_checkpoint`, with any number of processes, sharded or not; every rank has to call it.
 
@@ -107,7 +106,7 @@ def load_checkpoint(
     _resume(engine, optimizer, saved)
 
 
-def _check_owner(engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer) -> None:
+def _check_owner(engine: Any, optimizer: AdaptiveClipDPOptimizer) -> None:
     if engine._optimizer is not optimizer:
         raise ValueError(
             "the optimizer is not the one that this engine made private last: pass both of one make_private"
@@ -131,7 +130,7 @@ def _run(work: Callable[[], Any]) -> None:
         raise ValueError(f"the checkpoint could not be written or read: {error}") from error
 
 
-def _text(engine: PrivacyEngine, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> str:
+def _text(engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> str:
     """Return the state of the private step and of the account as JSON; floats come back to the last bit."""
     account = engine._account
     state = private_state(optimizer)
@@ -168,7 +167,7 @@ def _read_text(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return saved
 
 
-def _check_fits(engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
+def _check_fits(engine: Any, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` when the run that was saved had other settings."""
     written, mine = saved["accountant"]["mechanism"], engine.accountant.mechanism()
     if written != mine:
@@ -264,7 +263,7 @@ def _check_shapes(folder: str | os.PathLike[str], tensors: Mapping[str, Mapping[
         raise ValueError(f"the checkpoint is of another model: {wrong[0]} differs ({len(wrong)} entries in all)")
 
 
-def _resume(engine: PrivacyEngine, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
+def _resume(engine: Any, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
     """Take over what had been spent, on rank 0, and have the others follow it."""
     account = engine._account
     optimizer.reducer.on_first(lambda: account.resume(saved["accountant"], saved["name"], _terms(saved)))

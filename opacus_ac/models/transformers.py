@@ -6,7 +6,6 @@ where its labels stood and what its output is.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,13 +26,6 @@ _TOKEN_LOSSES: dict[str | None, Callable[..., Tensor]] = {
     "ForTokenClassification": per_record_token_loss,
 }
 _ROWS_MARK = "_opacus_ac_rows"
-
-
-def __getattr__(name: str) -> Any:
-    # On first use, because the Trainer imports the engine, and the engine this module.
-    if name in ("PrivacyArguments", "PrivateTrainer"):
-        return getattr(importlib.import_module("opacus_ac.integrations"), name)
-    raise AttributeError(f"module 'opacus_ac.models.transformers' has no attribute {name!r}")
 
 
 def _models_in(module: nn.Module) -> list[Any]:

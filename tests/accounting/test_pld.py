@@ -18,12 +18,14 @@ from opacus_ac.accounting import (
     calibrate_noise_multiplier,
     composition,
     epsilon_from_rdp,
-    pairs,
     plan_epsilon,
     pld,
     pld_epsilon,
     rdp_event,
     register,
+)
+from opacus_ac.accounting import (
+    dominating_pairs as pairs,
 )
 from opacus_ac.accounting.composition import Composition, Grid
 from opacus_ac.accounting.dominating_pairs import Component, Pair, dominating_pairs

@@ -15,9 +15,11 @@ from opacus_ac.accounting import (
     Event,
     RDPTable,
     common_adjacency,
-    pairs,
     rdp_event,
     rdp_poisson_gaussian,
+)
+from opacus_ac.accounting import (
+    dominating_pairs as pairs,
 )
 from opacus_ac.accounting.binomial import log_tail
 from opacus_ac.accounting.divergence import rdp_pair

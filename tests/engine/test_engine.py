@@ -175,8 +175,8 @@ def test_bad_input_raises_what_it_promises_and_changes_nothing(name):
 
 @pytest.mark.parametrize("mode", ["bk", "hooks"])
 def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
-    import opacus_ac.engine.parts as preparation
     import opacus_ac.grad_sample.one_backward.capture as capture
+    from opacus_ac.engine import attach
 
     def fail(*args, **kwargs):
         if mode == "hooks":
@@ -187,7 +187,7 @@ def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
         raise RuntimeError("planted")
 
     attached = []
-    owner, name = (preparation, "GradSampleModule") if mode == "hooks" else (nn.Module, "register_forward_hook")
+    owner, name = (attach, "GradSampleModule") if mode == "hooks" else (nn.Module, "register_forward_hook")
     assert capture.Capture
     whole = getattr(owner, name)
     model = classifier()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation
-from opacus_ac.distributed import roles
+from opacus_ac.engine import privacy_engine
 from opacus_ac.release import StepStatistics
 from opacus_ac.sampling import PoissonBatchSampler
 
@@ -236,18 +236,16 @@ def in_the_loop(rank: int, world: int) -> dict[str, str]:
 
 def planted(rank: int, world: int) -> dict[str, str]:
     """Return what stops a run into which a bug was put."""
-    own = roles.rank_streams
+    own = privacy_engine.rank_streams
 
     def same_noise(reducer: Any, noise: Any, sampling: Any) -> Any:
         return noise, sampling
 
-    from opacus_ac.engine import privacy_engine as engine_module
-
-    engine_module.rank_streams = same_noise
+    privacy_engine.rank_streams = same_noise
     try:
         same = message(lambda: private(classifier(), noise_generator=torch.Generator().manual_seed(1)))
     finally:
-        engine_module.rank_streams = own
+        privacy_engine.rank_streams = own
 
     _, model, optimizer, loader = private(classifier())
     optimizer.reducer.agree = lambda values: values

@@ -452,12 +452,12 @@ def test_logical_batches_group_the_physical_ones():
     assert optimizer.steps_taken == 2
 
 
-def test_both_modules_export_the_names():
+def test_integrations_and_its_trainer_export_the_names():
     from opacus_ac import integrations
-    from opacus_ac.models import transformers
+    from opacus_ac.integrations import trainer
 
     for name in ("PrivacyArguments", "PrivateTrainer"):
-        assert getattr(transformers, name) is getattr(integrations, name)
-    for module in (transformers, integrations):
+        assert getattr(trainer, name) is getattr(integrations, name)
+    for module in (trainer, integrations):
         with pytest.raises(AttributeError, match="nonsense"):
             module.nonsense  # noqa: B018
