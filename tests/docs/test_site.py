@@ -1,11 +1,9 @@
 """The site: it builds without a warning, and its reference has every public name.
 
-A name is public if
-  * ``__all__`` of a package of opacus_ac has it; the modules inside are the package's own business, or
-  * a module directly in opacus_ac or in opacus_ac.integrations has it: in ``__all__`` if there is one, else every class
-    and function that it defines without an underscore (constants are details unless ``__all__`` says otherwise).
-Not public are the modules of ``INTERNAL``. Of a public class, its methods and properties without an underscore are public too,
-those of its bases in opacus_ac included. A new module is public until it is listed here.
+A name is public if ``__all__`` of a room of opacus_ac has it, or a module directly in opacus_ac, in opacus_ac.models or in
+opacus_ac.integrations has it: in ``__all__`` if there is one, else every class and function that it defines without an underscore
+(constants are details unless ``__all__`` says otherwise). Not public are the modules of ``INTERNAL``. Of a public class, its methods
+and properties without an underscore are public too, those of its bases in opacus_ac included.
 """
 
 from __future__ import annotations
@@ -30,48 +28,20 @@ DOCS = ROOT / "docs"
 
 #: Modules without public names, and why.
 INTERNAL = {
+    "_lazy": "how rooms import names on first use",
+    "_validate": "parts of argument checks",
     "_version": "opacus_ac.__version__ says it",
     "__main__": "a script",
-    "account": "parts of PrivacyEngine",
-    "accounted_engine": "base of PrivacyEngine, whose entry has its methods",
-    "budget": "parts of PrivacyEngine",
-    "checkpoint": "parts of PrivacyEngine",
-    "preparation": "parts of PrivacyEngine",
-    "device_noise": "SecretStream's noise on a GPU; it needs triton",
-    "fused_step": "make_private(fused_step=True)",
-    "step_state": "parts of the optimizer",
-    "charges": "parts of PrivacyEngine",
-    "delivery": "parts of loader and optimizer",
-    "origin": "parts of the optimizer",
-    "logical_batch": "parts of the optimizer",
-    "watch": "parts of the optimizer",
-    "forward_randomness": "parts of the optimizer",
-    "secret_state": "parts of loader and optimizer",
-    "public_randomness": "parts of make_private",
-    "chosen_records": "parts of the checks of records",
-    "integrations.loss_heads": "parts of what makes losses per record",
-    "integrations.record_checks": "parts of PrivateTrainer",
-    "integrations.chat_files": "exported by chat_data and chat_users",
-    "integrations.finetune": "the command opacus-ac finetune",
-    "integrations.finetune_arguments": "the command opacus-ac finetune",
-    "integrations.finetune_callbacks": "the command opacus-ac finetune",
-    "integrations.public_rows": "parts of PrivateTrainer, of the command line and of Lightning's callback",
-    "integrations.trainer": "exported by integrations",
-    "integrations.trainer_arguments": "exported by integrations",
-    "integrations.trainer_callback": "parts of PrivateTrainer",
-    "integrations.trainer_checkpoint": "parts of PrivateTrainer",
-    "integrations.trainer_checks": "parts of PrivateTrainer",
-    "integrations.trainer_ranks": "parts of PrivateTrainer",
-    "integrations.trainer_released": "parts of PrivateTrainer",
-    "integrations.trainer_silent": "parts of PrivateTrainer",
+    "models.loss_heads": "parts of what makes losses per record",
     "integrations.lightning_released": "parts of Lightning's PrivacyCallback",
+    "integrations.public_rows": "parts of PrivateTrainer, of the command line and of Lightning's callback",
 }
 
 
 def modules() -> Iterator[ModuleType]:
     """The package, its rooms, and the modules directly in it and in integrations, less the internal ones."""
     yield opacus_ac
-    for room in (opacus_ac, importlib.import_module("opacus_ac.integrations")):
+    for room in (opacus_ac, *map(importlib.import_module, ("opacus_ac.integrations", "opacus_ac.models"))):
         for info in pkgutil.iter_modules(room.__path__, room.__name__ + "."):
             if info.name.removeprefix("opacus_ac.") not in INTERNAL:
                 yield importlib.import_module(info.name)
@@ -173,19 +143,19 @@ def test_a_public_name_without_an_entry_is_found(site, monkeypatch):
     class Made:
         def up(self): ...
 
-    made_up.__module__ = Made.__module__ = opacus_ac.clipping.policy.__name__
+    made_up.__module__ = Made.__module__ = opacus_ac.loss.__name__
     made_up.__qualname__, Made.__qualname__ = "made_up", "Made"
-    monkeypatch.setattr(opacus_ac.clipping.policy, "made_up", made_up, raising=False)
-    monkeypatch.setattr(opacus_ac.clipping.policy, "Made", Made, raising=False)
+    monkeypatch.setattr(opacus_ac.loss, "made_up", made_up, raising=False)
+    monkeypatch.setattr(opacus_ac.loss, "Made", Made, raising=False)
     monkeypatch.setattr(opacus_ac.clipping.ClipPolicy, "made_up", made_up, raising=False)
     monkeypatch.setattr("opacus_ac.accounting.__all__", [*opacus_ac.accounting.__all__, "grid"])
     after = missing(public_names(modules()), inventory(site / "objects.inv"))
     assert [name for name in after if name not in before] == [
         "opacus_ac.accounting.grid",
         "opacus_ac.clipping.ClipPolicy.made_up",
-        "opacus_ac.clipping.policy.Made",
-        "opacus_ac.clipping.policy.Made.up",
-        "opacus_ac.clipping.policy.made_up",
+        "opacus_ac.loss.Made",
+        "opacus_ac.loss.Made.up",
+        "opacus_ac.loss.made_up",
     ]
 
 

@@ -9,6 +9,5 @@ __all__, __getattr__, __dir__ = lazy_names(
         "PadCollate": "chat_data",
         "UserCollate": "chat_users",
         "UserDataset": "chat_users",
-        "read_dialogues": "chat_files",
     },
 )
