@@ -8,7 +8,8 @@ from helpers import classifier, loader, loss_of
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.accounting import Event
-from opacus_ac.ledger import SECTOR, PrivacyLedger
+from opacus_ac.budget import PrivacyLedger
+from opacus_ac.budget.ledger import SECTOR
 from opacus_ac.zeroth_order import ZerothOrderDPOptimizer, ZerothOrderSettings
 
 SETTINGS = {"noise_multiplier": 1.0}
