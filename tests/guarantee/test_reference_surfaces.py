@@ -166,7 +166,7 @@ def by_command_line(folder: Path) -> SurfaceReference:
     from study_data.tone_dialogues import dialogues, write_jsonl
     from tiny_chat import byte_tokenizer, chat_model, save_chat_model
 
-    from opacus_ac.integrations.chat_data import ChatDataset, PadCollate, read_dialogues
+    from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate, read_dialogues
 
     save_chat_model(folder / "model")
     write_jsonl(folder / "chats.jsonl", dialogues("loving", RECORDS, 0))
