@@ -165,7 +165,7 @@ class PrivacyEngine(AccountedEngine):
                 users, and the loss of a user is a function of that user's rows (see :mod:`opacus_ac.sampling.users`,
                 :func:`opacus_ac.loss.per_user_loss` and ``opacus_ac.integrations.finetune.chat_users``).
             noise_allocation: spread the noise over groups of parameters by public weights, at the same epsilon
-                (:class:`opacus_ac.allocation.settings.NoiseAllocation`); None for the same std everywhere.
+                (:class:`opacus_ac.allocation.NoiseAllocation`); None for the same std everywhere.
             zeroth_order: settings of ``clipping="zo"``, or a paper's by name; "aggzo" by default.
             reducer: how several processes share a step: "ddp" (bare model, the same on every rank), "fsdp2" (a model under
                 ``fully_shard``), "local" (each for itself), or an object; by default what model and ``torch.distributed`` say.

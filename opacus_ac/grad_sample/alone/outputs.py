@@ -21,7 +21,7 @@ from opacus_ac.grad_sample.alone.single import (
     mask_in,
     own_positions,
 )
-from opacus_ac.grad_sample.alone.trace import explain_difference
+from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_record
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.noise.secret_state import replace_torch_state
 

@@ -31,7 +31,7 @@ from opacus_ac.grad_sample.alone.single import (
     own_positions,
     replace_floats,
 )
-from opacus_ac.grad_sample.alone.trace import explain_difference
+from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_record
 from opacus_ac.grad_sample.module_replay import map_tensors, to_double
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.source import GradientSource
