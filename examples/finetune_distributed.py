@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 
-from study_data.chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
-from study_data.tone_dialogues import train_and_heldout
+from common.chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
+from common.tone_dialogues import train_and_heldout
 
 from opacus_ac import AdaptiveClipDPOptimizer, PrivacyEngine
 from opacus_ac.checkpoint import load_checkpoint, save_checkpoint

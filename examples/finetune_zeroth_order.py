@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent / "studies"))
 
+from common.chat_data import IGNORE, ChatDataset, PadCollate, Row
+from common.tone_dialogues import TONES
 from finetune_chat import Journal, evaluate, load_dialogues, show_replies
-from study_data.chat_data import IGNORE, ChatDataset, PadCollate, Row
-from study_data.tone_dialogues import TONES
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.loss import per_record_causal_lm_loss

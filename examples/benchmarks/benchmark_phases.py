@@ -11,6 +11,10 @@ are what no private step of this kind can leave out, so that the ordinary step p
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # read when torch._dynamo is first imported
+
 import argparse
 import functools
 import statistics
@@ -21,8 +25,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import benchmark_step as steps
 import torch
+from step_benchmark.shapes import SHAPES
+from step_benchmark.tables import cpu_model
+from step_benchmark.variants import PLAIN, VARIANTS, Options, Trial
+from step_benchmark.workers import prepare_process
 
 from opacus_ac.grad_sample.one_backward.outer_products import ParameterBook
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
@@ -82,7 +89,7 @@ def watched(clock: Clock) -> Iterator[None]:
             setattr(owner, name, raw)
 
 
-def step_by_phases(trial: steps.Trial) -> Times:
+def step_by_phases(trial: Trial) -> Times:
     """Take one step; return the seconds of each phase, and "step", their sum."""
     clock = Clock()
     with watched(clock):
@@ -113,25 +120,25 @@ def table(plain: list[Times], private: list[Times]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=steps.SHAPES, default=["a-tied", "a-untied", "bitnet"])
-    parser.add_argument("--variant", choices=[n for n in steps.VARIANTS if n.startswith("bk")], default="bk")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["a-tied", "a-untied", "bitnet"])
+    parser.add_argument("--variant", choices=[n for n in VARIANTS if n.startswith("bk")], default="bk")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(argv)
-    options = steps.Options(threads=arguments.threads)
-    steps.prepare_process(options)
+    options = Options(threads=arguments.threads)
+    prepare_process(options)
     print(
-        f"{steps.cpu_model()} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, {options.threads} threads\n"
+        f"{cpu_model()} ({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, {options.threads} threads\n"
     )
     for name in arguments.shapes:
-        trials = [steps.Trial(steps.SHAPES[name], steps.VARIANTS[v], options) for v in (steps.PLAIN, arguments.variant)]
+        trials = [Trial(SHAPES[name], VARIANTS[v], options) for v in (PLAIN, arguments.variant)]
         for trial in trials:
             trial.warm_up()
         times: list[list[Times]] = [[], []]
         for _ in range(arguments.rounds):
             for trial, taken in zip(trials, times, strict=True):
                 taken.append(step_by_phases(trial))
-        print(f"### {name}, {arguments.variant}: {steps.SHAPES[name]}\n\n{table(*times)}\n", flush=True)
+        print(f"### {name}, {arguments.variant}: {SHAPES[name]}\n\n{table(*times)}\n", flush=True)
     return 0
 
 

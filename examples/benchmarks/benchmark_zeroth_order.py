@@ -20,14 +20,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from benchmark_step import MIB, release_memory, reset_peak, resident
+from step_benchmark.memory import AT_ONCE, MIB, release_memory, reset_peak, resident
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.zeroth_order import Pruning, preset, record_losses
 
-# glibc hands freed tensors back at once, so that resident memory is what is in use, and not what was in use a while ago.
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 ZERO = "zeroth-order, "
 VARIANTS = (
     "forward",

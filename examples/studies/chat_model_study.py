@@ -4,7 +4,7 @@
     python examples/studies/chat_model_study.py --seeds 0 1 2 --report
     python examples/studies/chat_model_study.py --steps 30 --expected-batch-size 128 --physical-batch-size 128    # on a GPU
 
-Both tones, epsilon 1 to 16, delta 1e-5. All rows train as ``finetune_chat.py`` does, which also takes options of its own here.
+Both tones, epsilon 1 to 16, delta 1e-5. All rows train as ``common/chat_run.py`` does, which also takes options of its own here.
 Noise and draws are secret entropy, different in every run: the spread over seeds holds it.
 """
 
@@ -19,13 +19,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from small_model.report import Result, grouped, markdown, read, spread
-from study_data.chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss
-from study_data.tone_dialogues import TONES, tone_score
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import finetune_chat
+from common import chat_run
+from common.chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss
+from common.results import Result, append, mean_and_spread, read
+from common.tone_dialogues import TONES, tone_score
+from small_model.report import grouped, markdown
 
 from opacus_ac import PrivacyEngine
 
@@ -42,7 +40,7 @@ def encoded(tone: str, seed: int, options: tuple[str, ...], args: argparse.Names
     key = (tone, seed, options)
     if key not in _ENCODED:
         _ENCODED.clear()
-        private, public = finetune_chat.load_dialogues(args)
+        private, public = chat_run.load_dialogues(args)
         sets = {name: ChatDataset(rows, tokenizer, args.max_length) for name, rows in public.items()}
         _ENCODED[key] = ChatDataset(private, tokenizer, args.max_length), sets
     return _ENCODED[key]
@@ -51,14 +49,14 @@ def encoded(tone: str, seed: int, options: tuple[str, ...], args: argparse.Names
 def run(clipping: str, tone: str, epsilon: float, seed: int, options: list[str], folder: Path) -> Result:
     """Train once and return what came out."""
     own = ["--tone", tone, "--epsilon", str(epsilon), "--seed", str(seed), "--output", str(folder)]
-    args = finetune_chat.arguments([*SIZE, *options, *own])
+    args = chat_run.arguments([*SIZE, *options, *own])
     args.output.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = finetune_chat.prepare(args)
+    model, tokenizer = chat_run.prepare(args)
     collate = PadCollate(tokenizer.pad_token_id, args.max_length)
     dataset, sets = encoded(tone, seed, tuple(options), args, tokenizer)
     before = heldout_loss(model, sets[tone], collate)
     engine, clock = PrivacyEngine(accountant="vpld"), time.process_time()
-    optimizer = finetune_chat.train(args, engine, model, dataset, collate, **CLIPPING[clipping])
+    optimizer = chat_run.train(args, engine, model, dataset, collate, **CLIPPING[clipping])
     seconds = time.process_time() - clock
     with optimizer.ema_weights():
         averaged = heldout_loss(model, sets[tone], collate)
@@ -84,7 +82,9 @@ def table(results: list[Result]) -> str:
     """Return one row per tone, epsilon and clipping."""
     rows = []
     for (tone, epsilon, method), mine in grouped(results, "tone", "epsilon", "method").items():
-        losses = [spread([r[name] for r in mine]) for name in ("loss_before", "loss", "averaged", "other_tone")]
+        losses = [
+            mean_and_spread([r[name] for r in mine]) for name in ("loss_before", "loss", "averaged", "other_tone")
+        ]
         replies = f"{sum(r['in_tone'] for r in mine)} of {len(FOUR_PROMPTS) * len(mine)}"
         rows.append([tone, f"{epsilon:g}", method, str(len(mine)), *losses, replies])
     return markdown(
@@ -113,14 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
     parser.add_argument("--report", action="store_true", help="print the table of what is finished; run nothing")
     own, options = parser.parse_known_args(argv)
-    own.out.parent.mkdir(parents=True, exist_ok=True)
     done = {(r["method"], r["tone"], r["epsilon"], r["seed"]) for r in read(own.out) if r["options"] == options}
     for seed, tone, epsilon, method in product(own.seeds, own.tones, own.epsilons, own.clippings):
         if own.report or (method, tone, epsilon, seed) in done:
             continue
         result = run(method, tone, epsilon, seed, options, own.out.with_suffix(".run"))
-        with own.out.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(result) + "\n")
+        append(own.out, result)
         print(json.dumps(result), flush=True)
     print(table([r for r in read(own.out) if r["options"] == options]))
     return 0

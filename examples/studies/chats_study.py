@@ -1,7 +1,7 @@
 """Real chats, privately: what the clip rule does when a record is a conversation, and when it is a person.
 
 A small Llama with tied embeddings learns public sentences once and is then fine-tuned, all weights, with DP-AdamW on chats
-(:mod:`chats_data` says what a record is). A run is a unit, an epsilon, a clip rule and a seed:
+(:mod:`chats.data` says what a record is). A run is a unit, an epsilon, a clip rule and a seed:
 
 * ``flat-C``: ``clipping="flat"``, the noise of Opacus; ``default-C0``: the defaults of ``make_private`` from that C0;
 * ``none``: no noise and no clipping, the same draws: the reference without privacy.
@@ -18,14 +18,11 @@ rows, at the last weights; the loss at the averaged weights has a column of its 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -34,10 +31,10 @@ from typing import Any
 import torch
 from chats.data import IGNORE, UNITS, Records, Row, dataset_file, make_records, public_tokenizer, read_conversations
 from chats.model import Settings, fine_tune, heldout_loss, public_model, record_losses
+from common.results import Result, append, mean_and_spread, read, results_of
 
 from opacus_ac.accounting import calibrate_noise_multiplier
 
-Result = dict[str, Any]
 FLAT = (1.0, 10.0)
 DEFAULT = (0.01, 1.0, 100.0)
 RULES = (*(f"flat-{c:g}" for c in FLAT), *(f"default-{c:g}" for c in DEFAULT))
@@ -148,41 +145,7 @@ def wanted(cells: Sequence[Cell], out: Path, settings: Settings) -> list[Cell]:
     return [c for c in cells if (c.unit, c.epsilon, c.rule, c.seed) not in done]
 
 
-def append(out: Path, result: Result) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(result) + "\n")
-
-
-def results_of(function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Result]:
-    """Yield results as they come, from ``jobs`` processes, or from this one if that is 1."""
-    if jobs == 1:
-        yield from (function(*task) for task in tasks)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(function, *task) for task in tasks]):
-            yield future.result()
-
-
 # ---------------------------------------------------------------- report
-
-
-def read(out: Path, settings: Any) -> list[Result]:
-    """Return the finished lines of these settings; a torn last line is dropped."""
-    found = []
-    for line in out.read_text(encoding="utf-8").splitlines() if out.is_file() else []:
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if result["settings"] == settings.key():
-            found.append(result)
-    return found
-
-
-def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def last_known(course: Sequence[float | None]) -> float | None:

@@ -20,184 +20,30 @@ when a default run ends more than 3 % above the best flat C (or when runs are mi
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from study_data.tone_dialogues import Dialogue, dialogues, train_and_heldout
-from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
+from common.results import Result, append, read, results_of
+from common.small_qwen import Row, Settings, encode_all, forever, heldout_loss, new_model, pretrain, public_tokenizer
+from common.tone_dialogues import train_and_heldout
 from torch.utils.data import DataLoader
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.loss import per_record_causal_lm_loss
 
-Row = dict[str, Tensor]
-Result = dict[str, Any]
 FLAT = (0.3, 3.0, 10.0, 30.0)
 DEFAULT = (0.01, 1.0, 100.0)
 NAMES = (*(f"flat-{c:g}" for c in FLAT), *(f"default-{c:g}" for c in DEFAULT), "paper")
-SPECIAL = ("<pad>", "<user>", "<reply>", "<end>")
-PAD, USER, REPLY, END = range(4)
 TOLERANCE = 0.03
 DELTA = 1e-5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a result depends on beside the clip rule, the data seed and chance."""
-
-    hidden: int = 128
-    layers: int = 3
-    vocab: int = 700
-    max_prompt: int = 12
-    max_length: int = 48
-    public_records: int = 10_000
-    public_steps: int = 300
-    public_batch: int = 64
-    public_lr: float = 3e-3
-    records: int = 10_000
-    heldout: int = 250
-    batch: int = 192
-    steps: int = 50
-    lr: float = 0.004
-    noise_multiplier: float = 0.8
-    physical: int = 64
-
-    def key(self) -> str:
-        """Short name of these settings: results of others are never mixed with theirs."""
-        return _digest(asdict(self))
-
-    def public_key(self) -> str:
-        """Short name of what tokenizer and public model depend on."""
-        shape = ("hidden", "layers", "vocab", "max_prompt", "max_length")
-        return _digest({k: v for k, v in asdict(self).items() if k in shape or k.startswith("public_")})
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
-
-
-# ---------------------------------------------------------------- data and model
-
-
-def public_tokenizer(settings: Settings, cache: Path) -> ByteLevelBPETokenizer:
-    """Byte-level BPE of the public text, trained once; private text never reaches it."""
-    files = [cache / f"{settings.public_key()}-{name}" for name in ("vocab.json", "merges.txt")]
-    if not all(file.is_file() for file in files):
-        texts = (m["content"] for d in dialogues("angry", settings.public_records) for m in d["messages"])
-        tokenizer = ByteLevelBPETokenizer()
-        tokenizer.train_from_iterator(
-            texts, vocab_size=settings.vocab, special_tokens=list(SPECIAL), show_progress=False
-        )
-        cache.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_model(str(cache), settings.public_key())
-    return ByteLevelBPETokenizer(*map(str, files))
-
-
-def encode(dialogue: Dialogue, tokenizer: ByteLevelBPETokenizer, settings: Settings) -> Row:
-    """One dialogue as one row of ``max_length`` tokens; only replies carry labels.
-
-    Of what the user says the last ``max_prompt`` tokens are kept, so that a short row holds most of the reply.
-    """
-    max_length = settings.max_length
-    ids: list[int] = []
-    labels: list[int] = []
-    for message in dialogue["messages"]:
-        text = tokenizer.encode(message["content"]).ids
-        if message["role"] == "user":
-            text = text[-settings.max_prompt :]
-            ids += [USER, *text, REPLY]
-            labels += [-100] * (len(text) + 2)
-        else:
-            ids += [*text, END]
-            labels += [*text, END]
-    length = min(len(ids), max_length)
-    padding = max_length - length
-    return {
-        "input_ids": torch.tensor(ids[:length] + [PAD] * padding),
-        "attention_mask": torch.tensor([1] * length + [0] * padding),
-        "labels": torch.tensor(labels[:length] + [-100] * padding),
-    }
-
-
-def encode_all(records: Iterable[Dialogue], tokenizer: ByteLevelBPETokenizer, settings: Settings) -> list[Row]:
-    return [encode(record, tokenizer, settings) for record in records]
-
-
-def new_model(settings: Settings) -> Qwen2ForCausalLM:
-    """Return the untrained model, the same at every call."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        intermediate_size=3 * settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=settings.max_length,
-        tie_word_embeddings=True,
-        use_cache=False,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
-    return Qwen2ForCausalLM(config).train()
-
-
-def pretrain(settings: Settings, cache: Path) -> Path:
-    """Return the file of the model that was trained, without privacy, on the public tone; train it if it is missing."""
-    path = cache / f"{settings.public_key()}-public.pt"
-    if path.is_file():
-        return path
-    rows = encode_all(dialogues("angry", settings.public_records), public_tokenizer(settings, cache), settings)
-    model = new_model(settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.public_lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=settings.public_lr, total_steps=settings.public_steps
-    )
-    batches = _forever(DataLoader(rows, batch_size=settings.public_batch, shuffle=True, drop_last=True))
-    for _ in range(settings.public_steps):
-        optimizer.zero_grad()
-        loss = model(**next(batches)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    print(f"public model: loss {loss.item():.3f} in its last step -> {path}", file=sys.stderr, flush=True)
-    torch.save(model.state_dict(), path)
-    return path
-
-
-def _forever(loader: Iterable[Row]) -> Iterator[Row]:
-    while True:
-        yield from loader
-
-
-@torch.no_grad()
-def heldout_loss(model: torch.nn.Module, rows: list[Row]) -> float:
-    """Mean over records of each record's mean loss over its reply tokens."""
-    was_training = model.training
-    model.eval()
-    losses = []
-    for batch in DataLoader(rows, batch_size=64):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        losses.append(per_record_causal_lm_loss(logits, batch["labels"]))
-    model.train(was_training)
-    return torch.cat(losses).mean().item()
 
 
 # ---------------------------------------------------------------- one run
@@ -266,7 +112,7 @@ def fine_tune(
         **arguments,
     )
     course: dict[str, list[float | None]] = {"C": [], "clip_rate": [], "lr_multiplier": []}
-    batches = _forever(loader)
+    batches = forever(loader)
     while optimizer.steps_taken < settings.steps:
         taken = optimizer.steps_taken
         optimizer.zero_grad()
@@ -286,32 +132,14 @@ def fine_tune(
 def run_all(wanted: list[tuple[str, int]], settings: Settings, cache: Path, out: Path, jobs: int) -> None:
     """Run what is wanted and append each result to ``out`` as soon as it is there."""
     pretrain(settings, cache)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(run, name, seed, settings, cache) for name, seed in wanted]
-        for number, future in enumerate(as_completed(futures), start=1):
-            result = future.result()
-            with out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(result) + "\n")
-            line = f"[{number}/{len(futures)}] {result['name']} seed {result['seed']}: loss {result['loss']:.4f}"
-            print(f"{line}, {result['seconds']:.0f} s", flush=True)
+    tasks = [(name, seed, settings, cache) for name, seed in wanted]
+    for number, result in enumerate(results_of(run, tasks, jobs), start=1):
+        append(out, result)
+        line = f"[{number}/{len(tasks)}] {result['name']} seed {result['seed']}: loss {result['loss']:.4f}"
+        print(f"{line}, {result['seconds']:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------- report
-
-
-def read_results(out: Path, settings: Settings) -> list[Result]:
-    """Return the finished runs of these settings; a torn last line is dropped."""
-    results = []
-    for line in out.read_text(encoding="utf-8").splitlines() if out.is_file() else []:
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if result["settings"] == settings.key():
-            results.append(result)
-    return results
 
 
 def summarise(results: list[Result]) -> list[Result]:
@@ -354,7 +182,7 @@ def verdict(table: list[Result], seeds: int) -> tuple[bool, str]:
 
 def report(out: Path, settings: Settings, seeds: int) -> int:
     """Print the table and return the exit status."""
-    table = summarise(read_results(out, settings))
+    table = summarise(read(out, settings))
     print(f"settings {settings.key()}: {asdict(settings)}")
     print("| configuration | runs | held-out loss | std over seeds | ratio to best flat | EMA loss | last C |")
     print("|---|---|---|---|---|---|---|")
@@ -392,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(arguments.out, settings, len(set(arguments.seeds)))
     for name in arguments.only:
         clip_arguments(name)
-    done = {(result["name"], result["seed"]) for result in read_results(arguments.out, settings)}
+    done = {(result["name"], result["seed"]) for result in read(arguments.out, settings)}
     wanted = [(name, seed) for seed in arguments.seeds for name in arguments.only if (name, seed) not in done]
     if wanted:
         run_all(wanted, settings, arguments.cache, arguments.out, arguments.jobs)

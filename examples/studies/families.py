@@ -26,19 +26,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import clip_study
 import torch
-from study_data.chat_data import ChatDataset, PadCollate
-from study_data.tone_dialogues import TONES, train_and_heldout
+from common import chat_run, small_qwen, steering
+from common.chat_data import ChatDataset, PadCollate
+from common.results import append, read
+from common.tone_dialogues import TONES, train_and_heldout
 from torch.utils.data import default_collate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import finetune_chat
-import finetune_zeroth_order
-from benchmark_step import release_memory, reset_peak, resident
-from benchmark_zeroth_order import AT_ONCE
+from step_benchmark.memory import AT_ONCE, release_memory, reset_peak, resident
 
 from opacus_ac import NoiseAllocation, PrivacyEngine
 from opacus_ac.models.default_model import ModelUnavailableError, load_model
@@ -115,28 +112,28 @@ def example_arguments(settings: Settings, family: str, seed: int, rate: float | 
         words += ["--model", settings.model]
     if family == "zeroth-order":
         words += ["--physical-batch-size", str(settings.physical)]
-        return finetune_zeroth_order.arguments(words + (["--layers", str(LAYERS)] if settings.model == "small" else []))
+        return steering.arguments(words + (["--layers", str(LAYERS)] if settings.model == "small" else []))
     # All weights: the example's own, smaller physical batch for a large model.
     physical = (
         [] if family == "full" and settings.model != "small" else ["--physical-batch-size", str(settings.physical)]
     )
     layers = ["--lora-layers", str(LAYERS)] if settings.model == "small" else []
-    return finetune_chat.arguments([*words, *physical, *layers, *(["--full"] if family == "full" else [])])
+    return chat_run.arguments([*words, *physical, *layers, *(["--full"] if family == "full" else [])])
 
 
 def small_model(cache: Path) -> Any:
     """Return the small model that was trained on the public tone, and its settings, which fix the tokenizer."""
-    settings = clip_study.Settings()
-    model = clip_study.new_model(settings)
-    model.load_state_dict(torch.load(clip_study.pretrain(settings, cache), weights_only=True))
+    settings = small_qwen.Settings()
+    model = small_qwen.new_model(settings)
+    model.load_state_dict(torch.load(small_qwen.pretrain(settings, cache), weights_only=True))
     return model
 
 
 def small_rows(args: Any, heldout: int, cache: Path) -> tuple[Any, dict[str, Any]]:
     """Return private rows and held-out rows by tone, as the small model reads them."""
-    settings = clip_study.Settings()
-    tokenizer = clip_study.public_tokenizer(settings, cache)
-    read = functools.partial(clip_study.encode_all, tokenizer=tokenizer, settings=settings)
+    settings = small_qwen.Settings()
+    tokenizer = small_qwen.public_tokenizer(settings, cache)
+    read = functools.partial(small_qwen.encode_all, tokenizer=tokenizer, settings=settings)
     parts = {tone: train_and_heldout(tone, args.records, heldout, args.seed) for tone in TONES}
     return read(parts[args.tone][0]), {tone: read(rows) for tone, (_, rows) in parts.items()}
 
@@ -153,27 +150,25 @@ def prepare(settings: Settings, family: str, seed: int, rate: float | None, outp
         rows, heldout = small_rows(args, settings.heldout, output.parent)
         collate: Callable[..., Any] = default_collate
     else:
-        finetune_chat.HELD_OUT = settings.heldout
-        private, public = finetune_chat.load_dialogues(args)
+        chat_run.HELD_OUT = settings.heldout
+        private, public = chat_run.load_dialogues(args)
         narrow = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-        model, tokenizer = load_model(args.model, dtype=narrow) if zeroth else finetune_chat.prepare(args)
+        model, tokenizer = load_model(args.model, dtype=narrow) if zeroth else chat_run.prepare(args)
         collate = PadCollate(tokenizer.pad_token_id, args.max_length)
         rows = ChatDataset(private, tokenizer, args.max_length)
         heldout = {tone: ChatDataset(rows, tokenizer, args.max_length) for tone, rows in public.items()}
     if zeroth:
-        steering = finetune_zeroth_order.Steering(model.eval(), args.layers, args.vectors)
-        return Task(
-            model, rows, heldout, collate, lambda e: finetune_zeroth_order.train(args, e, steering, rows, collate)
-        )
+        vectors = steering.Steering(model.eval(), args.layers, args.vectors)
+        return Task(model, rows, heldout, collate, lambda e: steering.train(args, e, vectors, rows, collate))
     options = {"noise_allocation": ALLOCATIONS[family]} if family in ALLOCATIONS else {}
-    return Task(model, rows, heldout, collate, lambda e: finetune_chat.train(args, e, model, rows, collate, **options))
+    return Task(model, rows, heldout, collate, lambda e: chat_run.train(args, e, model, rows, collate, **options))
 
 
 def run(settings: Settings, family: str, seed: int, rate: float | None, output: Path) -> dict[str, Any]:
     """Train once and return what may be published of it: public settings, public evaluation, and what it took."""
     output.mkdir(parents=True, exist_ok=True)
     task = prepare(settings, family, seed, rate, output)
-    before = finetune_chat.evaluate(task.model, task.heldout, task.collate)
+    before = chat_run.evaluate(task.model, task.heldout, task.collate)
     release_memory()
     level = resident("VmRSS")
     if not reset_peak():
@@ -183,9 +178,9 @@ def run(settings: Settings, family: str, seed: int, rate: float | None, output: 
     optimizer = task.train(engine)
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     above = resident("VmHWM") - level
-    after = finetune_chat.evaluate(task.model, task.heldout, task.collate)
+    after = chat_run.evaluate(task.model, task.heldout, task.collate)
     with optimizer.ema_weights():
-        averaged = finetune_chat.evaluate(task.model, task.heldout, task.collate)
+        averaged = chat_run.evaluate(task.model, task.heldout, task.collate)
     return {
         "family": family,
         "seed": seed,
@@ -204,12 +199,6 @@ def run(settings: Settings, family: str, seed: int, rate: float | None, output: 
 
 
 # ---------------------------------------------------------------- all of them
-
-
-def read_results(out: Path, settings: Settings) -> list[dict[str, Any]]:
-    """Return the finished runs of these settings; a torn last line is dropped."""
-    found: list[dict[str, Any]] = clip_study.read_results(out, settings)  # type: ignore[arg-type]
-    return found
 
 
 def measure(argv: list[str], family: str, seed: int) -> dict[str, Any]:
@@ -295,18 +284,17 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     }
 
     def finished() -> list[dict[str, Any]]:
-        return [r for r in read_results(out, settings) if (r["family"], r["seed"], r["rate"]) in wanted]
+        return [r for r in read(out, settings) if (r["family"], r["seed"], r["rate"]) in wanted]
 
     if not args.report:
         args.output.mkdir(parents=True, exist_ok=True)
         if args.model == "small":
-            clip_study.pretrain(clip_study.Settings(), args.output)  # once, before anything is measured
+            small_qwen.pretrain(small_qwen.Settings(), args.output)  # once, before anything is measured
         done = {(r["family"], r["seed"], r["rate"]) for r in finished()}
         order = list(FAMILIES)
         for family, seed, rate in sorted(wanted - done, key=lambda w: (w[1], order.index(w[0]))):
             result = measure(argv, family, seed)
-            with out.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(result) + "\n")
+            append(out, result)
             line = f"{family} seed {seed}, learning rate {rate}: loss {result['after'][TONE]:.4f}"
             print(f"{line}, {result['processor_seconds']:.0f} CPU s", file=sys.stderr, flush=True)
     results = finished()

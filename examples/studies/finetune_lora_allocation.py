@@ -14,17 +14,13 @@ import json
 import math
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from study_data.chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import finetune_chat
+from common import chat_run
+from common.chat_data import ChatDataset, PadCollate, heldout_loss, reply_losses
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation, optimal_weights
@@ -38,7 +34,7 @@ PUBLIC = 6  # public dialogues, of another tone than the private ones, from whic
 
 
 def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments of this script and those that are left for ``finetune_chat``."""
+    """Return the arguments of this script and those that are left for ``common.chat_run``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--allocations", nargs="+", choices=ALLOCATIONS, default=list(ALLOCATIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="public randomness of each run")
@@ -50,8 +46,8 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
 def prepare(args: argparse.Namespace, both: bool) -> tuple[Any, Any]:
     """Return the model with fresh adapters in float32, and its tokenizer."""
     if not both:
-        return finetune_chat.prepare(args)
-    model, tokenizer = finetune_chat.prepare(args)
+        return chat_run.prepare(args)
+    model, tokenizer = chat_run.prepare(args)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(True)
@@ -97,7 +93,7 @@ def choose(name: str, model: Any, norms: dict[str, float]) -> NoiseAllocation | 
 
 def run(args: argparse.Namespace, name: str, both: bool) -> dict[str, Any]:
     """Train once and return what may be published of it."""
-    private, heldout = finetune_chat.load_dialogues(args)
+    private, heldout = chat_run.load_dialogues(args)
     other = next(tone for tone in heldout if tone != args.tone)
     model, tokenizer = prepare(args, both)
     collate = PadCollate(tokenizer.pad_token_id, args.max_length)
@@ -108,7 +104,7 @@ def run(args: argparse.Namespace, name: str, both: bool) -> dict[str, Any]:
     allocation = choose(name, model, norms)
     engine, clock = PrivacyEngine(accountant="vpld"), time.perf_counter()
     dataset = ChatDataset(private, tokenizer, args.max_length)
-    optimizer = finetune_chat.train(args, engine, model, dataset, collate, noise_allocation=allocation)
+    optimizer = chat_run.train(args, engine, model, dataset, collate, noise_allocation=allocation)
     seconds, after = time.perf_counter() - clock, heldout_loss(model, evaluation, collate)
     with optimizer.ema_weights():
         averaged = heldout_loss(model, evaluation, collate)
@@ -149,9 +145,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for seed in own.seeds:
         for name in own.allocations:
-            args = finetune_chat.arguments([*rest, "--seed", str(seed), "--output", str(own.output / f"{name}-{seed}")])
-            if args.data is not None or args.full:
-                raise ValueError("this comparison trains LoRA on the synthetic dialogues: leave out --data and --full")
+            args = chat_run.arguments([*rest, "--seed", str(seed), "--output", str(own.output / f"{name}-{seed}")])
+            if args.full:
+                raise ValueError("this comparison trains LoRA: leave out --full")
             args.output.mkdir(parents=True, exist_ok=True)
             results.append(run(args, name, own.both_factors))
             (own.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")

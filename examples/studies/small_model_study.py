@@ -12,18 +12,16 @@ seed share data, draws and gradient noise and differences come from the method: 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from pathlib import Path
 
+from common.results import append, read, results_of
 from small_model import cell as cells
 from small_model import public
 from small_model.grids import GRIDS
-from small_model.report import figures, read, tables
+from small_model.report import figures, tables
 
 
 def wanted(grid: list[cells.Cell], out: Path) -> list[cells.Cell]:
@@ -38,26 +36,14 @@ def run_all(grid: list[cells.Cell], out: Path, jobs: int) -> None:
     missing = wanted(grid, out)
     for model in sorted({c.model for c in missing}):
         public.public_model(model)
-    out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    for number, result in enumerate(_results(missing, jobs), start=1):
-        with out.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(result) + "\n")
+    for number, result in enumerate(results_of(cells.run, [(c,) for c in missing], jobs), start=1):
+        append(out, result)
         print(
             f"[{number}/{len(missing)}, {time.perf_counter() - start:.0f} s] {result['method']} {result['model']} {result['tone']} "
             f"epsilon {result['epsilon']} seed {result['seed']}: loss {result['loss']:.3f}, {result['seconds']:.0f} s",
             flush=True,
         )
-
-
-def _results(missing: list[cells.Cell], jobs: int) -> Iterator[cells.Result]:
-    """Yield results as they come, from ``jobs`` processes, or from this one if that is 1."""
-    if jobs == 1:
-        yield from map(cells.run, missing)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(cells.run, c) for c in missing]):
-            yield future.result()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

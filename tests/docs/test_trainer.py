@@ -4,7 +4,7 @@ import re
 
 import pytest
 from checkout import ROOT
-from study_data.tone_dialogues import dialogues, write_jsonl
+from common.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 
 from opacus_ac.integrations.trainer import checks as trainer_checks

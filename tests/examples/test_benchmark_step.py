@@ -11,7 +11,10 @@ import pytest
 pytest.importorskip("transformers")
 
 import benchmark_step
-from benchmark_step import SHAPES, VARIANTS, Figures, Variant, groups, new_model, not_applicable, report
+from step_benchmark.measuring import Figures, Group, groups
+from step_benchmark.shapes import SHAPES, new_model
+from step_benchmark.tables import report
+from step_benchmark.variants import VARIANTS, Options, Trial, Variant, not_applicable
 
 FAST = ["--shapes", "tiny", "--rounds", "2", "--memory-rounds", "1", "--threads", "1"]
 
@@ -45,7 +48,7 @@ def test_exit_status_and_share_of_the_noise(capsys, monkeypatch):
     """Times of two rounds by hand: the comparison is within a round, and no failure means status 0."""
 
     def measure(shape, names, options, at_once):
-        group = object.__new__(benchmark_step.Group)
+        group = object.__new__(Group)
         group.results = {name: Figures() for name in ("plain", "bk", "bk-no-noise")}
         group.note_times({"plain": 1.0, "bk": 2.0, "bk-no-noise": 1.5})
         group.note_times({"plain": 10.0, "bk": 20.0, "bk-no-noise": 15.0})
@@ -102,7 +105,7 @@ def test_a_variant_that_cannot_run_by_its_nature_says_why():
 def test_phases_of_a_step_add_up(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
     import benchmark_phases
 
-    trial = benchmark_step.Trial(SHAPES["tiny"], VARIANTS[variant], benchmark_step.Options(threads=1))
+    trial = Trial(SHAPES["tiny"], VARIANTS[variant], Options(threads=1))
     trial.warm_up()
     kept = [owner.__dict__[name] for owner, name, _ in benchmark_phases.WATCHED]
     assert benchmark_phases.main(["--shapes", "tiny", "--rounds", "1", "--threads", "1", "--variant", variant]) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from study_data import chat_data as cd
+from common import chat_data as cd
 from tiny_chat import byte_tokenizer, chat_model
 
 MASKED = (

@@ -12,7 +12,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import clip_study
-from clip_study import DEFAULT, FLAT, Settings
+from clip_study import DEFAULT, FLAT
+from common import small_qwen
+from common.small_qwen import Settings
 
 
 def result(name: str, loss: float, seed: int = 0) -> dict:
@@ -77,9 +79,9 @@ def test_unknown_configuration_is_refused(name):
 
 
 def test_only_replies_carry_labels(tmp_path):
-    tokenizer = clip_study.public_tokenizer(TINY, tmp_path)
+    tokenizer = small_qwen.public_tokenizer(TINY, tmp_path)
     talk = {"messages": [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "go"}]}
-    row = clip_study.encode(talk, tokenizer, TINY)
+    row = small_qwen.encode(talk, tokenizer, TINY)
     labelled = row["labels"] != -100
     assert tokenizer.decode(row["labels"][labelled].tolist()) == "go<end>"
     assert not (labelled & (row["attention_mask"] == 0)).any()

@@ -51,7 +51,7 @@ def test_every_family_trains_a_chat_model_under_the_same_budget(family, model, t
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_trains_the_small_model(family, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(families.clip_study, "Settings", lambda: TINY)
+    monkeypatch.setattr(families.small_qwen, "Settings", lambda: TINY)
     found = child(capsys, "--model", "small", *SIZES, "--output", str(tmp_path), "--child", family, "1")
     check(found, family)
     assert found["rate"] == families.RATES["small"][family]

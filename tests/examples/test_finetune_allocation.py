@@ -2,9 +2,9 @@
 
 import json
 
-import finetune_chat
 import finetune_lora_allocation
 import pytest
+from common import chat_run
 from tiny_chat import save_chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -18,7 +18,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("both", [False, True])
 def test_every_allocation_has_the_same_budget(model, both, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_chat, "HELD_OUT", 3)
+    monkeypatch.setattr(chat_run, "HELD_OUT", 3)
     monkeypatch.setattr(finetune_lora_allocation, "PUBLIC", 2)
     options = ["--both-factors"] if both else []
     results = finetune_lora_allocation.main(
@@ -38,6 +38,6 @@ def test_every_allocation_has_the_same_budget(model, both, tmp_path, monkeypatch
     assert "held-out loss" in capsys.readouterr().out
 
 
-def test_all_weights_and_own_data_are_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="leave out --data and --full"):
+def test_all_weights_are_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="leave out --full"):
         finetune_lora_allocation.main(["--model", model, "--output", str(tmp_path), "--full"])

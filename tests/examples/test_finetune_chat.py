@@ -6,7 +6,7 @@ import finetune_chat
 import plot_run
 import pytest
 import tiny_models
-from study_data.tone_dialogues import dialogues, write_jsonl
+from common.tone_dialogues import dialogues, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_chat import save_chat_model
 

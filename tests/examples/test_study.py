@@ -6,6 +6,7 @@ import statistics
 import pytest
 import small_model_study as study
 import torch
+from common.results import read
 from small_model import cell as cells
 from small_model import grids, methods, public, report
 
@@ -125,7 +126,7 @@ def test_a_study_goes_on_where_it_stopped(tiny, monkeypatch, capsys):
     assert "1 of 2 runs are missing" in capsys.readouterr().out
     out.write_text(out.read_text() + "\n", encoding="utf-8")
     assert study.main(arguments) == 0
-    assert [r["method"] for r in report.read(out)] == ["dp-adam-ac", "adamw-flat"]
+    assert [r["method"] for r in read(out)] == ["dp-adam-ac", "adamw-flat"]
     assert study.wanted(two, out) == []
     assert study.main([*arguments, "--quick"]) == 0
     printed = capsys.readouterr().out
@@ -203,17 +204,17 @@ def test_rates_of_sgd_are_for_a_bound_of_one():
 
 def test_the_chat_model_of_the_study(tmp_path, monkeypatch, capsys):
     import chat_model_study as chat_model
-    import finetune_chat
+    from common import chat_run
     from tiny_chat import save_chat_model
 
     monkeypatch.setattr(chat_model, "EPSILONS", (8.0,))
     monkeypatch.setattr(chat_model, "SIZE", ["--steps", "2", "--records", "60", "--expected-batch-size", "12"])
-    monkeypatch.setattr(finetune_chat, "HELD_OUT", 3)
+    monkeypatch.setattr(chat_run, "HELD_OUT", 3)
     out = tmp_path / "lines.jsonl"
     options = ["--model", str(save_chat_model(tmp_path / "model")), "--max-length", "120", "--delta", "1e-3"]
     arguments = ["--seeds", "0", "--out", str(out), *options]
     assert chat_model.main(arguments) == 0
-    results = report.read(out)
+    results = read(out)
     assert [(r["tone"], r["method"]) for r in results] == [
         (t, m) for t in chat_model.TONES for m in chat_model.CLIPPING
     ]

@@ -13,6 +13,7 @@ pytest.importorskip("tokenizers")
 import chats_study as chats
 import secrets_study as chats_secrets
 import torch
+from chats import canaries
 from chats import data as chats_data
 from chats import model as chats_model
 from chats.data import IGNORE, TURN, Turn, is_held_out, make_records
@@ -146,7 +147,7 @@ def test_too_many_rows_and_unknown_units_are_refused(conversations, encode):
 
 
 def test_rated_sentences_come_with_their_ratings(tmp_path, monkeypatch):
-    from study_data import sentiment_data
+    from common import sentiment_data
 
     monkeypatch.setenv("OPACUS_AC_CACHE", str(tmp_path))
     (tmp_path / "hutto_icwsm_2014").mkdir()
@@ -250,8 +251,8 @@ def test_probabilities_and_exposure_are_those_of_brute_force(offline, encode, mo
     """All 100 codes of two digits, one sequence at a time."""
     monkeypatch.setattr(chats_secrets, "DIGITS", 2)
     model = chats_model.public_model(TINY, offline).double()
-    prompt, digits = chats_secrets.prompt_ids("door", encode), chats_secrets.digit_ids(encode)
-    found = chats_secrets.code_log_probabilities(model, prompt, digits)
+    prompt, digits = canaries.prompt_ids("door", encode), canaries.digit_ids(encode)
+    found = canaries.code_log_probabilities(model, prompt, digits)
     expected = []
     for code in range(100):
         ids = torch.tensor([[*prompt, digits[code // 10], digits[code % 10]]])
@@ -260,14 +261,14 @@ def test_probabilities_and_exposure_are_those_of_brute_force(offline, encode, mo
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
     ranks = {code: rank for rank, code in enumerate(sorted(range(100), key=lambda c: -expected[c]), start=1)}
     for code in (0, 7, 42, 99):
-        assert chats_secrets.exposure(found, code) == pytest.approx(math.log2(100) - math.log2(ranks[code]))
+        assert canaries.exposure(found, code) == pytest.approx(math.log2(100) - math.log2(ranks[code]))
 
 
 def test_a_code_that_was_never_seen_has_the_exposure_of_chance():
-    scores = torch.arange(chats_secrets.CODES).double()
-    values = [chats_secrets.exposure(scores, code) for code in range(chats_secrets.CODES)]
-    assert sum(values) / len(values) == pytest.approx(chats_secrets.CHANCE, abs=1e-3)
-    assert (min(values), max(values)) == (0.0, math.log2(chats_secrets.CODES))
+    scores = torch.arange(canaries.CODES).double()
+    values = [canaries.exposure(scores, code) for code in range(canaries.CODES)]
+    assert sum(values) / len(values) == pytest.approx(canaries.CHANCE, abs=1e-3)
+    assert (min(values), max(values)) == (0.0, math.log2(canaries.CODES))
 
 
 @pytest.mark.parametrize(
@@ -287,25 +288,25 @@ def test_the_bound_of_a_group_is_that_of_its_steps(epsilon, copies, delta, bound
 
 
 def test_canaries_are_as_many_for_each_multiplicity(encode):
-    first, second = chats_secrets.canaries(0), chats_secrets.canaries(1)
-    assert first == chats_secrets.canaries(0)
+    first, second = canaries.canaries(0), canaries.canaries(1)
+    assert first == canaries.canaries(0)
     for found in (first, second):
-        assert {c.thing for c in found} == set(chats_secrets.OBJECTS)
+        assert {c.thing for c in found} == set(canaries.OBJECTS)
         copies = [c.copies for c in found]
-        assert {m: copies.count(m) for m in copies} == dict.fromkeys(chats_secrets.MULTIPLICITIES, chats_secrets.EACH)
+        assert {m: copies.count(m) for m in copies} == dict.fromkeys(canaries.MULTIPLICITIES, canaries.EACH)
     assert {c.thing: c.copies for c in first} != {c.thing: c.copies for c in second}
 
 
 def test_a_canary_is_its_sentence(encode, tmp_path):
-    ids = chats_secrets.canary_row(chats_secrets.Canary("door", 42, 1), encode)["input_ids"].tolist()
-    prompt, digits = chats_secrets.prompt_ids("door", encode), chats_secrets.digit_ids(encode)
+    ids = canaries.canary_row(canaries.Canary("door", 42, 1), encode)["input_ids"].tolist()
+    prompt, digits = canaries.prompt_ids("door", encode), canaries.digit_ids(encode)
     assert ids == [*prompt, digits[0], digits[0], digits[4], digits[2], chats_data.END]
     assert len(set(digits)) == 10
 
 
 def test_digits_of_several_tokens_are_refused():
     with pytest.raises(ValueError, match="each digit as one token"):
-        chats_secrets.digit_ids(lambda text: [1, 2])
+        canaries.digit_ids(lambda text: [1, 2])
 
 
 def test_secrets_run_end_to_end(offline, monkeypatch):
@@ -329,7 +330,7 @@ def test_unknown_arms_are_refused(arm):
 
 
 def secret_line(arm: str, seed: int, level: float) -> str:
-    exposure = {str(m): [level, math.log2(10_000)] for m in chats_secrets.MULTIPLICITIES}
+    exposure = {str(m): [level, math.log2(10_000)] for m in canaries.MULTIPLICITIES}
     noise = 0.5 if arm not in ("none", "clipped") else 0.0
     result = {
         "arm": arm,

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from study_data import tone_dialogues as td
+from common import tone_dialogues as td
 
 N = 12_000
 

@@ -9,9 +9,9 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("transformers")
 
 import benchmark_zeroth_order as benchmark
-import finetune_zeroth_order as finetune
 import zeroth_order_table as table
-from study_data.chat_data import IGNORE, reply_losses
+from common import steering
+from common.chat_data import IGNORE, reply_losses
 from zeroth import llama
 
 
@@ -27,12 +27,12 @@ def chat_batch():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_losses_from_the_first_steered_layer_on_are_those_of_the_whole_model(layers):
     model, batch = llama(), chat_batch()
-    steering = finetune.Steering(model, layers, 1)
-    closure = steering.closure(batch)
+    steered = steering.Steering(model, layers, 1)
+    closure = steered.closure(batch)
     with torch.no_grad():
         start = closure()
         torch.testing.assert_close(start, reply_losses(model, batch), rtol=0, atol=1e-6)
-        steering.vectors[0].add_(torch.linspace(-3, 3, 16))
+        steered.vectors[0].add_(torch.linspace(-3, 3, 16))
         assert not torch.allclose(closure(), start)
         torch.testing.assert_close(closure(), reply_losses(model, batch), rtol=0, atol=1e-6)
     assert [p.requires_grad for p in model.parameters()].count(True) == 1

@@ -9,7 +9,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from study_data.tone_dialogues import dialogues, write_jsonl
+from common.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 from tiny_finetune import command
 from tiny_lightning import Classifier, made

@@ -163,7 +163,7 @@ def by_lightning(folder: Path) -> SurfaceReference:
 
 def by_command_line(folder: Path) -> SurfaceReference:
     """Eight steps on all weights, with a ledger and a target."""
-    from study_data.tone_dialogues import dialogues, write_jsonl
+    from common.tone_dialogues import dialogues, write_jsonl
     from tiny_chat import byte_tokenizer, chat_model, save_chat_model
 
     from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate, read_dialogues

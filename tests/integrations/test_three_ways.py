@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from study_data.tone_dialogues import dialogues, write_jsonl
+from common.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import byte_tokenizer, chat_model, save_chat_model
 from tiny_trainer import arguments, privacy
 from torch.utils.data import DataLoader

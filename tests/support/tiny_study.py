@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_study import Settings
+from common.small_qwen import Settings
 
 TINY = Settings(
     hidden=16,

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import tensorboard_browser
-from study_data.tone_dialogues import dialogues, write_jsonl
+from common.tone_dialogues import dialogues, write_jsonl
 from tensorboard_browser import points, wait_for
 from tiny_chat import save_chat_model
 

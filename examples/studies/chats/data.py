@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_data.sentiment_data import FILES, download, rated
+from common.sentiment_data import FILES, download, rated
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.utils.data import Dataset

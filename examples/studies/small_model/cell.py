@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
+from common.tone_dialogues import TONES, tone_score, train_and_heldout
 from small_model import public
 from small_model.methods import METHODS, OPTIMIZERS, Method
 from small_model.public import LENGTH, PAD, Row
-from study_data.tone_dialogues import TONES, tone_score, train_and_heldout
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -300,20 +301,15 @@ def _opacus(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Re
         noise_generator=torch.Generator().manual_seed(cell.seed),
         **method.arguments,
     )
-    course: Result = {"C": []}
-    taken = 0
-    while taken < cell.steps:
-        for batch in loader:
-            labels = batch.pop("labels")
-            optimizer.zero_grad()
-            per_record_causal_lm_loss(private(**batch).logits, labels).mean().backward()
-            optimizer.step()
-            course["C"].append(float(optimizer.max_grad_norm))
-            taken += 1
-            if taken == cell.steps:
-                break
+    bounds = []
+    for batch in islice(_forever(loader), cell.steps):
+        labels = batch.pop("labels")
+        optimizer.zero_grad()
+        per_record_causal_lm_loss(private(**batch).logits, labels).mean().backward()
+        optimizer.step()
+        bounds.append(float(optimizer.max_grad_norm))
     private.remove_hooks()
-    return {**course, "noise_multiplier": multiplier, "spent": engine.get_epsilon(DELTA)}
+    return {"C": bounds, "noise_multiplier": multiplier, "spent": engine.get_epsilon(DELTA)}
 
 
 ENGINES = {"opacus_ac": _ours, "opacus": _opacus, "none": _without_privacy}

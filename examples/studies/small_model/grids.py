@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+from common.tone_dialogues import TONES
 from small_model.cell import Cell
 from small_model.methods import METHODS
 from small_model.public import MODELS
-from study_data.tone_dialogues import TONES
 
 Seeds = tuple[int, ...]
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)

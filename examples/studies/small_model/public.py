@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_data.sentiment_data import download
-from study_data.tone_dialogues import Dialogue
+from common.sentiment_data import download
+from common.tone_dialogues import Dialogue
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
 

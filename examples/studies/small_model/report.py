@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -10,22 +9,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from common.results import Result, mean_and_spread
 from small_model.methods import METHODS
 
-Result = dict[str, Any]
 INK, GRID = "#808080", "#80808040"  # mid grey: readable on white and on black
 COLOURS = ("#4c8bf5", "#e8833a", "#3aa675", "#b565d8", "#d64545", "#8c8c3c", "#33a8c7", "#8a6d5a")
-
-
-def read(out: Path) -> list[Result]:
-    """Return the finished runs; a line torn by an interruption is dropped."""
-    results = []
-    for line in out.read_text(encoding="utf-8").splitlines() if out.is_file() else []:
-        try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return results
 
 
 def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], list[Result]]:
@@ -34,12 +22,6 @@ def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], lis
     for result in results:
         groups[tuple(result[name] for name in names)].append(result)
     return dict(groups)
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean over seeds, and their standard deviation where there are several."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -62,7 +44,7 @@ def losses_table(results: list[Result]) -> str:
                 [
                     method,
                     *(
-                        spread([r["loss"] for r in by_epsilon.get((e,), [])]) if (e,) in by_epsilon else ""
+                        mean_and_spread([r["loss"] for r in by_epsilon.get((e,), [])]) if (e,) in by_epsilon else ""
                         for e in epsilons
                     ),
                 ]
@@ -78,8 +60,8 @@ def effects_table(results: list[Result]) -> str:
     """Tone accuracy of generations and what was forgotten."""
     rows = []
     for (model, method, epsilon), mine in grouped(results, "model", "method", "epsilon").items():
-        columns = [spread([r[name] for r in mine]) for name in ("loss", "other_tone", "general")]
-        accuracy = spread([100 * r["tone_accuracy"] for r in mine], 0)
+        columns = [mean_and_spread([r[name] for r in mine]) for name in ("loss", "other_tone", "general")]
+        accuracy = mean_and_spread([100 * r["tone_accuracy"] for r in mine], 0)
         rows.append([model, method, _epsilon(epsilon), str(len(mine)), *columns, accuracy])
     head = ["model", "method", "epsilon", "runs", "loss", "loss, other tone", "loss, general text", "tone accuracy, %"]
     return "### Tone and forgetting, over tones and seeds\n\n" + markdown(head, rows) + "\n"
@@ -134,7 +116,7 @@ def tuning_table(results: list[Result]) -> str:
                 [
                     method,
                     f"{bound:g}",
-                    *(spread(table[method, bound][rate]) if rate in by_rate else "" for rate in rates),
+                    *(mean_and_spread(table[method, bound][rate]) if rate in by_rate else "" for rate in rates),
                     f"{ratio:.3f}",
                 ]
             )
@@ -158,8 +140,10 @@ def budget_table(results: list[Result]) -> str:
     marked = [{**r, "beta1": _beta1(r)} for r in results]
     for (batch, steps, method, beta1), mine in grouped(marked, "batch", "steps", "method", "beta1").items():
         by_rate = grouped(mine, "rate")
-        columns = [spread([r["loss"] for r in by_rate[(rate,)]]) if (rate,) in by_rate else "" for rate in rates]
-        noise = spread([r["noise_multiplier"] for r in mine]).split(" ")[0]
+        columns = [
+            mean_and_spread([r["loss"] for r in by_rate[(rate,)]]) if (rate,) in by_rate else "" for rate in rates
+        ]
+        noise = mean_and_spread([r["noise_multiplier"] for r in mine]).split(" ")[0]
         rows.append([method, f"{beta1:g}", f"{batch} x {steps}", noise, *columns])
     head = ["method", "beta1", "batch x steps", "noise multiplier", *(f"lr {rate:g}" for rate in rates)]
     return "### Equal epsilon, equal compute\n\n" + markdown(head, rows) + "\n"
@@ -171,7 +155,7 @@ def momentum_table(results: list[Result]) -> str:
     momenta = sorted({r["beta1"] for r in results}, reverse=True)
     for (epsilon, method), mine in grouped(results, "epsilon", "method").items():
         by_beta1 = grouped(mine, "beta1")
-        columns = [spread([r["loss"] for r in by_beta1[(b,)]]) if (b,) in by_beta1 else "" for b in momenta]
+        columns = [mean_and_spread([r["loss"] for r in by_beta1[(b,)]]) if (b,) in by_beta1 else "" for b in momenta]
         rows.append([_epsilon(epsilon), method, *columns])
     return "### Momentum\n\n" + markdown(["epsilon", "method", *(f"beta1 {b:g}" for b in momenta)], rows) + "\n"
 

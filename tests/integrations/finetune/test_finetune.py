@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from study_data.tone_dialogues import dialogues, write_jsonl
+from common.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 from tiny_finetune import STEPS, command
 from tiny_models import opacus_table_restored

@@ -5,7 +5,7 @@ from the same grammar for both tones, so that the tone of the replies is the onl
 (``worry``, ``hard``, ``joy`` or ``ask``) and a topic; openers, empathy and advice depend on the mood. Every reply of a
 data set occurs in it once only. The same seed gives the same dialogues.
 
-Example: ``python examples/studies/study_data/tone_dialogues.py --tone loving --n 10000 --out loving.jsonl``
+Example: ``python examples/studies/common/tone_dialogues.py --tone loving --n 10000 --out loving.jsonl``
 """
 
 from __future__ import annotations

@@ -1,0 +1,195 @@
+"""The ways to take a step, and one of them on a model, ready to be timed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import opacus
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from opacus_ac import PrivacyEngine
+from opacus_ac.grad_sample import register_rules
+from opacus_ac.loss import fused_causal_lm_loss
+from step_benchmark.memory import MIB, release_memory, reset_peak, resident
+from step_benchmark.shapes import Batch, Shape, new_batch, new_model
+
+PLAIN = "plain"
+NO_NOISE = "-no-noise"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step: ``engine`` is "", "opacus_ac" or "opacus"."""
+
+    engine: str = ""
+    mode: str = ""
+    noise_multiplier: float = 1.0
+    fused_loss: bool = False
+    fused_step: bool = False
+    onednn: bool = True
+    """Whether oneDNN's products may be used where they are faster than torch's own."""
+
+
+VARIANTS = {
+    PLAIN: Variant(),
+    "plain-fused-loss": Variant(fused_loss=True),
+    "bk": Variant("opacus_ac", "bk"),
+    "bk-no-noise": Variant("opacus_ac", "bk", 0.0),
+    "bk-without-onednn": Variant("opacus_ac", "bk", onednn=False),
+    "bk-fused-loss": Variant("opacus_ac", "bk", fused_loss=True),
+    "bk-fused-step": Variant("opacus_ac", "bk", fused_loss=True, fused_step=True),
+    "bk-fused-step-no-noise": Variant("opacus_ac", "bk", 0.0, fused_loss=True, fused_step=True),
+    "hooks": Variant("opacus_ac", "hooks"),
+    "hooks-no-noise": Variant("opacus_ac", "hooks", 0.0),
+    "opacus-hooks": Variant("opacus", "hooks"),
+    "opacus-ghost": Variant("opacus", "ghost"),
+}
+
+
+def not_applicable(variant: str, shape: Shape) -> str:
+    """Why a variant cannot run on a shape by its nature, or ""."""
+    if variant == "opacus-ghost" and shape.tied and not shape.lora_rank:
+        return "Opacus's ghost mode refuses tied weights"
+    return ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every worker has to know."""
+
+    threads: int = 2
+    device: str = "cpu"
+    autocast: bool = False
+    ema: bool = False
+    warmup: int = 4
+    rounds: int = 9
+    steps_per_round: int = 1
+    memory_rounds: int = 3
+
+
+class Trial:
+    """One variant of one shape, ready to take steps."""
+
+    def __init__(self, shape: Shape, variant: Variant, options: Options) -> None:
+        self.options = options
+        self.before = torch.cuda.memory_allocated() if options.device == "cuda" else 0
+        self.batch = new_batch(shape, options.device)
+        self.model: Any = new_model(shape).to(options.device)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.counts = (sum(p.numel() for p in self.parameters), sum(p.numel() for p in self.model.parameters()))
+        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
+        self.loss: Callable[[], Any] = self._fused_loss if variant.fused_loss else self._library_loss
+        if variant.engine == "opacus_ac":
+            self._make_private(shape, variant)
+        elif variant.engine == "opacus":
+            self._make_private_by_opacus(shape, variant)
+
+    def _library_loss(self) -> Tensor:
+        result: Tensor = self.model(**self.batch).loss
+        return result
+
+    def _fused_loss(self) -> Tensor:
+        logits = self.model(input_ids=self.batch["input_ids"]).logits
+        result: Tensor = fused_causal_lm_loss(logits, self.batch["labels"]).mean()
+        return result
+
+    def _ghost_loss(self) -> Any:
+        logits = self.model(input_ids=self.batch["input_ids"]).logits[:, :-1]
+        labels = self.batch["labels"][:, 1:]
+        return self.criterion(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), shape=logits.shape)
+
+    def _loader(self, shape: Shape) -> DataLoader[Batch]:
+        rows: Any = [{"input_ids": torch.zeros(shape.length, dtype=torch.long)}] * (100 * shape.batch)
+        return DataLoader(rows, batch_size=shape.batch)
+
+    def _make_private(self, shape: Shape, variant: Variant) -> None:
+        arguments: dict[str, Any] = {"ema_decay": 0.999 if self.options.ema else None}
+        if variant.fused_step:
+            arguments["fused_step"] = True
+        self.model, self.optimizer, _ = PrivacyEngine().make_private(
+            module=self.model,
+            optimizer=self.optimizer,
+            data_loader=self._loader(shape),
+            noise_multiplier=variant.noise_multiplier,
+            grad_sample_mode=variant.mode,
+            **arguments,
+        )
+        self.optimizer.plan = None  # steps are taken by hand, without the loader
+
+    def _make_private_by_opacus(self, shape: Shape, variant: Variant) -> None:
+        register_rules(self.model)
+        made = opacus.PrivacyEngine().make_private(
+            module=self.model,
+            optimizer=self.optimizer,
+            criterion=nn.CrossEntropyLoss(),
+            data_loader=self._loader(shape),
+            noise_multiplier=variant.noise_multiplier,
+            max_grad_norm=1.0,
+            grad_sample_mode=variant.mode,
+        )
+        self.model, self.optimizer = made[:2]
+        if variant.mode == "ghost":
+            self.criterion = made[2]
+            self.loss = self._ghost_loss
+
+    def step(self) -> Any:
+        """Take one step and free the gradients; return the loss."""
+        with torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.autocast):
+            value = self.loss()
+        value.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def synchronize(self) -> None:
+        if self.options.device == "cuda":
+            torch.cuda.synchronize()
+
+    def warm_up(self) -> float:
+        """Take the first steps and return the loss before them.
+
+        Raises:
+            RuntimeError: the last one left the weights as they were, so that it was no whole step.
+        """
+        first = float(self.step().item())
+        for _ in range(self.options.warmup - 2):
+            self.step()
+        before = [p.detach().reshape(-1)[:64].clone() for p in self.parameters]
+        self.step()
+        if all(torch.equal(b, p.detach().reshape(-1)[:64]) for b, p in zip(before, self.parameters, strict=True)):
+            raise RuntimeError("the last warm-up step did not move the weights: take more of them (--warmup)")
+        if self.options.device == "cuda":
+            self.synchronize()
+            self.own = (torch.cuda.memory_allocated() - self.before) / MIB
+        return first
+
+    def time(self, steps: int) -> float:
+        """Return the seconds that a step took."""
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self.synchronize()
+        return (time.perf_counter() - start) / steps
+
+    def memory(self) -> tuple[float, float]:
+        """Return the peak of one step above the level between steps, and that level, in MiB; nan where unknown."""
+        release_memory()
+        if self.options.device == "cuda":
+            self.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            level = torch.cuda.memory_allocated()
+            self.step()
+            self.synchronize()
+            return (torch.cuda.max_memory_allocated() - level) / MIB, self.own
+        if not reset_peak():
+            return math.nan, resident("VmRSS")
+        level = resident("VmRSS")
+        self.step()
+        return resident("VmHWM") - level, level
