@@ -4,11 +4,8 @@
     python examples/finetune_chat.py loving.jsonl                                                  # SmolLM2-135M, LoRA
     python examples/finetune_chat.py mails.jsonl --heldout public.jsonl --model path/to/model --epsilon 4
 
-``opacus-ac finetune`` is this with all options, a ledger and checkpoints. All that is printed, logged or saved is public or a
-release that epsilon covers.
+``opacus-ac finetune`` has all options, a ledger and checkpoints. What is printed, logged or saved is public or covered by epsilon.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -75,9 +72,8 @@ def look(trainer: PrivateTrainer, when: str) -> dict[str, Any]:
         text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         replies.append(tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True).strip())
         print(f"  {when}  > {prompt}\n          {replies[-1]}")
-    sets = trainer.eval_dataset or {}
-    losses = {name: trainer.evaluate({name: rows})[f"eval_{name}_loss"] for name, rows in sets.items()}
-    return {"replies": replies, "heldout_loss": losses}
+    losses = trainer.evaluate() if trainer.eval_dataset else {}
+    return {"replies": replies, "heldout_loss": {k[5:-5]: v for k, v in losses.items() if k.endswith("_loss")}}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -89,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer.save_model()  # with privacy_report.json
     trainer.save_state()  # with the releases of every step
     report = trainer.privacy_report()
-    result = {"privacy": report.to_dict(), "before": before, "after": after}
+    result = {"target_epsilon": args.epsilon, "privacy": report.to_dict(), "before": before, "after": after}
     (args.output / "result.json").write_text(json.dumps(result))
     print(f"\nloss on public dialogues: {before['heldout_loss']} before, {after['heldout_loss']} after\n\n{report}")
     print(f"\nSaved {args.output}; curves of every release:  tensorboard --logdir {args.output} --host 127.0.0.1")

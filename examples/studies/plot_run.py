@@ -16,15 +16,17 @@ PANELS = (
     ("epsilon", "epsilon spent", "#3b5bdb"),
     ("max_grad_norm", "clipping norm C", "#0b7285"),
     ("noisy_clip_rate", "noisy clip rate", "#a61e4d"),
-    ("noisy_loss", "noisy loss (nats per token)", "#5c940d"),
+    ("loss", "noisy loss (nats per token)", "#5c940d"),
 )
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "releases.jsonl").read_text(encoding="utf-8").splitlines()
-    if not lines:
-        raise SystemExit(f"{folder}/releases.jsonl has no steps")
-    return [json.loads(line) for line in lines]
+    """Return the releases of every step, which the Trainer keeps in its log."""
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    found = [entry for entry in log if "epsilon" in entry]
+    if not found:
+        raise SystemExit(f"{folder}/trainer_state.json has no steps")
+    return found
 
 
 def draw(folder: Path, target: Path) -> None:
@@ -38,16 +40,15 @@ def draw(folder: Path, target: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
     if isinstance(result["privacy"]["epsilon"], float):
-        axes[0].axhline(float(result["arguments"]["epsilon"]), color="grey", linestyle="--", linewidth=1)
+        axes[0].axhline(result["target_epsilon"], color="grey", linestyle="--", linewidth=1)
         axes[0].set_ylim(bottom=0)
     axes[1].set_yscale("log")
     axes[2].set_ylim(0, 1.02)
-    losses = result["heldout_loss"]
-    for name, colour in (("loving", "#5c940d"), ("angry", "#868e96")):
-        if name in losses["before"]:
-            ends = [losses["before"][name], losses["after"][name]]
-            axes[3].plot([0, steps[-1]], ends, color=colour, linestyle=":", label=f"held-out, {name}")
-    axes[3].legend(fontsize=8)
+    before, after = (result[when]["heldout_loss"] for when in ("before", "after"))
+    for (name, start), colour in zip(before.items(), ("#5c940d", "#868e96", "#e67700"), strict=False):
+        axes[3].plot([0, steps[-1]], [start, after[name]], color=colour, linestyle=":", label=f"held-out, {name}")
+    if before:
+        axes[3].legend(fontsize=8)
     figure.savefig(target, dpi=110)
     print(f"wrote {target}")
 

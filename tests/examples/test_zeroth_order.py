@@ -9,9 +9,12 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("transformers")
 
 import benchmark_zeroth_order as benchmark
+import finetune_zeroth_order as example
 import zeroth_order_table as table
 from common import steering
 from common.chat_data import IGNORE, reply_losses
+from common.tone_dialogues import dialogues, write_jsonl
+from tiny_chat import save_chat_model
 from zeroth import llama
 
 
@@ -58,3 +61,38 @@ def test_a_step_is_measured_for_every_variant():
         benchmark.a_step(args, model, variant)()
         same = all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert same == (variant == "forward")
+
+
+def test_the_example_trains_one_vector_within_its_budget(tmp_path, capsys):
+    save_chat_model(tmp_path / "model")
+    write_jsonl(tmp_path / "mine.jsonl", dialogues("loving", 60, seed=3))
+    write_jsonl(tmp_path / "public.jsonl", dialogues("loving", 3, seed=4))
+    words = [
+        str(tmp_path / "mine.jsonl"),
+        "--heldout",
+        str(tmp_path / "public.jsonl"),
+        "--model",
+        str(tmp_path / "model"),
+    ]
+    words += ["--steps", "3", "--directions", "2", "--delta", "1e-3", "--max-length", "120", "--layer", "-1"]
+    result = example.main([*words, "--output", str(tmp_path / "out" / "vector.pt")])
+    assert result["privacy"]["steps"] == 3
+    assert 7.9 < result["privacy"]["epsilon"] <= 8
+    assert result["before"] != result["after"]
+    vector = torch.load(tmp_path / "out" / "vector.pt", weights_only=True)
+    assert vector.ndim == 1
+    assert vector.abs().sum() > 0
+    printed = capsys.readouterr().out
+    assert printed.count("noisy loss") == 3
+    assert "differential privacy by vpld accounting" in printed
+
+
+def test_the_vector_is_the_only_trained_weight_and_moves_the_output():
+    model, batch = llama(), chat_batch()
+    whole = reply_losses(model, batch)
+    vector = example.add_vector(model, -1)
+    assert [p for p in model.parameters() if p.requires_grad] == [vector]
+    with torch.no_grad():
+        torch.testing.assert_close(reply_losses(model, batch), whole.detach(), rtol=0, atol=0)
+        vector.add_(torch.linspace(-3, 3, 16))
+        assert not torch.allclose(reply_losses(model, batch), whole)
