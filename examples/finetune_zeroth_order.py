@@ -41,19 +41,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_vector(model: Any, layer: int) -> nn.Parameter:
-    """Freeze ``model`` and add a trained vector to the output of one of its layers."""
+    """Freeze ``model`` and add a trained vector to the output of one layer: the bias of what it writes last."""
     model.requires_grad_(False)
-    vector = nn.Parameter(torch.zeros(model.config.hidden_size))
-    chosen = model.model.layers[layer]
-    chosen.register_parameter("vector", vector)
-
-    def add(layer: Any, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return output[0] + layer.vector, *output[1:]
-        return output + layer.vector
-
-    chosen.register_forward_hook(add)
-    return vector
+    last = model.model.layers[layer].mlp.down_proj
+    last.bias = nn.Parameter(torch.zeros(model.config.hidden_size))
+    return last.bias
 
 
 @torch.no_grad()
