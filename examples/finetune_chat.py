@@ -16,9 +16,10 @@ import torch
 from transformers import TrainingArguments
 
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
-from opacus_ac.integrations.chat_data import ChatDataset, PadCollate, prompt_ids, read_dialogues
-from opacus_ac.integrations.default_model import ModelUnavailableError
-from opacus_ac.integrations.peft import load_trainable
+from opacus_ac.integrations.finetune import ChatDataset, PadCollate
+from opacus_ac.integrations.finetune.chat_data import prompt_ids, read_dialogues
+from opacus_ac.models.default_model import ModelUnavailableError
+from opacus_ac.models.peft import load_trainable
 
 PROMPTS = ("I had a hard day at work.", "How do plants grow?", "Can you recommend something to read?")
 PHYSICAL = 8  # records that reach the model at a time
@@ -36,7 +37,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=5, help=f"times {PHYSICAL}: the expected batch size")
     parser.add_argument("--max-length", type=int, default=64, help="tokens per dialogue; longer ones are cut")
     parser.add_argument("--paper", action="store_true", help="the published clip rule on raw norms: NOT private")
-    parser.add_argument("--seed", type=int, default=0, help="public randomness: the start of LoRA; never the noise")
+    parser.add_argument("--seed", type=int, default=0, help="of the start of LoRA; never of the noise")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune_chat"))
     return parser.parse_args(argv)
 
@@ -65,8 +66,7 @@ def build(args: argparse.Namespace) -> PrivateTrainer:
 
 def look(trainer: PrivateTrainer, when: str) -> dict[str, Any]:
     """Print replies, and return them with the loss on each public set."""
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
-    replies = []
+    model, tokenizer, replies = trainer.model.eval(), trainer.processing_class, []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt_ids([{"role": "user", "content": prompt}], tokenizer)], device=model.device)
         text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
@@ -84,11 +84,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     after = look(trainer, "after ")
     trainer.save_model()  # with privacy_report.json
     trainer.save_state()  # with the releases of every step
-    report = trainer.privacy_report()
-    result = {"target_epsilon": args.epsilon, "privacy": report.to_dict(), "before": before, "after": after}
+    privacy = trainer.privacy_report()
+    result = {"target_epsilon": args.epsilon, "privacy": privacy.to_dict(), "before": before, "after": after}
     (args.output / "result.json").write_text(json.dumps(result))
-    print(f"\nloss on public dialogues: {before['heldout_loss']} before, {after['heldout_loss']} after\n\n{report}")
-    print(f"\nSaved {args.output}; curves of every release:  tensorboard --logdir {args.output} --host 127.0.0.1")
+    print(f"\nloss on public dialogues: {before['heldout_loss']} before, {after['heldout_loss']} after\n\n{privacy}")
+    print(f"\nSaved {args.output}; see every release:  tensorboard --logdir {args.output} --host 127.0.0.1")
     return result
 
 

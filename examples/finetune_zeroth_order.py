@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.chat_data import ChatDataset, PadCollate, read_dialogues
-from opacus_ac.integrations.default_model import ModelUnavailableError, load_model
+from opacus_ac.integrations.finetune import ChatDataset, PadCollate
+from opacus_ac.integrations.finetune.chat_data import read_dialogues
+from opacus_ac.models.default_model import ModelUnavailableError, load_model
 from opacus_ac.zeroth_order import preset, record_losses
 
 

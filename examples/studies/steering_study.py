@@ -20,7 +20,7 @@ from common.steering import Steering, arguments, train
 from common.tone_dialogues import tone_score
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.default_model import ModelUnavailableError, load_model
+from opacus_ac.models.default_model import ModelUnavailableError, load_model
 
 
 def show_replies(model: Any, tokenizer: Any, tone: str) -> None:

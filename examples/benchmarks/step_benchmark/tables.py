@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import opacus_ac
-from opacus_ac.grad_sample import products
+from opacus_ac.grad_sample.one_backward import matmul as products
 from step_benchmark.measuring import Figures
 from step_benchmark.shapes import Shape
 from step_benchmark.variants import PLAIN, Options

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opacus_ac.grad_sample import products
+from opacus_ac.grad_sample.one_backward import matmul as products
 from step_benchmark.shapes import Shape
 from step_benchmark.variants import Options, Trial, Variant
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.integrations.peft import load_trainable
+from opacus_ac.models.peft import load_trainable
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore", message="Full backward hook is firing")  # torch, about inputs that need no gradient
