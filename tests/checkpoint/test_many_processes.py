@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_cases import difference
 from distributed_launch import run
 from helpers import classifier, dataset, loss_of
 from torch import nn
@@ -24,11 +25,6 @@ RESUMES = ["1:resume_ddp", "2:resume_fsdp", "2:resume_fsdp_of_ddp", "3:resume_fs
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[Any]]:
     return run([*SAVES, *RESUMES], tmp_path_factory.mktemp("ranks"))
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.slow

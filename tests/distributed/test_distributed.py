@@ -8,6 +8,7 @@ from typing import Any
 import distributed_cases
 import pytest
 import torch
+from distributed_cases import difference
 from distributed_launch import run
 
 PARITY = {
@@ -21,16 +22,6 @@ ROLES = {"ddp": "ddp", "fsdp": "fsdp2", "leaves": "fsdp2", "hybrid": "hsdp"}
 TOLERANCE = {"bitnet": 1e-6, "mamba": 1e-6}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def norms_restored():
-    """The runs in this process compute RMSNorm in float64, as the ranks do; later tests get it as it was."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
-    kept = Qwen2RMSNorm.forward
-    yield
-    Qwen2RMSNorm.forward = kept
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("ranks")
@@ -40,11 +31,6 @@ def results(tmp_path_factory) -> dict[str, list[Any]]:
 @cache
 def alone(kind: str) -> dict[str, Any]:
     return distributed_cases.single(kind)
-
-
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.slow

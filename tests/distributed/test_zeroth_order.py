@@ -48,16 +48,6 @@ STOPS = ["2:zo_planted", "3:zo_planted"]
 OTHERS = ["2:zo_own_seed", "2:zo_exchanged", "2:zo_refusals", *STOPS, "2:zo_budget", "2:zo_die_in_closure"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def norms_restored():
-    """The runs in this process compute RMSNorm in float64, as the ranks do; later tests get it as it was."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
-    kept = Qwen2RMSNorm.forward
-    yield
-    Qwen2RMSNorm.forward = kept
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ranks")

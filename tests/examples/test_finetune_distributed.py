@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 from checkout import ROOT
+from distributed_launch import launcher
 
 from opacus_ac.budget import PrivacyLedger
 
 
 def torchrun(*options: str) -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     env = {
         **os.environ,
         "GLOO_SOCKET_IFNAME": "lo",
@@ -30,7 +26,11 @@ def torchrun(*options: str) -> str:
     }
     script = str(ROOT / "examples" / "finetune_distributed.py")
     process = subprocess.Popen(
-        [sys.executable, *launch, script, *options], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *launcher(), script, *options],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         printed, errors = process.communicate(timeout=120)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import Rows
 from opacus.layers import DPLSTM
 from tiny_models import bitnet, gpt2, llama, opt, qwen2, roberta, token_batch
 from torch import nn
@@ -18,17 +19,6 @@ from opacus_ac.loss import per_record_causal_lm_loss
 
 MODES = ["bk", "hooks", "functorch"]
 B, T, D = 6, 5, 4
-
-
-class Rows(Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 def sequences(records=B, length=T, seed=1):

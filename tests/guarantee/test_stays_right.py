@@ -18,12 +18,13 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 import transformers
+from helpers import Rows
 from opacus.layers import DPGRU, DPLSTM, DPMultiheadAttention
 from opacus.layers.dp_multihead_attention import SequenceBias
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from opacus_ac import PrivacyEngine
 
@@ -32,17 +33,6 @@ KNOWN = ("Full backward hook is firing", "Secure RNG turned off")
 """Warnings of torch's and Opacus's that have nothing to do with a guard."""
 TEXT = tiny_models._SHAPE | {"pad_token_id": 0}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-class Rows(Dataset):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
 
 @dataclass

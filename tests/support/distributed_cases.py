@@ -139,6 +139,12 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference between two sets of weights of the same names."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
 def outcome(model: nn.Module, optimizer: Any, loader: Any) -> dict[str, Any]:
     PoissonBatchSampler._draw, kept = fixed_draws(DRAWS), PoissonBatchSampler._draw
     try:

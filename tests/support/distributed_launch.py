@@ -95,11 +95,27 @@ def be_rank(rank: int, world: int, port: int, names: list[str], folder: Path) ->
     dist.destroy_process_group()
 
 
-def start_ranks(world: int, names: list[str], folder: Path) -> dict[int, int]:
-    """Fork the ranks, which need not import everything again; return their process ids and numbers."""
+def free_port() -> int:
+    """Return a port of this machine on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def launcher() -> list[str]:
+    """Return the words after ``python`` that start two processes under torchrun, on a port of their own."""
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+    ]
+
+
+def start_ranks(world: int, names: list[str], folder: Path) -> dict[int, int]:
+    """Fork the ranks, which need not import everything again; return their process ids and numbers."""
+    port = free_port()
     ranks = {}
     for rank in range(world):
         pid = os.fork()

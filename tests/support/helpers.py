@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.testing.policies import optimizer_by_hand
@@ -24,6 +24,19 @@ def dataset(records: int = 64, dtype: torch.dtype = torch.float64, seed: int = 1
 
 def loader(records: int = 64, batch_size: int = 16, **kwargs) -> DataLoader:
     return DataLoader(dataset(records), batch_size=batch_size, **kwargs)
+
+
+class Rows(Dataset):
+    """A dataset that is a list."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
 
 
 def loss_of(model: nn.Module, batch, reduction: str = "mean") -> torch.Tensor:
@@ -46,4 +59,4 @@ def by_hand(
     return optimizer, torch.cat([p.reshape(-1) for p in optimizer.params])
 
 
-__all__ = ["by_hand", "classifier", "dataset", "loader", "loss_of", "release_vector", "train"]
+__all__ = ["Rows", "by_hand", "classifier", "dataset", "loader", "loss_of", "release_vector", "train"]

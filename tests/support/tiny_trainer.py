@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tiny_models
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
@@ -55,3 +56,10 @@ def trainer(folder, *, model="qwen2-tied", data=None, settings=None, cls=Private
 
 def weights(model) -> torch.Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
+
+
+class Stream(IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        yield from rows(3)

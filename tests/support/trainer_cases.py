@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed_cases import language_model
-from tiny_trainer import arguments, generator, rows, trainer, weights
-from torch.utils.data import IterableDataset
+from tiny_trainer import Stream, arguments, generator, rows, trainer, weights
 from transformers import BatchEncoding
 
 from opacus_ac.budget import PrivacyLedger
@@ -35,11 +34,6 @@ class PlansTwo(PrivateTrainer):
 
     def _planned_steps(self) -> int:
         return 2
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from rows(3)
 
 
 def build(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import trainer_cases
 from checkout import PYTHONPATH, SUPPORT
+from distributed_launch import launcher
 from tiny_trainer import trainer
 
 pytestmark = [
@@ -24,15 +24,11 @@ pytestmark = [
 def launched(tmp_path_factory):
     """The folder of the one launch of two ranks, and what each of them saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     env = {
         **os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
         "CUDA_VISIBLE_DEVICES": "", "TENSORBOARD_LOGGING_DIR": str(folder / "events"), "PYTHONPATH": PYTHONPATH,
     }  # fmt: skip
-    command = [sys.executable, *launch, str(SUPPORT / "trainer_cases.py"), str(folder)]
+    command = [sys.executable, *launcher(), str(SUPPORT / "trainer_cases.py"), str(folder)]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         printed, _ = process.communicate(timeout=300)

@@ -7,8 +7,7 @@ import types
 import pytest
 import tiny_models
 import torch
-from tiny_trainer import arguments, privacy, rows, trainer, weights
-from torch.utils.data import IterableDataset
+from tiny_trainer import Stream, arguments, privacy, rows, trainer, weights
 from transformers import (
     BertConfig,
     BertForPreTraining,
@@ -50,11 +49,6 @@ ARGUMENTS = [
     ("padding_free", True, "one row"),
     ("max_grad_norm", 0.5, "per_sample_max_grad_norm"),
 ]
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from rows(3)
 
 
 def made(folder, args=None, settings=None, model=None, **options):
