@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.allocation import NoiseAllocation, optimal_weights
+from opacus_ac.allocation import GroupWeights, NoiseAllocation, optimal_weights
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
@@ -98,7 +98,7 @@ def learned_energy(allocation: NoiseAllocation, setting: Setting, steps: int, se
         expected_batch_size=setting.batch,
         lr_control=False,
         ema_decay=None,
-        allocation=allocation.start(parameters, [str(i) for i in range(len(parameters))]),
+        allocation=GroupWeights(allocation, parameters, [str(i) for i in range(len(parameters))]),
         generator=torch.Generator().manual_seed(seed),
     )
     generator = torch.Generator().manual_seed(seed + 1)
