@@ -52,6 +52,16 @@ def test_at_the_top_are_four_scripts():
     }
 
 
+@pytest.mark.parametrize("name", sorted(TOP))
+def test_a_script_at_the_top_stands_alone(name):
+    """It needs the package and its libraries: no path is added, and no support package imported."""
+    source = (EXAMPLES / name).read_text(encoding="utf-8")
+    support = {folder.name for folder in EXAMPLES.glob("*/*") if folder.is_dir()}
+    assert support >= {"common", "step_benchmark"}
+    assert not imported(source) & (support | {"sys.path"})
+    assert "sys.path" not in source
+
+
 @pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(EXAMPLES)) for file in FILES])
 def test_no_example_imports_a_script(file):
     assert scripts_imported(file.read_text(encoding="utf-8"), {script.stem for script in SCRIPTS}) == set()
