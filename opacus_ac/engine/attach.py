@@ -15,6 +15,7 @@ from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, regi
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.checks.coupled import check_records_apart
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.models.peft import check_peft
 from opacus_ac.models.transformers import use_record_loss
 from opacus_ac.optimizer.model_watch import ModelWatch
@@ -70,6 +71,8 @@ def attach(
                 strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
                 force_functorch=mode == "functorch",
             )
+            assert isinstance(optimizer.source, PerSampleSource)
+            optimizer.source.attach(module)
             pause = partial(_hooks_off, wrapped)
         undo.append(observe(module, optimizer, named_parameters(module, optimizer.original_optimizer)[0]))
         undo.append(lambda: optimizer.source.clear(sums=True))

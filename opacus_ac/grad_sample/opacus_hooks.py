@@ -61,6 +61,27 @@ class PerSampleSource:
         self._deviations: list[tuple[str, int, float, float]] = []
         self._before: list[Tensor | None] = []
         self._used = Unchanged()
+        self._hooked: list[nn.Module] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Note the model whose layers Opacus's hooks keep their inputs on."""
+        self._hooked = list(module.modules())
+
+    def forget_interrupted(self) -> None:
+        """Clear what Opacus's hooks keep of a backward pass that an exception ended.
+
+        A complete backward pass leaves nothing. After an interrupted one, the next gradients would get rows of the batch before.
+        """
+        for module in self._hooked:
+            if getattr(module, "activations", None):
+                module.activations = []  # type: ignore[assignment]
+            if hasattr(module, "max_batch_len"):
+                del module.max_batch_len
+        for parameter in self._parameters:
+            if getattr(parameter, "_forward_counter", 0):
+                parameter._forward_counter = 0  # type: ignore[attr-defined]
+            if getattr(parameter, "_current_grad_sample", None) is not None:
+                del parameter._current_grad_sample  # type: ignore[attr-defined]
 
     def _rows(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""

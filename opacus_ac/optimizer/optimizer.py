@@ -248,6 +248,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
                 "take turns, or call engine.detach(model) and make_private again"
             )
+        if self.plan is not None and isinstance(self.source, PerSampleSource) and not self.origin.is_waiting:
+            self.source.forget_interrupted()
         another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
         if self.watch is not None:
             if another:

@@ -45,9 +45,16 @@ class Origin:
         for node in nodes:
             node.register_prehook(lambda _gradients: sight.confirm())
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a backward pass is to come back to a forward pass since the gradients were cleared last."""
+        return bool(self._running) or any(not (sight.confirmed or sight.is_older) for sight in self._sights)
+
     def gradients_cleared(self) -> None:
         """Forget the passes whose gradients are gone; of others the backward pass may follow."""
         self._sights = [s for s in self._sights if not s.confirmed]
+        for sight in self._sights:
+            sight.is_older = True
 
     def forget(self) -> None:
         """Forget all passes: what comes next belongs to another physical batch."""
@@ -74,6 +81,11 @@ class Origin:
             raise ValueError(
                 "two rows of a batch of unknown origin are the same, and one record in it twice would count twice. Take the "
                 "batches from the loader that make_private returned"
+            )
+        if sight.is_part:
+            raise ValueError(
+                "a physical batch of another run's logical batch is used by itself: which records it has depends on the other records that "
+                "were drawn with it, so that one record more would move two. Take the batches from the loader that make_private returned last"
             )
         found = sight.delivery
         self.is_stand_in = found is not None and found.draw.records == 0

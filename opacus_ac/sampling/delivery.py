@@ -82,14 +82,18 @@ class Sight:
     Attributes:
         delivery: the delivery that the batch is; None for a batch of unknown origin.
         repeats: whether two rows of a batch of unknown origin have the same content.
+        is_part: whether it is one of several physical batches that another run's logical batch was cut into.
         contents: what a batch of unknown origin is known by.
         confirmed: whether a backward pass has come back to its output.
+        is_older: whether gradients were cleared since.
     """
 
     delivery: Delivery | None
     repeats: bool = False
+    is_part: bool = False
     contents: frozenset[bytes] = frozenset()
     confirmed: bool = False
+    is_older: bool = False
 
     def confirm(self) -> None:
         """Note that a backward pass has come back."""
@@ -105,7 +109,7 @@ class Sight:
 def unknown(tensors: list[Tensor]) -> Sight:
     """Return the sight of a batch of unknown origin."""
     contents = frozenset(content for content in map(content_of, tensors) if content is not None)
-    return Sight(None, rows_repeat(tensors), contents)
+    return Sight(None, rows_repeat(tensors), contents=contents)
 
 
 def tensors_of(batch: Any, depth: int = 6) -> Iterator[Tensor]:

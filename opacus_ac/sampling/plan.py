@@ -291,7 +291,9 @@ class SamplingPlan:
             if found is None and self._current is not None and self._current.draw.records == 0:
                 found = self._current  # a stand-in that was used before: a copy of it still belongs to nobody
         if found is None or found.owner is not self:
-            return unknown(tensors)
+            sight = unknown(tensors)
+            sight.is_part = found is not None and (found.draw.part > 0 or not found.draw.last)
+            return sight
         RECOGNITION.follow(found, tensors)
         return Sight(found)
 

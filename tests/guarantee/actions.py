@@ -102,15 +102,21 @@ class Run:
     began_with: float = 0.0
     size: float = 3.0
     hooked: bool = False
+    adapter_was_in: bool = False  # as the gradients in hand were computed
     fresh: Held | None = None  # what the loader handed out last
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of all tensors of the model."""
         return {name: tensor.clone() for name, tensor in self.bare.state_dict().items()}
 
-    def follows_releases(self) -> bool:
-        """Whether noise or rates may follow from releases."""
-        return self.optimizer.noise_multiplier != self.began_with or self.config["schedule"] == "function"
+    def follows_releases(self, charged: float) -> bool:
+        """Whether noise or rates of a release may follow from releases before it.
+
+        Args:
+            charged: noise multiplier of its charge; more noise than a charge that was fixed beforehand changes nothing.
+        """
+        changed = self.optimizer.noise_multiplier != self.began_with and charged != self.began_with
+        return changed or self.config["schedule"] == "function"
 
     def before_inner(self) -> None:
         """Hold the gradients that the inner optimizer is about to apply against what was released."""
@@ -350,6 +356,9 @@ class World:
         outputs.register_hook(lambda _: fail(self.reference, "backward"))
         losses = record_losses(outputs, run.held.y)
         run.last_draw = run.held.draw
+        run.adapter_was_in = run.bare.adapter.weight.requires_grad and any(
+            run.bare.adapter.weight is p for p in run.optimizer.params
+        )
         (losses.mean() if self.config["reduction"] == "mean" else losses.sum()).backward()
 
     def _passes_for_fresh(self, held: Held) -> bool:

@@ -356,7 +356,7 @@ class Reference:
         Raises:
             Violation: a record is in them twice, or with more or less than C, or records of several draws are.
         """
-        release.unit = check_sums(release)
+        release.unit = check_sums(release, run.adapter_was_in)
         self._identify(release, run)
 
     def true_noise(self, release: Release) -> float:
@@ -395,7 +395,7 @@ class Reference:
         if fits:
             q, z, kind = min(fits)
             book.consumed[-z, q, kind] += 1
-            book.adaptive |= run.follows_releases()
+            book.adaptive |= run.follows_releases(-z)
             if draw is not None and draw.kind == "shuffled":
                 book.covers.append((draw.in_pass, -z, set(release.records)))
             return
@@ -427,11 +427,16 @@ def is_half(release: Release) -> bool:
     )
 
 
-def check_sums(release: Release) -> float:
-    """Check multiplicities; return the norm of one record's part of the sum."""
+def check_sums(release: Release, adapter_was_in: bool = False) -> float:
+    """Check multiplicities; return the norm of one record's part of the sum.
+
+    Args:
+        release: the sums.
+        adapter_was_in: whether the adapter was trained as the gradients were computed, so that its part was clipped with them.
+    """
     rows, adapter = release.sums["rows"], release.sums.get("adapter")
     both = adapter is not None and float(adapter.abs().sum()) > 0.01 * release.bound
-    share = math.sqrt(0.5) if both else 1.0
+    share = math.sqrt(0.5) if both or adapter_was_in else 1.0
     unit = share * min(release.bound, LENGTH / share)
     times = rows.abs() / unit
     per_record = times.sum(0)
@@ -451,7 +456,7 @@ def check_sums(release: Release) -> float:
     present = times[times > 0.01]
     if present.numel() and float(present.min()) < 0.98:
         raise Violation("scale", f"a record adds {float(present.min()):.4f} C, and its gradient is longer than C")
-    return unit / share
+    return unit / share if both else unit
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class SurfaceRun:
         """Return a copy of the state of the model."""
         return {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
 
-    def follows_releases(self) -> bool:
+    def follows_releases(self, charged: float) -> bool:
         """Whether noise or rates may follow from releases: never here."""
         return False
 

@@ -625,3 +625,63 @@ def test_a_copy_takes_no_step_and_harms_nothing():
     assert optimizer.param_groups[0]["params"][0] is model.rows.weight
     run.step(next(batches))
     assert run.charges == {8 / N: 2}
+
+
+# ---------------------------------------------------------------- parts of another run, and backward passes that broke off
+
+
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+@pytest.mark.parametrize("change", [lambda i: i, lambda i: i.clone()], ids=["kept", "copied"])
+@pytest.mark.parametrize("part", [0, 1], ids=["first part", "second part"])
+@pytest.mark.parametrize("sampling", ["poisson", "fixed_size"])
+def test_a_part_of_another_runs_batch_is_refused(mode, change, part, sampling):
+    """Which records are in the first half of a draw depends on the others: one record more moves two."""
+    settings = {"max_physical_batch_size": 2, "grad_sample_mode": mode, "wide": True, "sampling": sampling}
+    first = Run(**settings)
+    batches = iter(first.loader)
+    for _ in range(part):
+        first.step(next(batches))
+    kept = next(batches)
+    second = Run(**settings, engine=first.engine)
+    with pytest.raises(ValueError, match="another run's logical batch is used by itself"):
+        second.step(kept, change)
+    assert second.sums == []
+    assert second.charges == {}
+
+
+def test_a_whole_batch_of_another_run_is_charged_without_amplification():
+    first = Run()
+    kept = next(iter(first.loader))
+    second = Run(engine=first.engine)
+    second.step(kept)
+    assert second.charges == {1.0: 1}
+
+
+@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
+@pytest.mark.parametrize("where", ["at the output", "at the layer"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_backward_pass_that_broke_off_leaves_no_rows_behind(mode, where, adaptive):
+    """Opacus's hooks keep the inputs of a pass that broke off, and would give the next one as many rows as that had."""
+    run = Run(grad_sample_mode=mode, wide=True, clipping="adaptive" if adaptive else "flat")
+    batches = iter(run.loader)
+    run.optimizer.zero_grad()
+
+    def fail(_):
+        raise RuntimeError("planted")
+
+    watched = run.model if where == "at the output" else run.model.rows
+    handle = watched.register_forward_hook(lambda _module, _inputs, output: output.register_hook(fail) and None)
+    losses = run.net(next(batches)["i"])
+    with pytest.raises(RuntimeError, match="planted"):
+        losses.sum().backward()
+    handle.remove()
+    counted = []
+    observe = run.optimizer.statistics.observe
+    run.optimizer.statistics.observe = lambda norms, *rest: (counted.append(len(norms)), observe(norms, *rest))[1]
+    sizes = []
+    for batch in itertools.islice(batches, 2):
+        run.step(batch)
+        sizes.append(len(batch["i"]))
+    run.step({"i": torch.arange(2)})
+    assert counted == [*sizes, 2]
+    assert [int((total > 1e-3).sum()) for total in run.sums] == [*sizes, 2]
