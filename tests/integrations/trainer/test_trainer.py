@@ -461,3 +461,18 @@ def test_integrations_and_its_trainer_export_the_names():
     for module in (trainer, integrations):
         with pytest.raises(AttributeError, match="nonsense"):
             module.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_frozen_part_in_bfloat16_is_low_precision_for_the_check_of_the_loss(low, tmp_path, monkeypatch):
+    """The default model keeps its frozen weights in bfloat16, which rounds a loss by more than float32 does."""
+    given = []
+    monkeypatch.setattr("opacus_ac.integrations.trainer.trainer.check_some_records", lambda *_, **kw: given.append(kw))
+    model = tiny_models.build("qwen2-tied").float()
+    if low:
+        model.register_parameter(
+            "frozen", torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16), requires_grad=False)
+        )
+    made = trainer(tmp_path, model=model)
+    made._check_independence(model, made.create_optimizer())
+    assert given == [{"rtol": 2e-2, "floor": 2e-2} if low else {}]
