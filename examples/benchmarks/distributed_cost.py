@@ -1,7 +1,12 @@
-"""What a private step costs on several processes: bytes sent, small messages, and memory; by counting, not by timing."""
+"""What a private step costs on several processes: bytes sent, small messages, and memory; by counting, not by timing.
+
+python examples/benchmarks/distributed_cost.py          # the tables of docs/distributed.md
+"""
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from opacus_ac.distributed.reducers import BUCKET
@@ -201,3 +206,32 @@ SHAPES = {
     "8B": ModelShape(4096, 32, 14336, 128256, 1024, False),
 }
 """Sizes of Qwen2.5-0.5B, BitNet b1.58 2B4T and Llama 3 8B, without biases and inner norms."""
+
+
+def sent_row(name: str, role: str, world: int) -> list[float]:
+    """Return GiB that a rank sends in a step: gathers of weights, sums, noised sums, all."""
+    shape = SHAPES[name]
+    cost = step_cost(role, world=world, trained=shape.total, root=shape.root, weight_bytes=2)
+    return [value / 2**30 for value in (cost.gathered, cost.reduced, cost.returned, cost.total)]
+
+
+def memory_row(name: str, role: str, world: int) -> list[float]:
+    """Return GiB on a rank for 4 records of 512 tokens: weights, gathered, training, exchange, records, all."""
+    m = memory_per_rank(role, SHAPES[name], world=world, batch=4, length=512)
+    return [value / 2**30 for value in (m.weights, m.gathered, m.training, m.exchange, m.records, m.total)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print both tables in Markdown."""
+    parser = argparse.ArgumentParser(description="Bytes sent and memory of a private step on several processes.")
+    parser.add_argument("--world", type=int, default=8, help="number of processes")
+    world = parser.parse_args(argv).world
+    for title, row in (("bytes sent, GiB", sent_row), ("memory, GiB", memory_row)):
+        print(f"\n{title}\n")
+        for name in SHAPES:
+            for role in ("ddp", "fsdp2"):
+                print(f"| {name} | {role} | {world} | {' | '.join(f'{v:.1f}' for v in row(name, role, world))} |")
+
+
+if __name__ == "__main__":
+    main()

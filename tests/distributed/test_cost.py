@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from checkout import ROOT
-from distributed_cost import SHAPES, ModelShape, memory_per_rank, step_cost
+from distributed_cost import SHAPES, ModelShape, main, memory_per_rank, step_cost
 from distributed_launch import run
 
 WEIGHTS = 121505
@@ -107,3 +107,11 @@ def test_the_page_shows_what_the_model_says():
             name,
             role,
         )
+
+
+def test_the_script_prints_the_rows_of_the_page(capsys):
+    main([])
+    printed = set(capsys.readouterr().out.splitlines())
+    rows = [cells for title in ("bytes sent, GiB", "memory, GiB") for cells in tables()[title]]
+    assert len(rows) == 12
+    assert {f"| {' | '.join(cells)} |" for cells in rows} <= printed
