@@ -1,6 +1,7 @@
 """The package itself: light imports, direction of imports, and a wheel that works without extras."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from checkout import ROOT
 
 PACKAGE = ROOT / "opacus_ac"
+PLACES = (PACKAGE, PACKAGE / "engine", PACKAGE / "grad_sample", PACKAGE / "integrations")
 
 #: Rooms and single modules from the bottom up; a room imports rooms of lower layers only.
 LAYERS = (
@@ -74,6 +76,23 @@ def test_a_room_imports_rooms_of_lower_layers_only(path):
 
 def test_every_room_has_a_layer():
     assert {room(p) for p in PACKAGE.rglob("*.py")} - {"__init__"} == set(LAYER)
+
+
+def test_the_page_on_the_architecture_has_these_layers():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    found = {
+        name.removesuffix("/").removesuffix(".py"): int(row[1])
+        for row in re.finditer(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
+        for name in re.findall(r"`([\w/.]+)`", row[2])
+    }
+    assert found == LAYER
+
+
+def test_the_page_on_the_architecture_names_files_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", page))
+    assert len(named) > 50
+    assert [name for name in named if not any((place / name).exists() for place in (ROOT, *PLACES))] == []
 
 
 def test_few_modules_stand_beside_the_folders():
