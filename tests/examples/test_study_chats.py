@@ -249,7 +249,7 @@ def test_the_report_has_mean_and_spread(tmp_path, capsys):
 
 def test_probabilities_and_exposure_are_those_of_brute_force(offline, encode, monkeypatch):
     """All 100 codes of two digits, one sequence at a time."""
-    monkeypatch.setattr(chats_secrets, "DIGITS", 2)
+    monkeypatch.setattr(canaries, "DIGITS", 2)
     model = chats_model.public_model(TINY, offline).double()
     prompt, digits = canaries.prompt_ids("door", encode), canaries.digit_ids(encode)
     found = canaries.code_log_probabilities(model, prompt, digits)
@@ -310,10 +310,10 @@ def test_digits_of_several_tokens_are_refused():
 
 
 def test_secrets_run_end_to_end(offline, monkeypatch):
-    monkeypatch.setattr(chats_secrets, "MULTIPLICITIES", (0, 1, 2))
-    monkeypatch.setattr(chats_secrets, "EACH", 7)
-    monkeypatch.setattr(chats_secrets, "DIGITS", 2)
-    monkeypatch.setattr(chats_secrets, "CODES", 100)
+    monkeypatch.setattr(canaries, "MULTIPLICITIES", (0, 1, 2))
+    monkeypatch.setattr(canaries, "EACH", 7)
+    monkeypatch.setattr(canaries, "DIGITS", 2)
+    monkeypatch.setattr(canaries, "CODES", 100)
     private, free = (chats_secrets.run(arm, 0, SECRETS, offline) for arm in ("8", "none"))
     assert private["spent"] == pytest.approx(8.0, rel=0.01)
     assert free["spent"] is None
