@@ -1,35 +1,94 @@
-"""Checks of single arguments, with one way of saying what is wrong."""
+"""Checks of single arguments, with one way of saying what is wrong.
+
+Each takes the value by the name that the message shall give it, and returns it: ``self.rate = fraction(rate=rate)``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
 
-def _positive(name: str, value: float) -> float:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+def positive(**named: Any) -> float:
+    """Return the value.
+
+    Raises:
+        ValueError: If it is not a finite number above 0.
+    """
+    name, value = _single(named)
+    if not (_is_finite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
     return float(value)
 
 
-def _fraction(name: str, value: float) -> float:
-    if not (isinstance(value, int | float) and 0 < value < 1):
+def not_negative(**named: Any) -> float:
+    """Return the value.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    name, value = _single(named)
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def fraction(**named: Any) -> float:
+    """Return the value.
+
+    Raises:
+        ValueError: If it is not a number between 0 and 1, both excluded.
+    """
+    name, value = _single(named)
+    if not (_is_finite(value) and 0 < value < 1):
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value!r}")
     return float(value)
 
 
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"noise allocation has no {name}={value!r}: choose one of {', '.join(map(repr, choices))}")
+def at_most(high: float, /, *, low: float = 0.0, low_included: bool = False, **named: Any) -> float:
+    """Return the value.
+
+    Raises:
+        ValueError: If it is not a finite number between ``low`` and ``high``.
+    """
+    name, value = _single(named)
+    if not (_is_finite(value) and (low <= value if low_included else low < value) and value <= high):
+        sign = ">=" if low_included else ">"
+        raise ValueError(f"{name}={value!r} must be a number {sign} {low:g} and <= {high:g}")
+    return float(value)
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ``ValueError`` when ``value`` is none of ``choices``."""
+def count(**named: Any) -> int:
+    """Return the value.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 1.
+    """
+    name, value = _single(named)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number >= 1")
+    return value
+
+
+def one_of(choices: Iterable[Any], /, **named: Any) -> Any:
+    """Return the value.
+
+    Raises:
+        ValueError: If it is none of ``choices``.
+    """
+    name, value = _single(named)
+    choices = list(choices)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not available: choose one of {', '.join(map(repr, choices))}")
+    return value
 
 
-def expect_finite(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+def _single(named: dict[str, Any]) -> tuple[str, Any]:
+    ((name, value),) = named.items()
+    return name, value
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from opacus_ac._validate import positive
 from opacus_ac.accounting.divergence import rdp_pair
 from opacus_ac.accounting.dominating_pairs import Component, Pair, PairRounding, dominating_pairs
 from opacus_ac.accounting.events import Event, check_count, check_delta, check_noise_multiplier, check_sample_rate
@@ -70,11 +71,11 @@ def calibrate_noise_multiplier(
     >>> round(sigma, 2)
     0.78
     """
-    target = _positive(target_epsilon, "target_epsilon")
+    target = positive(target_epsilon=target_epsilon)
     delta = check_delta(target_delta)
     if not 0.0 < delta < 1.0:
         raise ValueError(f"target_delta={target_delta!r} must be in (0, 1), usually below 1 / number of records")
-    precision = _positive(tolerance, "tolerance")
+    precision = positive(tolerance=tolerance)
     plan = _Plan(sample_rate, steps, sampling, dataset_size, max_batch_size)
     check_method(method)
     limit = max(precision, 1e-12)
@@ -251,9 +252,3 @@ def _bracket(cost: Callable[[float], float], start: float, factor: float) -> tup
 def _excess(epsilon: float, target: float) -> float:
     """Log of epsilon over its target: positive means too much."""
     return math.log(epsilon / target) if 0.0 < epsilon < math.inf else (-math.inf if epsilon == 0.0 else math.inf)
-
-
-def _positive(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
-        raise ValueError(f"{name}={value!r} must be a positive finite number")
-    return float(value)

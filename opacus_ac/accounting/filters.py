@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from opacus_ac._validate import positive
 from opacus_ac.accounting.divergence import rdp_event
 from opacus_ac.accounting.events import Event, check_count, check_delta
 from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rdp
@@ -43,8 +44,7 @@ class RenyiFilter:
         self.order, self.epsilon, self.delta = float(order), float(epsilon), check_delta(delta)
         if not 0.0 < self.delta < 1.0:
             raise ValueError(f"delta={delta!r} must be in (0, 1), usually below 1 / number of records")
-        if not 0.0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon={epsilon!r} must be a positive finite number")
+        positive(epsilon=self.epsilon)
         rdp_event(Event(1.0, 0.0), [self.order])  # checks the order
         #: Rényi divergence that may be spent, in nats.
         self.budget = self.epsilon - _conversion(self.order, self.delta)

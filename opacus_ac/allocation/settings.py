@@ -8,14 +8,13 @@ that is accounted anyway, with the same sensitivity and multiplier, whatever the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from opacus_ac._validate import _one_of
+from opacus_ac._validate import at_most, one_of, positive
 from opacus_ac.allocation.public_data import public_weights
 from opacus_ac.grad_sample.oracle import LossFn
 from opacus_ac.release.statistics import DEFAULT_WEIGHT
@@ -86,11 +85,11 @@ class NoiseAllocation:
         for name in (self.mode, self.source, self.importance):
             if name in _REFUSED:
                 raise ValueError(f"noise allocation by {name!r} is refused: {_REFUSED[name]}. Instead {_REMEDY}")
-        _one_of("mode", self.mode, ("scaled_clipping",))
-        _one_of("source", self.source, SOURCES)
-        _one_of("importance", self.importance, IMPORTANCE)
+        one_of(("scaled_clipping",), mode=self.mode)
+        one_of(SOURCES, source=self.source)
+        one_of(IMPORTANCE, importance=self.importance)
         if not callable(self.groups):
-            _one_of("groups", self.groups, ("parameter", "layer"))
+            one_of(("parameter", "layer"), groups=self.groups)
         if (self.source == "constant") != (self.weights is not None):
             raise ValueError(f"source={self.source!r} with weights={self.weights!r}: weights go with source='constant'")
         if self.importance != "none" and self.source != "history":
@@ -102,14 +101,12 @@ class NoiseAllocation:
             )
         self._check_statistic_weight()
         for name, weight in (self.weights or {}).items():
-            if not (isinstance(weight, int | float) and 1 / _LIMIT <= weight <= _LIMIT):
-                raise ValueError(f"the weight of {name!r} must be a number in [1e-6, 1e6], got {weight!r}")
+            at_most(_LIMIT, low=1 / _LIMIT, low_included=True, **{f"the weight of {name!r}": weight})
 
     def _check_statistic_weight(self) -> None:
         if self.source != "paid" and self.statistic_weight != DEFAULT_WEIGHT:
             raise ValueError(f"statistic_weight={self.statistic_weight!r} goes with source='paid', not {self.source!r}")
-        if not (math.isfinite(self.statistic_weight) and self.statistic_weight > 0):
-            raise ValueError(f"statistic_weight must be a finite number > 0, got {self.statistic_weight!r}")
+        positive(statistic_weight=self.statistic_weight)
 
     @property
     def warmup_steps(self) -> int:

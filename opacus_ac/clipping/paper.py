@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from opacus_ac._validate import _fraction, _positive
+from opacus_ac._validate import fraction, positive
 from opacus_ac.clipping.percentile import PercentilePolicy
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.release.values import StepRelease
@@ -31,8 +31,8 @@ class RawPercentilePolicy(ClipPolicy):
         self, max_grad_norm: float, *, target_clip_rate: float = 0.2, history: int = 1000, **limits: float
     ) -> None:
         super().__init__(max_grad_norm, **limits)
-        self.target_clip_rate = _fraction("target_clip_rate", target_clip_rate)
-        self._norms: deque[float] = deque(maxlen=int(_positive("history", history)))
+        self.target_clip_rate = fraction(target_clip_rate=target_clip_rate)
+        self._norms: deque[float] = deque(maxlen=int(positive(history=history)))
         self._seen = self._clipped = 0
         self._last_rate: float | None = None
 

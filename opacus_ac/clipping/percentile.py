@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opacus_ac._validate import _fraction, _positive
+from opacus_ac._validate import fraction, positive
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.release.values import GRID_RATIO, FloatArray, NoisyHistogram, NormWindow, StepRelease, monotone
 
@@ -73,8 +73,8 @@ class PercentilePolicy(ClipPolicy):
         **limits: float,
     ) -> None:
         super().__init__(max_grad_norm, **limits)
-        self.target_clip_rate = _fraction("target_clip_rate", target_clip_rate)
-        self.window = int(_positive("window", window))
+        self.target_clip_rate = fraction(target_clip_rate=target_clip_rate)
+        self.window = int(positive(window=window))
         self.search = search
         self._history: deque[NoisyHistogram] = deque(maxlen=self.window)
         self._updates = 0

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from opacus_ac._validate import _fraction, _positive
+from opacus_ac._validate import fraction, positive
 from opacus_ac.release.values import FloatArray, StepRelease
 
 
@@ -32,8 +32,8 @@ class ClipPolicy:
     is_private: ClassVar[bool] = True
 
     def __init__(self, max_grad_norm: float, *, min_norm: float = 1e-10, max_norm: float = 1e10) -> None:
-        self.initial_bound = _positive("max_grad_norm", max_grad_norm)
-        self.min_norm, self.max_norm = _positive("min_norm", min_norm), _positive("max_norm", max_norm)
+        self.initial_bound = positive(max_grad_norm=max_grad_norm)
+        self.min_norm, self.max_norm = positive(min_norm=min_norm), positive(max_norm=max_norm)
         if min_norm > max_norm:
             raise ValueError(f"min_norm {min_norm!r} must not exceed max_norm {max_norm!r}")
         self._bound = float(np.clip(self.initial_bound, self.min_norm, self.max_norm))
@@ -45,7 +45,7 @@ class ClipPolicy:
 
     @bound.setter
     def bound(self, value: float) -> None:
-        self._bound = _positive("max_grad_norm", value)
+        self._bound = positive(max_grad_norm=value)
 
     @property
     def searching(self) -> bool:
@@ -122,7 +122,7 @@ class AutomaticPolicy(ClipPolicy):
 
     def __init__(self, max_grad_norm: float, *, gamma: float = 0.01, **limits: float) -> None:
         super().__init__(max_grad_norm, **limits)
-        self.gamma = _positive("gamma", gamma)
+        self.gamma = positive(gamma=gamma)
 
     def _factors(self, norms: torch.Tensor) -> torch.Tensor:
         return self._bound / (norms + self.gamma)
@@ -146,8 +146,8 @@ class GeometricPolicy(ClipPolicy):
         self, max_grad_norm: float, *, target_clip_rate: float = 0.9, rate: float = 0.5, **limits: float
     ) -> None:
         super().__init__(max_grad_norm, **limits)
-        self.target_clip_rate = _fraction("target_clip_rate", target_clip_rate)
-        self.rate = _positive("rate", rate)
+        self.target_clip_rate = fraction(target_clip_rate=target_clip_rate)
+        self.rate = positive(rate=rate)
 
     def update(self, release: StepRelease) -> None:
         """Move C towards the target by the released clip rate."""

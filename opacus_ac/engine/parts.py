@@ -9,7 +9,7 @@ from opacus.accountants import IAccountant
 from torch import nn
 from torch.optim import Optimizer
 
-from opacus_ac._validate import check_choice
+from opacus_ac._validate import one_of
 from opacus_ac.allocation.settings import NoiseAllocation
 from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.budget.accountants import check_accountant
@@ -54,7 +54,7 @@ def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: IA
     """
     if sampling is None:
         sampling = "poisson" if poisson_sampling else "shuffled"
-    check_choice("sampling", sampling, SAMPLING)
+    one_of(SAMPLING, sampling=sampling)
     if not poisson_sampling and sampling != "shuffled":
         raise ValueError(
             f"poisson_sampling=False keeps the loader's batches, sampling={sampling!r} draws others: give one"

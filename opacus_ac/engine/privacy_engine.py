@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from opacus_ac._validate import check_choice, expect_finite
+from opacus_ac._validate import not_negative, one_of
 from opacus_ac.allocation.settings import NoiseAllocation
 from opacus_ac.budget.guard import BudgetGuard
 from opacus_ac.budget.planning import noise_for_target, planned_events
@@ -178,16 +178,16 @@ class PrivacyEngine(AccountedEngine):
             ValueError: anything that would make the guarantee wrong, with the remedy; the inputs are unchanged.
             opacus.validators.errors.UnsupportedModuleError: as in Opacus (BatchNorm, eval mode).
         """
-        check_choice("grad_sample_mode", grad_sample_mode, MODES)
-        check_choice("clipping", clipping, CLIPPING)
-        check_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        one_of(MODES, grad_sample_mode=grad_sample_mode)
+        one_of(CLIPPING, clipping=clipping)
+        one_of(("mean", "sum"), loss_reduction=loss_reduction)
         inner = inner_optimizer(optimizer)
         check_model_and_optimizer(module, inner)
         settings = zeroth_order_settings(clipping, zeroth_order)
         check_mechanism(self.accountant, settings)
         if settings is None:
             self.validate(module=module, optimizer=inner, data_loader=data_loader)
-        expect_finite("noise_multiplier", noise_multiplier)
+        not_negative(noise_multiplier=noise_multiplier)
         ranks = choose_reducer(reducer, module, named_parameters(module, inner)[0])
         sampling = choose_sampling(sampling, poisson_sampling, self.accountant)
         check_options(

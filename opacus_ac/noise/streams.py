@@ -6,7 +6,6 @@ A differential privacy guarantee holds against everyone who does not know the no
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import warnings
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from opacus_ac._validate import not_negative
 from opacus_ac.noise.gaussian_cpu import BLOCK, GaussianSampler, uniform
 from opacus_ac.noise.keys import KeyStream
 
@@ -67,8 +67,7 @@ class RandomStream(Protocol):
 
 def _check_std(std: float) -> None:
     """Refuse a std that would quietly mean no noise or no number."""
-    if not (math.isfinite(std) and std >= 0):
-        raise ValueError(f"std of the noise must be a finite number >= 0, got {std!r}")
+    not_negative(**{"std of the noise": std})
 
 
 def _on_flat(target: torch.Tensor, change: Callable[[torch.Tensor], None]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from opacus_ac._validate import not_negative
+
 
 class DPAdamW(Optimizer):
     """AdamW with noise correction of the second moment, as the inner optimizer of a private one.
@@ -69,9 +71,7 @@ class DPAdamW(Optimizer):
 
         :class:`opacus_ac.AdaptiveClipDPOptimizer` calls this by itself.
         """
-        if not (math.isfinite(std) and std >= 0):
-            raise ValueError(f"std of the noise must be a finite number >= 0, got {std!r}")
-        self._told[id(parameter)] = float(std)
+        self._told[id(parameter)] = not_negative(**{"std of the noise": std})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``.

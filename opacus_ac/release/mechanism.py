@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from opacus_ac._validate import not_negative
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.noise.streams import RandomStream
 from opacus_ac.release.statistics import StepStatistics
@@ -69,9 +69,7 @@ class GaussianMechanism:
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"noise_multiplier must be a finite number >= 0, got {value!r}")
-        self._noise_multiplier = float(value)
+        self._noise_multiplier = not_negative(noise_multiplier=value)
 
     def gradient_multiplier(self, statistics: StepStatistics) -> float:
         """Return z_g: the std of the noise on every coordinate of the release, in units of C."""

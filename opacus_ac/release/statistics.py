@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opacus_ac._validate import not_negative
 from opacus_ac.release.values import Decoded, FloatArray, NoisyHistogram, NoisyProfile, NormWindow
 
 DEFAULT_WEIGHT = math.sqrt(0.0412)
@@ -88,8 +89,7 @@ class StepStatistics:
     ) -> None:
         weights = {"histogram_weight": histogram_weight, "loss_weight": loss_weight, "group_weight": group_weight}
         for name, value in weights.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+            not_negative(**{name: value})
         if loss_bound is not None and not (math.isfinite(loss_bound) and loss_bound > 0 and loss_weight > 0):
             raise ValueError(f"loss_bound must be a finite number > 0 with loss_weight > 0, got {loss_bound!r}")
         if bins < 2:

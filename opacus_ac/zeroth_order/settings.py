@@ -9,27 +9,13 @@ from typing import Any
 
 import torch
 
+from opacus_ac._validate import at_most, count, one_of, positive
+
 DIRECTIONS = ("gaussian", "sphere", "rademacher")
 MECHANISMS = ("gaussian", "laplace")
 SCORES = ("magnitude", "synflow", "random")
 PRECISIONS = (None, "float64", "native")
 STRATEGIES = ("static", "dynamic", "incremental")
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not available: choose one of {', '.join(map(repr, choices))}")
-
-
-def _count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number >= 1")
-
-
-def _number(name: str, value: Any, low: float = 0.0, high: float = math.inf, *, open_low: bool = True) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and (low < value if open_low else low <= value) and value <= high):
-        raise ValueError(f"{name}={value!r} must be a number {'>' if open_low else '>='} {low:g} and <= {high:g}")
 
 
 @dataclass(frozen=True)
@@ -59,13 +45,13 @@ class Stages:
     proximal: float = 5e-4
 
     def __post_init__(self) -> None:
-        _count("stages.first", self.first)
-        _count("stages.count", self.count)
-        _number("stages.growth", self.growth)
-        _number("stages.lr_decay", self.lr_decay)
-        _number("stages.proximal", self.proximal, open_low=False)
+        count(**{"stages.first": self.first})
+        count(**{"stages.count": self.count})
+        positive(**{"stages.growth": self.growth})
+        positive(**{"stages.lr_decay": self.lr_decay})
+        at_most(math.inf, low_included=True, **{"stages.proximal": self.proximal})
         if self.smoothing_end is not None:
-            _number("stages.smoothing_end", self.smoothing_end)
+            positive(**{"stages.smoothing_end": self.smoothing_end})
 
     def stage(self, step: int) -> int:
         """Return the stage of ``step`` (both from 0)."""
@@ -116,13 +102,13 @@ class Pruning:
     public_input: Any = None
 
     def __post_init__(self) -> None:
-        _choice("pruning.score", self.score, SCORES)
-        _choice("pruning.keep", self.keep, ("high", "low"))
-        _choice("pruning.strategy", self.strategy, STRATEGIES)
-        _count("pruning.rounds", self.rounds)
+        one_of(SCORES, **{"pruning.score": self.score})
+        one_of(("high", "low"), **{"pruning.keep": self.keep})
+        one_of(STRATEGIES, **{"pruning.strategy": self.strategy})
+        count(**{"pruning.rounds": self.rounds})
         ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
         for ratio in ratios:
-            _number("pruning.ratio", ratio, high=1.0)
+            at_most(1.0, **{"pruning.ratio": ratio})
         if isinstance(self.ratio, tuple) != (self.strategy == "incremental"):
             raise ValueError(
                 'pruning.ratio must be a tuple, one per stage, for strategy="incremental", else one number'
@@ -179,11 +165,11 @@ class ZerothOrderSettings:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not available: choose 'float64', 'native' or None")
-        _number("largest_loss", self.largest_loss)
-        _count("num_directions", self.num_directions)
-        _number("smoothing", self.smoothing)
-        _choice("direction", self.direction, DIRECTIONS)
-        _choice("mechanism", self.mechanism, MECHANISMS)
+        positive(largest_loss=self.largest_loss)
+        count(num_directions=self.num_directions)
+        positive(smoothing=self.smoothing)
+        one_of(DIRECTIONS, direction=self.direction)
+        one_of(MECHANISMS, mechanism=self.mechanism)
         if self.direction_seed is not None and not 0 <= self.direction_seed < 2**63:
             raise ValueError(f"direction_seed={self.direction_seed!r} must be a whole number in [0, 2^63)")
         if self.pruning is not None and self.pruning.strategy != "static" and self.stages is None:

@@ -293,7 +293,7 @@ def test_weights_from_public_records_are_those_of_the_oracle(groups):
     )
     want = [w for w, m in zip(by_group, members, strict=True) for _ in m]
     allocation = NoiseAllocation.from_public(model, batch, loss_of, groups=groups)
-    assert allocation.start(list(model.parameters()), list(rows)).weights == pytest.approx(want, rel=1e-9)
+    assert GroupWeights(allocation, list(model.parameters()), list(rows)).weights == pytest.approx(want, rel=1e-9)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(ValueError, match=r"public batch.*nan"):
         NoiseAllocation.from_public(model, (batch[0] * math.nan, batch[1]), loss_of)

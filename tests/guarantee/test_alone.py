@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -312,6 +313,36 @@ def test_what_is_right_stays_right(name, mode):
     optimizer = run(build(), sequences(), loss, mode=mode, steps=2, **options)
     assert optimizer.alone.compared >= 3
     assert optimizer.released is not None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("rounding", "share", "refused"),
+    [(0.07, 0.3, False), (0.03, 1.0, False), (0.3, 0.3, True), (0.1, 1.0, True)],
+    ids=["much in one weight", "little in all", "a fault in one weight", "a fault in all"],
+)
+def test_rounding_of_a_base_in_bfloat16_is_no_fault(monkeypatch, mode, rounding, share, refused):
+    """A frozen base in bfloat16 rounds single weights' gradients by up to 7 per cent, and the whole by up to 4."""
+    from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+    from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
+
+    source = BookKeepingSource if mode == "bk" else PerSampleSource
+    exact = source.record_gradients
+
+    def rounded(self, record):
+        for place, gradient in enumerate(exact(self, record)):
+            error = torch.randn_like(gradient)
+            error *= rounding * gradient.norm() / error.norm()
+            yield gradient + error if share == 1.0 or place == 0 else gradient
+
+    monkeypatch.setattr(source, "record_gradients", rounded)
+    torch.manual_seed(0)
+    train = partial(run, Tagger(), sequences(), in_bfloat16, mode=mode, steps=1)
+    if refused:
+        with pytest.raises(ValueError, match=r"by itself|alone"):
+            train()
+    else:
+        assert train().alone.compared >= 1
 
 
 def language(net, batch):

@@ -45,8 +45,10 @@ _TOLERANCE = (1e-3, 1e-2)
 Clean models in float32 stay below 1e-5, faults begin at 0.08; where a gradient is zero in exact arithmetic (key biases of attention,
 biases before norms), what is compared is rounding, which is small beside the whole gradient.
 """
-_COARSE = (6e-2, 0.1)
-"""The same under bfloat16 autocast, whose rounding was measured up to 0.027."""
+_COARSE = (0.15, 0.1)
+"""The same under bfloat16 autocast. With a frozen base in bfloat16 its rounding was measured up to 0.066, on SmolLM2-135M with LoRA."""
+_COARSE_WHOLE = 0.08
+"""Largest difference of the whole gradient over its norm there: rounding was measured up to 0.04, and does not add up as faults do."""
 
 _COPIED = 1 << 24
 """Elements of an output up to which it is copied, so that what the loop does to it in place does not matter."""
@@ -425,6 +427,8 @@ class RecordsAlone:
             for name, error, norm in zip(self._names, errors, norms, strict=True)
             if not error <= tolerance * max(norm, floor * size)
         ]
+        if coarse and not sum(error**2 for error in errors) ** 0.5 <= _COARSE_WHOLE * size:
+            wrong = wrong or [max(zip(errors, self._names, strict=True))[1]]
         if wrong and not (
             self._agrees_in_double(calls, place, record, source, size)
             or self._agrees_padded(calls, place, record, source, size)
@@ -493,11 +497,14 @@ class RecordsAlone:
         known = [p for p in wanted if p is not None and p.requires_grad]
         alone = {id(p): g for p, g in zip(known, torch.autograd.grad(total, known, allow_unused=True), strict=True)}
         tolerance, floor = _TOLERANCE if wide else _COARSE
+        whole = 0.0
         for own, given in zip(wanted, source.record_gradients(record), strict=True):
             exact = None if own is None else alone.get(id(own))
-            if not _norm(_difference(exact, given)) <= tolerance * max(_norm(exact), floor * size):
+            error = _norm(_difference(exact, given))
+            whole += error**2
+            if not error <= tolerance * max(_norm(exact), floor * size):
                 return False
-        return True
+        return wide or whole**0.5 <= _COARSE_WHOLE * size
 
     def _weighted(self, call: Call, run: Run) -> Any:
         """Return the sum of what a record alone returned times the gradient that came from outside for it."""
