@@ -47,7 +47,7 @@ def fraction(**named: Any) -> float:
     return float(value)
 
 
-def at_most(high: float, /, *, low: float = 0.0, low_included: bool = False, **named: Any) -> float:
+def at_most(high: float, low: float = 0.0, low_included: bool = False, /, **named: Any) -> float:
     """Return the value.
 
     Raises:

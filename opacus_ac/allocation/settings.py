@@ -101,7 +101,7 @@ class NoiseAllocation:
             )
         self._check_statistic_weight()
         for name, weight in (self.weights or {}).items():
-            at_most(_LIMIT, low=1 / _LIMIT, low_included=True, **{f"the weight of {name!r}": weight})
+            at_most(_LIMIT, 1 / _LIMIT, True, **{f"the weight of {name!r}": weight})
 
     def _check_statistic_weight(self) -> None:
         if self.source != "paid" and self.statistic_weight != DEFAULT_WEIGHT:

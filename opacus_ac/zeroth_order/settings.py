@@ -49,7 +49,7 @@ class Stages:
         count(**{"stages.count": self.count})
         positive(**{"stages.growth": self.growth})
         positive(**{"stages.lr_decay": self.lr_decay})
-        at_most(math.inf, low_included=True, **{"stages.proximal": self.proximal})
+        at_most(math.inf, 0.0, True, **{"stages.proximal": self.proximal})
         if self.smoothing_end is not None:
             positive(**{"stages.smoothing_end": self.smoothing_end})
 
