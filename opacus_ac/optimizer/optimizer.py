@@ -1,14 +1,12 @@
-"""The one private step: clip, count, account, release, update."""
+"""The private optimizer: Opacus's names over the private and the public side of a step."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
@@ -18,39 +16,25 @@ from opacus_ac.accounting import Event
 from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.clipping.table import build_policy
-from opacus_ac.distributed.reducers import LOCAL, Reducer, Source
+from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
-from opacus_ac.grad_sample.source import GradientSource, OnlyTrained
+from opacus_ac.grad_sample.source import GradientSource
 from opacus_ac.loss import LossTape
 from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
-from opacus_ac.optimizer.agreement import meet, report_failure
+from opacus_ac.optimizer.delegated import Of
 from opacus_ac.optimizer.ema import WeightEMA
-from opacus_ac.optimizer.fused import ONE_BY_ONE, FusedStep
-from opacus_ac.optimizer.logical_batch import APPLIED, CHARGED, OPEN, RELEASED, LogicalBatch, Terms
+from opacus_ac.optimizer.fused import ONE_BY_ONE
 from opacus_ac.optimizer.lr_control import ClipRateControl
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin
+from opacus_ac.optimizer.private_side import PrivateSide
+from opacus_ac.optimizer.public_side import PublicSide
 from opacus_ac.optimizer.state import STATE_KEY, check_private_state, load_private_state, private_state
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.release.values import StepRelease
-from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.sampling.plan import SamplingPlan
-
-_NOT_COPIED = (
-    "charge",
-    "on_unknown_batch",
-    "plan",
-    "reducer",
-    "source",
-    "watch",
-    "step_hook",
-    "_batch",
-    "_delivery",
-    "origin",
-)
-"""What a copy of an optimizer must not have: the account, the draws, the records, the processes."""
 
 
 class AdaptiveClipDPOptimizer(DPOptimizer):
@@ -93,6 +77,35 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         arXiv 2510.05288 (DP-Adam-AC); arXiv 1905.03871 (private quantiles).
     """
 
+    # What the two sides keep.
+    policy = Of[ClipPolicy]("_private")
+    statistics = Of[StepStatistics]("_private")
+    mechanism = Of[GaussianMechanism]("_private")
+    reducer = Of[Reducer]("_private")
+    source = Of[GradientSource]("_private")
+    plan = Of[SamplingPlan | None]("_private")
+    allocation = Of[GroupWeights | None]("_private")
+    normalize = Of[bool]("_private")
+    fused_step = Of[bool]("_private")
+    tape = Of[LossTape]("_private")
+    alone = Of[RecordsAlone | None]("_private")
+    watch = Of[ModelWatch | None]("_private")
+    origin = Of[Origin]("_private")
+    charge = Of[Callable[[Event | None], None] | None]("_private")
+    on_unknown_batch = Of[Callable[[], None]]("_private")
+    current_event = Of[Event | None]("_private")
+    released = Of[StepRelease | None]("_private")
+    steps_taken = Of[int]("_private")
+    private_nonfinite_records = Of[int]("_private")
+    control = Of[ClipRateControl | None]("_public")
+    ema = Of[WeightEMA | None]("_public")
+
+    # Opacus assigns these under its own names.
+    loss_reduction = Of[str]("_private")
+    expected_batch_size = Of[float | None]("_private")
+    _step_skip_queue = Of[list[bool]]("_private", "skip_signals")
+    _is_last_step_skipped = Of[bool]("_private", "is_last_skipped")
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -124,24 +137,48 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 f"fused_step=True updates one parameter at a time, which is known to be the same for AdamW, Adam and SGD "
                 f"of torch.optim, not for {type(optimizer).__name__}: pass fused_step=False"
             )
-        self.policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
-        self.statistics = statistics or StepStatistics(
-            histogram=self.policy.needs_histogram, **({} if allocation is None else allocation.statistics())
+        policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
+        statistics = statistics or StepStatistics(
+            histogram=policy.needs_histogram, **({} if allocation is None else allocation.statistics())
         )
-        if self.policy.needs_histogram and not self.statistics.histogram:
-            raise ValueError(f"clip_policy={self.policy.name!r} needs the norm histogram: histogram=True")
+        if policy.needs_histogram and not statistics.histogram:
+            raise ValueError(f"clip_policy={policy.name!r} needs the norm histogram: histogram=True")
         if allocation is not None:
-            allocation.check_statistics(self.statistics.groups)
-        elif self.statistics.groups:
+            allocation.check_statistics(statistics.groups)
+        elif statistics.groups:
             raise ValueError(
                 "statistics with groups need the noise allocation whose groups they are: pass allocation too"
             )
         if stream is None:
             stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
-        self.reducer = reducer or LOCAL
-        self.mechanism = GaussianMechanism(noise_multiplier, stream)
-        self.mechanism.reducer = self.reducer
-        # The parent assigns noise_multiplier and max_grad_norm, which are properties over mechanism and policy here.
+        target = getattr(policy, "target_clip_rate", target_clip_rate)
+        control = ClipRateControl(target) if lr_control is True else (lr_control or None)
+        reducer = reducer or LOCAL
+        self.original_optimizer = optimizer
+        self._private = self._private_side(
+            params=list(self.params),
+            source=source or PerSampleSource(self.params, loss_reduction=loss_reduction),
+            policy=policy,
+            statistics=statistics,
+            allocation=allocation,
+            mechanism=GaussianMechanism(noise_multiplier, stream),
+            reducer=reducer,
+            control=control,
+            normalize=normalize,
+            fused_step=fused_step,
+            loss_reduction=loss_reduction,
+            expected_batch_size=expected_batch_size,
+            plan=plan,
+            groups=lambda: self.param_groups,
+            after_charge=self._call_step_hook,
+        )
+        self._public = self._public_side(
+            policy=policy,
+            control=control,
+            ema=None if ema_decay is None else WeightEMA(self.params, ema_decay),
+            allocation=allocation,
+            reducer=reducer,
+        )
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -152,29 +189,20 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             secure_mode=False,
             **kwargs,
         )
-        self.policy.bound = min(max(self.policy.initial_bound, self.policy.min_norm), self.policy.max_norm)
-        self.source = source or PerSampleSource(self.params, loss_reduction=loss_reduction)
-        self.plan = plan
-        self.allocation = allocation
-        self.normalize = normalize
-        self.fused_step = fused_step
-        target = getattr(self.policy, "target_clip_rate", target_clip_rate)
-        self.control = ClipRateControl(target) if lr_control is True else (lr_control or None)
-        self.ema = None if ema_decay is None else WeightEMA(self.params, ema_decay)
-        self.tape = LossTape()
-        self.alone: RecordsAlone | None = None
-        self.released: StepRelease | None = None
-        self.current_event: Event | None = None
-        self.charge: Callable[[Event | None], None] | None = None
-        self.on_unknown_batch: Callable[[], None] = lambda: None
-        self.steps_taken = 0
-        self.private_nonfinite_records = 0
-        self.watch: ModelWatch | None = None
-        self._released = list(self.params)
-        self._batch: LogicalBatch | None = None
-        self._delivery: Delivery | None = None
-        self.origin = Origin()
-        self._is_copy = False
+        policy.bound = min(max(policy.initial_bound, policy.min_norm), policy.max_norm)
+
+    def _private_side(self, **parts: Any) -> PrivateSide:
+        """Return the private side of the step."""
+        return PrivateSide(**parts)
+
+    def _public_side(self, **parts: Any) -> PublicSide:
+        """Return the public side of the step."""
+        return PublicSide(self.original_optimizer, **parts)
+
+    def _call_step_hook(self) -> None:
+        """Call the hook that accountants attach, between charge and noise."""
+        if self.step_hook:
+            self.step_hook(self)
 
     # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
 
@@ -190,7 +218,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     @property
     def noise_multiplier(self) -> float:
         """Noise multiplier that an accountant may count on: 0 when the clip policy is not private."""
-        return self.mechanism.noise_multiplier if self.policy.is_private else 0.0
+        return self._private.noise_multiplier
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
@@ -231,394 +259,32 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear per-sample and ordinary gradients, and, unless a logical batch is under way, the clipped sums."""
-        self.source.clear(sums=not self._is_last_step_skipped)
-        if not self._is_last_step_skipped:
-            self.reducer.clear()
+        self._private.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
         self.origin.gradients_cleared()
 
-    # ---------------------------------------------------------------- which batch
-
     def see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """Note which batch a forward pass of the model runs on; a hook before it."""
-        if not self._measures():
-            return
-        if isinstance(self.source, PerSampleSource) and not all(p.requires_grad for p in self._released):
-            raise ValueError(
-                "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
-                "take turns, or call engine.detach(model) and make_private again"
-            )
-        if self.plan is not None and isinstance(self.source, PerSampleSource) and not self.origin.is_waiting:
-            self.source.forget_interrupted()
-        another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
-        if self.watch is not None:
-            if another:
-                self.watch.end()  # the model was the caller's since a pass that no backward pass followed
-            self.watch.begin()
+        self._private.see(module, args, kwargs)
 
     def seen(self, output: Any) -> None:
         """Note the output of a forward pass; a hook after it, with None where it failed."""
-        if self._measures():
-            self.origin.leave(output)
-
-    def _measures(self) -> bool:
-        """Whether a forward pass now is one whose gradients a step may use."""
-        return torch.is_grad_enabled()
-
-    def _look_away(self) -> None:
-        """Forget what was seen: what comes next belongs to another physical batch."""
-        self.origin.forget()
-        if self.watch is not None:
-            self.watch.end()
-
-    def _is_skipped(self, delivery: Delivery | None) -> bool:
-        """Return whether more physical batches of the logical one follow, as the draw says, or Opacus's signals.
-
-        Raises:
-            ValueError: the signals would join batches that were drawn each for itself.
-        """
-        signalled = self._check_skip_next_step(pop_next=False)
-        if delivery is None or self.plan is None:
-            if signalled and self.plan is not None:
-                raise ValueError(
-                    "a part of a logical batch is of unknown origin, so nothing tells whether a record is in it twice. Take the "
-                    "batches from the loader that make_private returned, or from BatchMemoryManager around it, each once"
-                )
-            return signalled
-        if signalled and delivery.draw.last and not delivery.split:
-            raise ValueError(
-                "signal_skip_step() would join this batch with the next one, which is drawn for itself: a record in both would count "
-                "twice. Choose the batch_size of the loader, and max_physical_batch_size in make_private"
-            )
-        return not delivery.draw.last
-
-    # ---------------------------------------------------------------- clipping
-
-    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Clip and count the batch in hand; on the last physical batch account for the step and release it.
-
-        A physical batch is added whole or not at all: what fails before the release begins takes it out again, so that it can be
-        tried again. What fails later, or between two physical batches, kills the logical batch.
-        """
-        self.clip_and_accumulate()
-        delivery, batch = self._delivery, self._batch
-        assert batch is not None
-        try:
-            skip = self._is_skipped(delivery)
-            if not skip:
-                self._account(None if delivery is None else delivery.draw)
-        except BaseException:
-            self._withdraw()
-            raise
-        self._check_skip_next_step()  # the signal has been followed
-        if delivery is not None:
-            delivery.used = True
-        if skip:
-            self._settle()
-            self._is_last_step_skipped = True
-            self._look_away()
-            return False
-        self._is_last_step_skipped = False
-        batch.advance(RELEASED)
-        try:
-            self.add_noise()
-        except BaseException:
-            self._drop()
-            raise
-        return True
+        self._private.seen(output)
 
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients and the statistics of the batch in hand to those of its logical batch."""
-        if self._is_copy:
-            raise ValueError(
-                "this is a copy of a private optimizer, whose steps nobody would account for: step the optimizer that make_private returned"
-            )
-        try:
-            delivery = None if self.plan is None else self.origin.delivery(self.plan)
-            draw = None if delivery is None else delivery.draw
-            self._check_outside()
-            weights = self._weights()
-            norms = self.source.finish_batch() if weights is None else self.source.finish_batch(weights)
-            losses = self.tape.take()
-            self._check_records(draw, norms)
-            if self.alone is not None:
-                self.alone.check(self.source)
-            self._begin(delivery)
-        except Exception:
-            self._die_together()
-            raise
-        self._delivery = delivery
-        before = self.statistics.sums()
-        try:
-            self._add_records(draw, norms, losses)
-        except BaseException as error:
-            # Part of the batch may be in the sums: were it retried, its records would count twice.
-            self.source.withdraw()
-            self.statistics.restore(before)
-            if isinstance(error, Exception):
-                self._die_together()
-            raise
-        assert self._batch is not None
-        self._before = before
-        self._batch.parts += 1
-
-    def _withdraw(self) -> None:
-        """Take the physical batch in hand out of its logical batch again: its release has not begun."""
-        assert self._batch is not None
-        self.source.withdraw()
-        self.statistics.restore(self._before)
-        self._batch.parts -= 1
-        if self._batch.state == CHARGED:
-            self._batch.advance(OPEN)
-
-    def _drop(self) -> None:
-        """Give up the logical batch that is open, with all of its sums."""
-        if self._batch is not None:
-            self._batch.kill()
-        self._batch = None
-        self._is_last_step_skipped = False
-        self.statistics.finish()
-        self.source.clear(sums=True)
-        self.reducer.clear()
-
-    def _weights(self) -> list[float] | None:
-        """Return the public weights of the parameters, by which the release is scaled; None for 1."""
-        return None if self.allocation is None else self.allocation.weights
-
-    def _terms(self) -> Terms:
-        """Return what has to stay as it is while a logical batch is open."""
-        weights = self._weights()
-        return Terms(
-            max_grad_norm=self.policy.bound,
-            noise_multiplier=self.mechanism.noise_multiplier,
-            weights=None if weights is None else tuple(weights),
-            trained=tuple(p.requires_grad for p in self._released),
-        )
-
-    def _check_outside(self) -> None:
-        """Refuse what would move weights without a release: gradients, parameters and changes that no sum knows."""
-        known = {id(p) for p in self._private_parameters()}
-        for number, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                if parameter.requires_grad == (id(parameter) in known) and (
-                    parameter.requires_grad or parameter.grad is None
-                ):
-                    continue
-                if not parameter.requires_grad and parameter.grad is None:
-                    continue  # frozen since
-                what = "has a gradient that was not clipped" if parameter.grad is not None else "is trained now"
-                raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} in group {number} of the optimizer{self._name_of(parameter)} {what}, and is "
-                    "not among those that the private step trains, so that no release covers it. Freeze it and clear its "
-                    "gradient, or call engine.detach(model) and make_private again with all that is to be trained"
-                )
-        if self.watch is not None:
-            self.watch.check()
-
-    def _name_of(self, parameter: torch.nn.Parameter) -> str:
-        name = None if self.watch is None else self.watch.name_of(parameter)
-        return "" if name is None else f" ({name})"
-
-    def _private_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that a release may move."""
-        return self._released
-
-    def _settle(self) -> None:
-        """Turn the physical batch into sums before the next one comes."""
-        try:
-            self.reducer.settle(self.source)
-        except BaseException:
-            self._drop()  # some parameters have the records in their sums, others not
-            raise
-
-    def _add_records(self, draw: Draw | None, norms: Tensor, losses: Tensor | None) -> None:
-        """Add the records of a physical batch to the sums of the open logical batch."""
-        if self.origin.is_stand_in or (draw is not None and draw.records == 0):
-            # The stand-in for an empty batch: it must leave no trace in any sum.
-            self.source.accumulate(torch.zeros_like(norms))
-            return
-        if self.statistics.loss_bound is None:
-            losses = None
-        self.private_nonfinite_records += int((~torch.isfinite(norms)).sum())
-        squares = None
-        if self.allocation is not None and self.statistics.groups:
-            squares = self.allocation.by_groups(self.source.parameter_squares().numpy())
-        self.statistics.observe(norms.numpy(), None if losses is None else losses.double().cpu().numpy(), squares)
-        if not self.policy.is_private:
-            self.policy.observe_private(norms)
-        self.source.accumulate(self._factors(norms))
-
-    def _factors(self, norms: Tensor) -> Tensor:
-        """Return the policy's clip factors; a policy may be anybody's, so they are held to its own C."""
-        factors = self.policy.factors(norms)
-        kept = torch.where(factors == 0, torch.zeros_like(norms), factors * norms)  # 0 of what is infinite is 0
-        if factors.shape != norms.shape or not bool((kept.abs() <= self.policy.bound * (1 + 1e-6)).all()):
-            raise ValueError(
-                f"{type(self.policy).__name__}.factors left a gradient longer than C = {self.policy.bound:g}, or gave no finite factor "
-                "per record: nothing was released. opacus_ac.testing.policies.check_clip_policy says which"
-            )
-        self.statistics.check_kept(norms.numpy(), (kept.abs() / self.policy.bound).numpy())
-        return factors
-
-    def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
-        """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
-        if self.plan is None or draw is None:
-            if self.source.merged_passes:
-                raise ValueError(
-                    "several forward passes of the model went into one backward pass, and without a batch of the "
-                    "private loader nothing tells whether their records are the same. Call backward() after each "
-                    "forward pass, or take the batches from the loader that make_private returned"
-                )
-            if self.plan is not None and self.source.backward_passes > 1:
-                raise ValueError(
-                    "several backward passes went into one step, and without a batch of the private loader nothing tells whether "
-                    "a record is in them twice. Take one step for every backward pass"
-                )
-            return
-        if draw.records and norms.shape[0] != draw.records:
-            raise ValueError(
-                "the backward pass has another number of per-sample gradients than the loader's batch has records: "
-                "records were left out, or parts of the batch went through the model one after the other, which adds "
-                "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
-            )
-
-    def _continues(self, delivery: Delivery | None) -> bool:
-        """Whether the batch in hand belongs to the logical batch that is open."""
-        batch = self._batch
-        if batch is None or batch.state != OPEN or not self.statistics.started:
-            return False
-        if delivery is None:
-            return batch.key is None and self._is_last_step_skipped
-        return batch.key == delivery.draw.batch
-
-    def _begin(self, delivery: Delivery | None) -> None:
-        """Go on with the logical batch that is open, or open another one, dropping what an interrupted one left behind."""
-        part = 0 if delivery is None else delivery.draw.part
-        if self._continues(delivery):
-            assert self._batch is not None
-            try:
-                self._batch.check(self._terms())
-            except ValueError:
-                self._give_up()
-                raise
-            if delivery is None or part == self._batch.parts:
-                return
-        if part > 0:
-            self._give_up()
-            raise ValueError(
-                "the physical batches before this one are not in the sums of their logical batch any more: a step failed, or a batch was left "
-                "out. Nothing of it was released; go on with the next batch of the loader, until a new logical batch begins"
-            )
-        # Its records may be drawn again: adding them to the next batch would count one record twice.
-        for p in self._released:
-            p.summed_grad = None
-        self.reducer.clear()
-        self._batch = None
-        self.statistics.begin(self.policy.bound, self.policy.true_share)
-        self._batch = LogicalBatch(None if delivery is None else delivery.draw.batch, self._terms())
-
-    def _give_up(self) -> None:
-        """Kill the open logical batch before its records in hand are touched."""
-        if self._batch is not None:
-            self._batch.kill()
-        self._batch = None
-        self._is_last_step_skipped = False
-        self.statistics.finish()
-
-    def _die_together(self) -> None:
-        """Let the other processes know that this one takes no part in the release that they are about to meet for."""
-        delivery = self.plan.in_hand if self.plan is not None else None
-        if self.reducer.world > 1 and (delivery is None or delivery.draw.last):
-            report_failure(self.reducer, self.statistics, len(self._shared_constants(None)))
-
-    def _account(self, draw: Draw | None) -> None:
-        """Charge the step before anything of it is released."""
-        batch = self._batch
-        assert batch is not None
-        if self.reducer.world > 1:
-            # Around another loader over our sampler the batch in hand need not be the one that was announced.
-            meet(self.reducer, self.statistics, draw, self._shared_constants(draw))
-        noise_multiplier = batch.terms.noise_multiplier if self.policy.is_private else 0.0
-        if self.plan is None:
-            self.current_event = None
-        else:
-            if draw is None:
-                self.on_unknown_batch()
-            event = self.plan.price(draw, noise_multiplier)
-            self.current_event = None if event is None else replace(event, mechanism=self.mechanism.name)
-            if self.charge is not None:
-                self.charge(self.current_event)
-            self.plan.paid(draw, noise_multiplier)  # only a charge that returned leaves a mark
-        batch.advance(CHARGED)
-        self._draw = draw
-        if self.step_hook:
-            self.step_hook(self)
-        batch.check(self._terms())
-
-    def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
-        """Return what must be the same to the last bit on all ranks, by name."""
-        return {
-            "max_grad_norm": self.policy.bound,
-            "noise_multiplier": self.mechanism.noise_multiplier,
-            "learning-rate multiplier": 1.0 if self.control is None else self.control.multiplier,
-            "expected batch size": 0.0 if draw is None else draw.expected_batch_size,
-        }
-
-    def _denominator(self) -> float:
-        """Return the public expected batch size of the step."""
-        if self._draw is not None:
-            return self._draw.expected_batch_size
-        if self.expected_batch_size is None:
-            return 1.0
-        return float(self.expected_batch_size) * self.accumulated_iterations
+        self._private.clip_and_accumulate()
 
     def add_noise(self) -> None:
-        """Release the step, scaled: the only place where private sums become public values."""
-        bound, statistics = self.policy.bound, self.statistics
-        multiplier = self.mechanism.gradient_multiplier(statistics)
-        std, scale = multiplier * bound, self._gradient_scale()
-        weights = self._weights()
-        stds = [std] * len(self._released) if weights is None else [std / w for w in weights]
-        self._noise = (
-            {id(p): s for p, s in zip(self._released, stds, strict=True)},
-            scale,
-            scale * self._denominator(),
-        )
-        if not self.fused_step:
-            trained, source = self._trained()
-            own = std if weights is None else [self._noise[0][id(p)] for p in trained]
-            self.reducer.release(source, self.mechanism.noise(trained, own, scale))
-        histogram, loss, profile = self.mechanism.release_statistics(statistics, self._denominator())
-        statistics.finish()
-        self.steps_taken += 1
-        self.released = StepRelease(
-            step=self.steps_taken,
-            max_grad_norm=bound,
-            noise_multiplier=self.noise_multiplier,
-            gradient_noise_multiplier=multiplier,
-            sample_rate=1.0 if self._draw is None else self._draw.sample_rate,
-            expected_batch_size=self._denominator(),
-            clip_rate=None if histogram is None else histogram.fraction_above(bound),
-            loss=loss,
-            lr_multiplier=1.0 if self.control is None else self.control.multiplier,
-            histogram=histogram,
-            profile=profile,
-        )
-
-    def _trained(self) -> tuple[list[torch.nn.Parameter], Source]:
-        """Return the parameters that this release moves, and where their sums come from: the frozen ones get no noise."""
-        trained = [p for p in self._released if p.requires_grad]
-        if len(trained) == len(self._released):
-            return trained, self.source
-        return trained, OnlyTrained(self.source, self._released)
-
-    def _gradient_scale(self) -> float:
-        """Return one over the public batch size, times C0 / C_t when ``normalize`` is set."""
-        factor = self.policy.initial_bound / self.policy.bound if self.normalize else 1.0
-        return factor / self._denominator() if self.loss_reduction == "mean" else factor
+        """Release the step, scaled."""
+        self._private.add_noise()
 
     def scale_grad(self) -> None:
         """Do nothing: :meth:`add_noise` scales the gradients as it writes them, and Opacus's method would do it again."""
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """Clip and count the batch in hand; on the last physical batch of a logical one release it. Return whether it did."""
+        return self._private.finish() is not None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a private step, or, on all but the last physical batch of a logical one, only accumulate.
@@ -637,112 +303,20 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def _finish_step(self) -> float | None:
         """Let everything that follows releases follow the one just made."""
-        assert self.released is not None
-        assert self._batch is not None
-        try:
-            self.policy.update(self.released)
-            searching = self._agree()
-            if self.plan is not None:
-                self.plan.step = self.steps_taken
-            result = None if searching else self._apply_release()
-            if searching and self.fused_step:
+        release, result = self._private.released, None
+        assert release is not None
+        with self._private.applying():
+            searching = self._public.learn(release)
+            self._private.go_on()
+            if not searching:
+                result = self._public.apply(release, self._private.gradients())
+            elif self.fused_step:
                 self.source.clear(sums=True)
-            self._batch.advance(APPLIED)
-        except BaseException:
-            self._drop()
-            raise
-        finally:
-            self.origin.forget()
-        if self.watch is not None:
-            self.watch.check_applied()
         return result
 
-    def _apply_release(self) -> float | None:
-        """Let the inner optimizer, and all that follows releases, move by what was released."""
-        assert self.released is not None
-        with self._controlled_learning_rate():
-            result: float | None = None
-            if self.fused_step:
-                self._fused_inner_step()
-            else:
-                trained, _ = self._trained()
-                self._announce(trained, [p.grad for p in trained])
-                result = self.original_optimizer.step()
-        if self.control is not None:
-            self.control.update(self.policy.clip_rate(self.released))
-        if self.allocation is not None:
-            self.allocation.observe_profile(self.released.profile)
-            self.allocation.update()
-        if self.ema is not None:
-            self.ema.update()
-        return result
-
-    def _agree(self) -> bool:
-        """Return whether the step serves to find C only, which the ranks agree on, as on C and the learning rate.
-
-        All have the same release; should their arithmetic differ in the last bit, that of rank 0 counts.
-        """
-        if self.reducer.world == 1:
-            return self.policy.searching
-        multiplier = 1.0 if self.control is None else self.control.multiplier
-        agreed = self.reducer.agree(np.array([self.policy.bound, self.policy.searching, multiplier]))
-        self.policy.bound, searching, multiplier = agreed.tolist()
-        if self.control is not None:
-            self.control.multiplier = multiplier
-        return bool(searching)
-
-    def _fused_inner_step(self) -> None:
-        """Release gradients into one reused buffer and let the inner optimizer apply what is in it, time after time."""
-        (stds, scale, _), weights = self._noise, self._weights()
-
-        def release(parameters: list[torch.nn.Parameter], totals: list[Tensor]) -> None:
-            std = [stds[id(p)] for p in parameters]
-            self.mechanism.noise_in_place(totals, std[0] if weights is None else std, scale)
-            self._announce(parameters, totals)
-
-        trained, source = self._trained()
-        applying = FusedStep(self.original_optimizer, trained, release)
-        for parameter, total in zip(trained, source.sums(applying.place), strict=True):
-            applying.add(parameter, total)
-        applying.flush()
-
-    def _announce(self, parameters: list[torch.nn.Parameter], gradients: list[Any]) -> None:
-        """Show released gradients to the allocation, and tell an inner optimizer that asks the std of their noise."""
-        stds, scale, unit = self._noise
-        found = [stds[id(p)] * scale for p in parameters]
-        if self.allocation is not None:
-            self.allocation.observe(parameters, gradients, found, unit)
-        tell = getattr(self.original_optimizer, "noise_std", None)
-        if tell is not None:
-            for parameter, std in zip(parameters, found, strict=True):
-                tell(parameter, std)
-
-    @contextmanager
-    def _controlled_learning_rate(self) -> Iterator[None]:
-        """Multiply the learning rates for the length of the inner step; schedulers keep seeing their own."""
-        multiplier = 1.0 if self.control is None else self.control.multiplier
-        base = [group["lr"] for group in self.param_groups]
-        if multiplier != 1.0:
-            for group in self.param_groups:
-                group["lr"] = group["lr"] * multiplier
-        try:
-            yield
-        finally:
-            for group, lr in zip(self.param_groups, base, strict=True):
-                group["lr"] = lr
-
-    def ema_weights(self) -> Any:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the averaged weights; without an EMA nothing changes."""
-        return nullcontext() if self.ema is None else self._averaged(self.ema)
-
-    @contextmanager
-    def _averaged(self, ema: WeightEMA) -> Iterator[None]:
-        try:
-            with ema.applied():
-                self.reducer.refresh()
-                yield
-        finally:
-            self.reducer.refresh()
+        return self._public.averaged_weights()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner optimizer's state and, under ``"opacus_ac"``, the state of the private step.
@@ -756,9 +330,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            copied.__dict__[name] = None if name in _NOT_COPIED else copy.deepcopy(value, memo)
-        copied.reducer, copied._is_copy, copied.origin = LOCAL, True, Origin()
-        copied.on_unknown_batch = lambda: None
+            copied.__dict__[name] = None if name == "step_hook" else copy.deepcopy(value, memo)
         return copied
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
