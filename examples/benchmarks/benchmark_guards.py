@@ -31,13 +31,14 @@ from opacus_ac.noise.forward_randomness import ForwardRandomness
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin
+from opacus_ac.optimizer.private_side import PrivateSide
 from opacus_ac.sampling.delivery import Recognition
 
 LENGTH = 128
 GUARDS: dict[str, list[tuple[Any, str]]] = {
     "batches are recognised": [(Recognition, "remember"), (Origin, "enter"), (Origin, "leave"), (Origin, "delivery")],
     "weights are watched": [(ModelWatch, "begin"), (ModelWatch, "check"), (ModelWatch, "check_applied")],
-    "gradients outside are looked for": [(AdaptiveClipDPOptimizer, "_check_outside")],
+    "gradients outside are looked for": [(PrivateSide, "_check_outside")],
     "records are alone": [(RecordsAlone, "check")],
     "masks are secret": [(ForwardRandomness, "_enter"), (ForwardRandomness, "_leave")],
 }

@@ -118,7 +118,7 @@ class PrivateSide(SumRelease):
         if self.watch is not None:
             self.watch.end()
 
-    def _is_skipped(self, delivery: Delivery | None) -> bool:
+    def is_skipped(self, delivery: Delivery | None) -> bool:
         """Return whether more physical batches of the logical one follow."""
         return more_follow(self.plan, delivery, bool(self.skip_signals) and self.skip_signals[0])
 
@@ -142,7 +142,7 @@ class PrivateSide(SumRelease):
         delivery, batch = self._delivery, self._batch
         assert batch is not None
         try:
-            skip = self._is_skipped(delivery)
+            skip = self.is_skipped(delivery)
             if not skip:
                 self._account(None if delivery is None else delivery.draw)
         except BaseException:

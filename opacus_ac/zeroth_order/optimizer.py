@@ -19,8 +19,10 @@ from opacus_ac.optimizer.optimizer import STATE_KEY, AdaptiveClipDPOptimizer
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.zeroth_order import checks, pruning
-from opacus_ac.zeroth_order.arithmetic import Evaluation, unwatched
+from opacus_ac.zeroth_order.arithmetic import Evaluation
 from opacus_ac.zeroth_order.coordinates import Coordinates
+from opacus_ac.zeroth_order.directional_private_side import DirectionalPrivateSide
+from opacus_ac.zeroth_order.directional_update import DirectionalUpdate
 from opacus_ac.zeroth_order.directions import Directions
 from opacus_ac.zeroth_order.laplace import GRID, LaplaceMechanism, laplace_statistics
 from opacus_ac.zeroth_order.rounding import WIDE, Room, coarsest, room_of
@@ -58,6 +60,9 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
     References:
         arXiv 2310.09639 (DPZero), 2401.04343 (DP-ZO), 2402.07818 (DP-ZOSO, DP-ZOPO), DP-AggZO (USENIX Security 2025).
     """
+
+    _private: DirectionalPrivateSide
+    _public: DirectionalUpdate
 
     def __init__(
         self,
@@ -117,8 +122,6 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self.ema = None if self.settings.ema_decay is None else WeightEMA(trained, self.settings.ema_decay)
         self.check_budget: Callable[[Event], None] = lambda event: None
         self._stage: int | None = None
-        self._measuring = False
-        self._stage_and_seeds: tuple[int, list[int]] = (0, [])
         self._rounded: list[Tensor] | None = None
         self._tried: int | None = None
         if not self.single:
@@ -139,6 +142,14 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
             )
         self.coefficients.data = self.coefficients.data.to(ranks.group.device)
         return ranks.of([self.coefficients])
+
+    def _private_side(self, **parts: Any) -> DirectionalPrivateSide:
+        """Return the private side, which releases the coefficients of the directions."""
+        return DirectionalPrivateSide(differences=self.differences, coordinates=self.coordinates, **parts)
+
+    def _public_side(self, **parts: Any) -> DirectionalUpdate:
+        """Return the public side, which moves the weights along the directions."""
+        return DirectionalUpdate(self.original_optimizer, self.settings, self.coordinates, **parts)
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -206,56 +217,34 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         self._look_ahead()
         self._enter_stage()
         self.tape.take()
-        self._look_away()
+        self._private.look_away()
         self._measure(closure, None if self.plan is None else self.plan.in_hand)
         # Those of this step: what follows counts it.
-        self._stage_and_seeds = self.stage, self.direction_seeds
+        self._public.stage_and_seeds = self.stage, self.direction_seeds
         if not self.pre_step():
             return
         self._rounded = None
         self._finish_step()
         self.differences.clear(sums=True)
 
-    def _apply_release(self) -> None:
-        """Move the weights along the directions of the step that was released."""
-        self._move(*self._stage_and_seeds)
-
-    def _private_parameters(self) -> list[nn.Parameter]:
-        """The weights that move along the directions."""
-        return self.coordinates.parameters
-
-    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note which batch a forward pass of the model runs on, by its content as it is."""
-        with unwatched():
-            super().see(module, args, kwargs)
-
-    def seen(self, output: Any) -> None:
-        """Note the output of a forward pass."""
-        with unwatched():
-            super().seen(output)
-
-    def _measures(self) -> bool:
-        """Whether a forward pass now is one of a closure whose losses are being measured."""
-        return self._measuring
-
     def _measure(self, closure: Closure, delivery: Delivery | None) -> None:
         """Measure the physical batch in hand, from the weights from which the first one of its logical batch was."""
         draw = None if delivery is None else delivery.draw
-        self._measuring = True
+        self._private.measuring = True
         try:
             self._try(closure, draw)
-            if not self._continues(delivery):
+            if not self._private.continues(delivery):
                 # How many physical batches follow is private: all start from the same weights, which show the roundings of one.
-                self._rounded = self.coordinates.copy() if self._is_skipped(delivery) else None
+                self._rounded = self.coordinates.copy() if self._private.is_skipped(delivery) else None
             elif self._rounded is not None:
                 self.coordinates.restore(self._rounded)
             self.differences.largest_loss = math.inf if self.single else self.room().largest_loss(self.policy.bound)
             losses = self.differences.measure(self.outputs.noting(closure), self.direction_seeds, self.smoothing)
         except Exception:
-            self._die_together()
+            self._private.die_together()
             raise
         finally:
-            self._measuring = False
+            self._private.measuring = False
         if self.single and losses.numel() > 1:
             self.differences.clear(sums=False)
             raise ValueError(
@@ -312,66 +301,6 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         if settings.stages is not None and settings.stages.proximal > 0:
             self.coordinates.set_anchor()
         self._stage = stage
-
-    def _begin(self, delivery: Delivery | None) -> None:
-        super()._begin(delivery)
-        self.differences.bound = self.policy.bound
-
-    def _shared_constants(self, draw: Draw | None) -> dict[str, float]:
-        """Return what must be the same on all ranks: beside the base class's, whatever the differences depend on."""
-        return {
-            **super()._shared_constants(draw),
-            "number of the step": self.steps_taken,
-            "direction seed": self.directions.seed,
-            "checksum of the trained weights": self.coordinates.checksum(),
-        }
-
-    def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
-        """Refuse another number of losses than the batch that the loader handed out has records."""
-        if self.plan is None or draw is None:
-            return
-        if draw.records and norms.shape[0] != draw.records:
-            raise ValueError(
-                "the closure returned another number of losses than the loader's batch has records: return one loss for every "
-                "record of the batch, and split batches with max_physical_batch_size only"
-            )
-
-    def _move(self, stage: int, seeds: list[int]) -> None:
-        """Update the weights along the directions, which costs no privacy."""
-        assert self.coefficients.grad is not None
-        stages = self.settings.stages
-        coefficients = (self.coefficients.grad / self.settings.num_directions).tolist()
-        proximal = 0.0 if stages is None else stages.proximal
-        factor = 1.0 if stages is None else stages.lr_factor(stage)
-        with self._controlled_learning_rate():
-            self._apply(seeds, coefficients, factor, proximal)
-        self.coordinates.forget_lengths()
-        if self.control is not None:
-            assert self.released is not None
-            self.control.update(self.policy.clip_rate(self.released))
-        if self.ema is not None:
-            self.ema.update()
-
-    def _apply(self, seeds: list[int], coefficients: list[float], factor: float, proximal: float) -> None:
-        groups = self.param_groups
-        if checks.moves_in_place(self.original_optimizer):
-            owner = {p: group for group in groups for p in group["params"]}
-            own = [owner[p] for p in self.coordinates.parameters]
-            rates = [float(group["lr"]) * factor for group in own]
-            decays = [float(group["weight_decay"]) for group in own]
-            self.coordinates.descend(seeds, coefficients, rates, decays, proximal)
-            return
-        checks.check_inner_optimizer(self.original_optimizer, self.settings)
-        self.coordinates.write_gradients(seeds, coefficients, proximal)
-        before = [group["lr"] for group in groups]
-        try:
-            for group in groups:
-                group["lr"] = group["lr"] * factor
-            self.original_optimizer.step()
-        finally:
-            for group, lr in zip(groups, before, strict=True):
-                group["lr"] = lr
-            self.original_optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------- state
 

@@ -14,7 +14,9 @@ from opacus_ac.grad_sample import register_rules
 from opacus_ac.grad_sample.checks.exactness import check_model
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.private_side import PrivateSide
+from opacus_ac.optimizer.records import RecordSums
+from opacus_ac.optimizer.sum_release import SumRelease
 from opacus_ac.release import GaussianMechanism
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.testing import check_norms, per_sample_gradients
@@ -87,7 +89,7 @@ def test_noise_missing_on_one_tensor(monkeypatch, tensor):
 
 def test_noise_missing_on_one_physical_batch(monkeypatch):
     """The first chunk of a logical batch reaches the weights in clear as well, behind the release."""
-    settle = AdaptiveClipDPOptimizer._settle
+    settle = PrivateSide._settle
 
     def leaking(self):
         settle(self)
@@ -95,7 +97,7 @@ def test_noise_missing_on_one_physical_batch(monkeypatch):
             for parameter in self.params:
                 parameter.sub_(parameter.summed_grad / self.expected_batch_size)
 
-    monkeypatch.setattr(AdaptiveClipDPOptimizer, "_settle", leaking)
+    monkeypatch.setattr(PrivateSide, "_settle", leaking)
     caught(canary(**CHUNKS), "noise")
 
 
@@ -152,7 +154,7 @@ def test_gradients_that_are_not_clipped(monkeypatch):
     def looser(self, norms):
         return (3 * self.policy.bound / norms).clamp(max=1.0)
 
-    monkeypatch.setattr(AdaptiveClipDPOptimizer, "_factors", looser)
+    monkeypatch.setattr(RecordSums, "_factors", looser)
     caught(canary(), "canary, threshold", "canary, Gaussian")
 
 
@@ -211,15 +213,15 @@ def test_statistics_with_noise_from_the_public_generator(monkeypatch):
 
 def test_denominator_by_the_realised_batch_size(monkeypatch):
     """The release then says how many records were drawn, without noise."""
-    monkeypatch.setattr(AdaptiveClipDPOptimizer, "_denominator", lambda self: float(self._draw.records))
+    monkeypatch.setattr(SumRelease, "_denominator", lambda self: float(self._draw.records))
     caught(scalars(), "scalars follow the noise", "record readable")
 
 
 def test_hidden_denominator_by_the_realised_batch_size(monkeypatch):
     """Only the gradient is scaled by it: its noise has no longer the spread that public constants say."""
-    scale = AdaptiveClipDPOptimizer._gradient_scale
+    scale = SumRelease._gradient_scale
     monkeypatch.setattr(
-        AdaptiveClipDPOptimizer,
+        SumRelease,
         "_gradient_scale",
         lambda self: scale(self) * self._draw.expected_batch_size / max(self._draw.records, 1),
     )

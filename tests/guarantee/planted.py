@@ -19,6 +19,9 @@ from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.logical_batch import LogicalBatch
 from opacus_ac.optimizer.origin import Origin
+from opacus_ac.optimizer.private_side import PrivateSide
+from opacus_ac.optimizer.records import RecordSums
+from opacus_ac.optimizer.sum_release import SumRelease
 from opacus_ac.release import GaussianMechanism, StepStatistics
 from opacus_ac.sampling import SamplingPlan
 from opacus_ac.sampling.delivery import Delivery, Recognition
@@ -112,12 +115,12 @@ fault(
     "several draws go into one step (A6)",
     "draws twice",
     (Origin, "delivery", _last_draw),
-    (AdaptiveClipDPOptimizer, "_check_records", nothing),
+    (PrivateSide, "_check_records", nothing),
 )
 fault(
     "two passes over one batch are summed (B12)",
     "twice",
-    (AdaptiveClipDPOptimizer, "_check_records", nothing),
+    (PrivateSide, "_check_records", nothing),
 )
 fault("what changes within a logical batch is not looked at (A10)", "charge norm", (LogicalBatch, "check", nothing))
 
@@ -226,7 +229,7 @@ def _without_weight_zero(original: Any) -> Any:
 fault(
     "the stand-in of an empty batch is summed",
     "draws charge counts scale norm part sensitivity flow",
-    (AdaptiveClipDPOptimizer, "_add_records", _without_weight_zero),
+    (RecordSums, "_add_records", _without_weight_zero),
 )
 fault("counts of a failed step stay in the histogram", "counts", (StepStatistics, "restore", nothing))
 
@@ -238,20 +241,20 @@ def _larger(original: Any) -> Any:
     return _factors
 
 
-fault("a policy enlarges gradients beyond its share (B13)", "norm", (AdaptiveClipDPOptimizer, "_factors", _larger))
+fault("a policy enlarges gradients beyond its share (B13)", "norm", (RecordSums, "_factors", _larger))
 
 
 def _part_is_whole(original: Any) -> Any:
-    def _is_skipped(self: Any, delivery: Any) -> bool:
+    def is_skipped(self: Any, delivery: Any) -> bool:
         return original(self, delivery) and not (delivery is not None and delivery.draw.part == 0)
 
-    return _is_skipped
+    return is_skipped
 
 
 fault(
     "the first part of a draw is released by itself",
     "part charge sensitivity",
-    (AdaptiveClipDPOptimizer, "_is_skipped", _part_is_whole),
+    (PrivateSide, "is_skipped", _part_is_whole),
 )
 
 
@@ -307,16 +310,14 @@ def _realised_size(original: Any) -> Any:
     return _gradient_scale
 
 
-fault(
-    "sums are divided by the realised batch size", "flow", (AdaptiveClipDPOptimizer, "_gradient_scale", _realised_size)
-)
+fault("sums are divided by the realised batch size", "flow", (SumRelease, "_gradient_scale", _realised_size))
 
 # ---------------------------------------------------------------- weights
 
 fault(
     "gradients that were not released are applied (B1)",
     "raw moved",
-    (AdaptiveClipDPOptimizer, "_check_outside", nothing),
+    (PrivateSide, "_check_outside", nothing),
 )
 
 
@@ -331,7 +332,7 @@ def _leaky(original: Any) -> Any:
     return _drop
 
 
-fault("a step that fails moves the weights", "moved", (AdaptiveClipDPOptimizer, "_drop", _leaky))
+fault("a step that fails moves the weights", "moved", (PrivateSide, "_drop", _leaky))
 
 # ---------------------------------------------------------------- reports
 

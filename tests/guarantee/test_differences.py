@@ -56,7 +56,7 @@ def released(x, loss, *, outputs=1, **options):
     model = Learned(outputs).to(options.pop("dtype", torch.float32))
     _, model, optimizer, loader = private(model, (x,), **options)
     kept = []
-    optimizer._move = lambda *_: kept.append(optimizer.coefficients.grad / optimizer.max_grad_norm)
+    optimizer._public.apply = lambda *_: kept.append(optimizer.coefficients.grad / optimizer.max_grad_norm)
     for (batch,) in loader:
         optimizer.step(lambda: loss(model(batch)))
         if kept:
@@ -414,7 +414,7 @@ def test_autocast_around_the_step_does_not_keep_weights():
     x = torch.randn(8, 256)
     _, model, optimizer, loader = private(Learned(), (x,), max_physical_batch_size=None)
     sums = []
-    optimizer._move = lambda *_: sums.append(float(optimizer.coefficients.grad.abs().sum()))
+    optimizer._public.apply = lambda *_: sums.append(float(optimizer.coefficients.grad.abs().sum()))
     for (batch,) in loader:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             optimizer.step(lambda: 1e5 * F.softplus(model(batch))[:, 0])

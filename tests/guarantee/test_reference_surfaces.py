@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 
 from opacus_ac import PrivacyEngine, cli
 from opacus_ac.integrations.lightning import PrivacyCallback
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.records import RecordSums
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -43,9 +43,7 @@ def _first_record_doubled(original: Any) -> Any:
     return _factors
 
 
-DOUBLED = Fault(
-    "a record is summed twice", ((AdaptiveClipDPOptimizer, "_factors", _first_record_doubled),), frozenset({"twice"})
-)
+DOUBLED = Fault("a record is summed twice", ((RecordSums, "_factors", _first_record_doubled),), frozenset({"twice"}))
 NAMES = (
     "half the noise is drawn",
     "statistics leave without noise",

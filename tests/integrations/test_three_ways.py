@@ -125,7 +125,6 @@ def test_two_runs_with_the_same_seed_have_different_noise(tmp_path):
         optimizer.zero_grad()
         backward([5])
         optimizer.clip_and_accumulate()
-        optimizer._draw = None
         add_noise(optimizer)
         drawn.append(torch.cat([p.grad.reshape(-1) for p in optimizer.params]))
     assert drawn[0].shape == drawn[1].shape

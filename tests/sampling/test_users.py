@@ -188,7 +188,7 @@ def test_without_regrouping_a_user_moves_it_by_more():
 
     def by_row(optimizer):
         optimizer.source._users = None
-        optimizer._check_records = lambda draw, norms: optimizer.tape.record(norms)
+        optimizer._private._check_records = lambda draw, norms: optimizer.tape.record(norms)
         optimizer.statistics.observe = lambda norms, losses, squares: None
 
     data, loud = number_users((1, 2, 1)), users.user_of(MOST, seed=1, scale=1e3)

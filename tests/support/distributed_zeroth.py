@@ -157,7 +157,7 @@ def zo_noise(rank: int, world: int, mechanism: str = "gaussian", count: int = 40
         noise_generator=torch.Generator().manual_seed(11),
     )
     found: list[torch.Tensor] = []
-    optimizer._move = lambda stage, seeds: found.append(optimizer.coefficients.grad * BATCH)
+    optimizer._public.apply = lambda *_: found.append(optimizer.coefficients.grad * BATCH)
     steps(model, optimizer, loader, [[]])
     return found[0]
 

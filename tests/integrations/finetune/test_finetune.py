@@ -17,7 +17,7 @@ from tiny_models import opacus_table_restored
 from opacus_ac import cli
 from opacus_ac.budget import PrivacyLedger
 from opacus_ac.integrations.finetune import finetune
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.sum_release import SumRelease
 
 
 @pytest.fixture(scope="module")
@@ -132,14 +132,14 @@ def test_the_command_line_overrides_the_configuration_file(place, tmp_path, caps
 
 def test_a_signal_ends_the_run_after_a_whole_step_from_which_it_goes_on(place, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    add_noise = AdaptiveClipDPOptimizer.add_noise
+    add_noise = SumRelease.add_noise
 
     def interrupt(optimizer):
         if optimizer.steps_taken == 5:
             os.kill(os.getpid(), signal.SIGINT)
         add_noise(optimizer)
 
-    monkeypatch.setattr(AdaptiveClipDPOptimizer, "add_noise", interrupt)
+    monkeypatch.setattr(SumRelease, "add_noise", interrupt)
     before = signal.getsignal(signal.SIGINT)
     assert cli.main(command(place, out)) == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -165,7 +165,7 @@ def test_a_second_signal_ends_it_at_once(place, tmp_path, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(AdaptiveClipDPOptimizer, "add_noise", interrupt)
+    monkeypatch.setattr(SumRelease, "add_noise", interrupt)
     assert cli.main(command(place, tmp_path / "out")) == 130
     assert sum(charges(tmp_path / "out").values()) == 1  # charged, though nothing was released
 

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from opacus_ac.integrations import PrivateTrainer
 from opacus_ac.integrations.trainer.released import ReleasedLog
-from opacus_ac.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.records import RecordSums
+from opacus_ac.optimizer.sum_release import SumRelease
 from opacus_ac.tensorboard.tags import SCALARS
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")
@@ -32,7 +33,7 @@ class Watch(TrainerCallback):
         self.tokens = self.marked = 0
 
     def attach(self, monkeypatch, model):
-        add_records, add_noise = AdaptiveClipDPOptimizer._add_records, AdaptiveClipDPOptimizer.add_noise
+        add_records, add_noise = RecordSums._add_records, SumRelease.add_noise
 
         def records(optimizer, draw, norms, losses):
             self.losses += losses.tolist()
@@ -52,8 +53,8 @@ class Watch(TrainerCallback):
             self.tokens += kwargs["input_ids"].numel()
             self.marked += int(kwargs["attention_mask"].sum())
 
-        monkeypatch.setattr(AdaptiveClipDPOptimizer, "_add_records", records)
-        monkeypatch.setattr(AdaptiveClipDPOptimizer, "add_noise", noise)
+        monkeypatch.setattr(RecordSums, "_add_records", records)
+        monkeypatch.setattr(SumRelease, "add_noise", noise)
         model.register_forward_pre_hook(tokens, with_kwargs=True)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
