@@ -84,8 +84,6 @@ class PrivateSide(SumRelease):
         if not self.is_last_skipped:
             self.reducer.clear()
 
-    # ---------------------------------------------------------------- which batch
-
     def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note which batch a forward pass of the model runs on; a hook before it."""
         if not self.measures():
