@@ -266,7 +266,7 @@ class PrivateSide(SumRelease):
             )
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
-            p.summed_grad = None
+            p.summed_grad = None  # type: ignore[attr-defined]
         self.reducer.clear()
         self._batch = None
         self.statistics.begin(self.policy.bound, self.policy.true_share)
