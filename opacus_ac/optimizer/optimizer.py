@@ -169,8 +169,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             loss_reduction=loss_reduction,
             expected_batch_size=expected_batch_size,
             plan=plan,
-            groups=lambda: self.param_groups,
-            after_charge=self._call_step_hook,
+            groups=lambda: optimizer.param_groups,
         )
         self._public = self._public_side(
             policy=policy,
@@ -284,7 +283,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Clip and count the batch in hand; on the last physical batch of a logical one release it. Return whether it did."""
-        return self._private.finish() is not None
+        return self._private.finish(self._call_step_hook) is not None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take a private step, or, on all but the last physical batch of a logical one, only accumulate.

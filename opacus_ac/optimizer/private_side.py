@@ -26,7 +26,6 @@ from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.sampling.plan import SamplingPlan
 
 _NOT_COPIED = (
-    "after_charge",
     "charge",
     "groups",
     "on_unknown_batch",
@@ -48,7 +47,6 @@ class PrivateSide(SumRelease):
         params: the parameters whose gradients are released.
         plan: sampling plan of the private loader; None for batches by hand.
         groups: returns the parameter groups of the inner optimizer.
-        after_charge: called between the charge and the noise of a step.
         **release: the other arguments of :class:`SumRelease` and :class:`RecordSums`.
 
     Attributes:
@@ -63,11 +61,10 @@ class PrivateSide(SumRelease):
         *,
         plan: SamplingPlan | None,
         groups: Callable[[], Sequence[Mapping[str, Any]]],
-        after_charge: Callable[[], None],
         **release: Any,
     ) -> None:
         super().__init__(params, **release)
-        self.plan, self.groups, self.after_charge = plan, groups, after_charge
+        self.plan, self.groups = plan, groups
         self.charge: Callable[[Event | None], None] | None = None
         self.on_unknown_batch: Callable[[], None] = lambda: None
         self.alone: RecordsAlone | None = None
@@ -130,8 +127,8 @@ class PrivateSide(SumRelease):
 
     # ---------------------------------------------------------------- the transaction
 
-    def finish(self) -> StepRelease | None:
-        """Clip and count the batch in hand; on the last physical batch account for the step and release it.
+    def finish(self, charged: Callable[[], None]) -> StepRelease | None:
+        """Clip and count the batch in hand; on the last physical batch account for the step, call ``charged``, and release it.
 
         A physical batch is added whole or not at all: what fails before the release begins takes it out again, so that it can be
         tried again. What fails later, or between two physical batches, kills the logical batch.
@@ -142,7 +139,7 @@ class PrivateSide(SumRelease):
         try:
             skip = self.is_skipped(delivery)
             if not skip:
-                self._account(None if delivery is None else delivery.draw)
+                self._account(None if delivery is None else delivery.draw, charged)
         except BaseException:
             self._withdraw()
             raise
@@ -286,8 +283,8 @@ class PrivateSide(SumRelease):
         if self.reducer.world > 1 and (delivery is None or delivery.draw.last):
             report_failure(self.reducer, self.statistics, len(self._shared_constants(None)))
 
-    def _account(self, draw: Draw | None) -> None:
-        """Charge the step before anything of it is released."""
+    def _account(self, draw: Draw | None, charged: Callable[[], None]) -> None:
+        """Charge the step before anything of it is released, and let hooks know."""
         batch = self._batch
         assert batch is not None
         if self.reducer.world > 1:
@@ -306,7 +303,7 @@ class PrivateSide(SumRelease):
             self.plan.paid(draw, noise_multiplier)  # only a charge that returned leaves a mark
         batch.advance(CHARGED)
         self._draw = draw
-        self.after_charge()
+        charged()
         batch.check(self._terms())
 
     def _shared_constants(self, draw: Draw | None) -> dict[str, float]:

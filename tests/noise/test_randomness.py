@@ -469,7 +469,7 @@ def test_the_gradient_is_scaled_once():
     """The release scales: Opacus's separate call of ``scale_grad`` after it changes nothing."""
     optimizer, _ = by_hand(torch.full((2, 5), 0.1, dtype=torch.float64), expected_batch_size=8)
     optimizer.clip_and_accumulate()
-    optimizer._private._account(None)
+    optimizer._private._account(None, lambda: None)
     optimizer.add_noise()
     optimizer.scale_grad()
     for p in optimizer.params:
