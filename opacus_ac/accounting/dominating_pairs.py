@@ -90,7 +90,7 @@ def dominating_pairs(event: Event) -> tuple[Pair, ...]:
         One pair or two, for zero-out adjacency (and add/remove, for Poisson events).
 
     Raises:
-        ValueError: Its noise is not Gaussian.
+        ValueError: If the event's noise is not Gaussian.
 
     References:
         The derivation is in the module's text.

@@ -19,8 +19,9 @@ MAX_EXACT = 32
 class PrivacyLosses:
     """The composed privacy loss of a growing run.
 
-    Adding is a note in a dictionary; the transforms are brought up to date, and the grid rebuilt if the run has outgrown
-    it, when epsilon is asked for. Events with two dominating pairs have two compositions, and the smaller epsilon counts.
+    Adding an event only counts it. When epsilon is asked for, the transforms are brought up to date, and the grid is
+    rebuilt if the run has outgrown it. Events with two dominating pairs have two compositions, and the smaller epsilon
+    counts.
 
     Guarantees:
         Never below the true epsilon of the added events: the first 32 distinct pairs are exact, later ones rounded to

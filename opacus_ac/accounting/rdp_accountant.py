@@ -83,7 +83,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         steps, joins equal neighbours and recomputes the divergences; if a run is invalid nothing changes.
 
         Raises:
-            ValueError: On assignment of anything but triples of valid values.
+            ValueError: If anything but triples of valid values is assigned.
         """
         return HistorySnapshot(self._runs)
 
@@ -98,7 +98,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Assigning replaces them, leaves ``history`` alone and recomputes the divergences.
 
         Raises:
-            ValueError: On assignment of anything but such events and counts; nothing changes then.
+            ValueError: If anything but such events and counts is assigned; nothing changes then.
         """
         return dict(self._others)
 
@@ -255,8 +255,8 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         theirs = state_dict.get("mechanism") if state_dict else None
         if theirs in ("rdp", "vrdp", "vpld") and theirs != self.mechanism() and "history" in state_dict:
             raise ValueError(
-                f"state_dict of the {theirs!r} accountant cannot be loaded into {self.mechanism()!r}; its history can be "
-                "taken over with accountant.history = state_dict['history']"
+                f"state_dict of the {theirs!r} accountant cannot be loaded into {self.mechanism()!r}; its history can "
+                "be taken over with accountant.history = state_dict['history']"
             )
         others = parsed_others(state_dict.get("other_events", [])) if state_dict else {}
         before, self._others = self._others, others  # the setter of history computes both
@@ -274,9 +274,9 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
                 ``current_event`` that holds an ``Event``, that event is accounted instead.
 
         Raises:
-            ValueError: From the hook, if several Poisson batches were accumulated into one step. Opacus would account
-                k batches at rate q as one at rate k q; but a record can be drawn more than once, and that reports too
-                small an epsilon.
+            ValueError: If several Poisson batches were accumulated into one step; the hook raises it. Opacus would
+                account k batches at rate q as one at rate k q. A record can be drawn more than once, so that epsilon
+                is too small.
         """
         rate = check_sample_rate(sample_rate)
 
