@@ -88,12 +88,12 @@ class GaussianMechanism:
             parameters: the trainable parameters.
             sums: summed clipped gradients, taken one by one; None is a sum of zero (and gets its noise). A sum in the
                 parameter's dtype becomes the ``grad`` itself, without a copy; a float64 one is rounded after the noise.
-            std: std of the noise per coordinate (of the sum, before division by the expected batch size), or one for each
-                parameter.
+            std: std of the noise per coordinate (of the sum, before division by the expected batch size), or one for
+                each parameter.
             scale: public factor, such as one over the expected batch size.
         """
         named = list(parameters)
-        # All sums first: after a matrix product the threads of BLAS spin for a while, on the cores that the noise needs.
+        # All sums first: after a matrix product the threads of BLAS spin for a while, on cores that the noise needs.
         totals = [
             torch.zeros_like(parameter)
             if total is None

@@ -57,6 +57,6 @@ def expect_allowed(tag: str) -> None:
     if tag not in ALLOWED:
         raise ValueError(
             f"the privacy dashboard does not write the tag {tag!r}: it writes releases and public constants only "
-            f"({', '.join(sorted(ALLOWED))}). A value measured on public data goes through a SummaryWriter of your own; "
-            "a value of the private data must not be written"
+            f"({', '.join(sorted(ALLOWED))}). A value measured on public data goes through a SummaryWriter of your "
+            "own; a value of the private data must not be written"
         )
