@@ -30,8 +30,8 @@ _LIMIT = 1e6
 _REFUSED = {
     "per_parameter_noise": (
         "noise of another std per parameter under one flat clipping norm has the epsilon of its smallest sigma, "
-        "because one record may move the parameter with the least noise by all of C; the average says nothing. At q = 0.01 "
-        "and 2000 steps, a smallest sigma of half the nominal one turns epsilon 8 into 78"
+        "because one record may move the parameter with the least noise by all of C; the average says nothing. "
+        "At q = 0.01 and 2000 steps, a smallest sigma of half the nominal one turns epsilon 8 into 78"
     ),
     "gradients": (
         "weights computed from raw gradients are a release of their own without noise: they show in the noise of every "

@@ -61,8 +61,9 @@ def _check_placements(name: str, parameter: DTensor) -> None:
     kinds = tuple(type(placement) for placement in parameter.placements)
     if kinds not in ((Shard,), (Replicate, Shard)) or parameter.placements[-1] != Shard(0):
         raise ValueError(
-            f"{name} is placed as {parameter.placements}, which is no FSDP2 or HSDP sharding along the first dimension: "
-            "tensor and context parallelism, and other shard placements, are not available; shard by fully_shard alone"
+            f"{name} is placed as {parameter.placements}, which is no FSDP2 or HSDP sharding along the first "
+            "dimension: tensor and context parallelism, and other shard placements, are not available; shard by "
+            "fully_shard alone"
         )
     if parameter.to_local().device.type != parameter.device_mesh.device_type:
         raise ValueError(f"{name} is offloaded to the CPU, which is not available: leave out offload_policy")
