@@ -107,8 +107,6 @@ def test_what_is_unknown_said_twice_or_out_of_range_is_refused(call, given, erro
         (ReleaseOptions, "loss_weight", (0.0, -1.0, float("nan")), (None, 0.2)),
         (SamplingOptions, "max_batch_size", (0, 1.5, True), (None, 1)),
         (SamplingOptions, "dataset_size", (0, 10.5), (None, 10)),
-        (SamplingOptions, "max_rows_per_user", (0, -1, 2.0), (None, 2)),
-        (UpdateOptions, "ema_decay", (1.0, -0.1, "0.9"), (None, 0.0, 0.9)),
         (PerformanceOptions, "max_physical_batch_size", (0, 2.5), (None, 4)),
     ],
 )
