@@ -173,7 +173,7 @@ class PrivacyEngine(AccountedEngine):
         not_negative(noise_multiplier=job.noise_multiplier)
         return settings
 
-    def _prepare_data_loader(  # type: ignore[override]
+    def _prepare_data_loader(
         self, job: Job, data_loader: DataLoader[Any], sampling: str, ranks: Reducer
     ) -> tuple[PrivateDataLoader, RandomStream]:
         """Return the loader of this rank, and the stream of its noise."""

@@ -62,7 +62,7 @@ def test_options_in_groups_and_by_name_are_the_same(call):
         update=UpdateOptions(ema_decay=None, normalize=False),
     )
     grouped = call(options=options)
-    mixed = call(options=dataclasses.replace(options, update=UpdateOptions()), ema_decay=None, normalize=False)
+    mixed = call(options=dataclasses.replace(options, update=PrivateOptions().update), ema_decay=None, normalize=False)
     flat = call(
         target_clip_rate=0.5, clip_policy="geometric", loss_bound=5.0, dataset_size=40, ema_decay=None, normalize=False
     )
