@@ -280,11 +280,11 @@ class AccountedEngine(opacus.PrivacyEngine):
                 f"a checkpoint in a folder has no place for {', '.join(given)}: leave it out, or save with one process and "
                 "without folder=True"
             )
-        if self._optimizer is None or optimizer is not self._optimizer:
+        if not isinstance(optimizer, AdaptiveClipDPOptimizer) or optimizer is not self._optimizer:
             raise ValueError(
                 "the optimizer is not the one that this engine made private last: pass model and optimizer of one make_private"
             )
-        return self._optimizer
+        return optimizer
 
     def save_account(self, path: str | os.PathLike[str], **entries: Any) -> None:
         """Save the account alone, for a program that saves model and optimizer itself; every rank calls this, rank 0 writes.
