@@ -235,7 +235,11 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         if not self._is_last_step_skipped:
             self.reducer.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
-        self.origin.gradients_cleared()
+        unused = self.origin.gradients_cleared()
+        if isinstance(self.source, PerSampleSource):
+            self.source.mark()
+            if unused:  # they may be of a backward pass that an exception ended
+                self.source.forget_interrupted()
 
     # ---------------------------------------------------------------- which batch
 
@@ -248,7 +252,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
                 "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
                 "take turns, or call engine.detach(model) and make_private again"
             )
-        if self.plan is not None and isinstance(self.source, PerSampleSource) and not self.origin.is_waiting:
+        if isinstance(self.source, PerSampleSource) and self.origin.given_up():
             self.source.forget_interrupted()
         another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
         if self.watch is not None:
