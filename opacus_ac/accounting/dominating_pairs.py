@@ -81,7 +81,7 @@ class Pair:
 
 @lru_cache(maxsize=1024)
 def dominating_pairs(event: Event) -> tuple[Pair, ...]:
-    """Pairs that dominate an event; each is valid alone, so that the smallest bound from them is valid.
+    """Return the pairs that dominate an event; each is valid alone, so the smallest bound from them is valid.
 
     Args:
         event: the step, of any kind.
@@ -153,7 +153,7 @@ class PairRounding:
         self._noises: set[float] = set()
 
     def resolve(self, pair: Pair, *, remember: bool = True) -> Pair:
-        """The pair that stands for this one.
+        """Return the pair that stands for this one.
 
         Args:
             pair: a dominating pair.

@@ -115,7 +115,7 @@ def check_gaussian(event: Event) -> None:
 
 
 def common_adjacency(samplings: Iterable[str]) -> str:
-    """The adjacency under which one epsilon holds for steps of several kinds.
+    """Return the adjacency under which one epsilon holds for steps of several kinds.
 
     Poisson bounds hold under add/remove and, because sums are divided by public numbers, also under zero-out; those of
     the other kinds hold under zero-out only.

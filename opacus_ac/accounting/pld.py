@@ -47,7 +47,7 @@ class PrivacyLosses:
         self._steps += steps
 
     def epsilon(self, delta: float, rdp: FloatArray, orders: FloatArray) -> float:
-        """Epsilon of what was added.
+        """Return the epsilon of what was added.
 
         Args:
             delta: target delta.
@@ -62,7 +62,7 @@ class PrivacyLosses:
         return min(composition.epsilon(delta) for composition in self._compositions)
 
     def epsilon_after(self, event: Event, steps: int, delta: float, rdp: FloatArray, orders: FloatArray) -> float:
-        """Epsilon as it would be after ``steps`` more events; ``rdp`` includes them."""
+        """Return epsilon as it would be after ``steps`` more events; ``rdp`` includes them."""
         if not self._prepared(Grid.plan(rdp, orders, self._steps + steps, delta), rdp, orders, delta):
             return math.inf
         pairs = self._resolved(event, remember=False)
@@ -93,7 +93,7 @@ class PrivacyLosses:
 
 
 def pld_epsilon(counts: Mapping[Event, int], delta: float) -> float:
-    """Epsilon of a run from its events: the smaller of the privacy-loss and the Rényi bound.
+    """Return the epsilon of a run from its events: the smaller of the privacy-loss and the Rényi bound.
 
     Args:
         counts: how often each event happened, for instance ``VariableRateRDPAccountant.counts()``.

@@ -16,7 +16,7 @@ def laplace_epsilon(noise_multiplier: float, sample_rate: float) -> float:
     """Return the epsilon of one Laplace release on a Poisson batch, ``ln(1 + q (exp(1 / z) - 1))``.
 
     Args:
-        noise_multiplier: z, the scale b of the noise over the L1 sensitivity.
+        noise_multiplier: z, the ratio of the scale b of the noise to the L1 sensitivity.
         sample_rate: q, the probability with which each record enters the batch.
 
     Raises:
@@ -108,7 +108,7 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
         """Account one Laplace release.
 
         Args:
-            noise_multiplier: scale of the noise over the L1 sensitivity.
+            noise_multiplier: ratio of the scale of the noise to the L1 sensitivity.
             sample_rate: probability with which each record entered the batch.
 
         Raises:

@@ -107,7 +107,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         self._replace(self._runs, checked_others(counts))
 
     def counts(self) -> dict[Event, int]:
-        """Every event accounted and how often.
+        """Return every event accounted and how often.
 
         A shuffled pass comes back as a Poisson step at rate 1, which costs the same.
         """
@@ -129,7 +129,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         """Account one step.
 
         Args:
-            noise_multiplier: std of the noise on the sum, over the L2 sensitivity of the release.
+            noise_multiplier: ratio of the noise std (on the sum) to the L2 sensitivity of the release.
             sample_rate: probability with which each record entered the batch (never a realised batch size).
 
         Raises:
@@ -164,7 +164,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         self._others[event] = self._others.get(event, 0) + steps
 
     def spent_rdp(self, order: float) -> float:
-        """Rényi divergence of one order spent so far, in nats.
+        """Return the Rényi divergence spent so far at one order, in nats.
 
         Args:
             order: above 1; one of ``DEFAULT_ALPHAS`` costs nothing, another is computed from all events.
@@ -183,7 +183,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return rdp
 
     def get_privacy_spent(self, *, delta: float, alphas: Sequence[float] | None = None) -> tuple[float, float]:
-        """Epsilon spent so far, and the Rényi order that gives it.
+        """Return the epsilon spent so far, and the Rényi order that gives it.
 
         Args:
             delta: target delta.
@@ -204,7 +204,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return epsilon_from_rdp(self._rdp_at(alphas), alphas, delta)
 
     def get_epsilon(self, delta: float, alphas: Sequence[float] | None = None, **kwargs: Any) -> float:
-        """Epsilon spent so far, under the adjacency of the events accounted (see ``ADJACENCY``).
+        """Return the epsilon spent so far, under the adjacency of the events accounted (see ``ADJACENCY``).
 
         Args:
             delta: target delta.
@@ -217,7 +217,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return self.get_privacy_spent(delta=delta, alphas=alphas)[0]
 
     def epsilon_after(self, event: Event, delta: float, steps: int = 1) -> float:
-        """What epsilon would be after more events of one kind; the accountant does not change.
+        """Return what epsilon would be after more events of one kind; the accountant does not change.
 
         Args:
             event: the event to come.
@@ -237,7 +237,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return after
 
     def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Opacus's state, and ``"other_events"`` (plain lists) if there are events that ``history`` cannot hold."""
+        """Return Opacus's state, and ``"other_events"`` (plain lists) if ``history`` cannot hold all events."""
         state: dict[str, Any] = super().state_dict(destination)
         if self._others:
             state["other_events"] = [[*astuple(event)[:-1], steps] for event, steps in self._others.items()]
@@ -267,7 +267,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
             raise
 
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[Any], None]:
-        """A hook for ``DPOptimizer.attach_step_hook`` that accounts each step.
+        """Return a hook for ``DPOptimizer.attach_step_hook`` that accounts each step.
 
         Args:
             sample_rate: rate to account when the optimizer does not say more. If the optimizer has an attribute

@@ -38,14 +38,14 @@ class ModelUnavailableError(RuntimeError):
 
 
 def cache_root(cache: Path | None = None) -> Path:
-    """Folder that holds the converted model: ``cache``, else ``$OPACUS_AC_CACHE``, else ``~/.cache/opacus_ac``."""
+    """Return the converted model's parent: ``cache``, else ``$OPACUS_AC_CACHE``, else ``~/.cache/opacus_ac``."""
     if cache is not None:
         return Path(cache).expanduser()
     return Path(os.environ.get("OPACUS_AC_CACHE") or "~/.cache/opacus_ac").expanduser()
 
 
 def default_model_dir(cache: Path | None = None) -> Path:
-    """Folder of the converted default model; download and convert it if it is not there yet.
+    """Return the folder of the converted default model; download and convert it if it is not there yet.
 
     Args:
         cache: parent folder, see ``cache_root``.

@@ -152,7 +152,9 @@ def labels_in(arguments: Mapping[str, Any], head: Head) -> list[Tensor] | None:
 
 
 def agrees(loss: Tensor, parts: list[Entries], items: Any = None, *, narrow: bool = False) -> bool:
-    """Say whether ``loss`` is what the library computes from these entries; a loss that is not finite is not looked at.
+    """Return whether ``loss`` is what the library computes from these entries.
+
+    A loss that is not finite is not compared.
 
     Args:
         loss: scalar.

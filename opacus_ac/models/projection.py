@@ -84,7 +84,7 @@ class RandomProjection:
         self.rank, self.seed = rank, seed
 
     def apply(self, model: nn.Module, targets: Iterable[str] = ("*",)) -> list[str]:
-        """Replace trainable linear layers, in place, and return their names; before the optimizer is built.
+        """Replace trainable linear layers in place and return their names; call it before the optimizer is built.
 
         Args:
             model: a model that is not private yet.
@@ -179,5 +179,5 @@ class RandomProjection:
 
 
 def projected_layers(model: nn.Module) -> Iterator[tuple[str, ProjectedLinear]]:
-    """The projected layers of a model, with their names."""
+    """Return the projected layers of a model, with their names."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, ProjectedLinear))

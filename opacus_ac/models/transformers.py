@@ -35,7 +35,7 @@ def _models_in(module: nn.Module) -> list[Any]:
 
 
 def has_record_losses(module: nn.Module) -> bool | None:
-    """Say whether the losses of single records are known of the transformers models inside ``module``.
+    """Return whether the transformers models inside ``module`` have known losses of single records.
 
     Returns:
         None where no model inside has a loss of its own.

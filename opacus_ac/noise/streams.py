@@ -152,7 +152,7 @@ class SecretStream:
         return SecretStream, (self._hardened,)
 
     def fork(self, purpose: int) -> SecretStream:
-        """Return another secret stream, with a key of its own."""
+        """Return another secret stream, with its own key."""
         return SecretStream(self._hardened)
 
     def normal(self, size: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ class GaussianMechanism:
     """Adds Gaussian noise to (gradient sum / C, statistics), one draw per logical step.
 
     Args:
-        noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)``.
+        noise_multiplier: ratio of the noise std to the joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)``.
         stream: random stream of the noise; with several processes each has its own.
 
     Attributes:
@@ -64,7 +64,7 @@ class GaussianMechanism:
 
     @property
     def noise_multiplier(self) -> float:
-        """Std of the noise over the joint sensitivity; what the accountant sees."""
+        """Ratio of the noise std to the joint sensitivity, which the accountant sees."""
         return self._noise_multiplier
 
     @noise_multiplier.setter

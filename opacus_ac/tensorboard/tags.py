@@ -20,7 +20,7 @@ SCALARS = {
     "privacy/lr_multiplier": "factor on the learning rate",
     "privacy/noisy_loss": "released mean of the records' clipped losses",
     "privacy/sample_rate": "probability with which each record entered the step",
-    "privacy/noise_multiplier": "std of the noise over the sensitivity of the whole release",
+    "privacy/noise_multiplier": "ratio of the noise std to the sensitivity of the whole release",
 }
 """Every scalar tag that the dashboard may write, with its meaning."""
 

@@ -34,7 +34,7 @@ def opacus_table_restored() -> Iterator[None]:
 
 
 def hooks_gradients(model: nn.Module, batch: Any, loss_fn: LossFn, *, strict: bool = True) -> dict[str, Tensor]:
-    """Per-sample gradients as Opacus's hooks leave them on a copy of the model, with positions expanded.
+    """Return per-sample gradients as Opacus's hooks leave them on a copy of the model, with positions expanded.
 
     Args:
         model: a model without hooks, in training mode; rules must be registered.
@@ -55,7 +55,7 @@ def hooks_gradients(model: nn.Module, batch: Any, loss_fn: LossFn, *, strict: bo
 def one_backward(
     model: nn.Module, batch: Any, loss_fn: LossFn, weights: Tensor | None = None, *, reduction: str = "mean"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Norms and weighted sums of the per-sample gradients of mode "bk"; the model is left as it was.
+    """Return norms and weighted sums of the per-sample gradients of mode "bk"; the model is left as it was.
 
     Args:
         model: a model without hooks, in training mode. Rules are registered for it.
