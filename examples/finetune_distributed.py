@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
 from opacus_ac.integrations.finetune import ChatDataset, PadCollate
 from opacus_ac.integrations.finetune.chat_data import read_dialogues
 from opacus_ac.models.default_model import load_model
@@ -136,11 +135,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         loss_bound=6.0,
     )
     if args.resume is not None:
-        load_checkpoint(engine, model, optimizer, args.resume)
+        engine.load_checkpoint(path=args.resume, module=model, optimizer=optimizer)
     before = public_loss(model, device) if args.model is None else None
     train(model.train(), optimizer, loader, args.until or args.steps, device)
     after = public_loss(model, device) if args.model is None else None
-    save_checkpoint(engine, model, optimizer, args.output / "checkpoint")
+    engine.save_checkpoint(path=args.output / "checkpoint", module=model, optimizer=optimizer, folder=True)
     report = engine.privacy_report(args.delta)
     losses = {"before": before, "after": after}
     result = {"role": optimizer.reducer.name, "privacy": report.to_dict(), "public_loss": losses}

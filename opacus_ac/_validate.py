@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -67,9 +67,9 @@ def count(**named: Any) -> int:
         ValueError: If it is not a whole number of at least 1.
     """
     name, value = _single(named)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number >= 1")
-    return value
+    return int(value)
 
 
 def one_of(choices: Iterable[Any], /, **named: Any) -> Any:

@@ -14,7 +14,7 @@ CASES = {
     "fraction": (fraction, [0.5, 1e-9], [0, 1, 1.5, *NO_NUMBERS]),
     "at most 2": (lambda **named: at_most(2.0, **named), [2, 0.1], [0, 2.1, *NO_NUMBERS]),
     "0 to 2": (lambda **named: at_most(2.0, 0.0, True, **named), [0, 2], [-0.1, 2.1, *NO_NUMBERS]),
-    "count": (count, [1, 7], [0, -1, 1.0, *NO_NUMBERS]),
+    "count": (count, [1, 7, np.int64(3)], [0, -1, 1.0, *NO_NUMBERS]),
     "one of": (lambda **named: one_of(("a", None), **named), ["a", None], ["b", 1, True]),
 }
 

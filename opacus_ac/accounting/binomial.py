@@ -8,14 +8,14 @@ import numpy as np
 
 
 def log_tail(trials: int, probability: float, at_least: int) -> float:
-    """Log of P(Binomial(trials, probability) >= at_least).
+    """Return the log of P(Binomial(trials, probability) >= at_least).
 
     The probabilities around the mode are built from their ratios and normalised by their own sum, which is 1 up to
     e^-700.
 
     Args:
         trials: number of draws, at least 0.
-        probability: of each, in [0, 1].
+        probability: probability of success of each draw, in [0, 1].
         at_least: the threshold; 0 or less has probability 1.
 
     Returns:

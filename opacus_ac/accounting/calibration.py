@@ -43,7 +43,7 @@ def calibrate_noise_multiplier(
     max_batch_size: int | None = None,
     method: str = "rdp",
 ) -> float:
-    """The smallest noise multiplier whose planned steps stay within a budget.
+    """Return the smallest noise multiplier with which the planned steps stay within a privacy budget.
 
     Args:
         target_epsilon: epsilon not to be exceeded.
@@ -102,7 +102,7 @@ def plan_epsilon(
     max_batch_size: int | None = None,
     method: str = "rdp",
 ) -> float:
-    """Epsilon that the accountant will report after the planned steps.
+    """Return the epsilon that the accountant will report after the planned steps.
 
     Args:
         noise_multiplier: the noise multiplier of every step.

@@ -57,7 +57,7 @@ class Grid:
 
     @staticmethod
     def plan(rdp: FloatArray, orders: FloatArray, steps: int, delta: float) -> Grid | None:
-        """A grid for a run, from its Rényi divergences; None where no grid serves.
+        """Return a grid for a run, from its Rényi divergences; None where no grid serves.
 
         Args:
             rdp: divergences of the whole run, [n].
@@ -114,19 +114,19 @@ class Composition:
         self._steps += count
 
     def after(self, pair: Pair, count: int) -> Composition:
-        """A composition with more steps; this one does not change."""
+        """Return a composition with more steps; this one does not change."""
         other = self.copy()
         other.add(pair, count)
         return other
 
     def copy(self) -> Composition:
-        """An independent composition (only the cache of rows is shared)."""
+        """Return an independent composition (only the cache of rows is shared)."""
         other = copy.copy(self)
         other._infinite, other._log_moments = self._infinite.copy(), self._log_moments.copy()
         return other
 
     def epsilon(self, delta: float) -> float:
-        """The least epsilon for delta, in [0, inf]; inf if delta is below what the errors add up to."""
+        """Return the least epsilon for delta, in [0, inf]; inf if delta is below what the errors add up to."""
         return max(self._epsilon(direction, delta) for direction in (0, 1))
 
     def _epsilon(self, direction: int, delta: float) -> float:

@@ -23,14 +23,14 @@ _SERIES_LIMIT = 0.05
 
 
 def rdp_event(event: Event, orders: Sequence[float] | FloatArray = DEFAULT_ORDERS) -> FloatArray:
-    """Rényi divergences of one step of any kind.
+    """Return the Rényi divergences of one step of any kind.
 
     Args:
         event: the step.
         orders: Rényi orders, [n], each above 1.
 
     Returns:
-        [n], in nats; 0 where nothing is released, ``inf`` where nothing hides the data.
+        Divergences [n], in nats; 0 where nothing is released, ``inf`` where nothing hides the data.
 
     Guarantees:
         An upper bound under the adjacency of the event's kind (see ``pairs``), exact for its dominating pair up to
@@ -48,7 +48,7 @@ def rdp_event(event: Event, orders: Sequence[float] | FloatArray = DEFAULT_ORDER
 
 
 def rdp_pair(pair: Pair, orders: Sequence[float] | FloatArray = DEFAULT_ORDERS) -> FloatArray:
-    """Rényi divergences of a dominating pair, at each order the larger of both directions, [n].
+    """Return the Rényi divergences of a dominating pair, at each order the larger of both directions, [n].
 
     Raises:
         ValueError: If an order is out of range.

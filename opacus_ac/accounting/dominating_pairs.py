@@ -81,7 +81,7 @@ class Pair:
 
 @lru_cache(maxsize=1024)
 def dominating_pairs(event: Event) -> tuple[Pair, ...]:
-    """Pairs that dominate an event; each is valid alone, so that the smallest bound from them is valid.
+    """Return the pairs that dominate an event; each is valid alone, so the smallest bound from them is valid.
 
     Args:
         event: the step, of any kind.
@@ -90,7 +90,7 @@ def dominating_pairs(event: Event) -> tuple[Pair, ...]:
         One pair or two, for zero-out adjacency (and add/remove, for Poisson events).
 
     Raises:
-        ValueError: Its noise is not Gaussian.
+        ValueError: If the event's noise is not Gaussian.
 
     References:
         The derivation is in the module's text.
@@ -153,7 +153,7 @@ class PairRounding:
         self._noises: set[float] = set()
 
     def resolve(self, pair: Pair, *, remember: bool = True) -> Pair:
-        """The pair that stands for this one.
+        """Return the pair that stands for this one.
 
         Args:
             pair: a dominating pair.

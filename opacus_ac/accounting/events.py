@@ -34,8 +34,9 @@ class Event:
     """One release on a sampled batch: the unit in which privacy is spent.
 
     Attributes:
-        noise_multiplier: std of the noise on the sum, over the L2 sensitivity of the whole release; of Laplace noise its
-            scale over the L1 sensitivity. At least 0; ``inf`` is a release that holds no data.
+        noise_multiplier: for Gaussian noise, the ratio of the noise std (on the sum) to the L2 sensitivity of the whole
+            release; for Laplace noise, the ratio of its scale to the L1 sensitivity. At least 0; ``inf`` is a release
+            that holds no data.
         sample_rate: probability with which each record enters the batch. It is a public parameter of the sampler,
             never a realised batch size over the number of records.
         sampling: ``"poisson"`` (independent draws), ``"shuffled"`` (each record at most once a pass, not amplified:
@@ -44,8 +45,8 @@ class Event:
             uniformly random subset of ``max_batch_size`` is kept when there are more).
         dataset_size: number of records N, public; for ``"truncated_poisson"`` only.
         max_batch_size: largest batch; for ``"truncated_poisson"`` only.
-        mechanism: ``"gaussian"``, or ``"laplace"``, whose cost the accountant "pure" alone knows; Poisson and shuffled batches
-            only.
+        mechanism: ``"gaussian"`` or ``"laplace"``. Laplace releases exist on Poisson and shuffled batches only, and
+            only the accountant "pure" knows their cost.
 
     Raises:
         ValueError: If a field is out of range; the message names it, its value and the remedy.
@@ -81,7 +82,7 @@ class Event:
 
     @property
     def is_plain(self) -> bool:
-        """Whether ``(noise_multiplier, sample_rate)`` says what it costs (Gaussian releases on poisson and shuffled batches)."""
+        """Whether ``(noise_multiplier, sample_rate)`` determines the cost: Gaussian, on Poisson or shuffled batches."""
         return self.mechanism == "gaussian" and self.sampling in ("poisson", "shuffled")
 
     def __repr__(self) -> str:
@@ -98,7 +99,8 @@ class Event:
             return check_count(value, name, minimum=1)
         if value is not None:
             raise ValueError(
-                f"{name}={value!r} with sampling={self.sampling!r}: that bound depends on the sample rate only; leave it out"
+                f"{name}={value!r} with sampling={self.sampling!r}: that bound depends on the sample rate only; "
+                "leave it out"
             )
         return None
 
@@ -107,13 +109,13 @@ def check_gaussian(event: Event) -> None:
     """Raise ``ValueError`` for a release whose noise is not Gaussian: bounds for Gaussian noise do not hold for it."""
     if event.mechanism != "gaussian":
         raise ValueError(
-            f"{event!r} is no Gaussian release, and this bound holds for Gaussian noise only: use the accountant 'pure' "
-            "(opacus_ac.accounting.PureDPAccountant)"
+            f"{event!r} is no Gaussian release, and this bound holds for Gaussian noise only: use the "
+            "accountant 'pure' (opacus_ac.accounting.PureDPAccountant)"
         )
 
 
 def common_adjacency(samplings: Iterable[str]) -> str:
-    """The adjacency under which one epsilon holds for steps of several kinds.
+    """Return the adjacency under which one epsilon holds for steps of several kinds.
 
     Poisson bounds hold under add/remove and, because sums are divided by public numbers, also under zero-out; those of
     the other kinds hold under zero-out only.

@@ -56,7 +56,7 @@ class RenyiFilter:
             )
 
     def cost(self, event: Event) -> float:
-        """Rényi divergence of one event at the preset order, in nats."""
+        """Return the Rényi divergence of one event at the preset order, in nats."""
         cost = self._costs.get(event)
         if cost is None:
             if len(self._costs) >= 4096:
@@ -73,7 +73,7 @@ class RenyiFilter:
             steps: how many such events.
 
         Raises:
-            ValueError: If ``spent`` is negative or NaN, or ``steps`` no count.
+            ValueError: If ``spent`` is negative or NaN, or ``steps`` is no count.
         """
         count = check_count(steps, "steps")
         if not spent >= 0.0:
@@ -81,7 +81,7 @@ class RenyiFilter:
         return spent + (count * self.cost(event) if count else 0.0) <= self.budget * (1.0 + _SLACK)
 
     def remaining(self, spent: float, event: Event) -> float:
-        """How many more such events fit: a whole number, or ``inf`` for events that cost nothing."""
+        """Return how many more such events fit: a whole number, or ``inf`` for events that cost nothing."""
         if not self.fits(spent, event, 0):
             return 0
         cost = self.cost(event)
@@ -94,7 +94,7 @@ class RenyiFilter:
 
 
 def best_order(counts: Mapping[Event, int], delta: float) -> float:
-    """The Rényi order to preset for a plan: the one that gives the plan its smallest epsilon.
+    """Return the Rényi order to preset for a plan: the one that gives the plan its smallest epsilon.
 
     Args:
         counts: planned events and how often each.
@@ -121,7 +121,7 @@ def best_order(counts: Mapping[Event, int], delta: float) -> float:
 def roomiest_order(
     planned: Mapping[Event, int], epsilon: float, delta: float, spent: Sequence[float] | FloatArray | None = None
 ) -> float:
-    """The Rényi order at which a budget holds the most repetitions of a plan, after what was spent before.
+    """Return the Rényi order at which a budget holds the most repetitions of a plan, after what was spent before.
 
     Args:
         planned: planned events and how often each.

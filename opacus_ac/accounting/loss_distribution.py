@@ -43,7 +43,7 @@ class Atoms:
 
 
 def discretise(pair: Pair, spacing: float, limit: int) -> tuple[Atoms, Atoms]:
-    """Losses of U against L and of L against U.
+    """Return the privacy losses of U against L and of L against U.
 
     Args:
         pair: a dominating pair with a finite positive noise multiplier.

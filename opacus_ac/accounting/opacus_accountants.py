@@ -1,4 +1,7 @@
-"""Opacus's accountants as a guarantee needs them: right at the edges, never negative, and no approximation as a bound."""
+"""Opacus's accountants with the guarantees of this package.
+
+They are right at the edges of their domain, are never negative, and never report an approximation as a bound.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ class _CheckedEpsilon:
             **kwargs: as in Opacus.
 
         Raises:
-            ValueError: ``delta`` is negative.
+            ValueError: If ``delta`` is negative.
         """
         delta = check_delta(delta)
         runs = [run for run in self.history if run[1] > 0 and run[2] > 0 and not math.isinf(run[0])]
@@ -74,7 +77,9 @@ class CheckedRDPAccountant(_CheckedEpsilon, RDPAccountant):  # type: ignore[misc
 
 
 class CheckedPRVAccountant(_CheckedEpsilon, PRVAccountant):  # type: ignore[misc, unused-ignore]
-    """Opacus's "prv", whose upper bound counts its own error; where its grid would not fit, the bound of "vpld" is given.
+    """Opacus's "prv", whose upper bound includes its own numerical error.
+
+    Where its grid would not fit, the bound of "vpld" is returned.
 
     References:
         Gopi, Lee and Wutschitz 2021 (arXiv 2106.02848), theorem 5.5.
@@ -110,7 +115,9 @@ class CheckedPRVAccountant(_CheckedEpsilon, PRVAccountant):  # type: ignore[misc
 
 
 class CheckedGDPAccountant(_CheckedEpsilon, GaussianAccountant):  # type: ignore[misc, unused-ignore]
-    """Opacus's "gdp": its central limit figure can lie far below the truth, so epsilon is infinity once a step was taken.
+    """Opacus's "gdp", which reports an infinite epsilon once a step was taken.
+
+    Its figure rests on a central limit theorem and can lie far below the true epsilon.
 
     References:
         arXiv 2106.02848, section 1 (it underestimates).

@@ -19,8 +19,9 @@ MAX_EXACT = 32
 class PrivacyLosses:
     """The composed privacy loss of a growing run.
 
-    Adding is a note in a dictionary; the transforms are brought up to date, and the grid rebuilt if the run has outgrown
-    it, when epsilon is asked for. Events with two dominating pairs have two compositions, and the smaller epsilon counts.
+    Adding an event only counts it. When epsilon is asked for, the transforms are brought up to date, and the grid is
+    rebuilt if the run has outgrown it. Events with two dominating pairs have two compositions, and the smaller epsilon
+    counts.
 
     Guarantees:
         Never below the true epsilon of the added events: the first 32 distinct pairs are exact, later ones rounded to
@@ -46,7 +47,7 @@ class PrivacyLosses:
         self._steps += steps
 
     def epsilon(self, delta: float, rdp: FloatArray, orders: FloatArray) -> float:
-        """Epsilon of what was added.
+        """Return the epsilon of what was added.
 
         Args:
             delta: target delta.
@@ -61,7 +62,7 @@ class PrivacyLosses:
         return min(composition.epsilon(delta) for composition in self._compositions)
 
     def epsilon_after(self, event: Event, steps: int, delta: float, rdp: FloatArray, orders: FloatArray) -> float:
-        """Epsilon as it would be after ``steps`` more events; ``rdp`` includes them."""
+        """Return epsilon as it would be after ``steps`` more events; ``rdp`` includes them."""
         if not self._prepared(Grid.plan(rdp, orders, self._steps + steps, delta), rdp, orders, delta):
             return math.inf
         pairs = self._resolved(event, remember=False)
@@ -92,7 +93,7 @@ class PrivacyLosses:
 
 
 def pld_epsilon(counts: Mapping[Event, int], delta: float) -> float:
-    """Epsilon of a run from its events: the smaller of the privacy-loss and the Rényi bound.
+    """Return the epsilon of a run from its events: the smaller of the privacy-loss and the Rényi bound.
 
     Args:
         counts: how often each event happened, for instance ``VariableRateRDPAccountant.counts()``.

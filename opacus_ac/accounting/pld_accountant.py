@@ -15,8 +15,9 @@ from opacus_ac.accounting.rdp_accountant import VariableRateRDPAccountant
 class VariableRatePLDAccountant(VariableRateRDPAccountant):
     """Accountant whose epsilon is the smaller of the Rényi and the privacy-loss bound ("vpld").
 
-    History, state dict and events are those of ``VariableRateRDPAccountant``. A step costs a note; epsilon brings the
-    transforms up to date (a transform per new distinct pair) and takes some milliseconds.
+    History, state dict and events are those of ``VariableRateRDPAccountant``. A step is
+    only counted. ``get_epsilon`` brings the transforms up to date (one per new distinct pair) and takes some
+    milliseconds.
 
     Guarantees:
         Never below the true epsilon, and never above ``VariableRateRDPAccountant``'s, if rates and noise multipliers
@@ -56,7 +57,7 @@ class VariableRatePLDAccountant(VariableRateRDPAccountant):
         self._losses.add(event, steps)
 
     def get_epsilon(self, delta: float, alphas: Sequence[float] | None = None, **kwargs: Any) -> float:
-        """Epsilon spent so far, under the adjacency of the events accounted (see ``common_adjacency``).
+        """Return the epsilon spent so far, under the adjacency of the events accounted (see ``common_adjacency``).
 
         Args:
             delta: target delta.
@@ -72,7 +73,7 @@ class VariableRatePLDAccountant(VariableRateRDPAccountant):
         return min(bound, self._losses.epsilon(delta, self._rdp, self._table.orders))
 
     def epsilon_after(self, event: Event, delta: float, steps: int = 1) -> float:
-        """What epsilon would be after more events of one kind; the accountant does not change.
+        """Return what epsilon would be after more events of one kind; the accountant does not change.
 
         Raises:
             ValueError: If an argument is out of range.

@@ -16,15 +16,15 @@ def laplace_epsilon(noise_multiplier: float, sample_rate: float) -> float:
     """Return the epsilon of one Laplace release on a Poisson batch, ``ln(1 + q (exp(1 / z) - 1))``.
 
     Args:
-        noise_multiplier: z, the scale b of the noise over the L1 sensitivity.
+        noise_multiplier: z, the ratio of the scale b of the noise to the L1 sensitivity.
         sample_rate: q, the probability with which each record enters the batch.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
 
     References:
-        Dwork et al. 2006 (Laplace mechanism); Balle et al. 2018 (arXiv 1807.01647, theorem 8: Poisson sampling under adding
-        or removing a record).
+        Dwork et al. 2006 (Laplace mechanism); Balle et al. 2018 (arXiv 1807.01647, theorem 8: Poisson sampling under
+        adding or removing a record).
 
     >>> round(laplace_epsilon(1.0, 1.0), 6), round(laplace_epsilon(1.0, 0.01), 6)
     (1.0, 0.017037)
@@ -41,7 +41,9 @@ def laplace_epsilon(noise_multiplier: float, sample_rate: float) -> float:
 
 
 def laplace_noise_multiplier(epsilon: float, sample_rate: float, steps: int) -> float:
-    """Return the noise multiplier with which ``steps`` releases cost ``epsilon``: ``1 / ln(1 + (exp(epsilon / T) - 1) / q)``.
+    """Return the noise multiplier with which ``steps`` Laplace releases cost ``epsilon`` in total.
+
+    It is ``1 / ln(1 + (exp(epsilon / T) - 1) / q)``.
 
     Args:
         epsilon: total epsilon, positive.
@@ -49,7 +51,7 @@ def laplace_noise_multiplier(epsilon: float, sample_rate: float, steps: int) -> 
         steps: T, number of releases.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
 
     >>> round(laplace_noise_multiplier(4.0, 0.0416, 1000), 2)
     10.87
@@ -63,12 +65,12 @@ def laplace_noise_multiplier(epsilon: float, sample_rate: float, steps: int) -> 
 class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
     """Accountant of Laplace releases ("pure"): epsilon at delta 0, the sum of the steps' epsilons.
 
-    Its noise multiplier is the scale of Laplace noise over the L1 sensitivity. It knows nothing of Gaussian noise, which has
-    no finite epsilon at delta 0, and the other accountants know nothing of Laplace noise.
+    Its noise multiplier is the ratio of the scale of Laplace noise to the L1 sensitivity. It refuses Gaussian noise,
+    which has no finite epsilon at delta 0; the other accountants refuse Laplace noise.
 
     Guarantees:
-        Basic composition is a filter: rates, noise and the time of stopping may depend on earlier releases. Epsilon holds at
-        every delta; smaller ones exist at delta > 0, and are not computed.
+        Basic composition is a filter: rates, noise and the time of stopping may depend on earlier releases. Epsilon
+        holds at every delta. Smaller values exist at delta > 0, and are not computed.
 
     >>> accountant = PureDPAccountant()
     >>> for _ in range(100):
@@ -94,7 +96,7 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
         """Runs of equal consecutive steps: ``[(noise_multiplier, sample_rate, steps), ...]``; a snapshot.
 
         Raises:
-            ValueError: On assignment of anything but triples of valid values.
+            ValueError: If anything but triples of valid values is assigned.
         """
         return HistorySnapshot(self._runs)
 
@@ -106,11 +108,11 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
         """Account one Laplace release.
 
         Args:
-            noise_multiplier: scale of the noise over the L1 sensitivity.
+            noise_multiplier: ratio of the scale of the noise to the L1 sensitivity.
             sample_rate: probability with which each record entered the batch.
 
         Raises:
-            ValueError: a value out of range; nothing is accounted then.
+            ValueError: If a value is out of range; nothing is accounted then.
         """
         append_run(self._runs, check_noise_multiplier(noise_multiplier), check_sample_rate(sample_rate), 1)
 
@@ -122,11 +124,12 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
             steps: how many such events.
 
         Raises:
-            ValueError: ``event`` is of another mechanism, or ``steps`` no count; nothing is accounted then.
+            ValueError: If ``event`` is of another mechanism, or ``steps`` is no count; nothing is accounted then.
         """
         if event.mechanism != "laplace":
             raise ValueError(
-                f"{event!r} is no Laplace release, and the accountant 'pure' knows no other: use 'vrdp' for Gaussian noise"
+                f"{event!r} is no Laplace release, and the accountant 'pure' knows no other: "
+                "use 'vrdp' for Gaussian noise"
             )
         if count := check_count(steps, "steps"):
             append_run(self._runs, event.noise_multiplier, event.sample_rate, count)
@@ -135,11 +138,11 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
         """Return the epsilon spent so far.
 
         Args:
-            delta: any; what holds at 0 holds at all.
+            delta: any value of at least 0; an epsilon that holds at delta 0 holds at every delta.
             **kwargs: arguments meant for other accountants; ignored.
 
         Raises:
-            ValueError: ``delta`` is negative.
+            ValueError: If ``delta`` is negative.
         """
         check_delta(delta)
         return math.fsum(steps * laplace_epsilon(noise, rate) for noise, rate, steps in self._runs)
@@ -148,15 +151,15 @@ class PureDPAccountant(IAccountant):  # type: ignore[misc, unused-ignore]
         """Return a hook for ``attach_step_hook`` that accounts each step of an optimizer with Laplace noise.
 
         Raises:
-            ValueError: From the hook, when the optimizer's noise is not known to be Laplace.
+            ValueError: If the optimizer's noise is not known to be Laplace; the hook raises it.
         """
         rate = check_sample_rate(sample_rate)
 
         def hook_fn(optimizer: Any) -> None:
             if getattr(getattr(optimizer, "settings", None), "mechanism", "gaussian") != "laplace":
                 raise ValueError(
-                    "the accountant 'pure' accounts for Laplace noise only, and Gaussian noise has no epsilon at delta 0: use "
-                    "'vrdp' for this optimizer"
+                    "the accountant 'pure' accounts for Laplace noise only, and Gaussian noise has no epsilon at "
+                    "delta 0: use 'vrdp' for this optimizer"
                 )
             self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=rate)
 

@@ -41,15 +41,15 @@ _SERIES_TERMS = 19
 def rdp_poisson_gaussian(
     noise_multiplier: float, sample_rate: float, orders: Sequence[float] | FloatArray = DEFAULT_ORDERS
 ) -> FloatArray:
-    """Rényi divergences of one step of the Poisson-subsampled Gaussian mechanism.
+    """Return the Rényi divergences of one step of the Poisson-subsampled Gaussian mechanism.
 
     Args:
-        noise_multiplier: std of the noise over the L2 sensitivity, in [0, inf].
+        noise_multiplier: ratio of the noise std to the L2 sensitivity, in [0, inf].
         sample_rate: probability that a record is in the batch, in [0, 1].
         orders: Rényi orders, [n], each above 1.
 
     Returns:
-        [n], in nats; 0 where nothing is released, ``inf`` where nothing hides the data.
+        Divergences [n], in nats; 0 where nothing is released, ``inf`` where nothing hides the data.
 
     Guarantees:
         Exact to about 1e-11 relative under add/remove adjacency, in both directions of the divergence. Fractional

@@ -83,7 +83,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         steps, joins equal neighbours and recomputes the divergences; if a run is invalid nothing changes.
 
         Raises:
-            ValueError: On assignment of anything but triples of valid values.
+            ValueError: If anything but triples of valid values is assigned.
         """
         return HistorySnapshot(self._runs)
 
@@ -98,7 +98,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         Assigning replaces them, leaves ``history`` alone and recomputes the divergences.
 
         Raises:
-            ValueError: On assignment of anything but such events and counts; nothing changes then.
+            ValueError: If anything but such events and counts is assigned; nothing changes then.
         """
         return dict(self._others)
 
@@ -107,7 +107,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         self._replace(self._runs, checked_others(counts))
 
     def counts(self) -> dict[Event, int]:
-        """Every event accounted and how often.
+        """Return every event accounted and how often.
 
         A shuffled pass comes back as a Poisson step at rate 1, which costs the same.
         """
@@ -129,7 +129,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         """Account one step.
 
         Args:
-            noise_multiplier: std of the noise on the sum, over the L2 sensitivity of the release.
+            noise_multiplier: ratio of the noise std (on the sum) to the L2 sensitivity of the release.
             sample_rate: probability with which each record entered the batch (never a realised batch size).
 
         Raises:
@@ -164,7 +164,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         self._others[event] = self._others.get(event, 0) + steps
 
     def spent_rdp(self, order: float) -> float:
-        """Rényi divergence of one order spent so far, in nats.
+        """Return the Rényi divergence spent so far at one order, in nats.
 
         Args:
             order: above 1; one of ``DEFAULT_ALPHAS`` costs nothing, another is computed from all events.
@@ -183,7 +183,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return rdp
 
     def get_privacy_spent(self, *, delta: float, alphas: Sequence[float] | None = None) -> tuple[float, float]:
-        """Epsilon spent so far, and the Rényi order that gives it.
+        """Return the epsilon spent so far, and the Rényi order that gives it.
 
         Args:
             delta: target delta.
@@ -204,7 +204,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return epsilon_from_rdp(self._rdp_at(alphas), alphas, delta)
 
     def get_epsilon(self, delta: float, alphas: Sequence[float] | None = None, **kwargs: Any) -> float:
-        """Epsilon spent so far, under the adjacency of the events accounted (see ``ADJACENCY``).
+        """Return the epsilon spent so far, under the adjacency of the events accounted (see ``ADJACENCY``).
 
         Args:
             delta: target delta.
@@ -217,7 +217,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return self.get_privacy_spent(delta=delta, alphas=alphas)[0]
 
     def epsilon_after(self, event: Event, delta: float, steps: int = 1) -> float:
-        """What epsilon would be after more events of one kind; the accountant does not change.
+        """Return what epsilon would be after more events of one kind; the accountant does not change.
 
         Args:
             event: the event to come.
@@ -237,7 +237,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return after
 
     def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Opacus's state, and ``"other_events"`` (plain lists) if there are events that ``history`` cannot hold."""
+        """Return Opacus's state, and ``"other_events"`` (plain lists) if ``history`` cannot hold all events."""
         state: dict[str, Any] = super().state_dict(destination)
         if self._others:
             state["other_events"] = [[*astuple(event)[:-1], steps] for event, steps in self._others.items()]
@@ -255,8 +255,8 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         theirs = state_dict.get("mechanism") if state_dict else None
         if theirs in ("rdp", "vrdp", "vpld") and theirs != self.mechanism() and "history" in state_dict:
             raise ValueError(
-                f"state_dict of the {theirs!r} accountant cannot be loaded into {self.mechanism()!r}; its history can be "
-                "taken over with accountant.history = state_dict['history']"
+                f"state_dict of the {theirs!r} accountant cannot be loaded into {self.mechanism()!r}; its history can "
+                "be taken over with accountant.history = state_dict['history']"
             )
         others = parsed_others(state_dict.get("other_events", [])) if state_dict else {}
         before, self._others = self._others, others  # the setter of history computes both
@@ -267,16 +267,16 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
             raise
 
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[Any], None]:
-        """A hook for ``DPOptimizer.attach_step_hook`` that accounts each step.
+        """Return a hook for ``DPOptimizer.attach_step_hook`` that accounts each step.
 
         Args:
             sample_rate: rate to account when the optimizer does not say more. If the optimizer has an attribute
                 ``current_event`` that holds an ``Event``, that event is accounted instead.
 
         Raises:
-            ValueError: From the hook, if several Poisson batches were accumulated into one step. Opacus would account
-                k batches at rate q as one at rate k q; but a record can be drawn more than once, and that reports too
-                small an epsilon.
+            ValueError: If several Poisson batches were accumulated into one step; the hook raises it. Opacus would
+                account k batches at rate q as one at rate k q. A record can be drawn more than once, so that epsilon
+                is too small.
         """
         rate = check_sample_rate(sample_rate)
 

@@ -61,7 +61,7 @@ class RDPTable:
         self._rounding = PairRounding(self._max_other)
 
     def resolve(self, noise_multiplier: float, sample_rate: float, *, remember: bool = True) -> tuple[float, float]:
-        """The pair whose row stands for these parameters: themselves, or the next pair of the grid above their cost.
+        """Return the pair whose row stands for these parameters: itself, or the next pair of the grid above its cost.
 
         Args:
             noise_multiplier: validated, in [0, inf].
@@ -87,12 +87,12 @@ class RDPTable:
         return noise_multiplier, rate_above(sample_rate)
 
     def row(self, pair: tuple[float, float]) -> FloatArray:
-        """The exact row of a resolved pair, [n]; read-only, computed once while it stays cached."""
+        """Return the exact row of a resolved pair, [n]; read-only, computed once while it stays cached."""
         row = self._rows.get(pair)
         return self._kept(pair, rdp_poisson_gaussian(*pair, self.orders)) if row is None else row
 
     def event_row(self, event: Event, *, remember: bool = True) -> FloatArray:
-        """The row that stands for one event of any kind, [n]: the best of the pairs that dominate it.
+        """Return the row that stands for one event of any kind, [n]: the best of the pairs that dominate it.
 
         Args:
             event: the event.
@@ -116,7 +116,7 @@ class RDPTable:
         return row
 
     def total(self, counts: dict[tuple[float, float], int]) -> FloatArray:
-        """Sum of the rows of resolved pairs, each taken as often as ``counts`` says, [n]."""
+        """Return the sum of the rows of resolved pairs, each taken as often as ``counts`` says, [n]."""
         total = np.zeros_like(self.orders)
         for pair, count in counts.items():
             if count:

@@ -26,7 +26,7 @@ def public_weights(
         clamp: largest factor away from 1.
 
     Raises:
-        ValueError: the gradients of the batch are zero or not finite.
+        ValueError: If the gradients of the batch are zero or not finite.
     """
     records = _batch_size(batch)
     sizes: dict[str, int] = {}

@@ -18,10 +18,12 @@ def group_of(groups: str | Callable[[str], str], name: str) -> str:
 def optimal_weights(
     sizes: Sequence[float], norms: Sequence[float], importance: Sequence[float] | None = None, clamp: float = 4.0
 ) -> list[float]:
-    """Return ``w_g`` proportional to ``(I_g d_g)^(1/4) / G_g^(1/2)``, with geometric mean 1 and inside ``[1/clamp, clamp]``.
+    """Return the weight of each group that minimises the noise energy.
 
-    They minimise the noise energy ``sum_g I_g d_g (sigma C / w_g)^2`` where C is in proportion to the root mean square of
-    the records' scaled norms.
+    It is proportional to ``(I_g d_g)^(1/4) / G_g^(1/2)``, with geometric mean 1 and inside ``[1/clamp, clamp]``.
+
+    The noise energy is ``sum_g I_g d_g (sigma C / w_g)^2``, where C is in proportion to the root mean square of the
+    records' scaled norms.
 
     Args:
         sizes: ``d_g``, numbers of coordinates.

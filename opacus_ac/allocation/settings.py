@@ -1,9 +1,9 @@
 """Noise allocation: the same noise energy in a scaled space, so that less of it falls where it hurts more.
 
 Every group g of parameters has a public weight ``w_g > 0``. A record's gradient is clipped by its scaled norm,
-``sum_g w_g^2 |g_g|^2 <= C^2``, the sum of the scaled gradients gets the one isotropic noise of the step, and the release
-is divided by ``w`` again: parameter p has noise of std ``std / w_p``. In the scaled space this is the Gaussian mechanism
-that is accounted anyway, with the same sensitivity and multiplier, whatever the weights.
+``sum_g w_g^2 |g_g|^2 <= C^2``. The sum of the scaled gradients gets the one isotropic noise of the step. The release is
+divided by ``w`` again, so parameter p has noise of std ``std / w_p``. In the scaled space this is the Gaussian
+mechanism that is accounted anyway, with the same sensitivity and multiplier, whatever the weights.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ IMPORTANCE = ("none", "weights")
 _LIMIT = 1e6
 _REFUSED = {
     "per_parameter_noise": (
-        "noise of another std per parameter under one flat clipping norm has the epsilon of its smallest sigma, because one "
-        "record may move the parameter with the least noise by all of C; the average says nothing. At q = 0.01 "
-        "and 2000 steps, a smallest sigma of half the nominal one turns epsilon 8 into 78"
+        "noise of another std per parameter under one flat clipping norm has the epsilon of its smallest sigma, "
+        "because one record may move the parameter with the least noise by all of C; the average says nothing. "
+        "At q = 0.01 and 2000 steps, a smallest sigma of half the nominal one turns epsilon 8 into 78"
     ),
     "gradients": (
-        "weights computed from raw gradients are a release of their own without noise: they show in the noise of every step"
+        "weights computed from raw gradients are a release of their own without noise: they show in the noise of every "
+        "step"
     ),
 }
 _REMEDY = 'use mode="scaled_clipping" with source "constant", "dimension", "history" or "paid"'
@@ -45,14 +46,15 @@ class NoiseAllocation:
     """How the noise of a step is spread over groups of parameters; for ``make_private(noise_allocation=...)``.
 
     Args:
-        source: where the weights come from. "constant": ``weights``. "dimension": ``d_g^(1/4)``, the best that is known of
-            a group without data. "history": from past releases, ``|g_hat_g|^2`` less the known energy of its noise. "paid":
-            from an entry of the release that is made for it, the mean of ``n / |n|`` over the records, where n holds a
-            record's squared gradient norms by group.
+        source: where the weights come from. "constant": ``weights``. "dimension": ``d_g^(1/4)``, the best that is known
+            of a group without data. "history": from past releases, ``|g_hat_g|^2`` less the known energy of its noise.
+            "paid": from an entry of the release that is made for it, the mean of ``n / |n|`` over the records, where n
+            holds a record's squared gradient norms by group.
         groups: "parameter", "layer" (the module that holds it), or a function from a parameter's name to its group's.
         weights: for "constant": group name or pattern (``*lora_A*``) to weight; the first that fits counts, and every
             group must have one.
-        importance: "none", or "weights" for ``I_g = |theta_g| |g_hat_g|`` of the history (ANADP at the level of groups).
+        importance: "none", or "weights" for ``I_g = |theta_g| |g_hat_g|`` of the history (ANADP at the level of
+            groups).
         decay: of the average over past releases.
         warmup: steps of equal weights at the start; by default 50 of a history, whose signal is weak, and 0 of "paid".
         statistic_weight: ``c`` of "paid". It multiplies the noise by about ``sqrt(1 + c^2)``: 2 % by default.
@@ -60,12 +62,13 @@ class NoiseAllocation:
         mode: "scaled_clipping"; other schemes are refused by name.
 
     Guarantees:
-        Weights are constants or functions of past releases, public data and public settings, and change after a step only.
-        Given them, a step is the Gaussian mechanism of the same noise multiplier; its event does not depend on them. What
-        "paid" releases is part of the one joint release: one record moves it by ``c``, which is in the sensitivity.
+        Weights are constants, or functions of past releases, public data and public settings. They change after a step
+        only. Given them, a step is the Gaussian mechanism of the same noise multiplier; its event does not depend on
+        them. The entry of "paid" is part of the one joint release: one record moves it by ``c``, which is in the
+        sensitivity.
 
     Raises:
-        ValueError: an unknown or dishonest scheme, or a value out of range.
+        ValueError: If a scheme is unknown or dishonest, or a value is out of range.
 
     References:
         arXiv 1908.07643 (AdaClip: scaled clipping); arXiv 2410.02912 (ANADP: importance; its noise is not reproduced).

@@ -15,7 +15,7 @@ from opacus_ac.allocation.settings import FOLLOWING, NoiseAllocation
 from opacus_ac.release.values import FloatArray, NoisyProfile
 
 MAX_CHANGE = 1.25
-"""Largest factor by which a history moves a weight in one step: C follows the scaled norms through a window of steps."""
+"""Largest factor by which a history moves a weight in one step: C follows scaled norms through a window of steps."""
 
 
 SMALLEST_IMPORTANCE = 1e-3
@@ -104,8 +104,8 @@ class GroupWeights:
         needed = self.statistics().get("groups", 0)
         if groups != needed:
             raise ValueError(
-                f"noise allocation by {self.allocation.source!r} needs the profile of {needed} groups in the release, and "
-                f"statistics has {groups}: pass StepStatistics(groups={needed})"
+                f"noise allocation by {self.allocation.source!r} needs the profile of {needed} groups in the release, "
+                f"and statistics has {groups}: pass StepStatistics(groups={needed})"
             )
 
     def by_groups(self, squares: FloatArray) -> FloatArray:
@@ -186,8 +186,8 @@ class GroupWeights:
         """Raise ``ValueError`` when ``state`` is of other groups, settings or constants."""
         if state["configuration"] != self.configuration() or list(state["weights"]) != self.groups:
             raise ValueError(
-                "the state was written with another noise_allocation (its groups or settings differ): call make_private "
-                "with the same one"
+                "the state was written with another noise_allocation (its groups or settings differ): call "
+                "make_private with the same one"
             )
         if self.allocation.source not in FOLLOWING and state["weights"] != self.by_group:
             raise ValueError("the state was written with other weights of noise_allocation: give the same ones")

@@ -49,7 +49,7 @@ def private_parts(
     """Return (bare model, model, optimizer, loader) of a task that was made private.
 
     Raises:
-        ValueError: settings under which the sampler draws no coins, or what ``make_private`` refuses.
+        ValueError: If the sampler draws no coins under these settings, or ``make_private`` refuses them.
     """
     if not settings.get("poisson_sampling", True):
         raise ValueError("the audit needs poisson_sampling=True: the sampler's draws are its coins")
@@ -259,14 +259,14 @@ def canary_audit(
             ``max_physical_batch_size``, ``fused_step``, ...
 
     Returns:
-        Lower bounds of the step's epsilon (for one step whose batch is known but for one record) beside its claim, the noise
-        of every tensor, and the realised sampling rate.
+        Lower bounds of the step's epsilon beside its claim (for one step whose batch is known but for one record), the
+        noise of every tensor, and the realised sampling rate.
 
     Guarantees:
         A mechanism that does what it claims is refuted with probability at most ``1 - confidence``.
 
     Raises:
-        ValueError: too few steps, no noise, or settings that ``make_private`` refuses.
+        ValueError: If there are too few steps, there is no noise, or ``make_private`` refuses the settings.
 
     References:
         Nasr et al. 2023 (arXiv 2302.07956), section 4; Dong, Roth and Su 2019 (arXiv 1905.02383).

@@ -101,7 +101,10 @@ def _one(value: float) -> Callable[[torch.Generator], Pair]:
 
 
 def _cancelling(size: float, left: float = 0.0) -> Callable[[torch.Generator], Pair]:
-    """Pairs of equal positions with opposite targets, but for ``left`` of their size: at weights of zero their gradients cancel."""
+    """Pairs of equal positions with opposite targets, whose gradients cancel at weights of zero.
+
+    A fraction ``left`` of their size remains.
+    """
 
     def made(generator: torch.Generator) -> Pair:
         inputs, targets = (

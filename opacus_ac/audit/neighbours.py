@@ -79,7 +79,7 @@ def neighbour_finding(
     """Return what a record of ``task`` moves, and how many releases were compared.
 
     Raises:
-        ValueError: what may not be refused was refused.
+        ValueError: If something was refused that may not be refused.
     """
     inside, outside = (
         replay(build, task, a_few_steps, present, seed=seed, **settings) for present in (PRESENT, [False])
@@ -128,8 +128,9 @@ def _audit(
 def poison_audit(engine: Callable[[], Any] | None = None, *, seed: int | None = None, **settings: Any) -> AuditResult:
     """Audit what the worst record adds: huge, tiny, not a number, positions that cancel.
 
-    The same steps run with the record and without it, on the same other records and under the same noise, so that the difference
-    of two releases is what the record adds: exactly, gradient and statistics together, in units of the joint sensitivity.
+    The same steps run with the record and without it, on the same other records and under the same noise. So the
+    difference of two releases is exactly what the record adds: gradient and statistics together, in units of the joint
+    sensitivity.
 
     Args:
         engine: makes the engine whose ``make_private`` is audited; ``PrivacyEngine`` by default.
@@ -140,7 +141,7 @@ def poison_audit(engine: Callable[[], Any] | None = None, *, seed: int | None = 
         Nothing is left to chance: a step that clips every record to C is not refuted.
 
     Raises:
-        ValueError: settings that ``make_private`` refuses.
+        ValueError: If ``make_private`` refuses the settings.
     """
     note = "in units of the joint sensitivity; with the record and without it under the same noise"
     return _audit("poisoned records", POISONS, poison_task, engine, seed, settings, note)
@@ -158,7 +159,7 @@ def coupling_audit(engine: Callable[[], Any] | None = None, *, seed: int | None 
         **settings: of ``make_private``.
 
     Raises:
-        ValueError: settings that ``make_private`` refuses for the model that couples nothing.
+        ValueError: If ``make_private`` refuses the settings for the model that couples nothing.
     """
     note = "a model that is refused passes; one that couples nothing must not be refused"
     return _audit("models that couple records", MODELS, model_task, engine, seed, settings, note)

@@ -1,4 +1,4 @@
-"""The noise of an audited run, ``[T, D]`` for each tensor: its spread, and whether it tells anything about other noise."""
+"""The noise of an audited run, ``[T, D]`` for each tensor: its spread, and its independence of other noise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def lagged(noise: FloatArray, lag: int) -> float:
 
 
 def shifted(noise: FloatArray, shift: int) -> float:
-    """Return the correlation of noise ``[T, D]`` with itself ``shift`` entries further within a step, in units of its own std."""
+    """Return the autocorrelation of noise ``[T, D]`` at a lag of ``shift`` entries within a step.
+
+    It is in units of its own std.
+    """
     return _in_stds(noise[:, shift:] * noise[:, :-shift])
 
 
@@ -45,8 +48,8 @@ def _in_stds(products: FloatArray) -> float:
 def closest_steps(noise: FloatArray) -> tuple[float, int, int]:
     """Return (p-value, step, other step) of the two steps of ``[T, D]`` whose noise is most alike, or most opposite.
 
-    The squared cosine of two independent Gaussian vectors is Beta(1/2, (D - 1)/2), whatever their length; the p-value is that of
-    the largest of all T (T - 1) / 2.
+    The squared cosine of two independent Gaussian vectors is Beta(1/2, (D - 1)/2), whatever their length. The p-value
+    is that of the largest of all T (T - 1) / 2 squared cosines.
     """
     values = noise[:, np.isfinite(noise).all(0)]
     steps, width = values.shape
@@ -63,7 +66,8 @@ def closest_steps(noise: FloatArray) -> tuple[float, int, int]:
 def independence_findings(noise: dict[str, FloatArray], alpha: float) -> tuple[Finding, ...]:
     """Return the findings about the noise of each tensor, ``{name: [T, D]}`` in units of its claimed std.
 
-    Each of them may be wrong with probability ``alpha``; within one, the p-value is the smallest times the number of tests.
+    Each finding may be wrong with probability ``alpha``. Within a finding, the p-value is the smallest one times the
+    number of tests (Bonferroni).
     """
     steps = len(next(iter(noise.values())))
     whole = np.concatenate(list(noise.values()), axis=1)

@@ -31,9 +31,10 @@ def noise_audit(
 ) -> AuditResult:
     """Audit whether the noise is drawn afresh: for every step, tensor and entry.
 
-    A step alone can be private and a run not: noise that cancels that of the step before has the right spread at every step, and
-    the average of two releases shows the sum. The noise of each step is the release less the exact sum, as in
-    :func:`~opacus_ac.audit.canary_audit`. With ``clipping="zo"``, it is the release of steps on empty batches (of 8 directions by default).
+    Each step alone can be private while the run is not. If the noise cancels that of the step before, its spread is
+    right at every step, but the average of two releases shows the sum. The noise of each step is the release less the
+    exact sum, as in :func:`~opacus_ac.audit.canary_audit`. With ``clipping="zo"``, it is the release of steps on empty
+    batches (of 8 directions by default).
 
     Args:
         make_private: as in :func:`~opacus_ac.audit.canary_audit`.
@@ -46,14 +47,14 @@ def noise_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Four findings, which are the spread of every tensor's noise, correlation with the noise of the steps before, the two steps whose noise is most alike, and
-        correlation within a step.
+        Four findings, which are the spread of every tensor's noise, its correlation with the noise of the steps before, the two
+        steps whose noise is most alike, and the correlation within a step.
 
     Guarantees:
         Independent Gaussian noise is refuted with probability at most ``1 - confidence``.
 
     Raises:
-        ValueError: too few steps, no noise, or settings that ``make_private`` refuses.
+        ValueError: If there are too few steps, there is no noise, or ``make_private`` refuses the settings.
     """
     alpha = check_confidence(confidence) / CHECKS
     if steps < 50:

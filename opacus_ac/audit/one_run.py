@@ -39,11 +39,11 @@ def one_run_audit(
 
     Each canary is in the dataset with probability 1/2. The model trains in the ordinary way (AdamW, learning-rate
     control, adaptive clipping, the loader's Poisson batches), and the auditor sees nothing but the weights before and
-    after. Canaries along whose gradient the weights moved most are guessed in, those with the least out, and the others are
-    passed over.
+    after. Canaries along whose gradient the weights moved most are guessed in, and those with the least move are
+    guessed out. The others are passed over.
 
-    An end-to-end check of one whole run, calibration and accountant included, and a weak one: of an exact claim it shows
-    a fraction, and only gross errors are refuted. :func:`~opacus_ac.audit.canary_audit` is the sharp instrument.
+    This is an end-to-end check of one whole run, calibration and accountant included. It is weak: of an exact claim it
+    shows a fraction, and it refutes gross errors only. :func:`~opacus_ac.audit.canary_audit` is the sharp instrument.
 
     Args:
         engine: engine whose ``make_private_with_epsilon`` and ``get_epsilon`` are audited; a new ``PrivacyEngine`` by
@@ -65,7 +65,7 @@ def one_run_audit(
         A run that keeps its (epsilon, delta) is refuted with probability at most ``1 - confidence``.
 
     Raises:
-        ValueError: an odd or impossible number of guesses, or what ``make_private`` refuses.
+        ValueError: If the number of guesses is odd or impossible, or ``make_private`` refuses the settings.
 
     References:
         Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), algorithm 1 and theorem 5.2.

@@ -54,7 +54,10 @@ class Published:
         return direction
 
     def read(self) -> FloatArray:
-        """Return the released sum in units of C, noise included: ``[D]``, or ``[K]`` for K directions; restore the weights."""
+        """Return the released sum in units of C, noise included: ``[D]``, or ``[K]`` for K directions.
+
+        The weights are restored.
+        """
         release = self.optimizer.released
         assert release is not None
         scale = release.lr_multiplier
@@ -70,7 +73,10 @@ class Published:
         return np.asarray(found)
 
     def statistics(self) -> FloatArray:
-        """Return what was released beside the gradient, in the units in which a record adds at most ``sqrt(a^2 + b^2 + c^2)``."""
+        """Return what was released beside the gradient.
+
+        In its units, a record adds at most ``sqrt(a^2 + b^2 + c^2)``.
+        """
         release, own = self.optimizer.released, self.optimizer.statistics
         assert release is not None
         parts = [np.zeros(0)]
@@ -84,6 +90,9 @@ class Published:
 
 
 def entry_weights(release: StepRelease) -> FloatArray:
-    """Return the weight of each entry of a released histogram: the release shows it, since the noise was divided by it."""
+    """Return the weight of each entry of a released histogram.
+
+    The release shows it, because the noise was divided by it.
+    """
     assert release.histogram is not None
     return np.asarray(release.gradient_noise_multiplier / np.sqrt(release.histogram.variances))

@@ -1,4 +1,7 @@
-"""Replay: a run with a record and the same run without it, under the same noise; what differs is what the record adds."""
+"""Replay: a run with a record and the same run without it, under the same noise.
+
+The difference is what the record adds.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class AuditResult:
         """Return the finding of the check whose name starts with ``check``.
 
         Raises:
-            KeyError: there is none.
+            KeyError: If there is none.
         """
         for found in self.findings:
             if found.check.startswith(check):
@@ -112,7 +112,7 @@ def check_confidence(confidence: float) -> float:
     """Return alpha = 1 - confidence.
 
     Raises:
-        ValueError: a confidence that decides nothing.
+        ValueError: If nothing can be decided at this confidence.
     """
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence must lie strictly between 0.5 and 1, got {confidence!r}: 0.999 is usual")

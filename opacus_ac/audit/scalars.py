@@ -1,4 +1,4 @@
-"""Leak test of the released scalars: with the batches held fixed, each must follow the noise and must not show a record."""
+"""Leak test of the released scalars: with the batches fixed, each must follow the noise and must not show a record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def released_scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
     """Yield (name, value) of every number inside a released object, None as NaN.
 
     Raises:
-        TypeError: something that is neither a number nor made of numbers: a leak in it would go unseen.
+        TypeError: If something is neither a number nor made of numbers: a leak in it would go unseen.
     """
     if value is None:
         yield name, math.nan
@@ -132,15 +132,15 @@ def scalar_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Two findings, which are scalars that follow the record but not the noise, and the scalar that shows the record best,
+        Two findings, which are the scalars that follow the record but not the noise, and the scalar that shows the record best,
         beside the claim of all the steps up to its own (mu = sqrt(t) / z).
 
     Guarantees:
         A mechanism that does what it claims is refuted with probability at most ``1 - confidence``.
 
     Raises:
-        ValueError: too few runs, or settings that ``make_private`` refuses.
-        TypeError: the release holds something that cannot be read.
+        ValueError: If there are too few runs, or ``make_private`` refuses the settings.
+        TypeError: If the release holds something that cannot be read.
     """
     alpha = check_confidence(confidence) / 2
     if runs < 20 or steps < 1:

@@ -119,7 +119,7 @@ def other_loader(loop: Loop) -> None:
 
 
 def fetched_by_another(loop: Loop) -> None:
-    """Let another loader around the private sampler fetch all batches, then take three steps on each of the first two."""
+    """Fetch all batches by another loader of the private sampler, then take three steps on each of the first two."""
     _three_steps_on_two(loop, DataLoader(loop.loader.dataset, batch_sampler=loop.loader.batch_sampler))
 
 

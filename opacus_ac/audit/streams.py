@@ -1,4 +1,4 @@
-"""Random numbers of audits: the same batches again, with a record or without it, and generators that an attacker knows."""
+"""Random numbers of audits: repeated batches with a record or without it, and generators that an attacker knows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from opacus_ac.noise.streams import RandomStream
 
 
 class FixedDraws:
-    """Sampling stream that draws the same batches in every run, the canary always or never: neighbours with one public N.
+    """Sampling stream that draws the same batches in every run, the canary always or never.
+
+    Two such streams give neighbouring runs with the same public N.
 
     Args:
         seed: seed of the draws.
-        present: index to whether the record is in every batch (True) or in none (False), or to one such value for each
-            batch, of which the last holds from then on.
+        present: mapping from a record's index to whether it is in every batch (True) or in none (False). The value may
+            also be a sequence with one such flag for each batch, of which the last holds from then on.
     """
 
     secret = False

@@ -53,7 +53,8 @@ class Audit:
         name: short name, for ``--only``.
         question: what it asks.
         run: asks it, with what confidence.
-        tests: it decides by a test, which may err; the others compare runs under the same noise and leave nothing to chance.
+        tests: whether it decides by a statistical test, which may err; the other audits compare runs under the same
+            noise and leave nothing to chance.
         forward_only: it can look at a method without a backward pass.
     """
 
@@ -118,7 +119,7 @@ def chosen_audits(names: Iterable[str] | None, forward_only: bool) -> list[Audit
     """Return the audits of these names, all by default, that can look at the method.
 
     Raises:
-        ValueError: a name that is not in the table, or none that applies.
+        ValueError: If a name is not in the table, or no audit applies.
     """
     wanted = [audit.name for audit in AUDITS] if names is None else list(names)
     known = {audit.name: audit for audit in AUDITS}
@@ -139,11 +140,11 @@ def run_audits(plan: Plan | None = None, names: Iterable[str] | None = None) -> 
         names: which audits; None for all that apply.
 
     Returns:
-        One result per audit. Correct code is refuted by any of them with probability at most ``1 - plan.confidence``: each audit
-        that may err gets an equal share of it (Bonferroni).
+        One result per audit. All audits together refute correct code with probability at most ``1 - plan.confidence``:
+        each audit that may err gets an equal share of it (Bonferroni).
 
     Raises:
-        ValueError: what cannot be audited.
+        ValueError: If something cannot be audited.
     """
     plan = plan or Plan()
     audits = chosen_audits(names, plan.arguments.get("clipping") == "zo")

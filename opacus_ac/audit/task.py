@@ -1,4 +1,4 @@
-"""Small classification tasks; in some, chosen records, the canaries, have an input feature that no other record uses."""
+"""Small classification tasks; in some of them canaries (chosen records) have an input feature that no other has."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Task:
         return DataLoader(self.dataset, batch_size=batch_size)
 
     def losses(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        """Return the loss of each record, ``[B]``: cross entropy, or half the squared error of targets that are no classes."""
+        """Return the loss of each record, ``[B]``: cross entropy for class targets, else half the squared error."""
         _, inputs, targets = batch
         if targets.is_floating_point():
             return (model(inputs) - targets).square().flatten(1).sum(1) / 2

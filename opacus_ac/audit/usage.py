@@ -28,8 +28,8 @@ RATE = 0.25
 def due(run: Run, moved: list[float], noise_multiplier: float, rate: float) -> Charges:
     """Return what the releases of a run cost at least.
 
-    A release from one fresh draw costs its sampling rate. One whose records are known to have been used, or come from several
-    draws, has no amplification; where a record is in it k times, its noise is k times smaller.
+    A release from one fresh draw costs its sampling rate. A release has no amplification if its records are known to
+    have been used, or come from several draws. If a record is in it k times, its noise is k times smaller.
     """
     found: Charges = Counter()
     for number, release in enumerate(run.releases):
@@ -117,12 +117,12 @@ def usage_audit(
     scripts: Iterable[Script] = SCRIPTS,
     **settings: Any,
 ) -> AuditResult:
-    """Audit the account: what people do with a loader is played, and each release is held against the charges.
+    """Audit the account: run the ways in which people use a loader, and compare each release with the charges.
 
-    Each way of use (:data:`~opacus_ac.audit.scripts.SCRIPTS`) runs twice under the same noise, with a record in every draw and
-    without it. The auditor counts releases, knows which come from one fresh draw, and sees by how much the record moves them.
-    Account, privacy ledger and reported epsilon have to cover that; a way of use that is refused passes, if it is not an
-    ordinary one. The least epsilon is by Opacus's PRV accountant.
+    Each way of use (:data:`~opacus_ac.audit.scripts.SCRIPTS`) runs twice under the same noise, with a record in every
+    draw and without it. The auditor counts releases, knows which come from one fresh draw, and sees by how much the
+    record moves them. Account, privacy ledger and reported epsilon have to cover that. A way of use that is refused
+    passes, unless it is an ordinary one. The least epsilon is computed by Opacus's PRV accountant.
 
     Args:
         engine: makes the engine, given ``ledger=path``; ``PrivacyEngine`` by default.
@@ -136,7 +136,7 @@ def usage_audit(
         Nothing is left to chance: an account that covers every release is not refuted.
 
     Raises:
-        ValueError: an ordinary way of use, or a setting, that was refused.
+        ValueError: If an ordinary way of use, or a setting, was refused.
     """
     if engine is None:
         from opacus_ac.engine.privacy_engine import PrivacyEngine

@@ -10,18 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from opacus.optimizers import DPOptimizer
-from torch import Tensor, nn
-
-from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from torch import Tensor
 
 DIGEST = "digest"
-SETTINGS = "privacy_settings"
-ACCOUNT = "account"
-"""What holds for the charges (:class:`opacus_ac.budget.charges.Terms`); not in checkpoints of older versions."""
-LEDGER = "ledger"
-NAME = "checkpoint_name"
-_ACCOUNTANT = "privacy_accountant_state_dict"
 
 
 def write(state: dict[str, Any], path: Any, **save_options: Any) -> None:
@@ -69,48 +60,10 @@ def _update(total: Any, value: Any) -> None:
         total.update(f"{type(value).__name__} {value!r};".encode())
 
 
-def check(
-    state: Any,
-    module: nn.Module,
-    optimizer: DPOptimizer | None,
-    mechanism: str,
-    settings: Mapping[str, Any] | None,
-    extra: tuple[str, ...] = (),
-) -> None:
-    """Raise ``ValueError`` when a checkpoint is damaged, or does not fit; nothing has been loaded then.
-
-    Args:
-        state: what was read.
-        module: model to load into.
-        optimizer: optimizer to load into, or None.
-        mechanism: name of the engine's accountant.
-        settings: the engine's public settings; None before ``make_private``.
-        extra: further entries that must be there.
-    """
-    needed = ["module_state_dict", _ACCOUNTANT, SETTINGS, LEDGER, NAME, DIGEST, *extra]
-    if optimizer is not None:
-        needed.append("optimizer_state_dict")
-    missing = [key for key in needed if not isinstance(state, Mapping) or key not in state]
-    if missing:
-        raise ValueError(f"the checkpoint has no {', '.join(missing)}: it was not written by save_checkpoint")
+def check_digest(state: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` when the entries are not those that the digest was made of."""
     if state[DIGEST] != digest(state):
         raise ValueError("the checkpoint was changed after it was written, or is damaged: its digest differs")
-    written = state[_ACCOUNTANT]["mechanism"]
-    if written != mechanism:
-        raise ValueError(f"the checkpoint was accounted by {written!r}, this engine uses {mechanism!r}")
-    _check_model(state["module_state_dict"], module)
-    if optimizer is not None:
-        check_settings(state[SETTINGS], settings)
-    if isinstance(optimizer, AdaptiveClipDPOptimizer):
-        optimizer.check_state_dict(state["optimizer_state_dict"])
-
-
-def _check_model(saved: Mapping[str, Tensor], module: nn.Module) -> None:
-    mine = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    theirs = {name: tuple(t.shape) for name, t in saved.items()}
-    wrong = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-    if wrong:
-        raise ValueError(f"the checkpoint is of another model: {wrong[0]} differs ({len(wrong)} entries in all)")
 
 
 def check_settings(saved: Mapping[str, Any] | None, mine: Mapping[str, Any] | None) -> None:

@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from opacus_ac.budget.account import kept_terms
+from opacus_ac.budget.account import Account, kept_terms
 from opacus_ac.budget.charges import Terms
 from opacus_ac.checkpoint.file import check_settings
+from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.optimizer.state import check_private_state, load_private_state, private_state
@@ -39,57 +40,53 @@ VERSION = 1
 _TEXT = "privacy"
 
 
-def save_checkpoint(
-    engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer, folder: str | os.PathLike[str]
+def save(
+    folder: str | os.PathLike[str], account: Account, model: nn.Module, optimizer: AdaptiveClipDPOptimizer
 ) -> None:
     """Save a run; every rank has to call it, between two steps.
 
     Args:
-        engine: the engine that made the run private.
-        model: its model.
-        optimizer: its private optimizer.
         folder: a new folder, on a file system that all ranks see; it gets its name when everything is written.
+        account: the account of the run.
+        model: its model.
+        optimizer: its private optimizer, whose reducer knows the ranks.
 
     Guarantees:
         The state of noise and sampling streams is never saved, also not of seeded ones.
 
     Raises:
-        ValueError: the folder exists, or the optimizer is not this engine's; on every rank.
+        ValueError: If the folder exists; on every rank.
     """
-    _check_owner(engine, optimizer)
     ranks, target = optimizer.reducer, Path(folder)
     temporary = Path(ranks.on_first(lambda: _new_folder(target)))
-    text = ranks.on_first(lambda: _text(engine, model, optimizer))
+    text = ranks.on_first(lambda: _text(account, model, optimizer))
     state = {**_tensors(model, optimizer), **_zeroth_order_tensors(model, optimizer), _TEXT: text}
     _run(lambda: dcp.save(state, checkpoint_id=temporary))
     ranks.on_first(lambda: os.replace(temporary, target))
 
 
-def load_checkpoint(
-    engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer, folder: str | os.PathLike[str]
+def load(
+    folder: str | os.PathLike[str], account: Account, model: nn.Module, optimizer: AdaptiveClipDPOptimizer
 ) -> None:
-    """Continue from :func:`save_checkpoint`, with any number of processes, sharded or not; every rank has to call it.
-
-    As with :meth:`opacus_ac.PrivacyEngine.load_checkpoint`, what the engine has spent stays spent.
+    """Continue from :func:`save`, with any number of processes, sharded or not; every rank has to call it.
 
     Args:
-        engine: an engine, after ``make_private`` with the settings of the run that was saved.
+        folder: what was saved. It must come from a trusted place: reading it can run code.
+        account: the account of a run with the settings of the run that was saved; what it has spent stays spent.
         model: its model.
         optimizer: its private optimizer.
-        folder: what was saved. It must come from a trusted place: reading it can run code.
 
     Raises:
-        ValueError: it is no checkpoint of this version, or of other parameters, settings or another ledger; nothing was
+        ValueError: If it is no checkpoint of this version, or of other parameters, settings or another ledger; nothing was
             loaded then.
-        LedgerError: the ledger does not contain what the checkpoint says it does.
+        LedgerError: If the ledger does not contain what the checkpoint says it does.
     """
-    _check_owner(engine, optimizer)
     ranks = optimizer.reducer
     saved = _read_text(folder)
-    ranks.on_first(lambda: engine._account.check_checkpoint(saved["ledger"]))
-    ranks.on_first(lambda: engine._account.check_terms(_terms(saved)))
+    ranks.on_first(lambda: account.check_checkpoint(saved["ledger"]))
+    ranks.on_first(lambda: account.check_terms(_terms(saved)))
     saved["step"][ZEROTH_ORDER] = _zeroth_order_state(model, optimizer, saved["step"].get(ZEROTH_ORDER), folder)
-    _check_fits(engine, optimizer, saved)
+    _check_fits(account, optimizer, saved)
     tensors = _tensors(model, optimizer)
     _check_shapes(folder, tensors)
     _run(lambda: dcp.load(tensors, checkpoint_id=folder))
@@ -103,14 +100,7 @@ def load_checkpoint(
     load_private_state(optimizer, state)
     if isinstance(optimizer, ZerothOrderDPOptimizer):
         optimizer.load_zeroth_order_state(state[ZEROTH_ORDER])
-    _resume(engine, optimizer, saved)
-
-
-def _check_owner(engine: Any, optimizer: AdaptiveClipDPOptimizer) -> None:
-    if engine._optimizer is not optimizer:
-        raise ValueError(
-            "the optimizer is not the one that this engine made private last: pass both of one make_private"
-        )
+    _resume(account, ranks, saved)
 
 
 def _new_folder(target: Path) -> str:
@@ -130,9 +120,8 @@ def _run(work: Callable[[], Any]) -> None:
         raise ValueError(f"the checkpoint could not be written or read: {error}") from error
 
 
-def _text(engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> str:
+def _text(account: Account, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> str:
     """Return the state of the private step and of the account as JSON; floats come back to the last bit."""
-    account = engine._account
     state = private_state(optimizer)
     state["mechanism"] = {**state["mechanism"], "stream": {}, "statistics_stream": {}}
     state["ema"] = None if optimizer.ema is None else optimizer.ema.updates
@@ -144,7 +133,7 @@ def _text(engine: Any, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> 
             "version": VERSION,
             "world": optimizer.reducer.world,
             "step": state,
-            "accountant": dict(engine.accountant.state_dict()),
+            "accountant": dict(account.accountant.state_dict()),
             "account": account.state_dict(),
             "settings": account.settings,
             "ledger": account.ledger_head,
@@ -160,19 +149,19 @@ def _read_text(folder: str | os.PathLike[str]) -> dict[str, Any]:
         saved: dict[str, Any] = json.loads(state[_TEXT])
         version = saved["version"]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder} is no checkpoint of opacus_ac.checkpoint.save_checkpoint: {error}") from error
+        raise ValueError(f"{folder} is no folder that save_checkpoint wrote: {error}") from error
     if version != VERSION:
         raise ValueError(f"{folder} has version {version!r} of the checkpoint, this package reads {VERSION}")
     saved["accountant"]["history"] = [tuple(run) for run in saved["accountant"]["history"]]
     return saved
 
 
-def _check_fits(engine: Any, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
+def _check_fits(account: Account, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` when the run that was saved had other settings."""
-    written, mine = saved["accountant"]["mechanism"], engine.accountant.mechanism()
+    written, mine = saved["accountant"]["mechanism"], account.accountant.mechanism()
     if written != mine:
         raise ValueError(f"the checkpoint was accounted by {written!r}, this engine uses {mine!r}")
-    check_settings(saved["settings"], engine._account.settings)
+    check_settings(saved["settings"], account.settings)
     state = dict(saved["step"])
     if state["ema"] is not None:
         state["ema"] = {"average": [] if optimizer.ema is None else optimizer.ema.average}
@@ -263,11 +252,10 @@ def _check_shapes(folder: str | os.PathLike[str], tensors: Mapping[str, Mapping[
         raise ValueError(f"the checkpoint is of another model: {wrong[0]} differs ({len(wrong)} entries in all)")
 
 
-def _resume(engine: Any, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
+def _resume(account: Account, ranks: Reducer, saved: Mapping[str, Any]) -> None:
     """Take over what had been spent, on rank 0, and have the others follow it."""
-    account = engine._account
-    optimizer.reducer.on_first(lambda: account.resume(saved["accountant"], saved["name"], _terms(saved)))
-    account.join(optimizer.reducer)
+    ranks.on_first(lambda: account.resume(saved["accountant"], saved["name"], _terms(saved)))
+    account.join(ranks)
 
 
 def _terms(saved: Mapping[str, Any]) -> Terms:

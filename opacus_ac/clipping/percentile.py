@@ -19,8 +19,8 @@ MAX_CHANGE = 3.0
 SEARCH_STEPS = 3
 """Number of first steps in which the percentile policy may go down as far as its histogram reaches.
 
-Norms below C are seen almost without noise (slack encoding), and a C that is far too large drowns the gradient in noise;
-a C that is too small only normalises the gradients.
+Norms below C are seen almost without noise (slack encoding). A C that is far too large drowns the gradient in noise; a
+C that is too small only normalises the gradients.
 """
 
 
@@ -35,8 +35,8 @@ SEARCH_ERROR = 0.15
 DRIFT = 0.015
 """Change per step of the fraction above a norm, as it is seen in fine-tuning, where norms fall by 2 to 5 % a step.
 
-A histogram of age k is trusted as if it had this much times k as an additional error: precise histograms (large batches)
-are forgotten soon, noisy ones are averaged for longer.
+The variance of a histogram of age k grows by the square of this number times k: older histograms count less. So
+precise histograms (large batches) are forgotten soon, and noisy ones are averaged for longer.
 """
 
 

@@ -65,10 +65,10 @@ class ClipPolicy:
         return np.minimum(1.0, ratio)
 
     def true_share(self, ratio: FloatArray) -> FloatArray:
-        """Return the larger of :meth:`gradient_share` and what the factors leave of norms on a fine grid up to ``ratio``.
+        """Return the larger of :meth:`gradient_share` and the share that the factors leave of norms up to ``ratio``.
 
-        A rule of somebody's own may enlarge small gradients and inherit a share that says otherwise. Each step holds its factors to
-        what is returned here.
+        The second one is computed on a fine grid of norms. A user's own rule may enlarge small gradients and inherit a
+        share that says otherwise. Each step holds its factors to what is returned here.
 
         Args:
             ratio: increasing norms over C; the last may be infinite.
@@ -101,7 +101,7 @@ class ClipPolicy:
         """Continue from ``state``.
 
         Raises:
-            ValueError: the state belongs to another policy.
+            ValueError: If the state belongs to another policy.
         """
         if state["name"] != self.name:
             raise ValueError(

@@ -21,7 +21,7 @@ def build_policy(
     A percentile policy remembers 10 steps, or 20 where batches are so small that 10 are too noisy.
 
     Raises:
-        ValueError: unknown name, or a bound or target out of range.
+        ValueError: If the name is unknown, or a bound or target is out of range.
     """
     if isinstance(policy, ClipPolicy):
         return policy

@@ -1,4 +1,4 @@
-"""Which reducer a model needs, and what is refused before the first step because its sum or its noise would be wrong."""
+"""Which reducer a model needs, and what is refused before the first step because its sum or noise would be wrong."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def check_wrappers(module: nn.Module) -> None:
     for inner in module.modules():
         if isinstance(inner, _WRAPPERS):
             raise ValueError(
-                f"the model is wrapped in {type(inner).__name__}, whose own reduction finds no gradient to reduce, and whose "
-                "forward pass waits for ranks that have fewer batches: pass the bare model (its attribute module). "
-                "make_private gives every rank the weights of rank 0 and reduces the clipped sums itself"
+                f"the model is wrapped in {type(inner).__name__}, whose own reduction finds no gradient to reduce, and "
+                "whose forward pass waits for ranks that have fewer batches: pass the bare model (its attribute "
+                "module). make_private gives every rank the weights of rank 0 and reduces the clipped sums itself"
             )
         if isinstance(inner, FullyShardedDataParallel):
             raise ValueError(
-                "the model is wrapped in FullyShardedDataParallel, which flattens parameters away from their layers: use "
-                "torch.distributed.fsdp.fully_shard (FSDP2)"
+                "the model is wrapped in FullyShardedDataParallel, which flattens parameters away from their layers: "
+                "use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
 
 
@@ -50,14 +50,14 @@ def choose_reducer(role: str | Reducer | None, module: nn.Module, parameters: Se
         parameters: its trained parameters.
 
     Raises:
-        ValueError: the role does not fit, or the model is spread over the processes in a way that is not covered.
+        ValueError: If the role does not fit, or the model is spread over the processes in a way that is not covered.
     """
     sharded = [is_sharded(p) for p in parameters]
     frozen = next((name for name, p in module.named_parameters() if is_sharded(p)), None)
     if frozen is not None and not any(sharded):
         raise ValueError(
-            f"{frozen} is sharded and frozen, while nothing that is trained is sharded, so nobody would reduce the gradients: "
-            "call fully_shard on the whole model, without ignored_params, or not at all"
+            f"{frozen} is sharded and frozen, while nothing that is trained is sharded, so nobody would reduce the "
+            "gradients: call fully_shard on the whole model, without ignored_params, or not at all"
         )
     if role is not None and not isinstance(role, str):
         return role
@@ -90,9 +90,10 @@ def check_joined() -> None:
         count = os.environ.get(name, "")
         if count.isdecimal() and int(count) > 1:
             raise ValueError(
-                f"{name}={count}: this is one of several processes, and torch.distributed has not joined them, so each would spend a budget of "
-                "its own on the same records. Call torch.distributed.init_process_group before make_private; or pass reducer='local' where "
-                "the processes are runs of their own on different people's data"
+                f"{name}={count}: this is one of several processes, and torch.distributed has not joined them, so each "
+                "would spend a budget of its own on the same records. Call torch.distributed.init_process_group before "
+                "make_private; or pass reducer='local' where the processes are runs of their own on different people's "
+                "data"
             )
 
 

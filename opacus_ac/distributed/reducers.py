@@ -1,8 +1,8 @@
 """Reducers: how the sums of the ranks become one sum with one noise.
 
-The optimizer has one of them and does the same step with each. What they must not get wrong is in one place: every
-coordinate of the sum gets its noise exactly once, after the records of all ranks were added, from a stream that no other
-rank has.
+The optimizer has one of them and does the same step with each. One place holds what they must not get wrong: every
+coordinate of the sum gets its noise exactly once, after the records of all ranks were added, from a stream that no
+other rank has.
 """
 
 from __future__ import annotations
@@ -123,7 +123,10 @@ class LocalReducer:
 
 
 def buckets(parameters: Sequence[nn.Parameter], size: int = BUCKET) -> Iterator[list[nn.Parameter]]:
-    """Divide parameters, in their order, into stretches of one dtype and device, of at least ``size`` values if there are."""
+    """Divide parameters, in their order, into stretches of one dtype and device.
+
+    A stretch has at least ``size`` values, if there are as many.
+    """
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
         alike = not bucket or (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
@@ -178,8 +181,8 @@ class ReplicatedReducer(GroupReducer):
         bucket: values that are exchanged at a time, at least.
 
     Guarantees:
-        Rank r adds the noise of the r-th stretch of each bucket to the sum over all ranks, from its own stream, and hands
-        the result to the others: noise is added once per coordinate, and gradients are the same to the last bit.
+        Rank r adds the noise of the r-th stretch of each bucket to the sum over all ranks, from its own stream, and
+        sends the result to the others. Noise is added once per coordinate, and gradients are the same to the last bit.
     """
 
     name = "ddp"
@@ -249,13 +252,14 @@ class AloneReducer(LocalReducer):
         """Run ``work``, of which every charge is one.
 
         Raises:
-            ValueError: the process has been joined with others since, which have the same records and their own accounts.
+            ValueError: If the process has been joined with others since: they have the same records and own accounts.
         """
         if initialized():
             raise ValueError(
-                "torch.distributed has joined this process with others since make_private, which took it for the only one: each would "
-                "spend a budget of its own on the same records. Call init_process_group before make_private; or pass reducer='local' where "
-                "the processes are runs of their own on different people's data"
+                "torch.distributed has joined this process with others since make_private, which took it for the only "
+                "one: each would spend a budget of its own on the same records. Call init_process_group before "
+                "make_private; or pass reducer='local' where the processes are runs of their own on different people's "
+                "data"
             )
         return work()
 

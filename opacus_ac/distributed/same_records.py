@@ -1,4 +1,7 @@
-"""Whether all ranks have the same records under the same numbers: a record that stands at two places is in the sums of two ranks."""
+"""Whether all ranks have the same records under the same numbers.
+
+A record that stands at two places is in the sums of two ranks.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,11 @@ _CONVERSIONS = ("to_pydict", "as_py", "to_dict")  # of arrow tables, their scala
 
 
 def check_same_records(reducer: Reducer, dataset: Any, seconds: float = SECONDS) -> None:
-    """Raise ``ValueError``, on every rank, when the ranks have other records under one number.
+    """Raise ``ValueError``, on every rank, if the ranks have different records under one number.
 
-    The first, the middle and the last record are read, then others in a random order that rank 0 chooses and nobody else knows,
-    until all are or time is up. Parts of records that are made at random whenever they are read are found out and left aside.
+    The first, the middle and the last record are read. The others follow in a random order that rank 0 chooses and
+    nobody else knows, until all are read or time is up. Parts of records that are made at random whenever they are read
+    are found out and left aside.
 
     Args:
         reducer: the processes.
@@ -46,7 +50,7 @@ def check_same_records(reducer: Reducer, dataset: Any, seconds: float = SECONDS)
         seconds: when to stop.
 
     Warns:
-        SamplingWarning: nothing in the records that were read can be compared.
+        SamplingWarning: If nothing in the records that were read can be compared.
     """
     seed = reducer.on_first(lambda: secrets.randbits(63))
     random = np.zeros(PARTS, dtype=bool)
@@ -65,15 +69,18 @@ def check_same_records(reducer: Reducer, dataset: Any, seconds: float = SECONDS)
             break
     if not compared and len(dataset):
         warnings.warn(
-            "the records cannot be compared between the ranks (they are random, or no plain values): make sure that every rank "
-            "has the same records in the same order, or one record may be drawn twice",
+            "the records cannot be compared between the ranks (they are random, or no plain values): make sure that "
+            "every rank has the same records in the same order, or one record may be drawn twice",
             SamplingWarning,
             stacklevel=2,
         )
 
 
 def _rounds(records: int, seed: int) -> Iterator[list[int]]:
-    """Yield the places of each round: both ends and the middle, then all in random order, in rounds that become larger."""
+    """Yield the places of each round: both ends and the middle, then all others in random order.
+
+    The rounds become larger.
+    """
     generator = np.random.default_rng(seed)
     ends = [] if not records else sorted({0, records // 2, records - 1})
     small = records <= 1 << 24
@@ -90,7 +97,10 @@ def _rounds(records: int, seed: int) -> Iterator[list[int]]:
 def _settle_dispute(
     reducer: Reducer, dataset: Any, places: Sequence[int], rows: Ints, ranks: Ints, disputed: np.ndarray
 ) -> np.ndarray:
-    """Read disputed places again, and return which parts are random; raise where a part stays what it was on every rank."""
+    """Read disputed places again, and return which parts are random.
+
+    Raises if a part stays what it was on every rank.
+    """
     where = np.unique([i for part in disputed.T for i in np.flatnonzero(part)[:_DISPUTED]])
     stable = np.stack(
         [(np.stack([digests(dataset, places[i]) for _ in range(_READS)]) == rows[i]).all(0) for i in where]
@@ -99,14 +109,17 @@ def _settle_dispute(
     if (everywhere & disputed[where]).any():
         rank = int(np.flatnonzero([(mine != ranks[0])[disputed].any() for mine in ranks])[0])
         raise ValueError(
-            f"ranks 0 and {rank} have other records, or in another order, and one of them could be drawn twice: give every rank "
-            "the same dataset, shuffled with the same seed or not at all"
+            f"ranks 0 and {rank} have other records, or in another order, and one of them could be drawn twice: give "
+            "every rank the same dataset, shuffled with the same seed or not at all"
         )
     return disputed[where].any(0)
 
 
 def digests(dataset: Any, place: int) -> Ints:
-    """Return hashes of the parts of a record, ``[PARTS]``: 0 for a part that cannot be compared, or is not there. Private."""
+    """Return hashes of the parts of a record, ``[PARTS]``. They are private.
+
+    A part that is missing or cannot be compared has the hash 0.
+    """
     record = dataset[place]
     parts = None if _array(record) is not None else _items(record, _DEPTH)
     parts = [record] if parts is None else parts
@@ -121,7 +134,10 @@ def digests(dataset: Any, place: int) -> Ints:
 
 
 def plain_bytes(value: Any, depth: int = _DEPTH) -> bytes | None:
-    """Return what stands for the content of a value in any process: arrays, texts, numbers, and what holds such; None for the rest."""
+    """Return a form of a value's content that is the same in any process; None where there is none.
+
+    It exists for arrays, texts, numbers, and containers of such values.
+    """
     if depth == 0:
         return None
     array = _array(value)
@@ -143,7 +159,7 @@ def plain_bytes(value: Any, depth: int = _DEPTH) -> bytes | None:
 
 
 def _array(value: Any) -> np.ndarray | None:
-    """Return the values of a tensor, an array, or an object that gives itself as one (an image); None for anything else."""
+    """Return the values of a tensor, an array, or an object that converts to an array (an image); None for others."""
     try:
         if isinstance(value, torch.Tensor):
             dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()

@@ -27,8 +27,8 @@ def check_meshes(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         name = names.get(id(parameter), "a parameter")
         if not isinstance(parameter, DTensor):
             raise ValueError(
-                f"{name} is trained but not sharded, while other parameters are, so nobody would reduce its gradient: call "
-                "fully_shard on the whole model, without ignored_params, before the optimizer is built"
+                f"{name} is trained but not sharded, while other parameters are, so nobody would reduce its gradient: "
+                "call fully_shard on the whole model, without ignored_params, before the optimizer is built"
             )
         if not any(parameter.device_mesh == mesh for mesh in meshes):
             meshes.append(parameter.device_mesh)
@@ -37,8 +37,8 @@ def check_meshes(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
     if any(id(p) in outside for p in parameters):
         name = next(names[id(p)] for p in parameters if id(p) in outside)
         raise ValueError(
-            f"{name} is a DTensor that fully_shard does not manage: tensor parallelism, and ignored_params, are not available. "
-            "Call fully_shard on the whole model"
+            f"{name} is a DTensor that fully_shard does not manage: tensor parallelism, and ignored_params, are not "
+            "available. Call fully_shard on the whole model"
         )
     if len(meshes) > 1:
         raise ValueError("parameters are sharded over different device meshes: use one mesh for all fully_shard calls")
@@ -61,8 +61,9 @@ def _check_placements(name: str, parameter: DTensor) -> None:
     kinds = tuple(type(placement) for placement in parameter.placements)
     if kinds not in ((Shard,), (Replicate, Shard)) or parameter.placements[-1] != Shard(0):
         raise ValueError(
-            f"{name} is placed as {parameter.placements}, which is no FSDP2 or HSDP sharding along the first dimension: "
-            "tensor and context parallelism, and other shard placements, are not available; shard by fully_shard alone"
+            f"{name} is placed as {parameter.placements}, which is no FSDP2 or HSDP sharding along the first "
+            "dimension: tensor and context parallelism, and other shard placements, are not available; shard by "
+            "fully_shard alone"
         )
     if parameter.to_local().device.type != parameter.device_mesh.device_type:
         raise ValueError(f"{name} is offloaded to the CPU, which is not available: leave out offload_policy")
@@ -73,13 +74,13 @@ def _check_mesh(mesh: Any) -> None:
     within = [name for name in names if _WITHIN_MODEL & set(str(name).lower().split("_"))]
     if within:
         raise ValueError(
-            f"the device mesh has a dimension {within[0]!r}: with tensor, context or pipeline parallelism ranks share records, "
-            "and a record would be clipped in pieces. Use a mesh of data-parallel dimensions only"
+            f"the device mesh has a dimension {within[0]!r}: with tensor, context or pipeline parallelism ranks share "
+            "records, and a record would be clipped in pieces. Use a mesh of data-parallel dimensions only"
         )
     if mesh.size() != dist.get_world_size():
         raise ValueError(
-            f"the model is sharded over {mesh.size()} of {dist.get_world_size()} processes: all have to take part in the same "
-            "step. Use a mesh over all of them, or start fewer"
+            f"the model is sharded over {mesh.size()} of {dist.get_world_size()} processes: all have to take part in "
+            "the same step. Use a mesh over all of them, or start fewer"
         )
     if any(mesh.get_local_rank(i) != dist.get_rank(mesh.get_group(i)) for i in range(mesh.ndim)):
         raise ValueError("the device mesh has its ranks in another order than its process groups: use init_device_mesh")
@@ -88,7 +89,7 @@ def _check_mesh(mesh: Any) -> None:
 class _Shards:
     """A bucket of parameters: how their sums lie in what the ranks exchange.
 
-    Each rank gets, of every parameter, its stretch of ``ceil(rows / world)`` rows; the last ranks may have fewer, or none.
+    Of every parameter, each rank gets a stretch of ``ceil(rows / world)`` rows. The last ranks may have fewer, or none.
     """
 
     def __init__(self, parameters: list[nn.Parameter], world: int) -> None:
@@ -141,8 +142,8 @@ class ShardedReducer(GroupReducer):
 
     Guarantees:
         Whole sums of clipped gradients are reduced as each physical batch ends, and no rank keeps more than its shard.
-        The rank that holds a shard adds its noise, after all records were added; with replicas (HSDP) each of them noises
-        a stretch of it and hands that on, so that they agree to the last bit.
+        The rank that holds a shard adds its noise, after all records were added. With replicas (HSDP), each of them
+        adds the noise of a stretch of the shard and sends that on, so that they agree to the last bit.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], bucket: int = BUCKET) -> None:
@@ -159,7 +160,10 @@ class ShardedReducer(GroupReducer):
         self._units: list[Any] = []
 
     def sync_module(self, module: nn.Module) -> None:
-        """Give every rank the buffers of rank 0 and, where there are replicas of a shard, the shards of the first one."""
+        """Give every rank the buffers of rank 0.
+
+        Where shards have replicas, all replicas get the values of the first one.
+        """
         self._units = [m for m in module.modules() if written_type(m) is not type(m)]
         for tensor in (*module.parameters(), *module.buffers()):
             if not is_sharded(tensor):

@@ -7,5 +7,11 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "PrivacyEngine": "privacy_engine",
         "PrivacyReport": "report",
+        "PrivateOptions": "options",
+        "ClippingOptions": "options",
+        "ReleaseOptions": "options",
+        "SamplingOptions": "options",
+        "UpdateOptions": "options",
+        "PerformanceOptions": "options",
     },
 )

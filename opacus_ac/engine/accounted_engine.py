@@ -1,14 +1,13 @@
-"""The account side of the engine: what was spent, what may still be, what it says about that, and how it is kept."""
+"""Budget, report and checkpoints of ``PrivacyEngine``."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import opacus
-import torch
 from opacus.accountants import IAccountant
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
@@ -17,9 +16,8 @@ from torch import nn
 from opacus_ac import accounting
 from opacus_ac.accounting import Event
 from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant, checked
-from opacus_ac.budget.account import Account, kept_terms
-from opacus_ac.budget.charges import Terms
-from opacus_ac.checkpoint import file as checkpoint
+from opacus_ac.budget.account import Account
+from opacus_ac.checkpoint import many_processes, one_process
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.engine.report import PrivacyReport, make_report
 from opacus_ac.errors import NotPrivateWarning
@@ -160,6 +158,11 @@ class AccountedEngine(opacus.PrivacyEngine):
 
     # ---------------------------------------------------------------- checkpoints
 
+    @property
+    def reducer(self) -> Reducer:
+        """The processes of the run; one before ``make_private``."""
+        return LOCAL if self._optimizer is None else self._optimizer.reducer
+
     def save_checkpoint(
         self,
         *,
@@ -169,30 +172,50 @@ class AccountedEngine(opacus.PrivacyEngine):
         checkpoint_dict: dict[str, Any] | None = None,
         module_state_dict_kwargs: dict[str, Any] | None = None,
         torch_save_kwargs: dict[str, Any] | None = None,
+        folder: bool = False,
         **schedulers: Any,
     ) -> None:
         """Save model, optimizer (with C, window, EMA, learning-rate multiplier, step), accountant and head of the ledger.
 
-        A file is replaced atomically, and has a digest of its content. Secret noise and sampling streams are never saved.
+        One process writes a file, which is replaced atomically and has a digest of its content. Several processes write a
+        folder together: every rank calls this, between two steps. Any number of processes can continue from a folder.
 
         Args:
-            path: file path, or a binary file object.
+            path: file path, or a binary file object; for a folder a new path on a file system that all ranks see.
             module: model, wrapped or bare.
-            optimizer: the private optimizer.
-            checkpoint_dict: further entries to save.
-            module_state_dict_kwargs: for ``module.state_dict``.
-            torch_save_kwargs: for ``torch.save``.
-            **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus.
+            optimizer: the private optimizer. A folder needs it.
+            checkpoint_dict: further entries to save; not for a folder.
+            module_state_dict_kwargs: for ``module.state_dict``; not for a folder.
+            torch_save_kwargs: for ``torch.save``; not for a folder.
+            folder: write a folder with one process too.
+            **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus; not for a folder.
+
+        Guarantees:
+            Secret noise and sampling streams are never saved; in a folder also no seeded ones.
+
+        Raises:
+            ValueError: If the folder exists, or an argument is not for folders; on every rank.
         """
-        self._refuse_several_processes()
-        state = dict(checkpoint_dict or {})
-        state["module_state_dict"] = module.state_dict(**(module_state_dict_kwargs or {}))
-        if optimizer is not None:
-            state["optimizer_state_dict"] = optimizer.state_dict()
-        for name, scheduler in schedulers.items():
-            if scheduler is not None:
-                state[f"{name}_state_dict"] = scheduler.state_dict()
-        self._write(state, path, **(torch_save_kwargs or {}))
+        options = {
+            "checkpoint_dict": checkpoint_dict,
+            "module_state_dict_kwargs": module_state_dict_kwargs,
+            "torch_save_kwargs": torch_save_kwargs,
+        }
+        if folder or self.reducer.name != "local":
+            made = self._run_of_folder(path, optimizer, {**options, **schedulers})
+            many_processes.save(path, self._account, module, made)
+            return
+        one_process.save(
+            path,
+            self._account,
+            self._sampling_stream(),
+            module,
+            optimizer,
+            entries=checkpoint_dict or {},
+            schedulers=_given(schedulers),
+            module_options=module_state_dict_kwargs or {},
+            save_options=torch_save_kwargs or {},
+        )
 
     def load_checkpoint(
         self,
@@ -204,84 +227,105 @@ class AccountedEngine(opacus.PrivacyEngine):
         torch_load_kwargs: dict[str, Any] | None = None,
         **schedulers: Any,
     ) -> dict[str, Any]:
-        """Continue from :meth:`save_checkpoint`; the file may hold tensors and plain values only.
+        """Continue from :meth:`save_checkpoint`; a file may hold tensors and plain values only.
 
         What this engine has spent stays spent: with a ledger its charges count, whatever the checkpoint knows of; without
-        one, steps that the engine took after, or beside, the checkpoint are kept.
+        one, steps that the engine took after, or beside, the checkpoint are kept. Several processes continue from a folder
+        only, and every rank calls this.
 
         Args:
-            path: file path or binary file object.
+            path: file path, binary file object, or folder. A folder must come from a trusted place: reading it can run code.
             module: model to load into, wrapped or bare.
-            optimizer: the private optimizer to load into.
-            module_load_dict_kwargs: for ``module.load_state_dict``.
-            torch_load_kwargs: for ``torch.load``.
-            **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus.
+            optimizer: the private optimizer to load into. A folder needs it.
+            module_load_dict_kwargs: for ``module.load_state_dict``; not for a folder.
+            torch_load_kwargs: for ``torch.load``; not for a folder.
+            **schedulers: ``noise_scheduler`` and ``grad_clip_scheduler`` of Opacus; not for a folder.
 
         Returns:
             The further entries of the checkpoint.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
+            ValueError: If the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
+            LedgerError: If the ledger does not contain what the checkpoint says it does.
         """
-        self._refuse_several_processes()
-        state: dict[str, Any] = torch.load(path, weights_only=True, **(torch_load_kwargs or {}))
-        needed = tuple(f"{name}_state_dict" for name, scheduler in schedulers.items() if scheduler is not None)
-        checkpoint.check(state, module, optimizer, self.accountant.mechanism(), self._account.settings, needed)
-        self._account.check_checkpoint(state[checkpoint.LEDGER])
-        self._account.check_terms(self._kept(state))
-        for key in (checkpoint.DIGEST, checkpoint.LEDGER):
-            del state[key]
-        if optimizer is not None:
-            optimizer.load_state_dict(state.pop("optimizer_state_dict"))
-        module.load_state_dict(state.pop("module_state_dict"), **(module_load_dict_kwargs or {}))
-        self._take_over(state)
-        for name, scheduler in schedulers.items():
-            if scheduler is not None:
-                scheduler.load_state_dict(state.pop(f"{name}_state_dict"))
-        return state
+        if self.reducer.name != "local" or (isinstance(path, str | os.PathLike) and os.path.isdir(path)):
+            options = {"module_load_dict_kwargs": module_load_dict_kwargs, "torch_load_kwargs": torch_load_kwargs}
+            made = self._run_of_folder(path, optimizer, {**options, **schedulers})
+            many_processes.load(path, self._account, module, made)
+            return {}
+        return one_process.load(
+            path,
+            self._account,
+            self._sampling_stream(),
+            module,
+            optimizer,
+            schedulers=_given(schedulers),
+            module_options=module_load_dict_kwargs or {},
+            load_options=torch_load_kwargs or {},
+        )
 
-    @property
-    def _ranks(self) -> Reducer:
-        """The processes of the run."""
-        return LOCAL if self._optimizer is None else self._optimizer.reducer
+    def _run_of_folder(
+        self, path: Any, optimizer: DPOptimizer | None, options: Mapping[str, Any]
+    ) -> AdaptiveClipDPOptimizer:
+        """Return the private optimizer of a run that a folder can hold.
 
-    def _write(self, state: dict[str, Any], path: Any, **torch_save_kwargs: Any) -> None:
-        """Add the account to ``state`` and save it; of several processes rank 0 does so, which has the ledger."""
-        stream = self._sampling_stream()
-        state["privacy_accountant_state_dict"] = dict(self.accountant.state_dict())
-        state["sampling_stream"] = {} if stream is None else stream.state_dict()
-        state[checkpoint.ACCOUNT] = self._account.state_dict()
-        state[checkpoint.SETTINGS] = self._account.settings
-        state[checkpoint.LEDGER] = self._account.ledger_head
-        state[checkpoint.NAME] = self._account.mark()
-        state[checkpoint.DIGEST] = checkpoint.digest(state)
-        checkpoint.write(state, path, **torch_save_kwargs)
-
-    def _take_over(self, state: dict[str, Any]) -> None:
-        """Continue account and seeded draws from what :meth:`_write` added, which is taken out; every rank has to call it."""
-        terms, ranks = self._kept(state), self._ranks
-        spent_before, name = state.pop("privacy_accountant_state_dict"), state.pop(checkpoint.NAME)
-        state.pop(checkpoint.SETTINGS, None)
-        state.pop(checkpoint.ACCOUNT, None)
-        ranks.on_first(lambda: self._account.resume(spent_before, name, terms))
-        self._account.join(ranks)
-        stream, saved = self._sampling_stream(), state.pop("sampling_stream", {})
-        if stream is not None:
-            stream.load_state_dict(saved)
-
-    @staticmethod
-    def _kept(state: dict[str, Any]) -> Terms:
-        """Return what holds for the charges of a checkpoint."""
-        accountant = state["privacy_accountant_state_dict"]
-        return kept_terms(accountant, state.get(checkpoint.ACCOUNT), state[checkpoint.SETTINGS])
-
-    def _refuse_several_processes(self) -> None:
-        if self._ranks.name != "local":
+        Raises:
+            ValueError: If ``path`` names no folder, an option is for files only, or the optimizer is not this engine's.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"a checkpoint of several processes is a folder: path must name one, got {path!r}")
+        given = sorted(_given(options))
+        if given:
             raise ValueError(
-                "a checkpoint of several processes is a folder that all of them write: use "
-                "opacus_ac.checkpoint.save_checkpoint and load_checkpoint"
+                f"a checkpoint in a folder has no place for {', '.join(given)}: leave it out, or save with one process and "
+                "without folder=True"
             )
+        if not isinstance(optimizer, AdaptiveClipDPOptimizer) or optimizer is not self._optimizer:
+            raise ValueError(
+                "the optimizer is not the one that this engine made private last: pass model and optimizer of one make_private"
+            )
+        return optimizer
+
+    def save_account(self, path: str | os.PathLike[str], **entries: Any) -> None:
+        """Save the account alone, for a program that saves model and optimizer itself; every rank calls this, rank 0 writes.
+
+        Args:
+            path: path of the file.
+            **entries: plain values that come under the digest of the file.
+        """
+        stream = self._sampling_stream()
+        self.reducer.on_first(lambda: one_process.save_account(path, self._account, stream, entries))
+
+    def read_account(self, path: str | os.PathLike[str], *needed: str) -> dict[str, Any]:
+        """Return what :meth:`save_account` wrote, as this rank reads it; nothing is taken over.
+
+        Args:
+            path: path of the file.
+            *needed: further entries that must be there.
+
+        Raises:
+            ValueError: If the file is damaged, has no such entries, or is of another kind of accountant.
+        """
+        return one_process.read_account(path, self._account, *needed, map_location="cpu")
+
+    def check_account(self, state: Mapping[str, Any]) -> None:
+        """Raise, on every rank, unless :meth:`load_account` would take over what :meth:`read_account` returned.
+
+        Raises:
+            ValueError: If it is of another ledger, or protects something else than this engine's charges.
+            LedgerError: If the ledger does not contain what the file says it does.
+        """
+        self.reducer.on_first(lambda: one_process.check_account(state, self._account))
+
+    def load_account(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`read_account` returned; what this engine has spent stays spent. Every rank calls this."""
+        one_process.load_account(dict(state), self._account, self.reducer, self._sampling_stream())
 
     def _sampling_stream(self) -> RandomStream | None:
         sampler = None if self._loader is None else self._loader.batch_sampler
         return getattr(sampler, "stream", None)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from opacus_ac.budget.accountants import check_accountant
 from opacus_ac.clipping.paper import paper_policy
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.clipping.table import build_policy
+from opacus_ac.engine.options import ClippingOptions, PrivateOptions, ReleaseOptions, SamplingOptions
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
@@ -27,6 +29,24 @@ from opacus_ac.release.statistics import DEFAULT_WEIGHT, StepStatistics, default
 from opacus_ac.sampling.plan import SAMPLING, SamplingPlan
 from opacus_ac.sampling.users import UserRows
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one call of ``make_private`` asks for: the arguments of Opacus by name, the others in ``options``."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    """The inner one."""
+    noise_multiplier: float
+    max_grad_norm: float | None
+    batch_first: bool
+    loss_reduction: str
+    clipping: str
+    noise_generator: torch.Generator | None
+    grad_sample_mode: str
+    wrap_model: bool
+    options: PrivateOptions
 
 
 def random_streams(generator: torch.Generator | None, secure: bool = False) -> tuple[RandomStream, RandomStream]:
@@ -63,6 +83,16 @@ def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: IA
     return sampling
 
 
+def loader_settings(options: SamplingOptions) -> dict[str, Any]:
+    """Return the keyword arguments of ``private_loader`` that the options determine, beside the kind of sampling."""
+    return {
+        "schedule": options.batch_size_schedule,
+        "max_batch_size": options.max_batch_size,
+        "dataset_size": options.dataset_size,
+        "max_rows_per_user": options.max_rows_per_user,
+    }
+
+
 def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> dict[str, Any]:
     """Return the settings of a run on which its guarantee depends, for ledger and checkpoint; plain values only."""
     return {
@@ -82,36 +112,28 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
 
 
 def choose_policy(
-    clipping: str,
-    clip_policy: str | ClipPolicy | None,
-    preset: str | None,
-    max_grad_norm: float | None,
-    target_clip_rate: float,
-    expected_batch_size: float,
+    clipping: str, options: ClippingOptions, max_grad_norm: float | None, expected_batch_size: float
 ) -> ClipPolicy:
     """Return the clip policy that the arguments of ``make_private`` describe."""
-    if preset not in (None, "paper"):
-        raise ValueError(f'unknown preset {preset!r}: the only one is "paper"')
-    if clipping != "adaptive" and (clip_policy is not None or preset is not None):
+    named, paper = options.clip_policy, options.preset is not None
+    if clipping != "adaptive" and (named is not None or paper):
         raise ValueError(f"clipping={clipping!r} has no clip_policy or preset: use clipping='adaptive' with them")
-    if isinstance(clip_policy, ClipPolicy):
-        return clip_policy
-    if preset == "paper":
+    if isinstance(named, ClipPolicy):
+        return named
+    if paper:
         bound = 3.0 if max_grad_norm is None else max_grad_norm
-        return paper_policy(clip_policy or "percentile", bound, expected_batch_size)
-    name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or clip_policy or "percentile"
+        return paper_policy(named or "percentile", bound, expected_batch_size)
+    name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or named or "percentile"
     bound = 1.0 if max_grad_norm is None else max_grad_norm
-    return build_policy(name, bound, target_clip_rate, expected_batch_size)
+    return build_policy(name, bound, options.target_clip_rate, expected_batch_size)
 
 
-def choose_control(
-    lr_control: bool, policy: ClipPolicy, target_clip_rate: float, preset: str | None
-) -> ClipRateControl | bool:
+def choose_control(lr_control: bool, policy: ClipPolicy, options: ClippingOptions) -> ClipRateControl | bool:
     """Return the learning-rate control; the paper's reads each clip rate as it is."""
     if not lr_control:
         return False
-    target = getattr(policy, "target_clip_rate", target_clip_rate)
-    return ClipRateControl(target, smoothing=0.0 if preset == "paper" else 0.9)
+    target = getattr(policy, "target_clip_rate", options.target_clip_rate)
+    return ClipRateControl(target, smoothing=0.9 if options.preset is None else 0.0)
 
 
 def choose_statistics(
@@ -119,9 +141,7 @@ def choose_statistics(
     policy: ClipPolicy,
     noise_multiplier: float,
     expected_batch_size: float,
-    histogram_weight: float | None,
-    loss_bound: float | None,
-    loss_weight: float | None,
+    options: ReleaseOptions,
     allocation: GroupWeights | None = None,
 ) -> StepStatistics:
     """Return what a step releases beside the gradient.
@@ -129,13 +149,12 @@ def choose_statistics(
     "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
     is asked for; a policy that reads un-noised norms needs no histogram.
     """
-    if histogram_weight is None:
-        histogram_weight = default_histogram_weight(noise_multiplier, expected_batch_size)
+    weight = options.histogram_weight
     return StepStatistics(
         histogram=clipping == "adaptive" and policy.is_private,
-        histogram_weight=histogram_weight,
-        loss_bound=loss_bound,
-        loss_weight=DEFAULT_WEIGHT if loss_weight is None else loss_weight,
+        histogram_weight=default_histogram_weight(noise_multiplier, expected_batch_size) if weight is None else weight,
+        loss_bound=options.loss_bound,
+        loss_weight=DEFAULT_WEIGHT if options.loss_weight is None else options.loss_weight,
         **({} if allocation is None else allocation.statistics()),
     )
 
@@ -153,23 +172,15 @@ def choose_allocation(
     return GroupWeights(noise_allocation, *named_parameters(module, optimizer))
 
 
-def choose_source(
-    module: nn.Module,
-    optimizer: Optimizer,
-    mode: str,
-    loss_reduction: str,
-    batch_first: bool,
-    users: UserRows | None = None,
-    secure: bool = False,
-) -> GradientSource:
+def choose_source(job: Job, users: UserRows | None = None, secure: bool = False) -> GradientSource:
     """Return where the optimizer gets norms and clipped sums from, in secure mode exact ones; nothing is attached yet."""
-    parameters, names = named_parameters(module, optimizer)
+    parameters, names = named_parameters(job.module, job.optimizer)
     count = None if users is None else users.drawn
-    if mode != "bk":
-        return PerSampleSource(parameters, names, loss_reduction, count, exact_sums=secure)
-    if not batch_first:
+    if job.grad_sample_mode != "bk":
+        return PerSampleSource(parameters, names, job.loss_reduction, count, exact_sums=secure)
+    if not job.batch_first:
         raise ValueError(
             'grad_sample_mode="bk" needs the records in the first dimension: pass batch_first=True, or '
             'grad_sample_mode="hooks"'
         )
-    return BookKeepingSource(module, parameters, names, loss_reduction, count, exact_sums=secure)
+    return BookKeepingSource(job.module, parameters, names, job.loss_reduction, count, exact_sums=secure)

@@ -4,41 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from typing_extensions import Unpack
 
 from opacus_ac._validate import not_negative, one_of
-from opacus_ac.allocation.settings import NoiseAllocation
 from opacus_ac.budget.guard import BudgetGuard
 from opacus_ac.budget.planning import noise_for_target, planned_events
-from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.distributed.choose import choose_reducer
 from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.engine.accounted_engine import AccountedEngine
+from opacus_ac.engine.assemble import build_optimizer
 from opacus_ac.engine.attach import attach, observe
 from opacus_ac.engine.checks import check_mechanism, check_model_and_optimizer, check_start
-from opacus_ac.engine.parts import (
-    choose_allocation,
-    choose_control,
-    choose_policy,
-    choose_sampling,
-    choose_source,
-    choose_statistics,
-    public_settings,
-    random_streams,
-)
+from opacus_ac.engine.options import OPACUS_NAMES, EngineNames, OptionNames, PrivateOptions
+from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, public_settings, random_streams
 from opacus_ac.engine.ranks import check_options, rank_streams
-from opacus_ac.engine.zeroth_order import build_zeroth_order
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
-from opacus_ac.noise.streams import SecretStream
+from opacus_ac.noise.streams import RandomStream, SecretStream
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import inner_optimizer, named_parameters
 from opacus_ac.sampling.loader import PrivateDataLoader, private_loader
-from opacus_ac.sampling.plan import RateSchedule
+from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings, zeroth_order_settings
 
 MODES = ("bk", "hooks", "functorch")
@@ -94,32 +86,22 @@ class PrivacyEngine(AccountedEngine):
         batch_first: bool = True,
         loss_reduction: str = "mean",
         poisson_sampling: bool = True,
-        sampling: str | None = None,
-        max_batch_size: int | None = None,
-        dataset_size: int | None = None,
         clipping: str = "adaptive",
         noise_generator: torch.Generator | None = None,
         grad_sample_mode: str = "bk",
         wrap_model: bool = True,
         rand_on_empty: bool = False,
-        max_physical_batch_size: int | None = None,
-        batch_size_schedule: RateSchedule | None = None,
-        clip_policy: str | ClipPolicy | None = None,
-        target_clip_rate: float = 0.9,
-        normalize: bool = True,
-        lr_control: bool = True,
-        ema_decay: float | None = 0.999,
-        fused_step: bool = False,
-        histogram_weight: float | None = None,
-        loss_bound: float | None = None,
-        loss_weight: float | None = None,
-        preset: str | None = None,
-        max_rows_per_user: int | None = None,
-        noise_allocation: NoiseAllocation | None = None,
-        zeroth_order: str | ZerothOrderSettings | None = None,
-        reducer: str | Reducer | None = None,
+        options: PrivateOptions | None = None,
+        **named: Unpack[OptionNames],
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
+
+        What Opacus does not have is an option, of :class:`~opacus_ac.engine.PrivateOptions` and its groups: how C is chosen
+        (:class:`~opacus_ac.engine.ClippingOptions`), what is released beside the gradient
+        (:class:`~opacus_ac.engine.ReleaseOptions`), which records a step sees (:class:`~opacus_ac.engine.SamplingOptions`),
+        what follows from a release (:class:`~opacus_ac.engine.UpdateOptions`), time and memory
+        (:class:`~opacus_ac.engine.PerformanceOptions`). An option is given in ``options``, or by its name alone, as
+        ``make_private(..., target_clip_rate=0.5, ema_decay=None)``.
 
         Args:
             module: model in training mode.
@@ -133,167 +115,113 @@ class PrivacyEngine(AccountedEngine):
             loss_reduction: "mean" or "sum" of the records' losses, as the loop computes it.
             poisson_sampling: False keeps the loader's batches and reports the bound that holds for them, without
                 amplification by sampling.
-            sampling: "poisson"; "truncated_poisson", with at most ``max_batch_size`` records; "fixed_size", exactly
-                batch_size records drawn without replacement at each step; "shuffled", as ``poisson_sampling=False``. Each has
-                a bound of its own, which the report names. By default as ``poisson_sampling`` says.
-            max_batch_size: largest logical batch, for ``sampling="truncated_poisson"``.
-            dataset_size: public N for Poisson sampling, where the number of records itself is not to be public.
             clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S), "zo" (forward passes only).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
             grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
                 ``opacus_ac.grad_sample.explain``), or "hooks" or "functorch", as in Opacus.
             wrap_model: as in Opacus for its modes: False attaches hooks to the model and returns the hooks object.
             rand_on_empty: ignored; an empty batch is a constant batch with weight zero.
-            max_physical_batch_size: largest batch that reaches the model; a memory choice that changes no result.
-            batch_size_schedule: expected batch size per step: a sequence of public numbers or a function of the step, which
-                may use past releases if there is a target epsilon (the budget is then a privacy filter).
-            clip_policy: policy name or object for ``clipping="adaptive"``; "percentile" by default.
-            target_clip_rate: fraction of records to be clipped.
-            normalize: scale the gradient by C0 / C_t for the inner optimizer.
-            lr_control: learning rate follows the clip rate.
-            ema_decay: decay of the weight average, None for none.
-            fused_step: hold no more gradients at a time than the largest one takes: they are summed, noised, applied
-                and forgotten in turns, which with mode "bk" and one physical batch per step leaves the gradient memory of one layer.
-                For AdamW, Adam and SGD; no ``.grad`` is left to look at. The same numbers.
-            histogram_weight: ``a`` of the norm histogram, which costs ``sqrt(1 + a^2)`` of noise: by default what the batch size
-                needs, at most 2 % (:func:`opacus_ac.release.statistics.default_histogram_weight`).
-            loss_bound: release a noisy mean loss, each record's loss clipped to this public bound; None for none.
-            loss_weight: ``b`` of the loss; default sqrt(0.0412).
-            preset: "paper" for the published constants.
-            max_rows_per_user: by default a record is a row. With a number K an item of the dataset is a user with at most K
-                rows, and what is drawn, clipped and protected is a user: N, batch sizes and the mean of the loss count
-                users, and the loss of a user is a function of that user's rows (see :mod:`opacus_ac.sampling.users`,
-                :func:`opacus_ac.loss.per_user_loss` and ``opacus_ac.integrations.finetune.chat_users``).
-            noise_allocation: spread the noise over groups of parameters by public weights, at the same epsilon
-                (:class:`opacus_ac.allocation.NoiseAllocation`); None for the same std everywhere.
-            zeroth_order: settings of ``clipping="zo"``, or a paper's by name; "aggzo" by default.
-            reducer: how several processes share a step: "ddp" (bare model, the same on every rank), "fsdp2" (a model under
-                ``fully_shard``), "local" (each for itself), or an object; by default what model and ``torch.distributed`` say.
-                All ranks pass the same arguments; batch sizes are those of all ranks together.
+            options: the options in groups. All ranks of a run on several processes pass the same; batch sizes are those of
+                all ranks together.
+            **named: single options by name, of groups that ``options`` leaves as they are.
 
         Returns:
             the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
 
         Raises:
             ValueError: anything that would make the guarantee wrong, with the remedy; the inputs are unchanged.
+            TypeError: a name that is no argument, with the nearest that is one, or an option given both ways.
             opacus.validators.errors.UnsupportedModuleError: as in Opacus (BatchNorm, eval mode).
         """
+        chosen = PrivateOptions.of(options, named, also=OPACUS_NAMES)
         one_of(MODES, grad_sample_mode=grad_sample_mode)
         one_of(CLIPPING, clipping=clipping)
         one_of(("mean", "sum"), loss_reduction=loss_reduction)
-        inner = inner_optimizer(optimizer)
-        check_model_and_optimizer(module, inner)
-        settings = zeroth_order_settings(clipping, zeroth_order)
-        check_mechanism(self.accountant, settings)
-        if settings is None:
-            self.validate(module=module, optimizer=inner, data_loader=data_loader)
-        not_negative(noise_multiplier=noise_multiplier)
-        ranks = choose_reducer(reducer, module, named_parameters(module, inner)[0])
-        sampling = choose_sampling(sampling, poisson_sampling, self.accountant)
-        check_options(
-            ranks,
-            {
-                "grad_sample_mode": grad_sample_mode,
-                "sampling": sampling,
-                "fused_step": fused_step,
-                "clip_policy": getattr(clip_policy, "name", clip_policy),
-                "clipping": clipping,
-                "max_rows_per_user": max_rows_per_user is not None,
-                "noise_allocation": noise_allocation is not None,
-            },
-        )
-        noise_stream, sampling_stream = rank_streams(ranks, *random_streams(noise_generator, self.secure_mode))
-        loader = private_loader(
-            data_loader,
-            sampling=sampling,
-            stream=sampling_stream,
-            max_physical_batch_size=max_physical_batch_size,
-            schedule=batch_size_schedule,
-            max_batch_size=max_batch_size,
-            dataset_size=dataset_size,
-            max_rows_per_user=max_rows_per_user,
-        )
-        loader.split(ranks.rank, ranks.world)
-        self._account.check_dataset(loader.plan.sizes.dataset_size, max_rows_per_user)
-        expected = loader.plan.sizes.expected(0)
-        if settings is not None:
-            measured = build_zeroth_order(
-                module,
-                inner,
-                settings,
-                loader.plan,
-                noise_stream,
-                noise_multiplier=noise_multiplier,
-                max_grad_norm=max_grad_norm,
-                clip_policy=clip_policy,
-                target_clip_rate=target_clip_rate,
-                loss_reduction=loss_reduction,
-                normalize=normalize,
-                lr_control=lr_control,
-                histogram_weight=histogram_weight,
-                loss_bound=loss_bound,
-                loss_weight=loss_weight,
-                reducer=ranks,
-                max_physical_batch_size=max_physical_batch_size,
-                unused={
-                    "preset": preset,
-                    "fused_step": fused_step,
-                    "ema_decay": ema_decay,
-                    "mode": grad_sample_mode,
-                    "noise_allocation": noise_allocation,
-                },
-            )
-            measured.check_budget = self._look_ahead
-            check_start(measured, loader, module, max_physical_batch_size, noise_generator)
-            ranks.sync_module(module)
-            if measured.ema is not None:
-                measured.ema.reset()  # the weights of rank 0 are those that count
-            self._undo.append((module, observe(module, measured, measured.coordinates.parameters)))
-            self._adopt(measured, loader)
-            return module, measured, loader
-        policy = choose_policy(clipping, clip_policy, preset, max_grad_norm, target_clip_rate, expected)
-        allocation = choose_allocation(module, inner, noise_allocation)
-        private = AdaptiveClipDPOptimizer(
-            inner,
+        job = Job(
+            module=module,
+            optimizer=inner_optimizer(optimizer),
             noise_multiplier=noise_multiplier,
-            max_grad_norm=policy.initial_bound,
-            expected_batch_size=expected,
-            loss_reduction=loss_reduction,
-            clip_policy=policy,
-            target_clip_rate=target_clip_rate,
-            statistics=choose_statistics(
-                clipping, policy, noise_multiplier, expected, histogram_weight, loss_bound, loss_weight, allocation
-            ),
-            normalize=normalize and preset != "paper",
-            lr_control=choose_control(lr_control, policy, target_clip_rate, preset),
-            ema_decay=ema_decay,
-            fused_step=fused_step,
-            source=choose_source(
-                module, inner, grad_sample_mode, loss_reduction, batch_first, loader.users, self.secure_mode
-            ),
-            plan=loader.plan,
-            stream=noise_stream,
-            allocation=allocation,
-            reducer=ranks,
-        )
-        check_start(private, loader, module, max_physical_batch_size, noise_generator)
-        wrapped, undo = attach(
-            module,
-            private,
-            mode=grad_sample_mode,
+            max_grad_norm=max_grad_norm,
             batch_first=batch_first,
             loss_reduction=loss_reduction,
+            clipping=clipping,
+            noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode,
             wrap_model=wrap_model,
-            users=loader.users,
+            options=chosen,
         )
-        if loader.plan.sampling != "shuffled" and grad_sample_mode != "bk":
-            wrapped.forbid_grad_accumulation()
+        settings = self._prepare_model(job, data_loader)
+        ranks = choose_reducer(chosen.performance.reducer, module, named_parameters(module, job.optimizer)[0])
+        sampling = choose_sampling(chosen.sampling.sampling, poisson_sampling, self.accountant)
+        loader, stream = self._prepare_data_loader(job, data_loader, sampling, ranks)
+        private = build_optimizer(job, settings, loader, stream, ranks, self.secure_mode)
+        wrapped, undo = self._start(job, private, loader)
         ranks.sync_module(module)
         if private.ema is not None:
             private.ema.reset()  # the weights of rank 0 are those that count
         self._undo.append((module, undo))
         self._adopt(private, loader)
         return wrapped, private, loader
+
+    def _prepare_model(self, job: Job, data_loader: DataLoader[Any]) -> ZerothOrderSettings | None:
+        """Check the inputs; return the settings of the forward-only method, None for training with gradients."""
+        check_model_and_optimizer(job.module, job.optimizer)
+        settings = zeroth_order_settings(job.clipping, job.options.zeroth_order)
+        check_mechanism(self.accountant, settings)
+        if settings is None:
+            self.validate(module=job.module, optimizer=job.optimizer, data_loader=data_loader)
+        not_negative(noise_multiplier=job.noise_multiplier)
+        return settings
+
+    def _prepare_data_loader(
+        self, job: Job, data_loader: DataLoader[Any], sampling: str, ranks: Reducer
+    ) -> tuple[PrivateDataLoader, RandomStream]:
+        """Return the loader of this rank, and the stream of its noise."""
+        options = job.options
+        check_options(
+            ranks,
+            {
+                "grad_sample_mode": job.grad_sample_mode,
+                "sampling": sampling,
+                "fused_step": options.performance.fused_step,
+                "clip_policy": getattr(options.clipping.clip_policy, "name", options.clipping.clip_policy),
+                "clipping": job.clipping,
+                "max_rows_per_user": options.sampling.max_rows_per_user is not None,
+                "noise_allocation": options.release.noise_allocation is not None,
+            },
+        )
+        noise, draws = rank_streams(ranks, *random_streams(job.noise_generator, self.secure_mode))
+        loader = private_loader(
+            data_loader,
+            sampling=sampling,
+            stream=draws,
+            max_physical_batch_size=options.performance.max_physical_batch_size,
+            **loader_settings(options.sampling),
+        )
+        loader.split(ranks.rank, ranks.world)
+        self._account.check_dataset(loader.plan.sizes.dataset_size, options.sampling.max_rows_per_user)
+        return loader, noise
+
+    def _start(
+        self, job: Job, private: AdaptiveClipDPOptimizer, loader: PrivateDataLoader
+    ) -> tuple[Any, Callable[[], None]]:
+        """Attach what the optimizer needs to the model, once all ranks agree; return the model for the loop, and the undo."""
+        check_start(private, loader, job.module, job.options.performance.max_physical_batch_size, job.noise_generator)
+        if isinstance(private, ZerothOrderDPOptimizer):
+            private.check_budget = self._look_ahead
+            return job.module, observe(job.module, private, private.coordinates.parameters)
+        wrapped, undo = attach(
+            job.module,
+            private,
+            mode=job.grad_sample_mode,
+            batch_first=job.batch_first,
+            loss_reduction=job.loss_reduction,
+            wrap_model=job.wrap_model,
+            users=loader.users,
+        )
+        if loader.plan.sampling != "shuffled" and job.grad_sample_mode != "bk":
+            wrapped.forbid_grad_accumulation()
+        return wrapped, undo
 
     def _adopt(self, optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader) -> None:
         """Make this engine account for the steps of ``optimizer``."""
@@ -343,7 +271,8 @@ class PrivacyEngine(AccountedEngine):
         target_delta: float,
         epochs: float | None = None,
         steps: int | None = None,
-        **kwargs: Any,
+        options: PrivateOptions | None = None,
+        **named: Unpack[EngineNames],
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return what :meth:`make_private` returns, with the noise that spends (epsilon, delta) in ``epochs``.
 
@@ -355,11 +284,20 @@ class PrivacyEngine(AccountedEngine):
             target_delta: delta, well below 1 / N.
             epochs: passes of the loader; or give ``steps``.
             steps: number of steps.
-            **kwargs: all other arguments of :meth:`make_private`.
+            options: as in :meth:`make_private`.
+            **named: all other arguments of :meth:`make_private`.
 
         Raises:
             ValueError: as :meth:`make_private`; both or neither of ``epochs`` and ``steps``; impossible budget.
+            TypeError: as :meth:`make_private`.
         """
+        own: dict[str, Any] = {name: value for name, value in named.items() if name in OPACUS_NAMES}
+        chosen = PrivateOptions.of(
+            options,
+            {name: value for name, value in named.items() if name not in own},
+            also=OPACUS_NAMES,
+            caller="make_private_with_epsilon",
+        )
         if (epochs is None) == (steps is None):
             raise ValueError("give either epochs or steps")
         if len(self.accountant) > 0:
@@ -367,15 +305,9 @@ class PrivacyEngine(AccountedEngine):
                 "budget has been spent already: the noise is chosen as if none had, so training stops early",
                 stacklevel=2,
             )
-        sampling = choose_sampling(kwargs.get("sampling"), kwargs.get("poisson_sampling", True), self.accountant)
+        sampling = choose_sampling(chosen.sampling.sampling, own.get("poisson_sampling", True), self.accountant)
         template = private_loader(
-            data_loader,
-            sampling=sampling,
-            stream=SecretStream(),
-            schedule=kwargs.get("batch_size_schedule"),
-            max_batch_size=kwargs.get("max_batch_size"),
-            dataset_size=kwargs.get("dataset_size"),
-            max_rows_per_user=kwargs.get("max_rows_per_user"),
+            data_loader, sampling=sampling, stream=SecretStream(), **loader_settings(chosen.sampling)
         )
         if steps is None:
             assert epochs is not None
@@ -388,7 +320,12 @@ class PrivacyEngine(AccountedEngine):
             target_delta=target_delta,
         )
         made = self.make_private(
-            module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier, **kwargs
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_multiplier=noise_multiplier,
+            options=chosen,
+            **own,
         )
         if made[1].policy.is_private:
             planned = planned_events(template.plan, steps, noise_multiplier)

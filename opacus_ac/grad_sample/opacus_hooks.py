@@ -62,26 +62,33 @@ class PerSampleSource:
         self._before: list[Tensor | None] = []
         self._used = Unchanged()
         self._hooked: list[nn.Module] = []
+        self._marked: dict[nn.Module, int] = {}
 
     def attach(self, module: nn.Module) -> None:
         """Note the model whose layers Opacus's hooks keep their inputs on."""
         self._hooked = list(module.modules())
 
+    def mark(self) -> None:
+        """Note which inputs of layers Opacus's hooks keep now."""
+        self._marked = {module: len(getattr(module, "activations", None) or ()) for module in self._hooked}
+
     def forget_interrupted(self) -> None:
-        """Clear what Opacus's hooks keep of a backward pass that an exception ended.
+        """Clear what Opacus's hooks keep of passes up to :meth:`mark`, whose backward pass an exception ended or that had none.
 
         A complete backward pass leaves nothing. After an interrupted one, the next gradients would get rows of the batch before.
         """
-        for module in self._hooked:
-            if getattr(module, "activations", None):
-                module.activations = []  # type: ignore[assignment]
+        for module, inputs in self._marked.items():
+            if inputs:
+                del module.activations[:inputs]  # type: ignore[operator, union-attr]
             if hasattr(module, "max_batch_len"):
                 del module.max_batch_len
+            for parameter in module.parameters(recurse=False):
+                if getattr(parameter, "_forward_counter", 0):
+                    parameter._forward_counter = max(parameter._forward_counter - inputs, 0)  # type: ignore[attr-defined]
         for parameter in self._parameters:
-            if getattr(parameter, "_forward_counter", 0):
-                parameter._forward_counter = 0  # type: ignore[attr-defined]
             if getattr(parameter, "_current_grad_sample", None) is not None:
                 del parameter._current_grad_sample  # type: ignore[attr-defined]
+        self._marked = {}
 
     def _rows(self, parameter: nn.Parameter) -> Tensor | None:
         """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""

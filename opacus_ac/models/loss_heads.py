@@ -1,7 +1,8 @@
-"""The losses of transformers' heads, entry by entry: from them follow the loss of each record and what the library computes.
+"""The losses of transformers' heads, entry by entry.
 
-transformers averages the entries of a batch that are not ignored. A record's own loss averages the record's own. Both are
-computed here from the same entries, so that the first may stand for the second only where the model really has this loss.
+The loss of each record and the loss that the library computes both follow from the entries. transformers averages the
+entries of a batch that are not ignored. A record's own loss averages the entries of the record. Both are computed here
+from the same entries, so that the record losses replace the library's loss only where the model really has this loss.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ _LABELS, _LOGITS = ("labels",), ("logits",)
 _TOKEN_HEAD, _ROW_HEAD = Head(_LOGITS, _LABELS, _tokens, of_tokens=True), Head(_LOGITS, _LABELS, _rows)
 _SPAN_HEAD = Head(("start_logits", "end_logits"), ("start_positions", "end_positions"), _spans)
 _CAUSAL_HEAD = Head(_LOGITS, _LABELS, _next_tokens, of_tokens=True)
-# Part of the class name, and the head: the first that fits. What the library's ``loss_function`` shifts is not here: a model that
-# uses it gets the loss per record in its place.
+# Part of the class name, and the head: the first that fits. Losses that the library's ``loss_function`` shifts are not
+# here: a model that uses it gets the loss per record in its place.
 HEADS: tuple[tuple[str, Head], ...] = (
     ("ForSequenceClassification", _ROW_HEAD),
     ("ForMultipleChoice", _ROW_HEAD),
@@ -151,7 +152,9 @@ def labels_in(arguments: Mapping[str, Any], head: Head) -> list[Tensor] | None:
 
 
 def agrees(loss: Tensor, parts: list[Entries], items: Any = None, *, narrow: bool = False) -> bool:
-    """Say whether ``loss`` is what the library computes from these entries; a loss that is not finite is not looked at.
+    """Return whether ``loss`` is what the library computes from these entries.
+
+    A loss that is not finite is not compared.
 
     Args:
         loss: scalar.

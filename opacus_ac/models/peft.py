@@ -49,7 +49,7 @@ def freeze_a(model: nn.Module) -> list[str]:
         model: a model with LoRA adapters of peft.
 
     Raises:
-        ValueError: it has none, or none whose second factor is trained; nothing was changed.
+        ValueError: If it has none, or none whose second factor is trained; nothing was changed.
 
     References:
         Sun et al., arXiv 2403.12313 (FFA-LoRA).
@@ -107,7 +107,7 @@ def load_trainable(name_or_dir: str | None, *, full: bool, rank: int, layers: in
         layers: how many of the last layers get adapters.
 
     Raises:
-        ModelUnavailableError: the model cannot be loaded.
+        ModelUnavailableError: If the model cannot be loaded.
     """
     import torch
 
@@ -157,8 +157,8 @@ def _lora_problem(config: Any, method: str) -> str | None:
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.lower() in _DATA_STARTS:
         return (
-            f"was started by init_lora_weights={start!r}: directions computed from data are a release without noise. If the "
-            "data were public, say so by config.init_lora_weights = True after the start"
+            f"was started by init_lora_weights={start!r}: directions computed from data are a release without noise. "
+            "If the data were public, say so by config.init_lora_weights = True after the start"
         )
     return None
 

@@ -61,10 +61,11 @@ class RandomProjection:
         basis: "random"; bases computed from raw gradients are refused.
 
     Guarantees:
-        P is a function of the seed and the number of refreshes. Training is DP-SGD on R, with the guarantee of any model.
+        P is a function of the seed and the number of refreshes. Training is DP-SGD on R, with the guarantee of any
+        model.
 
     Raises:
-        ValueError: a rank below 1, or a basis that is not random.
+        ValueError: If the rank is below 1, or the basis is not random.
 
     References:
         DP-GRAPE, arXiv 2506.15588. GaLore's basis, the SVD of raw gradients, is a release without noise.
@@ -73,8 +74,8 @@ class RandomProjection:
     def __init__(self, rank: int, *, seed: int = 0, basis: str = "random") -> None:
         if basis in _DATA_BASES:
             raise ValueError(
-                f"basis={basis!r}: a subspace computed from raw gradients is a release without noise, and whatever is trained "
-                "in it shows it. Use basis='random'"
+                f"basis={basis!r}: a subspace computed from raw gradients is a release without noise, and whatever is "
+                "trained in it shows it. Use basis='random'"
             )
         if basis != "random":
             raise ValueError(f"unknown basis {basis!r}: the only one is 'random'")
@@ -83,15 +84,15 @@ class RandomProjection:
         self.rank, self.seed = rank, seed
 
     def apply(self, model: nn.Module, targets: Iterable[str] = ("*",)) -> list[str]:
-        """Replace trainable linear layers, in place, and return their names; before the optimizer is built.
+        """Replace trainable linear layers in place and return their names; call it before the optimizer is built.
 
         Args:
             model: a model that is not private yet.
             targets: patterns of module names.
 
         Raises:
-            ValueError: no layer fits; there are projected layers already; a layer's weight is tied, not float32 or float64, or not larger than the rank;
-                nothing was changed.
+            ValueError: If no layer fits, there are projected layers already, or a layer's weight is tied, not float32
+                or float64, or not larger than the rank; nothing was changed.
         """
         patterns = tuple(targets)
         if next(projected_layers(model), None) is not None:
@@ -141,14 +142,16 @@ class RandomProjection:
         layer.up.weight.data.copy_(torch.from_numpy(values))
 
     def refresh(self, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
-        """Fold what was learned into the weights and draw new projections; after a step, before the next forward pass.
+        """Fold what was learned into the weights and draw new projections.
 
-        The function that the model computes does not change. First moments of the inner optimizer, which belong to the old
-        directions, start again from zero; second moments, which are the same for all directions on average, stay.
+        Call it after a step and before the next forward pass.
+
+        The function that the model computes does not change. First moments of the inner optimizer belong to the old
+        directions and start again from zero. Second moments are the same for all directions on average, and stay.
 
         Raises:
-            ValueError: a logical batch is under way, or weights are averaged (an average of R over several projections
-                is that of nothing); nothing was changed.
+            ValueError: If a logical batch is under way, or weights are averaged (the average of R over several
+                projections has no meaning); nothing was changed.
         """
         if optimizer.ema is not None:
             raise ValueError("refresh with an EMA of the weights, which would mix projections: pass ema_decay=None")
@@ -176,5 +179,5 @@ class RandomProjection:
 
 
 def projected_layers(model: nn.Module) -> Iterator[tuple[str, ProjectedLinear]]:
-    """The projected layers of a model, with their names."""
+    """Return the projected layers of a model, with their names."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, ProjectedLinear))

@@ -1,7 +1,7 @@
 """Makes the loss of a transformers model a mean over records, so that it can be clipped per record.
 
-Every loss that leaves a model is one that was computed here, per record, or is refused: it does not matter how the model was called,
-where its labels stood and what its output is.
+Every loss that leaves a model was computed here, per record, or is refused. This holds however the model was called,
+wherever its labels stood and whatever its output is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _models_in(module: nn.Module) -> list[Any]:
 
 
 def has_record_losses(module: nn.Module) -> bool | None:
-    """Say whether the losses of single records are known of the transformers models inside ``module``.
+    """Return whether the transformers models inside ``module`` have known losses of single records.
 
     Returns:
         None where no model inside has a loss of its own.
@@ -49,7 +49,7 @@ def has_record_losses(module: nn.Module) -> bool | None:
 
 
 def averages_tokens(module: nn.Module) -> bool:
-    """Say whether the library's loss of a transformers model inside ``module`` averages over the tokens of the batch."""
+    """Return whether a transformers model inside ``module`` has a library loss that averages over a batch's tokens."""
     return any((head := head_of(model)) is not None and head.of_tokens for model in _models_in(module))
 
 
@@ -109,8 +109,8 @@ def _refuse_backward(value: Tensor, reason: str) -> None:
 class RecordLoss:
     """Loss function for transformers models: mean (or sum) over records of each record's mean token loss.
 
-    Where records are users, a user's loss is the mean over those of the user's rows that predict a token. In evaluation, whose
-    batches are not drawn, each row counts for itself.
+    Where records are users, a user's loss is the mean over those of the user's rows that predict a token. In
+    evaluation, where batches are not drawn, each row counts for itself.
 
     Guarantees:
         A record's gradient does not depend on the other records of its batch. The number of labelled tokens of the
@@ -138,9 +138,9 @@ def use_record_loss(
 ) -> Callable[[], None]:
     """Make ``model(**batch, labels=...).loss`` of every transformers model inside ``module`` a mean over records.
 
-    The loss of a model that computes it by itself, not with its ``loss_function``, is computed again from the logits and labels, per
-    record, if the head is known and its loss is what the library computes from them. Any other loss is refused: at the forward pass in
-    training mode, else when a gradient is asked of it.
+    A model that computes its loss by itself, not with its ``loss_function``, gets it computed again from the logits and
+    labels, per record. That needs a known head, and a library loss that is what the head computes from them. Any other
+    loss is refused: at the forward pass in training mode, else when its gradient is asked for.
 
     Args:
         module: any module; those without a transformers model inside are left alone.
@@ -152,8 +152,8 @@ def use_record_loss(
         A function that puts the old losses back.
 
     Raises:
-        ValueError: the model adds a loss over the whole batch (router load balancing). At the first training
-            forward with a loss: one that is not known to be a mean over records.
+        ValueError: If the model adds a loss over the whole batch (router load balancing). The first training forward
+            raises it too, if its loss is not known to be a mean over records.
     """
     models = _models_in(module)
     for model in models:
@@ -210,7 +210,7 @@ class _Watch:
         """Return the output with a loss that is a mean over records.
 
         Raises:
-            ValueError: it has another.
+            ValueError: If it has another.
         """
         given = self._arguments(args, kwargs)
         taped = self.record is not None and self.record.called
@@ -258,9 +258,9 @@ class _Watch:
     def _refuse(self, name: str, value: Tensor) -> None:
         what = type(self.model).__name__
         reason = (
-            f"{what} returned a loss ({name}) over the whole batch that is not known to be a mean over records: call the model "
-            "without what makes it compute that loss (labels, return_loss, output_router_logits), compute a per-record loss from "
-            "its other outputs, and call backward() on its mean"
+            f"{what} returned a loss ({name}) over the whole batch that is not known to be a mean over records: call "
+            "the model without what makes it compute that loss (labels, return_loss, output_router_logits), compute a "
+            "per-record loss from its other outputs, and call backward() on its mean"
         )
         if self.model.training and "loss" in name:
             raise ValueError(reason)

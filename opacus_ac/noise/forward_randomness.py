@@ -1,9 +1,9 @@
 """Random masks of a forward pass: secret, and a record's own.
 
-What a forward pass draws (dropout, stochastic depth, noise) it draws for the whole batch, from a generator whose seed is public.
-One record more, and every other record gets another mask: by the known seed the released sum moves by many times C. Here a
-forward pass in training mode draws from a secret state, and what it draws for a record depends on nothing but that record, the
-number of the step and a key that never leaves the process.
+In an ordinary forward pass, dropout, stochastic depth and noise are drawn for the whole batch, from a generator whose
+seed is public. If one record joins, every other record gets another mask: to whoever knows the seed, the released sum
+moves by many times C. With this module, a forward pass in training mode draws from a secret state. What it draws for a
+record depends on that record, the number of the step and a key that never leaves the process, and on nothing else.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class RecordMasks(TorchDispatchMode):
 
     Attributes:
         used: whether anything was drawn.
-        joint: whether anything was drawn for all records together, from the secret state: what does not have the records
-            first, what a kernel draws by itself, and what lies in a checkpointed part of the model (which is computed again
-            in the backward pass, from the secret state that was kept for it).
+        joint: whether anything was drawn for all records together, from the secret state. That happens to tensors whose
+            first dimension is not the records, to what a kernel draws by itself, and inside a checkpointed part of the
+            model (it is computed again in the backward pass, from the secret state that was kept for it).
     """
 
     def __init__(self, tensors: list[Tensor], moment: tuple[int, int], digests: list[bytes] | None = None) -> None:
@@ -179,7 +179,10 @@ def _is_random(func: Any) -> bool:
 
 
 def _is_recomputed() -> bool:
-    """Whether what runs now may run again in the backward pass, where no mode is active: checkpointed, with or without re-entry."""
+    """Whether the code that runs now is checkpointed, with or without re-entry.
+
+    Then it may run again in the backward pass, where no mode is active.
+    """
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -208,7 +211,10 @@ def _generator(device: torch.device) -> torch.Generator:
 
 
 def _cut(args: tuple[Any, ...], each: int, rows: int, records: int) -> list[Any]:
-    """Return each argument as it is for each record: a tensor of ``rows`` rows in parts of ``each``, a size with another first number."""
+    """Return each argument as it is for each record.
+
+    A tensor of ``rows`` rows is split into parts of ``each`` rows; a size gets another first number.
+    """
     sized = not (args and isinstance(args[0], Tensor))
     found: list[Any] = []
     for value in args:
@@ -223,7 +229,7 @@ def _cut(args: tuple[Any, ...], each: int, rows: int, records: int) -> list[Any]
 
 
 class ForwardRandomness:
-    """Hooks on a model by which its forward passes in training mode draw at random in secret.
+    """Hooks on a model by which its forward passes in training mode draw their random numbers in secret.
 
     Args:
         model: the model.
@@ -233,11 +239,12 @@ class ForwardRandomness:
         last: what drew in the last pass; None where nothing draws.
 
     Guarantees:
-        During a forward pass in training mode the global generators of torch, numpy and Python have secret states; afterwards,
-        also by an exception, they have those of before, so that neither a known seed nor a saved state tells anything about
-        masks or batches. What is drawn with the records first is, for each record, a function of its content, of the numbers
-        of step, pass and call, and of a key of the process: removing a record changes nothing for the others. Anything else
-        is drawn for the batch together, from the secret state (see :class:`RecordMasks`).
+        During a forward pass in training mode the global generators of torch, numpy and Python have secret states.
+        Afterwards, also after an exception, they have their earlier states again, so that neither a known seed nor a
+        saved state tells anything about masks or batches. Draws whose first dimension is the records are, for each
+        record, a function of its content, of the numbers of step, pass and call, and of a key of the process: removing
+        a record changes nothing for the others. All other draws are made for the batch together, from the secret state
+        (see :class:`RecordMasks`).
     """
 
     def __init__(self, model: nn.Module, step: Callable[[], int]) -> None:

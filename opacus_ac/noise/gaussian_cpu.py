@@ -1,9 +1,9 @@
 """Gaussian noise in float64, made and added a block at a time while the block is in cache.
 
-Box and Muller's transform has no branches that a processor could predict wrongly. Its angle comes from a table of directions
-turned by the rest of the angle, because ``numpy`` has no vectorised float64 sine on most processors. torch's logarithm is
-vectorised, but it works in threads of its own, which the threads here would wait for. A pair of values is a complex number:
-one product turns and stretches it.
+The Box-Muller transform has no branches that a processor could mispredict. The angle is a direction from a table,
+turned by the remaining angle, because ``numpy`` has no vectorised float64 sine on most processors. The logarithm is
+numpy's: torch's is vectorised too, but runs in threads of its own, and the threads here would wait for them. A pair of
+values is a complex number: one product turns and stretches it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class GaussianSampler:
 
     Args:
         bits: source of the draws; nobody else may use it meanwhile.
-        summed: number of independent Gaussians that make up one draw, divided by its root. With 4, the low-order bits of a
-            draw no longer tell which floating-point numbers it was made from.
+        summed: number of independent Gaussians that are summed for one draw; the sum is divided by the square root of
+            that number. With 4, the low-order bits of a draw no longer tell which floating-point numbers it was made
+            from.
 
     Guarantees:
         Every Gaussian is float64, from 64 random bits for the angle and 53 for the radius: it reaches to 8.57 standard
@@ -57,8 +58,8 @@ class GaussianSampler:
         result is rounded once, to the target's type.
 
     References:
-        Box and Muller 1958 (Annals of Mathematical Statistics 29); Holohan and Braghin 2021, arXiv 2107.10138, section 5
-        (sums of Gaussians against attacks on floating-point noise).
+        Box and Muller 1958 (Annals of Mathematical Statistics 29); Holohan and Braghin 2021 (arXiv 2107.10138,
+        section 5: sums of Gaussians against attacks on floating-point noise).
     """
 
     def __init__(self, bits: Bits, summed: int = 1) -> None:
@@ -102,7 +103,7 @@ class GaussianSampler:
         return noise.view(np.float64)[:size]
 
     def _angles(self, nearest: Pairs, tangent: Floats, scratch: Floats) -> None:
-        """Draw angles; write the direction of the table that is nearest to each and the tangent of the angle from there to it."""
+        """Draw angles; write the nearest direction of the table and the tangent of the remaining angle."""
         words, choice = self._words[: tangent.size], self._nearest[: tangent.size]
         self._bits.fill(words)
         np.right_shift(words, np.uint64(64 - _CHOICE), out=choice.view(np.uint64))
@@ -127,7 +128,10 @@ class GaussianSampler:
         np.log(out, out=out)
 
     def add_to(self, block: npt.NDArray[np.floating], std: float, scale: float) -> None:
-        """Set ``block [n]``, ``n <= BLOCK``, to ``(block + N(0, std^2)) * scale``, rounded once; std 0 draws nothing."""
+        """Set ``block [n]``, ``n <= BLOCK``, to ``(block + N(0, std^2)) * scale``, rounded once.
+
+        A std of 0 draws nothing.
+        """
         if std == 0:
             np.multiply(block, scale, out=block, dtype=np.float64, casting="same_kind")
             return

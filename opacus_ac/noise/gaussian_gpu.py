@@ -1,7 +1,7 @@
-"""Gaussian noise for tensors on a GPU, made there in one pass: the key stream of ChaCha20, Box and Muller's transform, the sum.
+"""Gaussian noise for tensors on a GPU, added there in one kernel: ChaCha20 key stream, Box-Muller transform, sum.
 
-Drawn by the processor, the noise of a model takes many times as long as the rest of a step on a GPU. The kernel reads a value,
-makes its noise in registers from the key stream, adds it in float64, scales, rounds once, and writes.
+Noise for a model on a GPU that is drawn by the processor takes many times as long as the rest of a step. The kernel
+reads a value, makes its noise in registers from the key stream, adds it in float64, scales, rounds once, and writes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def _pair(w0, w1, w2, w3):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_noise(target, count, state, factors, SUMMED: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Set ``target [count]`` to ``(target + std N(0, 1)) scale``; ``factors`` holds std and scale, which as scalars would be float32."""
+    """Set ``target [count]`` to ``(target + std N(0, 1)) scale``.
+
+    ``factors`` is a tensor that holds std and scale, because scalar arguments would be float32.
+    """
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     s0 = tl.load(state + 0).to(tl.uint32, bitcast=True)
@@ -152,17 +155,17 @@ class DeviceSampler:
 
     Args:
         device: where the tensors are.
-        summed: number of independent Gaussians that make up one draw, divided by its root (see
+        summed: number of independent Gaussians that are summed for one draw, divided by its square root (see
             :class:`opacus_ac.noise.gaussian_cpu.GaussianSampler`).
 
     Guarantees:
-        Key (256 bits), nonce (64 bits) and first counter come from ``os.urandom``; no block of the key stream is used twice.
-        Every Gaussian is float64 from 53 random bits for the angle and 53 for the radius: it reaches to 8.57 standard
-        deviations. Added in float64, the result is rounded once, to the target's type.
+        Key (256 bits), nonce (64 bits) and first counter come from ``os.urandom``. No block of the key stream is used
+        twice. Every Gaussian is float64, from 53 random bits for the angle and 53 for the radius: it reaches to 8.57
+        standard deviations. Added in float64, the result is rounded once, to the target's type.
 
     Raises:
-        RuntimeError: on this device the kernel does not give what it should (it is compared with ``cryptography`` and ``numpy``
-            before its first use).
+        RuntimeError: If the kernel gives wrong values on this device (before its first use it is compared with
+            ``cryptography`` and ``numpy``).
 
     References:
         ChaCha20: RFC 8439, with the 64-bit counter of Bernstein 2008; Box and Muller 1958.
@@ -174,7 +177,10 @@ class DeviceSampler:
         self._seed = _seed_words(os.urandom(48))
 
     def add(self, targets: Sequence[torch.Tensor], std: float, scale: float) -> None:
-        """Set every contiguous float32 or float64 target ``[n]`` on the device to ``(target + N(0, std^2)) * scale``."""
+        """Set every target ``[n]`` on the device to ``(target + N(0, std^2)) * scale``.
+
+        Targets are contiguous, in float32 or float64.
+        """
         self._add(targets, std, scale, self._seed)
 
     def _add(self, targets: Sequence[torch.Tensor], std: float, scale: float, seed: Words) -> None:
@@ -211,7 +217,10 @@ class DeviceSampler:
 
 
 def draws(seed: Words, size: int, summed: int = 1) -> Floats:
-    """Return the ``[size]`` values that a sampler with this state adds at std 1, made by ``cryptography`` and ``numpy``."""
+    """Return the ``[size]`` values that a sampler with this state adds at std 1.
+
+    They are computed by ``cryptography`` and ``numpy``.
+    """
     programs = -(-size // (_LANES * _PER_BLOCK))
     blocks = programs * _LANES * summed
     stream = np.frombuffer(_key_stream(seed, blocks), "<u8").reshape(programs, _LANES, summed, 4, 2)

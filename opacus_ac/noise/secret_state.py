@@ -1,7 +1,7 @@
 """Secret states of the global random generators, for what draws from them while private records are worked on.
 
-Torch's, numpy's and Python's global generators have public seeds (``seed=42`` in a script), and their states are saved with
-checkpoints. What they draw while a batch is collated, or goes through a model, must not be known: dropout masks that are
+The global generators of torch, numpy and Python have public seeds (``seed=42`` in a script), and checkpoints save their
+states. What they draw while a batch is collated, or goes through a model, must not be known: dropout masks that are
 drawn for the whole batch shift with every record that joins it.
 """
 
@@ -34,7 +34,10 @@ def secret_torch_state() -> Tensor:
 
 
 def replace_torch_state() -> Undo:
-    """Give torch's global generators (processor and CUDA devices in use) secret states; returns what puts the old ones back."""
+    """Give torch's global generators (processor and CUDA devices in use) secret states.
+
+    Returns a function that restores the old states.
+    """
     before = torch.get_rng_state()
     devices = _cuda_generators()
     known = [generator.get_state() for generator in devices]
@@ -58,7 +61,10 @@ def _cuda_generators() -> list[torch.Generator]:
 
 
 def replace_other_states() -> Undo:
-    """Give the global generators of numpy (where it is in use) and of Python secret states; returns what puts the old ones back."""
+    """Give the global generators of numpy (where it is in use) and of Python secret states.
+
+    Returns a function that restores the old states.
+    """
     before = random.getstate()
     random.seed(os.urandom(64))
     numpy_before: Any = np.random.get_state() if "numpy.random" in sys.modules else None
@@ -80,8 +86,8 @@ def secret_randomness() -> Iterator[None]:
     Works in a loader's worker processes too. Each use starts from new entropy of the operating system.
 
     Guarantees:
-        Nothing drawn inside is known to whoever knows the seeds, and the states afterwards are those of before, whatever was
-        drawn: they tell nothing about the records.
+        Knowing the seeds tells nothing about what is drawn inside. Afterwards the states are those of before, whatever
+        was drawn, so they tell nothing about the records.
 
     >>> before = torch.manual_seed(0).get_state()
     >>> with secret_randomness():

@@ -105,15 +105,17 @@ def _add_blocks(sampler: GaussianSampler, blocks: deque[Block], std: float, scal
 class SecretStream:
     """Cryptographic stream, keyed by the operating system; never saved, never repeated after a fork.
 
-    Noise for large tensors is drawn in ``min(torch.get_num_threads(), os.cpu_count())`` threads, and for tensors on a CUDA or
-    ROCm device there, by a kernel of Triton's; where that cannot run, a warning says so and the processor draws.
+    Noise for large tensors is drawn in ``min(torch.get_num_threads(), os.cpu_count())`` threads. Noise for tensors on a
+    CUDA or ROCm device is drawn on that device, by a Triton kernel; where the kernel cannot run, a warning says so and
+    the processor draws.
 
     Args:
-        hardened: make every Gaussian of four (secure mode), against attacks on the low-order bits of floating-point noise.
+        hardened: sum four Gaussian draws per noise value (secure mode), which defeats attacks on floating-point
+            rounding.
 
     Guarantees:
-        Every thread that draws has a key of its own for AES-256 in counter mode, drawn per process; a forked child draws its
-        own, and a copy of the object is a new stream. A GPU has a key of its own for ChaCha20
+        Every thread that draws has its own key for AES-256 in counter mode, drawn per process. A forked child draws its
+        own keys, and a copy of the object is a new stream. A GPU has its own key for ChaCha20
         (``opacus_ac/noise/gaussian_gpu.py``).
 
     References:
@@ -150,7 +152,7 @@ class SecretStream:
         return SecretStream, (self._hardened,)
 
     def fork(self, purpose: int) -> SecretStream:
-        """Return another secret stream, with a key of its own."""
+        """Return another secret stream, with its own key."""
         return SecretStream(self._hardened)
 
     def normal(self, size: int) -> torch.Tensor:
@@ -207,8 +209,8 @@ class SecretStream:
             except Exception as error:  # no Triton, no compiler for it, a device that it does not know
                 reason = f"{type(error).__name__}: {error}".split("\n")[0]
                 warnings.warn(
-                    f"noise for {device} is drawn by the processor, which takes longer, because its kernel cannot run there "
-                    f"({reason}). Install triton and a C compiler to draw it there",
+                    f"noise for {device} is drawn by the processor, which takes longer, because its kernel cannot run "
+                    f"there ({reason}). Install triton and a C compiler to draw it there",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -312,7 +314,10 @@ class SeededStream:
         return torch.rand(size, dtype=torch.float64, generator=self._generator)
 
     def add_normal(self, targets: Sequence[torch.Tensor], std: float, scale: float = 1.0) -> None:
-        """Set each target to ``(target + std * N(0, 1)) * scale``, in one thread: draws do not depend on the machine."""
+        """Set each target to ``(target + std * N(0, 1)) * scale``, in one thread.
+
+        So the draws do not depend on the machine.
+        """
         _check_std(std)
         for target in targets:
             _on_flat(target, lambda flat: _add_in_device_blocks(flat, std, scale, self.normal))

@@ -260,7 +260,6 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         """Clear per-sample and ordinary gradients, and, unless a logical batch is under way, the clipped sums."""
         self._private.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
-        self.origin.gradients_cleared()
 
     def see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """Note which batch a forward pass of the model runs on; a hook before it."""

@@ -45,16 +45,21 @@ class Origin:
         for node in nodes:
             node.register_prehook(lambda _gradients: sight.confirm())
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether a backward pass is to come back to a forward pass since the gradients were cleared last."""
-        return bool(self._running) or any(not (sight.confirmed or sight.is_older) for sight in self._sights)
+    def given_up(self) -> bool:
+        """Forget the passes from before gradients were cleared that no backward pass came back to; whether there were any."""
+        older = [s for s in self._sights if s.is_older and not s.confirmed]
+        if self._running or not older:
+            return False
+        self._sights = [s for s in self._sights if s not in older]
+        return True
 
-    def gradients_cleared(self) -> None:
-        """Forget the passes whose gradients are gone; of others the backward pass may follow."""
+    def gradients_cleared(self) -> bool:
+        """Forget the passes whose gradients are gone; of others the backward pass may follow. Return whether only such were there."""
+        gone = [s for s in self._sights if s.confirmed]
         self._sights = [s for s in self._sights if not s.confirmed]
         for sight in self._sights:
             sight.is_older = True
+        return bool(gone) and not self._sights
 
     def forget(self) -> None:
         """Forget all passes: what comes next belongs to another physical batch."""

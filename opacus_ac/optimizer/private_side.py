@@ -80,6 +80,11 @@ class PrivateSide(SumRelease):
         self.source.clear(sums=not self.is_last_skipped)
         if not self.is_last_skipped:
             self.reducer.clear()
+        unused = self.origin.gradients_cleared()
+        if isinstance(self.source, PerSampleSource):
+            self.source.mark()
+            if unused:  # they may be of a backward pass that an exception ended
+                self.source.forget_interrupted()
 
     def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note which batch a forward pass of the model runs on; a hook before it."""
@@ -90,7 +95,7 @@ class PrivateSide(SumRelease):
                 "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
                 "take turns, or call engine.detach(model) and make_private again"
             )
-        if self.plan is not None and isinstance(self.source, PerSampleSource) and not self.origin.is_waiting:
+        if isinstance(self.source, PerSampleSource) and self.origin.given_up():
             self.source.forget_interrupted()
         another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
         if self.watch is not None:

@@ -38,7 +38,7 @@ class GaussianMechanism:
     """Adds Gaussian noise to (gradient sum / C, statistics), one draw per logical step.
 
     Args:
-        noise_multiplier: std of the noise over the joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)``.
+        noise_multiplier: ratio of the noise std to the joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)``.
         stream: random stream of the noise; with several processes each has its own.
 
     Attributes:
@@ -64,7 +64,7 @@ class GaussianMechanism:
 
     @property
     def noise_multiplier(self) -> float:
-        """Std of the noise over the joint sensitivity; what the accountant sees."""
+        """Ratio of the noise std to the joint sensitivity, which the accountant sees."""
         return self._noise_multiplier
 
     @noise_multiplier.setter
@@ -88,12 +88,12 @@ class GaussianMechanism:
             parameters: the trainable parameters.
             sums: summed clipped gradients, taken one by one; None is a sum of zero (and gets its noise). A sum in the
                 parameter's dtype becomes the ``grad`` itself, without a copy; a float64 one is rounded after the noise.
-            std: std of the noise per coordinate (of the sum, before division by the expected batch size), or one for each
-                parameter.
+            std: std of the noise per coordinate (of the sum, before division by the expected batch size), or one for
+                each parameter.
             scale: public factor, such as one over the expected batch size.
         """
         named = list(parameters)
-        # All sums first: after a matrix product the threads of BLAS spin for a while, on the cores that the noise needs.
+        # All sums first: after a matrix product the threads of BLAS spin for a while, on cores that the noise needs.
         totals = [
             torch.zeros_like(parameter)
             if total is None

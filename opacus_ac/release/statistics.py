@@ -2,8 +2,8 @@
 
 A record with clipped gradient of norm at most ``u C`` leaves room ``1 - u^2`` in the unit ball, so it may report
 its norm bin with weight ``w = sqrt(1 + a^2 - u^2)`` (slack encoding): small gradients are seen nearly for free and
-``a^2`` pays for seeing the clipped ones. How a record's gradient is spread over groups of parameters is a unit vector, with
-weight c. The joint vector (gradient / C, histogram, loss, groups) of one record has L2 norm at most
+``a^2`` pays for seeing the clipped ones. How a record's gradient is spread over groups of parameters is a unit vector,
+with weight c. The joint vector (gradient / C, histogram, loss, groups) of one record has L2 norm at most
 ``sqrt(1 + a^2 + b^2 + c^2)``.
 """
 
@@ -27,10 +27,11 @@ WANTED_ERROR = 0.05
 
 
 def energy_profiles(squares: FloatArray) -> FloatArray:
-    """Return ``squares / |squares|`` row by row: vectors ``[B, G]`` of length 1, or 0 for a gradient of zero or not finite.
+    """Return ``squares / |squares|`` row by row: vectors ``[B, G]`` of length 1.
 
-    Second moments of the group norms are what an allocation needs. Divided by the length, every record uses the whole
-    sensitivity that is paid for, where shares ``squares / sum(squares)`` are shorter the more groups there are.
+    The row of a gradient that is zero or not finite is 0. Second moments of the group norms are what an allocation
+    needs. Divided by the length, every record uses the whole sensitivity that is paid for. Shares
+    ``squares / sum(squares)`` would be shorter, the more groups there are.
 
     Args:
         squares: squared norms ``[B, G]`` of the records' gradients, by group.
@@ -42,14 +43,14 @@ def energy_profiles(squares: FloatArray) -> FloatArray:
 
 
 def default_histogram_weight(noise_multiplier: float, expected_batch_size: float) -> float:
-    """Return ``a``, the weight of clipped records in the histogram, that a step needs and no more.
+    """Return ``a``, the smallest weight of clipped records in the histogram that a step needs.
 
-    The clip rate of a batch of B is released with noise of std ``z sqrt(1 + a^2) / (a B)``, and costs a factor ``sqrt(1 + a^2)``
-    of noise on the gradient. Small batches get the largest weight, which costs 2 %; for larger ones ``a`` falls with B, so that the
-    std stays at ``WANTED_ERROR`` (0.05). A function of public numbers.
+    The clip rate of a batch of B is released with noise of std ``z sqrt(1 + a^2) / (a B)``, and costs a factor
+    ``sqrt(1 + a^2)`` of noise on the gradient. Small batches get the largest weight, which costs 2 %. For larger ones
+    ``a`` falls with B, so that the std stays at ``WANTED_ERROR`` (0.05). A function of public numbers.
 
     Args:
-        noise_multiplier: std of the noise over the joint sensitivity.
+        noise_multiplier: ratio of the noise std to the joint sensitivity.
         expected_batch_size: B.
 
     >>> [round(default_histogram_weight(0.7, size), 3) for size in (48, 200, 10_000)]
@@ -140,25 +141,26 @@ class StepStatistics:
             kept: their norms after clipping, in units of C.
 
         Raises:
-            ValueError: one keeps more than the ``gradient_share`` of its bin: histogram and gradient together would exceed the
-                declared sensitivity.
+            ValueError: If one keeps more than the ``gradient_share`` of its bin: histogram and gradient together would
+                exceed the declared sensitivity.
         """
         assert self._window is not None
         if self.histogram and not bool((kept <= self._shares[self._window.groups(norms)] + 1e-6).all()):
             raise ValueError(
-                "the clip policy leaves a gradient longer than its gradient_share declares, and the histogram was encoded to use that "
-                "room: nothing was released. A policy that enlarges small gradients overrides gradient_share(ratio) with the "
+                "the clip policy leaves a gradient longer than its gradient_share declares, and the histogram was "
+                "encoded to use that room: nothing was released. A policy that enlarges small gradients overrides "
+                "gradient_share(ratio) with the "
                 "largest norm over C that it leaves of gradients up to ratio times C (AutomaticPolicy returns 1); "
                 "opacus_ac.testing.policies.check_clip_policy says where it is exceeded"
             )
 
     def observe(self, norms: FloatArray, losses: FloatArray | None, squares: FloatArray | None = None) -> None:
-        """Add a physical batch: ``norms`` ``[B]``, and what else is released: ``losses`` ``[B]``, ``squares`` ``[B, G]``.
+        """Add a physical batch: ``norms``, and what else is released.
 
         Args:
-            norms: gradient norms of the records, as they are clipped.
-            losses: their losses.
-            squares: their squared gradient norms by group.
+            norms: gradient norms ``[B]`` of the records, as they are clipped.
+            losses: their losses ``[B]``.
+            squares: their squared gradient norms by group ``[B, G]``.
         """
         assert self._window is not None
         if self.histogram:
@@ -196,12 +198,18 @@ class StepStatistics:
         return np.append(self._counts, np.float64(self._loss_sum).view(np.int64))
 
     def merge(self, tallies: npt.NDArray[np.int64]) -> None:
-        """Take the sums of several processes ``[world, bins + 3]`` for one's own: counts exactly, losses in their order."""
+        """Replace the own sums by those of several processes ``[world, bins + 3]``.
+
+        Counts are added exactly, losses in the order of the processes.
+        """
         self._counts = tallies[:, :-1].sum(0)
         self._loss_sum = float(sum(tallies[:, -1].view(np.float64).tolist()))
 
     def vector(self) -> FloatArray:
-        """Return the un-noised statistics ``[bins + 2]`` (+ 1 with a loss, + groups), in units of the release. Private."""
+        """Return the un-noised statistics ``[bins + 2]`` (+ 1 with a loss, + groups), in units of the release.
+
+        They are private.
+        """
         parts = [self._weights * self._counts] if self.histogram else []
         if self.loss_bound is not None:
             parts.append(np.array([self.loss_weight * self._loss_sum]))

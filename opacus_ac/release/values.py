@@ -17,7 +17,7 @@ class StepRelease:
     Attributes:
         step: number of the step, from 1.
         max_grad_norm: C_t, the clipping norm of this step.
-        noise_multiplier: std of the noise over the joint sensitivity of everything released; what is accounted.
+        noise_multiplier: ratio of the noise std to the joint L2 sensitivity of everything released; accounted.
         gradient_noise_multiplier: z_g, std of the noise on the gradient sum, in units of C_t.
         sample_rate: public sampling rate of the step.
         expected_batch_size: public denominator of every mean.

@@ -30,7 +30,7 @@ FLUSH_SECONDS = 1.0
 
 
 def keep_time_out(writer: SummaryWriter) -> None:
-    """Let all later events of ``writer`` carry the present time: the time that a private step takes depends on its batch."""
+    """Give all later events of ``writer`` the present time: how long a private step takes depends on its batch."""
     file, now = writer._get_file_writer(), time.time()
     add_event = file.add_event
 
@@ -78,8 +78,8 @@ class PrivacyDashboard:
     """Writes epsilon, C, noisy clip rate and the rest of each step's release for TensorBoard and its Privacy tab.
 
     Args:
-        writer_or_logdir: a ``torch.utils.tensorboard.SummaryWriter``, which stays the caller's to close, or a folder, for
-            which a writer is opened here and closed by :meth:`close`.
+        writer_or_logdir: a ``torch.utils.tensorboard.SummaryWriter``, which the caller has to close, or a folder. For a
+            folder, a writer is opened here and closed by :meth:`close`.
         engine: the engine that made ``optimizer`` private.
         optimizer: the private optimizer; after resuming, with its checkpoint loaded already.
         delta: delta to report epsilon at; by default the target's.
@@ -95,8 +95,8 @@ class PrivacyDashboard:
         seeded noise, noise multiplier 0) is written with epsilon = infinity.
 
     Raises:
-        ValueError: another optimizer than the engine's, no delta, ``every`` below 1, a writer of another kind, or a folder
-            that holds another run already.
+        ValueError: If the optimizer is not the engine's, there is no delta, ``every`` is below 1, the writer is of
+            another kind, or the folder holds another run already.
 
     >>> import tempfile, torch
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -157,10 +157,10 @@ class PrivacyDashboard:
         """Write the release of the last step; call it after every ``optimizer.step()``.
 
         Returns:
-            Whether something was written; it is not after a physical batch that only accumulated, nor twice for one step.
+            Whether something was written. Nothing is written after a physical batch that only accumulated, or twice for one step.
 
         Raises:
-            ValueError: the dashboard is closed.
+            ValueError: If the dashboard is closed.
         """
         self._open_writer()
         release = self._optimizer.released
@@ -183,7 +183,7 @@ class PrivacyDashboard:
         """Write one value of an allowed tag.
 
         Raises:
-            ValueError: the tag is not a release or a public constant, or the dashboard is closed.
+            ValueError: If the tag is not a release or a public constant, or the dashboard is closed.
         """
         tags.expect_allowed(tag)
         self._open_writer().add_scalar(tag, value, step, walltime=self._time)
@@ -290,8 +290,8 @@ class PrivacyDashboard:
         """Hide what the folder holds from ``step`` on; a writer of the caller's may have other tags and steps."""
         if not self._owned:
             return
-        # Twice: TensorBoard's Python reader takes the first such mark of a run for its beginning and hides nothing, which
-        # is why the purge_step of SummaryWriter would not do.
+        # Twice: TensorBoard's Python reader takes the first such mark of a run for its beginning and hides nothing.
+        # The purge_step of SummaryWriter would not do for the same reason.
         for _ in range(2):
             event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
             self._open_writer()._get_file_writer().add_event(event, walltime=self._time)

@@ -20,7 +20,7 @@ SCALARS = {
     "privacy/lr_multiplier": "factor on the learning rate",
     "privacy/noisy_loss": "released mean of the records' clipped losses",
     "privacy/sample_rate": "probability with which each record entered the step",
-    "privacy/noise_multiplier": "std of the noise over the sensitivity of the whole release",
+    "privacy/noise_multiplier": "ratio of the noise std to the sensitivity of the whole release",
 }
 """Every scalar tag that the dashboard may write, with its meaning."""
 
@@ -57,6 +57,6 @@ def expect_allowed(tag: str) -> None:
     if tag not in ALLOWED:
         raise ValueError(
             f"the privacy dashboard does not write the tag {tag!r}: it writes releases and public constants only "
-            f"({', '.join(sorted(ALLOWED))}). A value measured on public data goes through a SummaryWriter of your own; "
-            "a value of the private data must not be written"
+            f"({', '.join(sorted(ALLOWED))}). A value measured on public data goes through a SummaryWriter of your "
+            "own; a value of the private data must not be written"
         )

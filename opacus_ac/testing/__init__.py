@@ -1,7 +1,8 @@
 """Checks for models, losses, rules and clip policies, for use in test suites.
 
-``records``: the oracle, a loop of batch size one, and whether records couple. ``rules``: per-sample gradients of every mode beside
-the oracle. :mod:`opacus_ac.testing.policies` has those of clip policies; it needs the optimizer, which comes later.
+``records``: the oracle, a loop of batch size one, and whether records couple. ``rules``: per-sample gradients of every
+mode beside the oracle. :mod:`opacus_ac.testing.policies` checks clip policies; it needs the optimizer, and is not
+imported here.
 """
 
 from opacus_ac.grad_sample.checks.independence import check_losses_add_up, check_records_independent

@@ -55,7 +55,7 @@ def optimizer_by_hand(gradients: Tensor, *, losses: Tensor | None = None, **kwar
 
 
 def released_vector(gradients: Tensor, losses: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """Return what one step would release of these records if there were no noise, in units of C: ``[d + statistics]``."""
+    """Return what one step would release of these records without noise, in units of C: ``[d + statistics]``."""
     optimizer = optimizer_by_hand(gradients, losses=losses, **kwargs)
     optimizer.clip_and_accumulate()
     summed = torch.cat([p.summed_grad.reshape(-1) for p in optimizer.params]) / optimizer.max_grad_norm
@@ -71,14 +71,15 @@ def check_clip_policy(make_policy: MakePolicy, *, trials: int = 10, seed: int = 
         seed: of the batches and of the simulated run.
 
     Returns:
-        the largest move of a release by one record that was found, as a share of the declared sensitivity.
+        The largest move of a release by one record that was found, as a share of the declared sensitivity.
 
     Guarantees:
-        A search, not a proof: gradients of norm C times 10^-6 to 10^6 and non-finite ones, at four C0, with every kind of
-        statistics; a run of 12 noisy steps, which a second policy must repeat from the releases alone.
+        This is a search, not a proof. It covers gradients of norm C times 10^-6 to 10^6 and non-finite ones, at four
+        C0, with every kind of statistics, and a run of 12 noisy steps, which a second policy must repeat from the
+        releases alone.
 
     Raises:
-        AssertionError: names what is broken, with C0 and the numbers.
+        AssertionError: If a promise is broken; the message names it, with C0 and the numbers.
 
     Example:
         >>> from opacus_ac.clipping.policy import GeometricPolicy
@@ -163,8 +164,8 @@ def _largest_move(
         moved = float((release(torch.cat([batch, extra])) - before).norm()) / statistics.sensitivity
         if not moved <= 1 + 1e-9:
             raise AssertionError(
-                f"with {name} and C = {bound:g}, a record of norm {float(extra.norm()):g} moves the release by {moved:.4f} times "
-                "the declared sensitivity"
+                f"with {name} and C = {bound:g}, a record of norm {float(extra.norm()):g} moves the release by "
+                f"{moved:.4f} times the declared sensitivity"
             )
         worst = max(worst, moved)
     return worst
@@ -188,14 +189,18 @@ def _check_run(make_policy: MakePolicy, bound: float, generator: torch.Generator
         halfway.update(release)
         if halfway.bound != chosen[step] or halfway.clip_rate(release) != rates[step]:
             raise AssertionError(
-                f"step {step + 1}: the same releases, without the records (and through state_dict at step {_STEPS // 2}), lead to "
-                f"C = {halfway.bound!r} and clip rate {halfway.clip_rate(release)!r}, the run had {chosen[step]!r} and "
-                f"{rates[step]!r}. A private policy is a function of its releases, and its state_dict has all of its state"
+                f"step {step + 1}: the same releases, without the records (and through state_dict at step "
+                f"{_STEPS // 2}), lead to C = {halfway.bound!r} and clip rate {halfway.clip_rate(release)!r}, the run "
+                f"had {chosen[step]!r} and {rates[step]!r}. A private policy is a function of its releases, and its "
+                "state_dict has all of its state"
             )
 
 
 def _run(policy: ClipPolicy, generator: torch.Generator) -> tuple[list[StepRelease], list[float], list[float | None]]:
-    """Take steps on records whose norms fall; return the releases, the C after each, and the rate that steers the learning rate."""
+    """Take steps on records whose norms fall.
+
+    Returns the releases, the C after each, and the clip rate that steers the learning rate.
+    """
     optimizer = optimizer_by_hand(
         _draw(generator, _BATCH, policy.bound), clip_policy=policy, max_grad_norm=policy.bound, noise_multiplier=1.0,
         expected_batch_size=_BATCH, generator=torch.Generator().manual_seed(1),

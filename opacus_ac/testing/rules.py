@@ -34,7 +34,7 @@ def opacus_table_restored() -> Iterator[None]:
 
 
 def hooks_gradients(model: nn.Module, batch: Any, loss_fn: LossFn, *, strict: bool = True) -> dict[str, Tensor]:
-    """Per-sample gradients as Opacus's hooks leave them on a copy of the model, with positions expanded.
+    """Return per-sample gradients as Opacus's hooks leave them on a copy of the model, with positions expanded.
 
     Args:
         model: a model without hooks, in training mode; rules must be registered.
@@ -55,7 +55,7 @@ def hooks_gradients(model: nn.Module, batch: Any, loss_fn: LossFn, *, strict: bo
 def one_backward(
     model: nn.Module, batch: Any, loss_fn: LossFn, weights: Tensor | None = None, *, reduction: str = "mean"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Norms and weighted sums of the per-sample gradients of mode "bk"; the model is left as it was.
+    """Return norms and weighted sums of the per-sample gradients of mode "bk"; the model is left as it was.
 
     Args:
         model: a model without hooks, in training mode. Rules are registered for it.
@@ -69,7 +69,7 @@ def one_backward(
         ``{name: sum_i weights_i g_i}``.
 
     Raises:
-        ValueError: the model is refused in mode "bk".
+        ValueError: If the model is refused in mode "bk".
     """
     register_rules(model)
     check_model(model, mode="bk")
@@ -141,19 +141,20 @@ def check_rule(
     Args:
         module: a layer, or a whole model, without hooks. A copy is examined, in training mode and float64.
         batch: records first, at least two and of different size: a scale shared by the batch hides in equal ones.
-        loss_fn: ``loss_fn(model, batch)`` gives the mean of the records' losses; by default the sum of the cubes of the output.
+        loss_fn: ``loss_fn(model, batch)`` gives the mean of the records' losses; by default the sum of the cubes of the
+            output.
         modes: which of "hooks" and "bk".
         rtol: relative tolerance; layers that compute in float32 inside need about 1e-5.
 
     Returns:
-        the worst relative error of each mode.
+        The worst relative error of each mode.
 
     Guarantees:
         Neither ``module`` nor Opacus's table of samplers is changed.
 
     Raises:
-        ValueError: ``make_private`` would refuse the module; or an unknown mode.
-        AssertionError: names mode, parameter and error; also where a gradient is zero, which would test nothing.
+        ValueError: If ``make_private`` would refuse the module, or a mode is unknown.
+        AssertionError: If a gradient differs, or is zero (which would test nothing); names mode, parameter and error.
 
     Example:
         >>> import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
 from opacus_ac.checkpoint.many_processes import _read_text
 
 SAVES = ["2:save_fsdp", "2:save_ddp"]
@@ -63,7 +63,7 @@ def trained(folder: Path, **options: Any) -> tuple[Any, ...]:
         optimizer.zero_grad()
         loss_of(model, batch).backward()
         optimizer.step()
-    save_checkpoint(engine, model, optimizer, folder)
+    engine.save_checkpoint(path=folder, module=model, optimizer=optimizer, folder=True)
     return engine, model, optimizer, loader
 
 
@@ -84,14 +84,14 @@ def test_a_checkpoint_is_one_text_and_tensors_and_holds_no_stream(tmp_path):
 def test_loading_continues_the_run_and_its_account(tmp_path):
     engine, model, optimizer, _ = trained(tmp_path / "run")
     other, copy, resumed, _ = made(classifier(seed=9))
-    load_checkpoint(other, copy, resumed, tmp_path / "run")
+    other.load_checkpoint(path=tmp_path / "run", module=copy, optimizer=resumed)
     assert difference(dict(copy.named_parameters()), dict(model.named_parameters())) == 0
     assert resumed.max_grad_norm == optimizer.max_grad_norm
     assert resumed.steps_taken == optimizer.steps_taken == 4
     assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
-    load_checkpoint(other, copy, resumed, tmp_path / "run")  # what it knows is not charged twice
+    other.load_checkpoint(path=tmp_path / "run", module=copy, optimizer=resumed)  # what it knows is not charged twice
     assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
-    load_checkpoint(engine, model, optimizer, tmp_path / "run")
+    engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)
     assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path, ca
     engine, model, optimizer, _ = made(**options)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=words):
-        load_checkpoint(engine, model, optimizer, tmp_path / "run")
+        engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert optimizer.steps_taken == 0
     assert engine.get_epsilon(1e-3) == 0
@@ -123,18 +123,56 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path, ca
 
 def test_folders_and_optimizers_that_do_not_fit_are_refused(tmp_path):
     engine, model, optimizer, _ = trained(tmp_path / "run")
+    (tmp_path / "none").mkdir()
+    run = {"module": model, "optimizer": optimizer}
     with pytest.raises(ValueError, match=r"run exists: give each checkpoint a folder"):
-        save_checkpoint(engine, model, optimizer, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"none is no checkpoint"):
-        load_checkpoint(engine, model, optimizer, tmp_path / "none")
-    with pytest.raises(ValueError, match=r"not the one that this engine made private last"):
-        save_checkpoint(PrivacyEngine(), model, optimizer, tmp_path / "other")
+        engine.save_checkpoint(path=tmp_path / "run", folder=True, **run)
+    with pytest.raises(ValueError, match=r"none is no folder that save_checkpoint wrote"):
+        engine.load_checkpoint(path=tmp_path / "none", **run)
+    for other, changed in ((PrivacyEngine(), {}), (engine, {"optimizer": None}), (made()[0], {})):
+        with pytest.raises(ValueError, match=r"not the one that this engine made private last"):
+            other.save_checkpoint(path=tmp_path / "other", folder=True, **{**run, **changed})
+        with pytest.raises(ValueError, match=r"not the one that this engine made private last"):
+            other.load_checkpoint(path=tmp_path / "run", **{**run, **changed})
     assert not (tmp_path / "other").exists()
+
+
+class Scheduler:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+NOT_IN_A_FOLDER = {
+    "checkpoint_dict": {"checkpoint_dict": {"note": 5}},
+    "module_state_dict_kwargs": {"module_state_dict_kwargs": {"keep_vars": True}},
+    "torch_save_kwargs": {"torch_save_kwargs": {"pickle_protocol": 4}},
+    "noise_scheduler": {"noise_scheduler": Scheduler()},
+    "path must name one": {"path": BytesIO()},
+}
+
+
+@pytest.mark.parametrize("words", NOT_IN_A_FOLDER)
+def test_what_a_folder_has_no_place_for_is_refused_and_nothing_is_written(tmp_path, words):
+    engine, model, optimizer, _ = made()
+    options = {"path": tmp_path / "run", "module": model, "optimizer": optimizer, **NOT_IN_A_FOLDER[words]}
+    with pytest.raises(ValueError, match=words):
+        engine.save_checkpoint(folder=True, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", ["module_load_dict_kwargs", "torch_load_kwargs", "noise_scheduler"])
+def test_what_cannot_be_read_from_a_folder_is_refused_and_nothing_is_loaded(tmp_path, words):
+    trained(tmp_path / "run")
+    engine, model, optimizer, _ = made()
+    with pytest.raises(ValueError, match=words):
+        engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer, **{words: {}})
+    assert optimizer.steps_taken == len(engine.accountant) == 0
 
 
 def test_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("opacus_ac.checkpoint.many_processes.VERSION", 2)
     trained(tmp_path / "run")
     monkeypatch.undo()
+    engine, model, optimizer, _ = made()
     with pytest.raises(ValueError, match=r"version 2 of the checkpoint, this package reads 1"):
-        load_checkpoint(*made()[:3], tmp_path / "run")
+        engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)

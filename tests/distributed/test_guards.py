@@ -54,7 +54,8 @@ STOPPED = {
     "own batch": "a batch that the private loader did not just draw",
     "loader around ours": "a batch that the private loader did not just draw",
     "other draw": "not in the same step: the records drawn differ. ",
-    "plain checkpoint": "use opacus_ac.checkpoint.save_checkpoint",
+    "note in a checkpoint": "no place for checkpoint_dict",
+    "file of one process": "is no folder that save_checkpoint wrote",
 }
 PLANTED = {
     "same noise": "ranks 0 and 1 draw the same noise",

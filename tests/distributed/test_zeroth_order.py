@@ -17,7 +17,6 @@ from distributed_zeroth_guards import half_frozen, narrow
 from zeroth import by_hand, weights
 
 from opacus_ac.budget import PrivacyLedger
-from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
 from opacus_ac.zeroth_order import ZerothOrderSettings
 
 pytestmark = pytest.mark.filterwarnings(
@@ -276,7 +275,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(results, case):
 def saved(folder, kind="staged", **options):
     made = engine, model, optimizer, loader = cases.prepare(kind, **options)
     cases.steps(model, optimizer, loader, cases.DRAWS[:3])
-    save_checkpoint(engine, model, optimizer, folder)
+    engine.save_checkpoint(path=folder, module=model, optimizer=optimizer, folder=True)
     return made
 
 
@@ -284,7 +283,7 @@ def saved(folder, kind="staged", **options):
 def test_one_process_continues_from_such_a_folder_too(tmp_path, kind):
     _, model, optimizer, loader = saved(tmp_path / "run", kind)
     engine, other, again, batches = cases.prepare(kind, rank=1)
-    load_checkpoint(engine, other, again, tmp_path / "run")
+    engine.load_checkpoint(path=tmp_path / "run", module=other, optimizer=again)
     for mine, theirs in zip(again.coordinates.indices, optimizer.coordinates.indices, strict=True):
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
     draws = cases.DRAWS[3:]
@@ -307,6 +306,6 @@ def test_a_checkpoint_of_another_run_is_refused_and_nothing_changes(tmp_path, ca
     engine, model, optimizer, _ = cases.prepare("staged", **options)
     before = cases.weights(model)
     with pytest.raises(ValueError, match=words):
-        load_checkpoint(engine, model, optimizer, tmp_path / "run")
+        engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)
     assert difference(cases.weights(model), before) == 0
     assert optimizer.steps_taken == 0

@@ -52,7 +52,11 @@ class Inner(torch.optim.SGD):
     run: Run | None = None
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        if self.run is None:
+        # torch.distributed.checkpoint makes the state of an optimizer by a step of zero gradients at learning rate zero.
+        empty = all(
+            g["lr"] == 0 and not any(p.grad.any() for p in g["params"] if p.grad is not None) for g in self.param_groups
+        )
+        if self.run is None or empty:
             return super().step(closure)
         self.run.before_inner()
         fail(self.run.reference, "before inner")
@@ -73,9 +77,9 @@ class Held:
 
 @dataclass
 class Saved:
-    """A checkpoint, and what was true when it was written."""
+    """A checkpoint, a file or a folder, and what was true when it was written."""
 
-    data: bytes
+    data: bytes | str
     book: Book
     config: dict[str, Any]
     weights: dict[str, Tensor]
@@ -161,6 +165,7 @@ class World:
         self.reference = Reference(tally or NoiseTally(), frozen, without, seed)
         self.config = config
         self.folder = tempfile.TemporaryDirectory() if config["ledger"] else None
+        self.folders = tempfile.TemporaryDirectory()  # of checkpoints
         self.ledger = None if self.folder is None else str(Path(self.folder.name) / "ledger")
         self.ledger_book = Book(self.ledger)
         self.runs: list[Run] = []
@@ -184,6 +189,7 @@ class World:
             self.runs.append(self._build(self.config))
             self.reference.runs = self.runs
             yield self
+        self.folders.cleanup()
         if self.folder is not None:
             self.folder.cleanup()
 
@@ -450,8 +456,11 @@ class World:
     def save(self) -> None:
         """Write a checkpoint."""
         run, file = self.run, BytesIO()
-        run.engine.save_checkpoint(path=file, module=run.model, optimizer=run.optimizer)
-        self.saved.append(Saved(file.getvalue(), run.book.copy(), run.config, run.weights()))
+        path: Any = file
+        if len(self.reference.draws) % 2:  # either kind, by what does not change the sequences
+            path = str(Path(self.folders.name) / str(len(self.history)))
+        run.engine.save_checkpoint(path=path, module=run.bare, optimizer=run.optimizer, folder=path is not file)
+        self.saved.append(Saved(file.getvalue() or path, run.book.copy(), run.config, run.weights()))
 
     def load(self, new: bool) -> None:
         """Load the last checkpoint: into the same engine, or into new objects."""
@@ -461,7 +470,8 @@ class World:
         if new:
             self._replace(self._build(saved.config))
         run = self.run
-        run.engine.load_checkpoint(path=BytesIO(saved.data), module=run.model, optimizer=run.optimizer)
+        path = BytesIO(saved.data) if isinstance(saved.data, bytes) else saved.data
+        run.engine.load_checkpoint(path=path, module=run.bare, optimizer=run.optimizer)
         run.book.merge(saved.book, run.engine.accountant)
         run.expected = saved.weights
 

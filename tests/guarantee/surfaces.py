@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import DELTA, SLACK, Book, DrawnBatch, NoiseTally, Reference, Release, Violation, watched
+from reference import DELTA, SLACK, Book, DrawnBatch, NoiseTally, Reference, Release, Violation, epsilon_of, watched
 from torch import Tensor, nn
 
 from opacus_ac import PrivacyEngine
@@ -235,17 +235,24 @@ class SurfaceReference(Reference):
             raise Violation("raw", "the inner optimizer applies other gradients than were released")
 
     def check_reports(self, reports: dict[int, float], factor: float = LOOSE) -> None:
-        """Hold the epsilon that was reported after each of some steps against a lower bound of what they really cost.
+        """Hold the epsilon that was reported after each of some steps against what they really cost, and what was charged.
+
+        What they cost follows from how much the records added. Records that are all shorter than C cost less than their
+        charge, so that it bounds a report from below only. The charges bound it from above.
 
         Raises:
-            Violation: one is below, or so far above that it says nothing.
+            Violation: A report is below the cost, or so far above the charges that it says nothing.
         """
+        charges = self.book.charged(self.runs[-1].engine.accountant)
+        ((noise, rate, _),) = charges  # all of one kind
         for steps, reported in reports.items():
             book = Book()
             book.releases = self.book.releases[:steps]
-            spent = book.epsilon()
-            if not spent <= reported <= factor * spent + 0.05:
+            spent, stated = book.epsilon(), epsilon_of(((noise, rate),) * steps)
+            if not spent <= reported:
                 raise Violation("epsilon", f"{reported:.4f} is reported after {steps} steps that cost {spent:.4f}")
+            if not reported <= factor * stated + 0.05:
+                raise Violation("epsilon", f"{reported:.4f} is reported after {steps} steps charged with {stated:.4f}")
 
     def finish(self, steps: int) -> None:
         """Hold the last release against its charge, and check that all were seen.

@@ -15,7 +15,8 @@ from opacus_ac.accounting import VariableRateRDPAccountant, epsilon_from_rdp
 from opacus_ac.accounting.opacus_accountants import checked
 from opacus_ac.budget import PrivacyLedger
 from opacus_ac.budget.ledger import _encode
-from opacus_ac.checkpoint import file as checkpoint
+from opacus_ac.checkpoint.file import DIGEST, digest
+from opacus_ac.checkpoint.one_process import TERMS
 from opacus_ac.cli import main
 from opacus_ac.errors import NotPrivateWarning
 
@@ -383,9 +384,9 @@ def test_the_weaker_relation_of_a_checkpoint_is_kept(saved, tmp_path, order):
 def old_checkpoint(path, **changes):
     """Take out of a checkpoint what older versions did not write, and give it the digest that they would have given."""
     state = torch.load(path, weights_only=True)
-    del state[checkpoint.ACCOUNT]
+    del state[TERMS]
     state.update(changes)
-    state[checkpoint.DIGEST] = checkpoint.digest(state)
+    state[DIGEST] = digest(state)
     torch.save(state, path)
 
 
@@ -443,10 +444,10 @@ def test_every_field_of_the_account_is_under_the_digest(tmp_path, field):
     engine.save_checkpoint(path=tmp_path / "c", module=model, optimizer=optimizer)
     state = torch.load(tmp_path / "c", weights_only=True)
     if field is None:
-        del state[checkpoint.ACCOUNT]
+        del state[TERMS]
     else:
-        value = state[checkpoint.ACCOUNT][field]
-        state[checkpoint.ACCOUNT][field] = (not value) if isinstance(value, bool) else [*value, "x"]
+        value = state[TERMS][field]
+        state[TERMS][field] = (not value) if isinstance(value, bool) else [*value, "x"]
     torch.save(state, tmp_path / "c")
     other = PrivacyEngine()
     with pytest.raises(ValueError, match="digest differs"):

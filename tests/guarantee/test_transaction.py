@@ -15,11 +15,18 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded, SamplingWarning
+from opacus_ac.sampling.delivery import RECOGNITION
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::opacus_ac.errors.NotPrivateWarning", "ignore::opacus_ac.errors.SamplingWarning"
 )
 N, C = 24, 0.5
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered():
+    """Batches of these datasets look alike, and those of another test's run must not be taken for this one's."""
+    RECOGNITION.__init__()
 
 
 class Marks(nn.Module):
@@ -685,3 +692,42 @@ def test_a_backward_pass_that_broke_off_leaves_no_rows_behind(mode, where, adapt
     run.step({"i": torch.arange(3)})  # more than any part of a batch in other tests has
     assert counted == [*sizes, 3]
     assert [int((total > 1e-3).sum()) for total in run.sums] == [*sizes, 3]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])
+@pytest.mark.parametrize("fails", [None, "backward", "forward"])
+def test_a_layer_may_run_before_the_model_also_after_a_pass_that_broke_off(mode, fails):
+    """As embeddings do whose output goes into the model: what Opacus's hooks keep of them is not of the pass that broke off."""
+
+    class Embeds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(N, 3), nn.Linear(3, 1)
+
+        def forward(self, embedded):
+            return self.head(embedded).squeeze(-1)
+
+    torch.manual_seed(0)
+    model = Embeds()
+    data = [{"i": torch.tensor(i)} for i in range(N)]
+    engine = PrivacyEngine()
+    net, optimizer, loader = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=DataLoader(data, batch_size=8),
+        noise_multiplier=1.0, max_grad_norm=C, grad_sample_mode=mode,
+    )  # fmt: skip
+
+    def fail(_):
+        raise RuntimeError("planted")
+
+    for place, batch in enumerate(loader):
+        optimizer.zero_grad()
+        output = net(model.table(batch["i"]))
+        if place == 1 and fails is not None:
+            if fails == "backward":
+                output.register_hook(fail)
+                with pytest.raises(RuntimeError, match="planted"):
+                    output.mean().backward()
+            continue
+        output.mean().backward()
+        optimizer.step()
+    assert optimizer.steps_taken == len(loader) - (fails is not None)

@@ -149,7 +149,7 @@ def test_every_kind_is_charged_for_what_it_is(arguments, event, accountant, tmp_
         ({"sampling": "poisson", "poisson_sampling": False}, "give one"),
         ({"sampling": "truncated_poisson"}, "max_batch_size"),
         ({"sampling": "poisson", "max_batch_size": 20}, "max_batch_size"),
-        ({"sampling": "truncated_poisson", "max_batch_size": 0}, "at least 1"),
+        ({"sampling": "truncated_poisson", "max_batch_size": 0}, "whole number >= 1"),
         ({"sampling": "fixed_size", "batch_size_schedule": [8.5]}, "whole number"),
         ({"sampling": "shuffled", "batch_size_schedule": [8]}, "batch_size_schedule"),
         ({"sampling": "fixed_size", "engine": "rdp"}, "vrdp"),

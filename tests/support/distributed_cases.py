@@ -311,24 +311,20 @@ def summary(engine: Any, model: nn.Module, optimizer: Any, seen: list[dict[str, 
 
 
 def save(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
-    from opacus_ac.checkpoint import save_checkpoint
-
     made = engine, model, optimizer, _ = prepare_quiet(model, **options)
     some_steps(*made[1:], DRAWS[:4])
-    save_checkpoint(engine, model, optimizer, folder)
+    engine.save_checkpoint(path=folder, module=model, optimizer=optimizer, folder=True)
     middle = engine.get_epsilon(1e-3)
     seen = some_steps(*made[1:], DRAWS[4:])
     return {**summary(engine, model, optimizer, seen), "middle": middle}
 
 
 def resume(model: nn.Module, folder: Path, **options: Any) -> dict[str, Any]:
-    from opacus_ac.checkpoint import load_checkpoint
-
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
     engine, model, optimizer, loader = prepare_quiet(model, **options)
-    load_checkpoint(engine, model, optimizer, folder)
+    engine.load_checkpoint(path=folder, module=model, optimizer=optimizer)
     middle = engine.get_epsilon(1e-3)
     seen = some_steps(model, optimizer, loader, DRAWS[4:])
     return {**summary(engine, model, optimizer, seen), "middle": middle}

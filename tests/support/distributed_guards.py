@@ -214,9 +214,24 @@ def in_the_loop(rank: int, world: int) -> dict[str, str]:
         loss_of(model, inputs).backward()
         optimizer.step()
 
-    def plain_checkpoint() -> None:
+    def note_in_checkpoint() -> None:
         engine, model, optimizer, _ = private(classifier())
-        engine.save_checkpoint(path=FOLDER / "never", module=model, optimizer=optimizer)
+        engine.save_checkpoint(path=FOLDER / "never", module=model, optimizer=optimizer, checkpoint_dict={"note": 5})
+
+    def file_of_one_process() -> None:
+        engine, model, optimizer, _ = private(classifier())
+        file = FOLDER / f"file_of_rank_{rank}"
+        one = PrivacyEngine()
+        alone, inner = classifier(), torch.optim.SGD
+        made = one.make_private(
+            module=alone,
+            optimizer=inner(alone.parameters(), lr=0.1),
+            data_loader=DataLoader(dataset(), batch_size=4),
+            noise_multiplier=1.0,
+            reducer="local",
+        )
+        one.save_checkpoint(path=file, module=made[0], optimizer=made[1])
+        engine.load_checkpoint(path=file, module=model, optimizer=optimizer)
 
     cases = {
         "direct use, ddp": lambda: direct(False),
@@ -226,7 +241,8 @@ def in_the_loop(rank: int, world: int) -> dict[str, str]:
         "own batch": own_batch,
         "loader around ours": loader_around,
         "other draw": other_draw,
-        "plain checkpoint": plain_checkpoint,
+        "note in a checkpoint": note_in_checkpoint,
+        "file of one process": file_of_one_process,
     }
     return {name: message(case) for name, case in cases.items()}
 

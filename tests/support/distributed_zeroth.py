@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.checkpoint import load_checkpoint, save_checkpoint
 from opacus_ac.distributed import reducers
 from opacus_ac.sampling import PoissonBatchSampler
 from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderSettings
@@ -196,7 +195,7 @@ def saved(kind: str) -> Callable[[int, int], dict[str, Any]]:
     def save(rank: int, world: int) -> dict[str, Any]:
         engine, model, optimizer, loader = quiet(kind, rank)
         steps(model, optimizer, loader, DRAWS[:4])
-        save_checkpoint(engine, model, optimizer, FOLDER / f"zo_{kind}")
+        engine.save_checkpoint(path=FOLDER / f"zo_{kind}", module=model, optimizer=optimizer)
         return summary(engine, model, optimizer, steps(model, optimizer, loader, DRAWS[4:]))
 
     return save
@@ -208,7 +207,7 @@ def resumed(kind: str) -> Callable[[int, int], dict[str, Any]]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.5)
-        load_checkpoint(engine, model, optimizer, FOLDER / f"zo_{kind}")
+        engine.load_checkpoint(path=FOLDER / f"zo_{kind}", module=model, optimizer=optimizer)
         return summary(engine, model, optimizer, steps(model, optimizer, loader, DRAWS[4:]))
 
     return resume

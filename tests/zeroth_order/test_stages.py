@@ -255,7 +255,7 @@ def test_scores_that_rank_nothing_are_refused():
         (lambda: Pruning(rounds=3, score="magnitude"), "rounds > 1"),
         (lambda: ZerothOrderSettings(num_directions=0), "num_directions=0"),
         (lambda: ZerothOrderSettings(num_directions=2.0), "num_directions=2.0"),
-        (lambda: ZerothOrderSettings(smoothing=0.0), "smoothing=0.0"),
+        (lambda: ZerothOrderSettings(smoothing=0.0), "smoothing must be a finite number > 0, got 0.0"),
         (lambda: ZerothOrderSettings(direction="uniform"), "direction='uniform'"),
         (lambda: ZerothOrderSettings(mechanism="exponential"), "mechanism="),
         (lambda: ZerothOrderSettings(direction_seed=2**63), "direction_seed"),

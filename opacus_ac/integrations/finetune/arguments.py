@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from opacus_ac.integrations.trainer.arguments import option
+from opacus_ac.engine.options import option
 
 
 @dataclass

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from opacus_ac.engine.options import option, shared
+
 _MODES = ("bk", "hooks")
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field with the help text that ``HfArgumentParser`` shows."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -40,19 +37,19 @@ class PrivacyArguments:
     target_epsilon: float | None = option(None, "epsilon that the whole run may spend")
     target_delta: float = option(1e-5, "delta of the guarantee, well below 1 / N")
     noise_multiplier: float | None = option(None, "noise multiplier, instead of target_epsilon")
-    dataset_size: int | None = option(None, "public number of records N (default: rows, or users, of the data)")
+    dataset_size: int | None = shared("dataset_size")
     per_sample_max_grad_norm: float | None = option(None, "clipping norm C0 of the first step (default 1; paper: 3)")
     clipping: str = option("adaptive", "adaptive, flat (fixed C) or automatic (AUTO-S)")
-    clip_policy: str | None = option(None, "rule for C with adaptive clipping (default percentile)")
-    target_clip_rate: float = option(0.9, "fraction of records to be clipped")
-    normalize: bool = option(True, "scale the gradient by C0 / C_t for the inner optimizer")
+    clip_policy: str | None = shared("clip_policy")
+    target_clip_rate: float = shared("target_clip_rate")
+    normalize: bool = shared("normalize")
     grad_sample_mode: str = option("bk", "bk (one backward pass) or hooks (as in Opacus)")
-    fused_step: bool = option(False, "hold no more gradients at a time than the largest one takes")
-    loss_bound: float | None = option(10.0, "bound of a record's loss in the released noisy loss; 0 for no loss")
-    lr_control: bool = option(True, "learning rate follows the released clip rate")
-    ema_decay: float | None = option(0.999, "decay of the weight average; 0 for none")
+    fused_step: bool = shared("fused_step")
+    loss_bound: float | None = shared("loss_bound", default=10.0, note="0 for none")
+    lr_control: bool = shared("lr_control")
+    ema_decay: float | None = shared("ema_decay", note="0 for none")
     average_weights: bool = option(True, "evaluate and save the averaged weights")
-    preset: str | None = option(None, '"paper" for the published constants')
+    preset: str | None = shared("preset")
     sampling: str = option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
     accountant: str = option("vrdp", "vrdp, vpld (tighter), or an accountant of Opacus: rdp, prv, gdp")
     secure_mode: bool = option(False, "harden the noise against floating-point attacks; slower")

@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from opacus_ac.checkpoint import file as checkpoint
+from opacus_ac.checkpoint.file import DIGEST
+from opacus_ac.checkpoint.one_process import SETTINGS
 from opacus_ac.engine.privacy_engine import PrivacyEngine
 
 PRIVACY_STATE = "privacy_state.pt"
@@ -23,11 +21,8 @@ _INERT = (".md", ".txt", ".csv", ".html", ".png", ".svg", ".log")
 
 def save(engine: PrivacyEngine, folder: Path, step: int) -> None:
     """Write, on rank 0, the privacy state of a folder that has all other files already; every rank calls it."""
-
-    def write() -> None:
-        engine._write({"step": step, "files": _digests(folder), "module_state_dict": {}}, folder / PRIVACY_STATE)
-
-    engine._ranks.on_first(write)
+    files = engine.reducer.on_first(lambda: _digests(folder))
+    engine.save_account(folder / PRIVACY_STATE, step=step, files=files)
 
 
 @contextmanager
@@ -60,14 +55,14 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
     Raises:
         LedgerError: the ledger does not contain what the checkpoint says it does.
     """
-    ranks = engine._ranks
+    ranks = engine.reducer
     state: dict[str, Any] = {}
     error: Exception | None = None
     try:
         state = _verified(engine, folder, settings)
     except Exception as reason:  # raised again below, once the other ranks know of it
         error = reason
-    found = ranks.gather_objects((state.get(checkpoint.DIGEST), None if error is None else str(error)))
+    found = ranks.gather_objects((state.get(DIGEST), None if error is None else str(error)))
     if error is not None:
         raise error
     for rank, (digest, failure) in enumerate(found):
@@ -77,15 +72,13 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
             raise ValueError(
                 f"ranks 0 and {rank} read different checkpoints at {folder}: use a folder that all of them see"
             )
-    ranks.on_first(lambda: engine._account.check_checkpoint(state[checkpoint.LEDGER]))
-    ranks.on_first(lambda: engine._account.check_terms(engine._kept(state)))
+    engine.check_account(state)
 
 
 def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the privacy state of the folder, as this rank reads it, once all of it was found to be whole."""
-    state = _read(folder)
-    checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
-    _check_settings(state[checkpoint.SETTINGS] or {}, settings)
+    state = _read(engine, folder)
+    _check_settings(state[SETTINGS] or {}, settings)
     found, written = _digests(folder), state["files"]
     known = written.keys() | {name for name in found if not _is_inert(name)}
     wrong = sorted(name for name in known if found.get(name) != written.get(name))
@@ -99,20 +92,17 @@ def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) 
 
 def load(engine: PrivacyEngine, folder: Path) -> None:
     """Take over what the checkpoint has spent; every rank calls it, after :func:`verify`."""
-    state = _read(folder)
-    checkpoint.check(state, nn.Identity(), None, engine.accountant.mechanism(), None, ("step", "files"))
-    engine._take_over(state)
+    engine.load_account(_read(engine, folder))
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(engine: PrivacyEngine, folder: Path) -> dict[str, Any]:
     path = folder / PRIVACY_STATE
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: what the run has spent is not known, so it cannot be resumed. Resume from a checkpoint of "
             "PrivateTrainer that was saved without save_only_model"
         )
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+    return engine.read_account(path, "step", "files")
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -432,7 +432,7 @@ class PrivateTrainer(RanksTrainer):
                 super()._save_checkpoint(*args, **kwargs)
         finally:
             self._saving_checkpoint = False
-        self.engine._ranks.on_first(lambda: None)  # no rank reads the folder before it is whole
+        self.engine.reducer.on_first(lambda: None)  # no rank reads the folder before it is whole
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save the optimizer, whose state has C, window and averages, and know that this folder is to be resumed from."""

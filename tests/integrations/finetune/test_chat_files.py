@@ -93,7 +93,7 @@ def test_reading_leaves_no_copy_and_loads_no_torch(tmp_path):
         write(tmp_path / f"mails{suffix}", [PAIR])
     code = """
 import sys
-from opacus_ac.integrations.finetune import read_dialogues
+from opacus_ac.integrations.finetune.chat_files import read_dialogues
 for suffix in ("jsonl", "csv", "parquet"):
     assert read_dialogues(f"mails.{suffix}")[0][1]["content"] == "So."
 assert not {"torch", "datasets", "opacus"} & set(sys.modules)
