@@ -47,7 +47,7 @@ def noise_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Four findings, which are the spread of every tensor's noise, its correlation with the noise of the steps before, the two
+        Four findings: the spread of every tensor's noise, its correlation with the noise of the steps before, the two
         steps whose noise is most alike, and the correlation within a step.
 
     Guarantees:

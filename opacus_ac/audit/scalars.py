@@ -132,7 +132,7 @@ def scalar_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Two findings, which are the scalars that follow the record but not the noise, and the scalar that shows the record best,
+        Two findings: the scalars that follow the record but not the noise, and the scalar that shows the record best,
         beside the claim of all the steps up to its own (mu = sqrt(t) / z).
 
     Guarantees:

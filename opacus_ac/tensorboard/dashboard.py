@@ -157,7 +157,8 @@ class PrivacyDashboard:
         """Write the release of the last step; call it after every ``optimizer.step()``.
 
         Returns:
-            Whether something was written. Nothing is written after a physical batch that only accumulated, or twice for one step.
+            Whether something was written. Nothing is written after a physical batch that only accumulated, or twice
+            for one step.
 
         Raises:
             ValueError: If the dashboard is closed.
