@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ NAMES = (
     "one charge in five is lost (D)",
     "a report says less than was spent (A2)",
 )
-PLANTED = [DOUBLED, *(fault for fault in FAULTS if fault.name in NAMES)]
+PLANTED = [DOUBLED, *(replace(fault, kinds=fault.kinds | {"charge"}) for fault in FAULTS if fault.name in NAMES)]
+"""A record that adds more than it may does so beyond C, or within C beyond what its noise was charged for."""
 
 
 def causal_loss(model: nn.Module, record: dict[str, torch.Tensor]) -> torch.Tensor:
