@@ -25,7 +25,9 @@ from opacus_ac.release.values import StepRelease
 from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.sampling.plan import SamplingPlan
 
-_NOT_COPIED = "charge groups on_unknown_batch plan reducer source watch _batch _delivery origin".split()
+_NOT_COPIED = (
+    "charge", "groups", "on_unknown_batch", "origin", "plan", "reducer", "source", "watch", "_batch", "_delivery",
+)  # fmt: skip
 """What a copy must not have: the account, the draws, the records, the processes."""
 
 
