@@ -89,8 +89,9 @@ class Origin:
             )
         if sight.is_part:
             raise ValueError(
-                "a physical batch of another run's logical batch is used by itself: which records it has depends on the other records that "
-                "were drawn with it, so that one record more would move two. Take the batches from the loader that make_private returned last"
+                "a physical batch is used by itself, which belongs to a logical batch of another run, or of one of several passes that "
+                "took turns: which records it has depends on the other records that were drawn with it, so that one record more would move "
+                "two. Take the batches from the loader that make_private returned last, and finish one pass before the next begins"
             )
         found = sight.delivery
         self.is_stand_in = found is not None and found.draw.records == 0

@@ -82,7 +82,7 @@ class Sight:
     Attributes:
         delivery: the delivery that the batch is; None for a batch of unknown origin.
         repeats: whether two rows of a batch of unknown origin have the same content.
-        is_part: whether it is one of several physical batches that another run's logical batch was cut into.
+        is_part: whether it is one of several physical batches that a logical batch of another run or pass was cut into.
         contents: what a batch of unknown origin is known by.
         confirmed: whether a backward pass has come back to its output.
         is_older: whether gradients were cleared since.

@@ -26,7 +26,8 @@ from opacus_ac.noise.secret_state import secret_randomness
 from opacus_ac.noise.streams import RandomStream
 from opacus_ac.sampling.delivery import tensors_of
 from opacus_ac.sampling.fixed_length import length_is_fixed
-from opacus_ac.sampling.plan import BatchSizes, Pass, RateSchedule, SamplingPlan, Worker
+from opacus_ac.sampling.passes import Pass, Worker
+from opacus_ac.sampling.plan import BatchSizes, RateSchedule, SamplingPlan
 from opacus_ac.sampling.public_randomness import carried_generator
 from opacus_ac.sampling.samplers import (
     FixedSizeBatchSampler,

@@ -7,24 +7,20 @@ is the rate that was drawn, whatever the loop skips, repeats or interrupts.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from opacus_ac.accounting import Event, ShuffledEpochs
 from opacus_ac.sampling.delivery import RECOGNITION, Delivery, Draw, Sight, content_of, unknown
+from opacus_ac.sampling.passes import Pass, Worker
 
 RateSchedule = Callable[[int], float] | Sequence[float]
 
 SAMPLING = ("poisson", "truncated_poisson", "fixed_size", "shuffled")
 """Ways to draw batches for which a bound is known."""
-
-
-_UNKNOWN = -1
-"""Number of records of a part that another loader makes, until it comes."""
 
 
 class BatchSizes:
@@ -87,76 +83,6 @@ class BatchSizes:
         return self.expected(step) / self.dataset_size
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A process that puts batches together for a loader.
-
-    Attributes:
-        process: its process id.
-        number: its number among the workers of the loader.
-        workers: how many there are; they take batches in turns.
-    """
-
-    process: int
-    number: int
-    workers: int
-
-
-class Pass:
-    """One iteration over the sampler: what it has announced, and what of that has come.
-
-    Args:
-        number: number of the pass.
-        own: whether our own loader iterates.
-    """
-
-    def __init__(self, number: int, *, own: bool) -> None:
-        self.number, self.own = number, own
-        self.announced: deque[Draw] = deque()
-        self.ended = False
-        self.is_split = False
-        self._latest: Draw | None = None
-        self._arrived = 0
-        self._taken: dict[int, Draw] = {}
-        self._places = 0
-        self._workers: dict[int, tuple[int, int]] = {}
-
-    def announce(self, draw: Draw) -> None:
-        """Note a physical batch that will come."""
-        self.announced.append(draw)
-        self._latest = None if draw.part else draw
-
-    def split(self, last: bool) -> None:
-        """Announce the next part of the logical batch that was announced last; its parts come in its stead."""
-        self.is_split = True
-        if self._latest is None:
-            return
-        if self._latest.records != _UNKNOWN:  # not split yet
-            if not self.announced or self.announced[-1] is not self._latest:
-                self._latest = None  # what is split here is a batch of another pass
-                return
-            self.announced.pop()
-            self._latest = replace(self._latest, records=_UNKNOWN, last=last)
-        else:
-            self._latest = replace(self._latest, part=self._latest.part + 1, last=last)
-        self.announced.append(self._latest)
-
-    def take(self, worker: Worker | None) -> Draw | None:
-        """Return the draw of a batch that has just been put together; None where that is not known."""
-        if worker is None:
-            place, self._arrived = self._arrived, self._arrived + 1
-        else:
-            process, count = self._workers.get(worker.number, (worker.process, 0))
-            if process != worker.process or not (self.announced or self._taken or self._places):
-                return None  # of workers of another loader, or left over from the pass before
-            self._workers[worker.number] = process, count + 1
-            place = worker.number + worker.workers * count
-        while self.announced and self._places <= place:
-            self._taken[self._places] = self.announced.popleft()
-            self._places += 1
-        return self._taken.pop(place, None)
-
-
 class SamplingPlan:
     """Joins sampler, loader and optimizer: which draw the batch in hand came from, and what its step costs.
 
@@ -194,6 +120,7 @@ class SamplingPlan:
         self._batches = 0
         self.latest = Pass(0, own=True)
         self._pulled = self.latest
+        self._split: list[Pass] = []
         self._of_worker: dict[int, Pass] = {}
         self._current: Delivery | None = None
         self._ahead = False
@@ -222,8 +149,18 @@ class SamplingPlan:
             passing.announce(draw)
 
     def split(self, last: bool) -> None:
-        """Note that a loader around our sampler makes a physical batch of the logical one that was announced last."""
-        self._pulled.split(last)
+        """Note that a loader around our sampler makes a physical batch of the logical one that was announced last.
+
+        While two passes take turns, nobody knows which of them it belongs to.
+        """
+        passing = self._pulled
+        self._split = [p for p in self._split if not p.ended and p is not passing]
+        mixed_up = [p for p in self._split if p.is_within_a_batch or p.is_mixed_up]
+        for one in [passing, *mixed_up] if mixed_up else []:
+            one.is_mixed_up = True
+        if not passing.own:
+            passing.split(last)
+            self._split.append(passing)
 
     # ---------------------------------------------------------------- delivering
 
@@ -247,6 +184,11 @@ class SamplingPlan:
         """
         passing = self._pulled if worker is None else self._pass_of(worker)
         draw = None if passing.own else passing.take(worker)
+        if any(p.is_mixed_up and not p.ended for p in self._split):
+            # A part of one of several draws: it is never used by itself.
+            RECOGNITION.remember(Delivery(Draw(0, 1.0, 1.0, records, False, 0, 0, part=1)), batch)
+            self._ahead = True
+            return
         if draw is None:
             return
         delivery = Delivery(replace(draw, records=records), split=passing.is_split, owner=self)

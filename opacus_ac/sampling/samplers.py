@@ -10,7 +10,8 @@ import numpy as np
 from torch.utils.data import BatchSampler, Sampler
 
 from opacus_ac.noise.streams import RandomStream
-from opacus_ac.sampling.plan import Pass, SamplingPlan
+from opacus_ac.sampling.passes import Pass
+from opacus_ac.sampling.plan import SamplingPlan
 
 _UNIFORMS = 2.0**53
 """Number of values of a float64 uniform draw."""

@@ -6,6 +6,7 @@ Record i has a gradient along its own axis, much longer than C: the released sum
 import copy
 import itertools
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -650,10 +651,53 @@ def test_a_part_of_another_runs_batch_is_refused(mode, change, part, sampling):
         first.step(next(batches))
     kept = next(batches)
     second = Run(**settings, engine=first.engine)
-    with pytest.raises(ValueError, match="another run's logical batch is used by itself"):
+    with pytest.raises(ValueError, match="a physical batch is used by itself"):
         second.step(kept, change)
     assert second.sums == []
     assert second.charges == {}
+
+
+def through_manager(run, workers):
+    """A pass of Opacus's memory manager: every logical batch, of 8, comes in parts of 3, 3 and 2."""
+    return iter(
+        BatchMemoryManager(data_loader=run.loader, max_physical_batch_size=3, optimizer=run.optimizer).__enter__()
+    )
+
+
+def around_the_sampler(run, workers):
+    return iter(DataLoader(run.loader.dataset, batch_sampler=run.loader.batch_sampler, num_workers=workers))
+
+
+OTHER_PASS = {
+    "the loader": lambda run, workers: iter(run.loader),
+    "around its sampler": around_the_sampler,
+    "another manager": through_manager,
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("taken", [1, 2])
+@pytest.mark.parametrize("kind", OTHER_PASS)
+def test_parts_of_a_pass_that_another_one_took_turns_with_are_refused(kind, taken, workers):
+    """Nobody knows which of the two passes they are of, and part of a draw has other records than a draw of that size."""
+    run = Run(sampling="fixed_size", workers=workers)
+    parts = through_manager(run, workers)
+    for _ in range(taken):
+        run.step(next(parts))
+    with suppress(ValueError):  # of another manager, which part of which draw this is cannot be known either
+        run.step(next(OTHER_PASS[kind](run, workers)))
+    before = len(run.sums), run.charges
+    for _ in range(3 - taken):
+        with suppress(ValueError):
+            run.step(next(parts))
+    assert (len(run.sums), run.charges) == before
+    assert all(int((total > 1e-3).sum()) == 8 for total in run.sums)
+    del parts
+    parts = through_manager(run, workers)
+    for _ in range(3):
+        run.step(next(parts))
+    assert int((run.sums[-1] > 1e-3).sum()) == 8
+    assert run.charges[8 / N] == before[1].get(8 / N, 0) + 1
 
 
 def test_a_whole_batch_of_another_run_is_charged_without_amplification():
