@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,35 +17,6 @@ _DEVICE_CHUNK_BYTES = 64 << 20
 _HALF_SCALE = 2.0**15
 
 
-class LossTape:
-    """Hands the records' losses of a physical batch from the loss function to the optimizer. Private values."""
-
-    def __init__(self) -> None:
-        self._losses: list[torch.Tensor] = []
-        self._paused = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Return a context in which nothing is kept."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
-    def record(self, losses: torch.Tensor) -> None:
-        """Keep the losses ``[B]`` of the records of one forward pass."""
-        if losses.dim() != 1:
-            raise ValueError(f"record_losses takes one loss per record, shape [B], got shape {tuple(losses.shape)}")
-        if not self._paused:
-            self._losses.append(losses.detach())
-
-    def take(self) -> torch.Tensor | None:
-        """Return and forget what was recorded since the last call, or None."""
-        taken, self._losses = self._losses, []
-        return torch.cat(taken) if taken else None
-
-
 def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int) -> torch.Tensor:
     """Return the loss of each user: the mean over the user's rows that have labels.
 
@@ -59,8 +29,8 @@ def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int
         ``[users]``; a user without labelled rows has loss 0.
 
     Guarantees:
-        Entry u depends on the rows of user u alone, and not on how many rows fill it up. The plain mean over a user's rows does
-        not have this property: it shrinks when a user with more rows joins the batch.
+        Entry u depends on the rows of user u alone, and not on how many rows fill it up. The plain mean over a user's
+        rows does not have this property: it shrinks when a user with more rows joins the batch.
 
     Raises:
         ValueError: shapes that do not fit, or rows that are not as many for each user.
@@ -80,7 +50,7 @@ def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Return the cross entropy ``[B, T]`` of every position, as :func:`per_record_token_loss` averages it; 0 where ignored."""
+    """Return the cross entropies ``[B, T]`` that :func:`per_record_token_loss` averages; 0 where ignored."""
     _check_shapes(logits, labels)
     rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if torch._C._functorch.peek_interpreter_stack() is None:

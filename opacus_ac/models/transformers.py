@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.loss import LossTape, per_record_causal_lm_loss, per_record_token_loss, per_user_loss
+from opacus_ac.loss import per_record_causal_lm_loss, per_record_token_loss, per_user_loss
 from opacus_ac.models.loss_heads import Entries, Head, agrees, head_of, labels_in, logits_in
+from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.sampling.users import UserRows
 
 # Losses of transformers that average over all tokens of the batch, and what replaces them.

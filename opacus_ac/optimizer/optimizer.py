@@ -20,11 +20,11 @@ from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
-from opacus_ac.loss import LossTape
 from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
 from opacus_ac.optimizer.delegated import Of
 from opacus_ac.optimizer.ema import WeightEMA
 from opacus_ac.optimizer.fused import ONE_BY_ONE
+from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.optimizer.lr_control import ClipRateControl
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.grad_sample.source import GradientSource
-from opacus_ac.loss import LossTape
+from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.optimizer.origin import Origin
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.sampling.delivery import Draw

@@ -1,8 +1,9 @@
 """Which draw a batch in hand came from: delivery ties a step to a draw, not the announcement.
 
-A sampler announces index lists, perhaps long before the batch is there (workers, prefetching loaders). A batch is *delivered* when
-it reaches the loop. It is recognised there, in the model's forward pass, by the memory of its tensors and by their content, so that
-a batch that is kept and used again is known as such, whatever the loader and however many batches have the same size.
+A sampler announces index lists, perhaps long before the batch is there (workers, prefetching loaders). A batch is
+*delivered* when it reaches the loop. It is recognised there, in the model's forward pass, by the memory of its tensors
+and by their content, so that a batch that is kept and used again is known as such, whatever the loader and however many
+batches have the same size.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class _Memory:
             self._known.popitem(last=False)
 
     def owner(self, tensor: Tensor) -> Delivery | None:
-        """Return the delivery that a tensor, or a view into it, belongs to; None where it was written to since, or never noted."""
+        """Return the delivery that a tensor or a view belongs to; None if it was written to since or never noted."""
         known = self._known.get(StorageWeakRef(tensor.untyped_storage()).cdata) if _has_memory(tensor) else None
         if known is None or known[0].expired():
             return None
@@ -225,8 +226,9 @@ class Recognition:
     def find(self, tensors: list[Tensor], current: Delivery | None) -> tuple[Delivery | None, bool]:
         """Return the delivery that tensors belong to, and whether anything tells.
 
-        The memory of delivered tensors counts most, then their content, of which a large tensor counts more than a small one (a
-        mask or a list of lengths is easily that of another batch too), then the memory of what was made of them.
+        The memory of delivered tensors counts most, then their content, of which a large tensor counts more than a
+        small one (a mask or a list of lengths is easily that of another batch too), then the memory of what was made of
+        them.
 
         Args:
             tensors: what goes into the model.

@@ -19,8 +19,9 @@ _STACKING = ("default_data_collator", "torch_default_data_collator", "DefaultDat
 def length_is_fixed(dataset: Any, collate: Callable[[list[Any]], Any], row: Any) -> bool:
     """Say whether the length of a row in a batch is sure not to depend on the other rows.
 
-    Either ``collate`` cannot pad, so that rows of different lengths are an error, or it is seen to pad a row that is cut to one
-    entry to the same length as the whole row, alone and together, and not to pad any row to the length of a longer one.
+    Either ``collate`` cannot pad, so that rows of different lengths are an error, or it is seen to pad a row that is
+    cut to one entry to the same length as the whole row, alone and together, and not to pad any row to the length of a
+    longer one.
 
     Args:
         dataset: where rows come from.
@@ -57,7 +58,7 @@ def _stacks(collate: Any) -> bool:
 
 
 def _pads_to_one_length(collate: Callable[[list[Any]], Any], row: Any, size: int) -> bool:
-    """Whether rows whose sequences of ``size`` entries are shorter or longer get the length of ``row``, or are an error."""
+    """Whether rows with shorter or longer sequences of ``size`` get the length of ``row``, or are an error."""
     whole = _shapes(collate, row, row)
     if whole is None:
         return False

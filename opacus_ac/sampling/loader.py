@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import os
-import secrets
-import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from functools import cache, partial
@@ -19,14 +15,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    get_worker_info,
 )
 
 from opacus_ac.noise.secret_state import secret_randomness
 from opacus_ac.noise.streams import RandomStream
-from opacus_ac.sampling.delivery import tensors_of
+from opacus_ac.sampling.collate import ArrivingCollate, EmptySafeCollate
 from opacus_ac.sampling.fixed_length import length_is_fixed
-from opacus_ac.sampling.passes import Pass, Worker
+from opacus_ac.sampling.passes import Pass
 from opacus_ac.sampling.plan import BatchSizes, RateSchedule, SamplingPlan
 from opacus_ac.sampling.public_randomness import carried_generator
 from opacus_ac.sampling.samplers import (
@@ -43,104 +38,6 @@ _DRAWING: dict[str, type[PoissonBatchSampler]] = {
     "truncated_poisson": TruncatedPoissonBatchSampler,
     "fixed_size": FixedSizeBatchSampler,
 }
-
-
-class EmptySafeCollate:
-    """Collates a batch; in the place of an empty one comes a stand-in, which the optimizer gives weight zero.
-
-    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that the batch was
-    empty. The stand-in is made of the first rows of the dataset, because no made-up row is sure to pass through every tokenizer, packer and
-    model: of one row, or of as many as ``collate_fn`` wants. Its gradients are left out of every sum, not multiplied by zero, so
-    no release depends on it. Each is a fresh object, which the loop may change.
-
-    Args:
-        collate_fn: puts a list of rows together.
-        dataset: where the first rows come from.
-
-    Raises:
-        ValueError: no batch can be made of the first rows.
-    """
-
-    def __init__(self, collate_fn: Callable[[list[Any]], Any], dataset: Any) -> None:
-        self.collate_fn = collate_fn
-        self._rows: list[Any] = []
-        failure: Exception | None = None
-        for count in range(1, min(_ROWS_OF_A_STAND_IN, len(dataset)) + 1):
-            self._rows.append(dataset[count - 1])
-            try:
-                if next(tensors_of(self._stand_in()), None) is not None or count == len(dataset):
-                    return
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            raise ValueError(
-                f"collate_fn makes no batch of the first {len(self._rows)} rows of the dataset ({type(failure).__name__}: {failure}), and a "
-                "Poisson batch may have any number of rows: let it take any list of rows"
-            ) from failure
-        del self._rows[1:]  # a batch without tensors, which the loop makes
-
-    @property
-    def first_row(self) -> Any:
-        """The first row of the dataset."""
-        return self._rows[0]
-
-    def _stand_in(self) -> Any:
-        with secret_randomness():
-            return self.collate_fn(copy.deepcopy(self._rows))
-
-    def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of ``records``, or a stand-in when there are none."""
-        if not records:
-            return self._stand_in()
-        with secret_randomness():  # the masks of a collator would tell, by a known seed, how many records came before
-            return self.collate_fn(records)
-
-
-_ROWS_OF_A_STAND_IN = 8
-"""Rows that a stand-in is made of, at most."""
-
-_PLANS: weakref.WeakValueDictionary[str, SamplingPlan] = weakref.WeakValueDictionary()
-"""The plans of this process, by the names that batches carry from a worker."""
-
-
-class ArrivingCollate:
-    """Collates for loaders around our sampler, and tells the plan of every batch that reaches this process.
-
-    Args:
-        collate: collates a batch.
-        plan: sampling plan of the private loader.
-    """
-
-    def __init__(self, collate: EmptySafeCollate, plan: SamplingPlan) -> None:
-        self.collate = collate
-        self._plan = secrets.token_hex(8)
-        _PLANS[self._plan] = plan
-
-    def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of ``records``, or a stand-in when there are none; in a worker, packed for its way out."""
-        batch = self.collate(records)
-        worker = get_worker_info()
-        if worker is not None:
-            return _Parcel(batch, (self._plan, len(records), Worker(os.getpid(), worker.id, worker.num_workers)))
-        return _unpack(batch, (self._plan, len(records), None))
-
-
-class _Parcel:
-    """A batch on its way out of a worker: it is the batch itself again, and known, as soon as it is read."""
-
-    def __init__(self, batch: Any, label: tuple[str, int, Worker | None]) -> None:
-        self.batch, self.label = batch, label
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unpack, (self.batch, self.label)
-
-
-def _unpack(batch: Any, label: tuple[str, int, Worker | None]) -> Any:
-    name, records, worker = label
-    plan = _PLANS.get(name)
-    if plan is not None:
-        plan.arrive(batch, records, worker)
-    return batch
 
 
 class _SecretWorker:
@@ -169,7 +66,8 @@ class PrivateDataLoader(DataLoader[Any]):
     """
 
     _is_accelerate_prepared = True
-    """Has ``accelerate`` take the loader as it is: its own would fetch a batch ahead, and join batches into one step."""
+    """Has ``accelerate`` take the loader as it is: its own would fetch a batch ahead, and join batches into one
+    step."""
 
     def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
         collate = template._collate.collate_fn if isinstance(template, PrivateDataLoader) else template.collate_fn
@@ -228,8 +126,8 @@ class PrivateDataLoader(DataLoader[Any]):
 class LogicalBatches:
     """A private loader seen a logical batch at a time, for loops that take one optimizer step per item.
 
-    Each item yields the pairs (physical batch, whether it is the last of its logical batch). ``optimizer.step()`` has to
-    follow each physical batch before the next one is asked for.
+    Each item yields the pairs (physical batch, whether it is the last of its logical batch). ``optimizer.step()`` has
+    to follow each physical batch before the next one is asked for.
 
     Args:
         loader: the loader that ``make_private`` returned.
@@ -279,18 +177,20 @@ def private_loader(
 
     Args:
         loader: loader over a map-style dataset, sequential, shuffled, or already Poisson.
-        sampling: "poisson": batches of rate batch_size / N; "truncated_poisson": the same, with at most ``max_batch_size``
-            records; "fixed_size": batch_size of N records without replacement; "shuffled": the loader's own batches.
+        sampling: "poisson": batches of rate batch_size / N; "truncated_poisson": the same, with at most
+            ``max_batch_size`` records; "fixed_size": batch_size of N records without replacement; "shuffled": the
+            loader's own batches.
         stream: random stream of the draws.
         max_physical_batch_size: largest batch that reaches the model.
         schedule: expected batch size per step (not for "shuffled").
         max_batch_size: largest logical batch, for "truncated_poisson".
-        dataset_size: public N, from which rate and length of a pass follow; the number of records by default. It may differ
-            from that number for "poisson" only.
+        dataset_size: public N, from which rate and length of a pass follow; the number of records by default. It may
+            differ from that number for "poisson" only.
         max_rows_per_user: where an item of the dataset is a user, the most rows that one has; None where it is a row.
 
     Raises:
-        ValueError: a dataset or sampler for which no sampling bound is known, or items that are other records than said.
+        ValueError: a dataset or sampler for which no sampling bound is known, or items that are other records than
+            said.
     """
     _check_records(loader.dataset, max_rows_per_user)
     _check_collate(loader, max_rows_per_user)
@@ -299,7 +199,8 @@ def private_loader(
     if dataset_size is not None and dataset_size != records:
         if sampling != "poisson":
             raise ValueError(
-                f"dataset_size={dataset_size} is not the number of records, which sampling={sampling!r} needs: leave it "
+                f"dataset_size={dataset_size} is not the number of records, which sampling={sampling!r} needs: leave "
+                "it "
                 'out, or use sampling="poisson"'
             )
         sizes = BatchSizes(dataset_size, batch_size, schedule)
@@ -336,8 +237,9 @@ def _check_collate(loader: DataLoader[Any], max_rows_per_user: int | None) -> No
     carried = carried_generator(collate)
     if carried is not None:
         raise ValueError(
-            f"collate_fn has a generator of its own ({carried}), whose draws for a batch tell how many records came before: leave "
-            "its seed or generator out, so that it draws from the global ones, which are secret during a step"
+            f"collate_fn has a generator of its own ({carried}), whose draws for a batch tell how many records came "
+            "before: leave its seed or generator out, so that it draws from the global ones, which are secret during a "
+            "step"
         )
     if max_rows_per_user is not None:
         check_rows_of_users(loader.dataset, collate)

@@ -1,7 +1,7 @@
 """Which records enter a step, and with which probability: drawn here, carried with the batch, accounted as drawn.
 
-Every physical batch that reaches the loop is tied to its :class:`~opacus_ac.sampling.delivery.Draw`, so that the rate that is accounted
-is the rate that was drawn, whatever the loop skips, repeats or interrupts.
+Every physical batch that reaches the loop is tied to its :class:`~opacus_ac.sampling.delivery.Draw`, so that the rate
+that is accounted is the rate that was drawn, whatever the loop skips, repeats or interrupts.
 """
 
 from __future__ import annotations

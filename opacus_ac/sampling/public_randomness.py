@@ -18,11 +18,12 @@ _DEPTH = 3
 def carried_generator(collate: Any) -> str | None:
     """Return the name of a generator, or of a seed, that a collate function has for itself; None without any.
 
-    What it draws for a batch would tell how many records it has seen, and would move the draws of all records after one that is
-    added. The global generators are given secret states instead.
+    What it draws for a batch would tell how many records it has seen, and would move the draws of all records after one
+    that is added. The global generators are given secret states instead.
 
     Args:
-        collate: a function, a method or bound object, a ``functools.partial``, or a collator object that may wrap another.
+        collate: a function, a method or bound object, a ``functools.partial``, or a collator object that may wrap
+            another.
 
     >>> carried_generator(functools.partial(sorted, key=random.Random(0))), carried_generator(sorted)
     ('key', None)

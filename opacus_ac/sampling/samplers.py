@@ -69,7 +69,8 @@ class PrivateBatchSampler(Sampler[list[int]]):
     def _physical_batches(self, indices: list[int]) -> list[list[int]]:
         """Return the physical batches of this process: as many on every one, of which the last may be empty.
 
-        All processes draw the whole logical batch and take turns at its records, so none has to ask how many others have.
+        All processes draw the whole logical batch and take turns at its records, so none has to ask how many others
+        have.
         """
         most = -(-len(indices) // self.world)  # that rank 0 has; no rank has more
         size = self.max_physical_batch_size or max(most, 1)

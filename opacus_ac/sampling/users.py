@@ -1,8 +1,8 @@
 """Records that are users: which rows of the batch in hand belong to which of the users that were drawn.
 
-The rows of a user come one after the other, as many for each user of a batch; rows that fill up have no labels. How many
-users there are is what the loader drew, never what the batch looks like: a wrong number would put rows of several people
-under one clipping bound, or one person under several.
+The rows of a user come one after the other, as many for each user of a batch; rows that fill up have no labels. How
+many users there are is what the loader drew, never what the batch looks like: a wrong number would put rows of several
+people under one clipping bound, or one person under several.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from opacus_ac.noise.secret_state import secret_randomness
 from opacus_ac.sampling.plan import Draw, SamplingPlan
 
 _NOT_IN_BLOCKS = (
-    "the rows of a batch of collate_fn are not as many for each of its users, one user after the other: with max_rows_per_user a "
-    "clipping bound would be about rows of several people. Use opacus_ac.integrations.finetune.chat_users.UserCollate, or put the rows of "
-    "the first user into the batch, then those of the next, each filled up to as many"
+    "the rows of a batch of collate_fn are not as many for each of its users, one user after the other: with "
+    "max_rows_per_user a clipping bound would be about rows of several people. Use "
+    "opacus_ac.integrations.finetune.chat_users.UserCollate, or put the rows of the first user into the batch, then "
+    "those of the next, each filled up to as many"
 )
 
 
@@ -33,8 +34,8 @@ class UserRows:
         max_rows: public K, the most rows of a user that reach the model.
 
     Guarantees:
-        :meth:`drawn` answers for the whole batch that the loader handed out last, before a step has used it, and for nothing
-        else.
+        :meth:`drawn` answers for the whole batch that the loader handed out last, before a step has used it, and for
+        nothing else.
 
     Raises:
         ValueError: ``max_rows`` is no whole number >= 1.
@@ -65,9 +66,9 @@ class UserRows:
         if rows % users or not 1 <= rows // users <= self.max_rows:
             raise ValueError(
                 f"the rows of a batch are not as many for each of its users, at least 1 and at most max_rows_per_user="
-                f"{self.max_rows}: let collate_fn fill up the users of a batch to the same number of rows, with rows that have "
-                "no labels (opacus_ac.integrations.finetune.chat_users.UserCollate), and let the dataset keep at most "
-                f"{self.max_rows} rows of a user"
+                f"{self.max_rows}: let collate_fn fill up the users of a batch to the same number of rows, with rows "
+                "that have no labels (opacus_ac.integrations.finetune.chat_users.UserCollate), and let the dataset "
+                f"keep at most {self.max_rows} rows of a user"
             )
         self._noted = (draw, rows)
 
@@ -88,14 +89,15 @@ class UserRows:
         draw = self._plan.current()  # none once a step has used it
         if draw is None or self._noted is None or self._noted[0] is not draw:
             raise ValueError(
-                "max_rows_per_user is set, and without a batch that the private loader has just drawn nothing tells which rows "
-                "are of one user. Take each batch from the loader that make_private returned, and one step per batch"
+                "max_rows_per_user is set, and without a batch that the private loader has just drawn nothing tells "
+                "which rows are of one user. Take each batch from the loader that make_private returned, and one step "
+                "per batch"
             )
         if rows != self._noted[1]:
             raise ValueError(
-                "another number of rows went through the model than the loader's batch has, so that nothing tells which rows "
-                "are of one user. Pass each batch through the model whole, its rows first in every tensor; use "
-                "max_physical_batch_size for smaller ones"
+                "another number of rows went through the model than the loader's batch has, so that nothing tells "
+                "which rows are of one user. Pass each batch through the model whole, its rows first in every tensor; "
+                "use max_physical_batch_size for smaller ones"
             )
         return max(draw.records, 1)
 
@@ -118,8 +120,8 @@ def row_count(batch: Any) -> int:
     sizes = {len(rows) for _, rows in named_rows(batch)}
     if len(sizes) != 1:
         raise ValueError(
-            f"the tensors of a batch have {len(sizes)} different first dimensions, and with max_rows_per_user all of them need "
-            "the rows of its users there: let collate_fn return tensors in dicts, lists or tuples, rows first"
+            f"the tensors of a batch have {len(sizes)} different first dimensions, and with max_rows_per_user all of "
+            "them need the rows of its users there: let collate_fn return tensors in dicts, lists or tuples, rows first"
         )
     return sizes.pop()
 
@@ -127,8 +129,8 @@ def row_count(batch: Any) -> int:
 def check_rows_of_users(dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
     """Refuse a ``collate`` that does not put the rows of a user one after the other, as many for each user.
 
-    A few users with different numbers of rows are put together and alone; the rows that one has alone must stand in one block of the
-    batch of all, which is no other user's.
+    A few users with different numbers of rows are put together and alone; the rows that one has alone must stand in one
+    block of the batch of all, which is no other user's.
 
     Raises:
         ValueError: rows of a user stand elsewhere, or nothing tells whose rows are whose.
@@ -145,8 +147,8 @@ def check_rows_of_users(dataset: Any, collate: Callable[[list[Any]], Any]) -> No
             told = _tell_apart(together, fixed, alone if order is users else alone[::-1]) or told
     if not told and not all(same(part, alone[0]) for part in alone):
         raise ValueError(
-            "nothing in the batches of collate_fn tells whose rows are whose: let it put a user's rows into a batch as they are, and "
-            "draw at random in the dataset or in the loop"
+            "nothing in the batches of collate_fn tells whose rows are whose: let it put a user's rows into a batch as "
+            "they are, and draw at random in the dataset or in the loop"
         )
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.loss import LossTape
 from opacus_ac.models.transformers import use_record_loss
+from opacus_ac.optimizer.loss_tape import LossTape
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")
 LENGTH, VOCAB, RECORDS = 7, 40, 4

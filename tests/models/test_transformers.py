@@ -11,8 +11,9 @@ from transformers import (
 )
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.loss import LossTape, per_record_causal_lm_loss, per_record_token_loss
+from opacus_ac.loss import per_record_causal_lm_loss, per_record_token_loss
 from opacus_ac.models.transformers import use_record_loss
+from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.testing import check_records_independent, per_sample_gradients
 
 TINY = {

@@ -11,7 +11,7 @@ FILES = {
     for name in ("optimizer/public_side.py", "optimizer/fused.py", "zeroth_order/directional_update.py")
 }
 PRIVATE_ROOMS = ("opacus_ac.grad_sample", "opacus_ac.sampling", "opacus_ac.release.statistics", "opacus_ac.loss")
-PRIVATE_FILES = ("mechanism", "origin", "private_side", "records", "step_checks", "sum_release", "turns")
+PRIVATE_FILES = ("loss_tape", "mechanism", "origin", "private_side", "records", "step_checks", "sum_release", "turns")
 PRIVATE_NAMES = {
     "alone",
     "factors",

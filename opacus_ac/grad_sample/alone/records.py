@@ -35,7 +35,6 @@ from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_recor
 from opacus_ac.grad_sample.module_replay import map_tensors, to_double
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.source import GradientSource
-from opacus_ac.loss import LossTape
 from opacus_ac.noise.forward_randomness import ForwardRandomness, RecordMasks
 from opacus_ac.noise.secret_state import replace_torch_state
 
@@ -67,6 +66,13 @@ class Users(Protocol):
 
     def suppose(self, rows_per_user: int) -> AbstractContextManager[None]:
         """Return a context in which batches have users of so many rows each."""
+
+
+class Tape(Protocol):
+    """Takes down the losses of records as they are computed."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is taken down."""
 
 
 @dataclass
@@ -133,7 +139,7 @@ class RecordsAlone:
         parameters: Iterable[nn.Parameter],
         names: Iterable[str],
         step: Callable[[], int],
-        tape: LossTape,
+        tape: Tape,
         *,
         mean: bool = True,
         batch_first: bool = True,

@@ -31,8 +31,8 @@ from opacus_ac.integrations.trainer.ranks import RanksTrainer, refused_processes
 from opacus_ac.integrations.trainer.record_checks import check_some_records
 from opacus_ac.integrations.trainer.released import ReleasedLog
 from opacus_ac.integrations.trainer.silent import LOSS_KEYS, PRIVATE_KEYS
-from opacus_ac.loss import LossTape
 from opacus_ac.models.transformers import averages_tokens, use_record_loss
+from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling.loader import LogicalBatches, PrivateDataLoader
 

@@ -19,8 +19,8 @@ from opacus_ac.budget import PrivacyLedger
 from opacus_ac.engine import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
-from opacus_ac.loss import LossTape
 from opacus_ac.models.transformers import use_record_loss
+from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.sampling import LogicalBatches
 from opacus_ac.testing import per_sample_gradients
 

@@ -1,0 +1,116 @@
+"""How drawn rows become a batch: an empty draw becomes a stand-in, and the plan is told of each batch that arrives."""
+
+from __future__ import annotations
+
+import copy
+import os
+import secrets
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from opacus_ac.noise.secret_state import secret_randomness
+from opacus_ac.sampling.delivery import tensors_of
+from opacus_ac.sampling.passes import Worker
+from opacus_ac.sampling.plan import SamplingPlan
+
+_ROWS_OF_A_STAND_IN = 8
+"""Rows that a stand-in is made of, at most."""
+
+_PLANS: weakref.WeakValueDictionary[str, SamplingPlan] = weakref.WeakValueDictionary()
+"""The plans of this process, by the names that batches carry from a worker."""
+
+
+class EmptySafeCollate:
+    """Collates a batch; in the place of an empty one comes a stand-in, which the optimizer gives weight zero.
+
+    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that the
+    batch was empty. The stand-in is made of the first rows of the dataset, because no made-up row is sure to pass
+    through every tokenizer, packer and model: of one row, or of as many as ``collate_fn`` wants. Its gradients are left
+    out of every sum, not multiplied by zero, so no release depends on it. Each is a fresh object, which the loop may
+    change.
+
+    Args:
+        collate_fn: puts a list of rows together.
+        dataset: where the first rows come from.
+
+    Raises:
+        ValueError: no batch can be made of the first rows.
+    """
+
+    def __init__(self, collate_fn: Callable[[list[Any]], Any], dataset: Any) -> None:
+        self.collate_fn = collate_fn
+        self._rows: list[Any] = []
+        failure: Exception | None = None
+        for count in range(1, min(_ROWS_OF_A_STAND_IN, len(dataset)) + 1):
+            self._rows.append(dataset[count - 1])
+            try:
+                if next(tensors_of(self._stand_in()), None) is not None or count == len(dataset):
+                    return
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise ValueError(
+                f"collate_fn makes no batch of the first {len(self._rows)} rows of the dataset "
+                f"({type(failure).__name__}: {failure}), and a Poisson batch may have any number of rows: let it take "
+                "any list of rows"
+            ) from failure
+        del self._rows[1:]  # a batch without tensors, which the loop makes
+
+    @property
+    def first_row(self) -> Any:
+        """The first row of the dataset."""
+        return self._rows[0]
+
+    def _stand_in(self) -> Any:
+        with secret_randomness():
+            return self.collate_fn(copy.deepcopy(self._rows))
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of ``records``, or a stand-in when there are none."""
+        if not records:
+            return self._stand_in()
+        with secret_randomness():  # the masks of a collator would tell, by a known seed, how many records came before
+            return self.collate_fn(records)
+
+
+class ArrivingCollate:
+    """Collates for loaders around our sampler, and tells the plan of every batch that reaches this process.
+
+    Args:
+        collate: collates a batch.
+        plan: sampling plan of the private loader.
+    """
+
+    def __init__(self, collate: EmptySafeCollate, plan: SamplingPlan) -> None:
+        self.collate = collate
+        self._plan = secrets.token_hex(8)
+        _PLANS[self._plan] = plan
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of ``records``, or a stand-in when there are none; in a worker, packed for its way out."""
+        batch = self.collate(records)
+        worker = get_worker_info()
+        if worker is not None:
+            return _Parcel(batch, (self._plan, len(records), Worker(os.getpid(), worker.id, worker.num_workers)))
+        return _unpack(batch, (self._plan, len(records), None))
+
+
+class _Parcel:
+    """A batch on its way out of a worker: it is the batch itself again, and known, as soon as it is read."""
+
+    def __init__(self, batch: Any, label: tuple[str, int, Worker | None]) -> None:
+        self.batch, self.label = batch, label
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, (self.batch, self.label)
+
+
+def _unpack(batch: Any, label: tuple[str, int, Worker | None]) -> Any:
+    name, records, worker = label
+    plan = _PLANS.get(name)
+    if plan is not None:
+        plan.arrive(batch, records, worker)
+    return batch
