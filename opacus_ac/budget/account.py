@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import warnings
@@ -11,26 +10,13 @@ from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting import Event, VariableRateRDPAccountant, common_adjacency, pld_epsilon
-from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant
-from opacus_ac.budget.accountants import account_for, accounted_mechanism, spent
-from opacus_ac.budget.charges import Charge, Terms, privacy_unit, renyi_epsilon
+from opacus_ac.accounting import Event
+from opacus_ac.budget.charges import Charge, Terms, privacy_unit
 from opacus_ac.budget.guard import BudgetGuard
 from opacus_ac.budget.ledger import PrivacyLedger
+from opacus_ac.budget.spending import Spending
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.errors import PrivacyBudgetExceeded
-
-
-def counted(accountant: IAccountant) -> dict[Event, int]:
-    """Return the events of an accountant, and how often each; a shuffled pass comes back as a Poisson step at rate 1."""
-    if isinstance(accountant, VariableRateRDPAccountant):
-        return accountant.counts()
-    mechanism, counts = accounted_mechanism(accountant), dict[Event, int]()
-    for noise, rate, steps in accountant.history:
-        event = Event(noise, rate, mechanism=mechanism)
-        counts[event] = counts.get(event, 0) + steps
-    return counts
-
 
 _RUN = ("noise_multiplier", "expected_batch_size", "sampling", "dataset_size", "max_batch_size")
 """Settings on which the charges of a run depend."""
@@ -44,22 +30,22 @@ class Account:
         ledger: path of the privacy ledger, or None.
 
     Attributes:
-        terms: what holds for all charges together: privacy units, kinds of sampling, whether rates or noise may have followed
-            from releases, and the filters that they went through. It is kept in ledger and checkpoints.
+        accountant: the accountant behind :class:`opacus_ac.budget.accountants.AccountantAdapter`.
+        guard: what refuses steps beyond the target; None without a target.
+        settings: public settings of the run; None before the first.
 
     Guarantees:
-        :meth:`charge` has written and accounted for an event before it returns, or raised and done neither, on every rank;
-        nothing may be released before. The target is checked against all runs of the ledger, other processes' included.
-        What is reported is never below what was spent, by the rule that fits all charges: what was adaptive once stays so.
+        :meth:`charge` writes and accounts for an event before it returns, or raises and does neither, on every rank.
+        Nothing may be released before it returns. The target covers all runs of the ledger, those of other processes
+        too.
     """
 
     def __init__(self, accountant: IAccountant, ledger: str | os.PathLike[str] | None = None) -> None:
-        self.accountant = accountant
+        self._spending = Spending(accountant)
+        self.accountant = self._spending.accountant
         self.guard: BudgetGuard | None = None
-        self.ledger = None if ledger is None else PrivacyLedger(ledger, accounted_mechanism(accountant))
+        self.ledger = None if ledger is None else PrivacyLedger(ledger, self.accountant.noise)
         self.settings: dict[str, Any] | None = None
-        self.terms = Terms()
-        self._steps = sum(steps for _, _, steps in self.history)  # charged through this account
         self._from_ledger = 0
         self._unshared: list[Charge] = []  # of the ledger, not yet known to the other ranks
         self._known: set[str] = set()
@@ -70,31 +56,35 @@ class Account:
     # ---------------------------------------------------------------- runs
 
     def check_dataset(self, dataset_size: int, max_rows_per_user: int | None = None) -> None:
-        """Raise ``ValueError`` when what was charged, here or in the ledger, is about another dataset or privacy unit."""
+        """Raise ``ValueError`` when earlier charges, here or in the ledger, are of other data or protect another unit.
+
+        Args:
+            dataset_size: number of records of the run.
+            max_rows_per_user: largest number of rows of a user, where users are protected; None for rows.
+        """
         self.refresh()
+        unit = privacy_unit(max_rows_per_user)
         if self.ledger is not None:
             self._check_ledger_is_whole()
-            self.ledger.check_dataset(dataset_size, privacy_unit(max_rows_per_user))
-        self._check_unit(privacy_unit(max_rows_per_user), self._terms().units)
-
-    def _check_unit(self, unit: str, charged: set[str]) -> None:
-        others = sorted(charged - {unit})
+            self.ledger.check_dataset(dataset_size, unit)
+        others = sorted(self._spending.all_terms().units - {unit})
         if others:
             raise ValueError(
-                f"this engine has accounted for steps that protect {others[0]}, and this run protects {unit}: they do not add up. "
-                "Use a PrivacyEngine of its own for each"
+                f"this engine has accounted for steps that protect {others[0]}, and this run protects {unit}: they do "
+                "not add up. Use a PrivacyEngine of its own for each"
             )
 
     def _check_ledger_is_whole(self) -> None:
         """Raise ``ValueError`` when the accountant has been given steps that the ledger does not hold."""
         if self.ledger is None:
             return
-        known, charged = sum(steps for _, _, steps in self.history), len(self.ledger)
+        known, charged = self.accountant.steps, len(self.ledger)
         if known != charged:
             raise ValueError(
-                f"the accountant holds {known} steps and the ledger {charged}: its history was changed from outside, and the next "
-                "run on this ledger would not know of it. Write earlier steps to the ledger (opacus_ac.budget.ledger.PrivacyLedger.charge) "
-                "before the engine is built, or use an engine without ledger="
+                f"the accountant holds {known} steps and the ledger {charged}: its history was changed from outside, "
+                "and the next run on this ledger would not know of it. Write earlier steps to the ledger "
+                "(opacus_ac.budget.ledger.PrivacyLedger.charge) before the engine is built, or use an engine without "
+                "ledger="
             )
 
     @property
@@ -111,34 +101,37 @@ class Account:
             by_function: its batch sizes come from a function, which may look at releases.
         """
         before = self.settings or (None if self.ledger is None else self.ledger.last_settings) or {}
-        self._departs = self._steps > 0 and any(before.get(name, settings[name]) != settings[name] for name in _RUN)
+        changed = any(before.get(name, settings[name]) != settings[name] for name in _RUN)
+        self._departs = self._spending.has_charges and changed
         self._by_function = by_function
         self.settings = settings
 
     def is_adaptive(self, event: Event) -> bool:
         """Whether the rate or noise of a charge of this run may follow from releases.
 
-        It may when a function chooses the batch sizes, when the noise is another than the run began with, and, without a
-        target, in a run with other settings than the one before it in this account.
+        It may when a function chooses the batch sizes, and when the noise is another than the run began with. Without a
+        target it may also in a run with other settings than the one before it in this account.
         """
         if self.settings is None:
             return False
         changed = event.noise_multiplier not in (0.0, self.settings["noise_multiplier"])
         return self._by_function or changed or (self._departs and not self.is_filtered)
 
+    def start_target(self, epsilon: float, delta: float, planned: Mapping[Event, int]) -> None:
+        """Refuse, from now on, steps that would exceed a target.
+
+        Args:
+            epsilon: target epsilon.
+            delta: target delta.
+            planned: events of the planned run, and how often each.
+        """
+        self.guard = BudgetGuard(self.accountant, epsilon, delta, planned)
+
     # ---------------------------------------------------------------- what was spent
 
-    def _terms(self) -> Terms:
-        """Return the terms of all that the accountant holds, what was put into it from outside included."""
-        if sum(steps for _, _, steps in self.history) == self._steps:
-            return self.terms
-        terms = Terms.of_state(self.terms.state_dict())
-        terms.join(Terms.worst(self.accountant.history, getattr(self.accountant, "other_events", ())), {}, {})
-        return terms
-
     def adjacency(self, sampling: str) -> str:
-        """Return the neighbouring relation that holds for all that was charged, and for batches drawn by ``sampling``."""
-        return common_adjacency({sampling, *self._terms().samplings})
+        """Return the neighbouring relation that holds for all charges and for batches drawn by ``sampling``."""
+        return self._spending.adjacency(sampling)
 
     @property
     def is_filtered(self) -> bool:
@@ -148,56 +141,30 @@ class Account:
     @property
     def history(self) -> list[tuple[float, float, int]]:
         """Accounted (noise multiplier, sample rate, steps), of every kind of sampling."""
-        runs = [(float(noise), float(rate), int(steps)) for noise, rate, steps in self.accountant.history]
-        others: Mapping[Event, int] = getattr(self.accountant, "other_events", {})
-        return runs + [(event.noise_multiplier, event.sample_rate, steps) for event, steps in others.items()]
+        return self.accountant.history
 
     def bounds(self, delta: float, tight: bool = True) -> dict[str, float]:
-        """Return every epsilon that holds for what was spent, by method; what others have added to the ledger included.
+        """Return every epsilon that holds for what was spent, by method; see :meth:`Spending.bounds`.
 
-        Where rates or noise may have followed from releases, that is the whole budget of the privacy filter that they went
-        through, whatever of it was spent, and what was charged beside it; where they went through none, the Renyi bound, with
-        the condition that :meth:`notes` states.
-
-        Args:
-            delta: delta.
-            tight: also compute the privacy loss distribution, where it may be smaller.
+        What others have added to the ledger is included.
         """
         self.refresh()
         self._check_ledger_is_whole()
-        name, terms, figure = self.accountant.mechanism(), self.terms, spent(self.accountant, delta)
-        if terms.adaptive:
-            figure = max(figure, self._renyi(delta), terms.limit_epsilon(delta))
-            return {f"{name} (privacy filter)" if self._terms().is_limited else name: figure}
-        tight = tight and not self._terms().unknown
-        found = {name: figure}
-        if tight and type(self.accountant) is VariableRateRDPAccountant and 0 < figure < math.inf:
-            found["privacy loss distribution"] = pld_epsilon(self.accountant.counts(), delta)
-        return found
-
-    def _renyi(self, delta: float) -> float:
-        """Return the Renyi bound of what was spent, of Gaussian releases; 0 for others."""
-        if isinstance(self.accountant, VariableRateRDPAccountant):
-            return VariableRateRDPAccountant.get_epsilon(self.accountant, delta)
-        counts = counted(self.accountant)
-        return renyi_epsilon({event: steps for event, steps in counts.items() if event.mechanism == "gaussian"}, delta)
+        return self._spending.bounds(delta, tight)
 
     def epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far, without the privacy loss distribution: never below :meth:`bounds`."""
         return min(self.bounds(delta, tight=False).values())
 
     def notes(self, delta: float, event: Event | None = None) -> list[str]:
-        """Say what a reader of the bounds must know; ``event`` is what the next step would cost."""
+        """Return what a reader of the bounds must know.
+
+        Args:
+            delta: delta.
+            event: what the next step would cost.
+        """
         to_come = event is not None and not self.is_filtered and self.is_adaptive(event)
-        found = self._terms().notes(to_come)
-        if isinstance(self.accountant, CheckedGDPAccountant):
-            figure = self.accountant.approximation(delta)
-            found.append(
-                'accountant="gdp" is an approximation by the central limit theorem, which can lie far below the truth, so no finite '
-                f"epsilon is claimed (its figure: {'none' if figure is None else f'{figure:.4f}'}). "
-                f'accountant="vrdp" would state {self._renyi(delta):.4f} for the same steps'
-            )
-        return found
+        return self._spending.notes(delta, to_come)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -208,10 +175,14 @@ class Account:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the charges beside the accountant's state."""
-        return self._terms().state_dict()
+        return self._spending.all_terms().state_dict()
 
     def check_checkpoint(self, head: Mapping[str, Any] | None) -> None:
-        """Raise ``ValueError`` unless a checkpoint with this head belongs to this engine's ledger, or both have none."""
+        """Raise ``ValueError`` unless a checkpoint with this head belongs to this engine's ledger, or both have none.
+
+        Args:
+            head: head of the ledger as the checkpoint was written; None if there was no ledger.
+        """
         if head is not None and self.ledger is None:
             raise ValueError(
                 "the checkpoint was written under a privacy ledger: build the engine with ledger=<its path>"
@@ -227,12 +198,12 @@ class Account:
 
     def check_terms(self, terms: Terms) -> None:
         """Raise ``ValueError`` when the charges of a checkpoint protect something else than this engine's."""
-        mine = self._terms().units | (set() if self.settings is None else {self._unit})
+        mine = self._spending.all_terms().units | (set() if self.settings is None else {self._unit})
         wrong = sorted(terms.units - mine)
         if mine and wrong:
             raise ValueError(
-                f"the checkpoint's steps protect {wrong[0]}, and this engine's {sorted(mine)[0]}: they do not add up. Load it with a "
-                "PrivacyEngine of its own, or take over the weights only (module.load_state_dict)"
+                f"the checkpoint's steps protect {wrong[0]}, and this engine's {sorted(mine)[0]}: they do not add up. "
+                "Load it with a PrivacyEngine of its own, or take over the weights only (module.load_state_dict)"
             )
 
     def mark(self) -> str:
@@ -246,41 +217,31 @@ class Account:
 
         Args:
             state: the accountant's state.
-            name: the name of the checkpoint. One that this engine has written or read before is part of what it has spent.
-            terms: what holds for its charges (:func:`kept_terms`).
+            name: the name of the checkpoint. A checkpoint that this engine has written or read before is part of what
+                it has spent.
+            terms: what holds for its charges (:func:`opacus_ac.budget.spending.kept_terms`).
 
         Raises:
-            ValueError: they protect something else than this engine's; nothing was taken over.
+            ValueError: If they protect something else than this engine's; nothing is taken over then.
         """
         self.check_terms(terms)
         known = name in self._known
         self._known.add(name)
         if known or self.ledger is not None:  # every charge of the checkpoint is in the ledger
             return
-        saved = type(self.accountant)()
-        saved.load_state_dict(state)
-        before, theirs, mine = self._terms(), counted(saved), counted(self.accountant)
-        if len(self.accountant) == 0:
-            self.accountant.load_state_dict(state)
-        else:
+        if self.accountant.steps:
             warnings.warn(
                 "this engine has accounted for steps that the checkpoint does not know: the sum of both is kept",
                 stacklevel=4,
             )
-            if isinstance(self.accountant, VariableRateRDPAccountant):
-                for event, steps in theirs.items():
-                    self.accountant.step_event(event, steps)
-            else:
-                self.accountant.history = [*saved.history, *self.accountant.history]
-        before.join(terms, mine, theirs)
-        self.terms, self._steps = before, sum(steps for _, _, steps in self.history)
+        self._spending.join(state, terms)
 
     # ---------------------------------------------------------------- charges
 
     def look_ahead(self, event: Event) -> None:
         """Raise when ``event`` would exceed the target; charge nothing."""
         if self.guard is not None:
-            self._share_order()
+            self._share_order(self.guard)
             self.guard.check(event)
 
     def remaining(self, event: Event) -> int:
@@ -288,7 +249,7 @@ class Account:
         assert self.guard is not None
         self.refresh()
         try:
-            self._share_order()
+            self._share_order(self.guard)
         except PrivacyBudgetExceeded:
             return 0
         return self.guard.remaining(event)
@@ -297,20 +258,20 @@ class Account:
         """Account for a step that is about to be released; None is a step that has been paid for.
 
         Raises:
-            PrivacyBudgetExceeded: the step does not fit into the target; nothing was charged.
+            PrivacyBudgetExceeded: If the step does not fit into the target; nothing is charged then.
         """
         if event is None:
             return
         added = self._reducer.on_first(lambda: self._charge(event))
         if self._reducer.rank != 0:
             for other in added:
-                self._add(other)
+                self._spending.add(other, self._unit)
 
     def _charge(self, event: Event) -> list[Charge]:
         """Charge a step here and return all that the other ranks do not know, charges of other runs included."""
         if self.ledger is None:
             charge = self._accepted(event)
-            self._add(charge)
+            self._spending.add(charge, self._unit)
             return [charge]
         with self.ledger.locked():
             self._catch_up()
@@ -333,10 +294,11 @@ class Account:
         self.look_ahead(event)
         return Charge(event, self.is_adaptive(event), None if self.guard is None else self.guard.limit)
 
-    def _share_order(self) -> None:
-        """Take the Renyi order of the filters that adaptive charges went through: one order has to hold for all of them."""
-        if self.guard is not None and len(self.terms.limits) == 1:
-            self.guard.use_order(next(iter(self.terms.limits)))
+    def _share_order(self, guard: BudgetGuard) -> None:
+        """Set the guard to the Rényi order of earlier filters: one order has to hold for all adaptive charges."""
+        limits = self._spending.terms.limits
+        if len(limits) == 1:
+            guard.use_order(next(iter(limits)))
 
     def refresh(self) -> None:
         """Take in what other processes have written to the ledger since the last look."""
@@ -349,7 +311,8 @@ class Account:
         if self.ledger is None:
             return
         for charge in self.ledger.entries(self._from_ledger):
-            self._add(charge, self.ledger.unit)
+            assert self.ledger.unit is not None  # it is in the first line
+            self._spending.add(charge, self.ledger.unit)
             self._from_ledger += 1
             self._unshared.append(charge)
 
@@ -358,31 +321,8 @@ class Account:
         self._reducer = reducer
         if reducer.world == 1:
             return
-        state, terms = reducer.on_first(lambda: (self.accountant.state_dict(), self._terms().state_dict()))
+        state, terms = reducer.on_first(lambda: (self.accountant.state_dict(), self.state_dict()))
         self._unshared = []
         if reducer.rank != 0:
-            self.accountant.load_state_dict(state)
-            self.terms, self.ledger = Terms.of_state(terms), None
-            self._steps = sum(steps for _, _, steps in self.history)
-
-    def _add(self, charge: Charge, unit: str | None = None) -> None:
-        account_for(self.accountant, charge.event)
-        self._steps += 1
-        self.terms.take(charge, self._unit if unit is None else unit)
-
-
-def kept_terms(state: Mapping[str, Any], kept: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> Terms:
-    """Return what holds for the charges of a checkpoint.
-
-    Args:
-        state: the accountant's state.
-        kept: :meth:`Account.state_dict`; None in a checkpoint of an older version, for which the worst is assumed.
-        settings: public settings of the run that was saved, None if none had begun.
-    """
-    if kept is not None:
-        return Terms.of_state(kept)
-    others = [Event(*values[:-1]) for values in state.get("other_events", [])]
-    terms = Terms.worst(state["history"], others)
-    if settings is not None and terms.units:
-        terms.units = {privacy_unit(settings["max_rows_per_user"])}
-    return terms
+            self._spending.replace(state, Terms.of_state(terms))
+            self.ledger = None

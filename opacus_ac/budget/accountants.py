@@ -1,60 +1,262 @@
-"""One face for this package's accountants and Opacus's."""
+"""One face for the accountants of this package and those of Opacus.
+
+The other modules of this folder ask an :class:`AccountantAdapter` and never for the class of an accountant.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting import Event, PureDPAccountant, VariableRateRDPAccountant
+from opacus_ac.accounting import (
+    Event,
+    PureDPAccountant,
+    VariableRateRDPAccountant,
+    pld_epsilon,
+    rdp_event,
+)
 from opacus_ac.accounting.events import check_delta, check_gaussian
+from opacus_ac.accounting.history import Run
+from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant
+from opacus_ac.budget.charges import renyi_epsilon
 
 
-def check_accountant(accountant: IAccountant, sampling: str) -> None:
-    """Raise ``ValueError`` when the accountant has no bound for a kind of sampling."""
-    if not isinstance(accountant, VariableRateRDPAccountant) and sampling not in ("poisson", "shuffled"):
-        raise ValueError(
-            f"sampling={sampling!r} has no bound in the accountant {accountant.mechanism()!r}, which knows Poisson batches "
-            'only: use PrivacyEngine(accountant="vrdp") or "vpld"'
-        )
+class AccountantAdapter:
+    """An accountant of Opacus, or any other that has Opacus's interface and no more.
 
+    Args:
+        accountant: the accountant; it is shared, not copied.
 
-def accounted_mechanism(accountant: IAccountant) -> str:
-    """Return which noise an accountant knows the cost of: "gaussian", or "laplace"."""
-    return "laplace" if isinstance(accountant, PureDPAccountant) else "gaussian"
-
-
-def account_for(accountant: IAccountant, event: Event) -> None:
-    """Add ``event`` to an accountant of this package or of Opacus.
-
-    Raises:
-        ValueError: the accountant has no bound for this kind of sampling, or of noise; nothing is added.
+    Attributes:
+        noise: which noise it knows the cost of, "gaussian" or "laplace".
+        samplings: kinds of sampling that it has a bound for.
+        is_filter: whether it has a privacy filter. Then rates, noise and the time of stopping may follow from releases.
+        calibration: method of :func:`opacus_ac.accounting.calibrate_noise_multiplier` for rates that may change; None
+            where the noise for a target has to be searched for, at one rate.
+        approximation: why its figure is no bound; None where it is one.
     """
-    if isinstance(accountant, VariableRateRDPAccountant | PureDPAccountant):
-        accountant.step_event(event)
-        return
-    check_gaussian(event)
-    check_accountant(accountant, event.sampling)
-    accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+
+    noise: ClassVar[str] = "gaussian"
+    samplings: ClassVar[frozenset[str]] = frozenset({"poisson", "shuffled"})
+    is_filter: ClassVar[bool] = False
+    calibration: ClassVar[str | None] = None
+    approximation: ClassVar[str | None] = None
+
+    def __init__(self, accountant: IAccountant) -> None:
+        self.accountant: Any = accountant
+
+    @property
+    def name(self) -> str:
+        """Name under which Opacus knows the accountant."""
+        return str(self.accountant.mechanism())
+
+    # ---------------------------------------------------------------- what was charged
+
+    @property
+    def history(self) -> list[Run]:
+        """Accounted (noise multiplier, sample rate, steps), of every kind of sampling."""
+        return [(float(noise), float(rate), int(steps)) for noise, rate, steps in self.accountant.history]
+
+    @property
+    def steps(self) -> int:
+        """Number of charges."""
+        return sum(steps for _, _, steps in self.history)
+
+    def counts(self) -> dict[Event, int]:
+        """Return the events that were charged, and how often each.
+
+        A shuffled pass comes back as a Poisson step at rate 1, which costs the same.
+        """
+        counts: dict[Event, int] = {}
+        for noise, rate, steps in self.history:
+            event = Event(noise, rate, mechanism=self.noise)
+            counts[event] = counts.get(event, 0) + steps
+        return counts
+
+    # ---------------------------------------------------------------- charges
+
+    def check_sampling(self, sampling: str) -> None:
+        """Raise ``ValueError`` when the accountant has no bound for a kind of sampling."""
+        if sampling not in self.samplings:
+            raise ValueError(
+                f"sampling={sampling!r} has no bound in the accountant {self.name!r}, which knows Poisson batches "
+                'only: use PrivacyEngine(accountant="vrdp") or "vpld"'
+            )
+
+    def charge(self, event: Event) -> None:
+        """Add an event.
+
+        Raises:
+            ValueError: If the accountant has no bound for this kind of sampling or of noise; nothing is added then.
+        """
+        check_gaussian(event)
+        self.check_sampling(event.sampling)
+        self.accountant.step(noise_multiplier=event.noise_multiplier, sample_rate=event.sample_rate)
+
+    def join(self, earlier: AccountantAdapter) -> None:
+        """Add all that another accountant of this kind was charged before."""
+        self.accountant.history = [*earlier.accountant.history, *self.accountant.history]
+
+    # ---------------------------------------------------------------- bounds
+
+    def epsilon(self, delta: float) -> float:
+        """Return the epsilon spent so far, by the accountant's own rule; infinity when no bound holds.
+
+        No bound holds after a step with noise multiplier 0.
+
+        Raises:
+            ValueError: If ``delta`` is negative.
+        """
+        delta = check_delta(delta)
+        if delta < 1 and any(noise == 0 and rate > 0 for noise, rate, _ in self.history):
+            return math.inf
+        epsilon = float(self.accountant.get_epsilon(delta)) if len(self.accountant) else 0.0
+        return math.inf if math.isnan(epsilon) else max(epsilon, 0.0)
+
+    def epsilon_of(self, runs: Iterable[Run], delta: float) -> float:
+        """Return the epsilon of another history by the accountant's own rule."""
+        probe = type(self)(type(self.accountant)())
+        probe.accountant.history = list(runs)
+        return probe.epsilon(delta)
+
+    def epsilon_after(self, event: Event, delta: float, steps: int) -> float:
+        """Return epsilon after more of an event, without taking them."""
+        return self.epsilon_of([*self.accountant.history, (event.noise_multiplier, event.sample_rate, steps)], delta)
+
+    def renyi_epsilon(self, delta: float) -> float:
+        """Return the Rényi bound of the Gaussian releases; 0 for others."""
+        counts = self.counts()
+        return renyi_epsilon({event: steps for event, steps in counts.items() if event.mechanism == "gaussian"}, delta)
+
+    def spent_rdp(self, order: float) -> float:
+        """Return the Rényi divergence spent so far at one order, in nats.
+
+        Raises:
+            ValueError: If the order is out of range, or a release is not Gaussian.
+        """
+        return math.fsum(steps * float(rdp_event(event, [order])[0]) for event, steps in self.counts().items())
+
+    def tighter_bounds(self, delta: float) -> dict[str, float]:
+        """Return further bounds by method, which may be smaller.
+
+        They hold where no rate and no noise followed from releases.
+        """
+        return {}
+
+    def notes(self, delta: float) -> list[str]:
+        """Return what a reader of the bounds must know of the accountant."""
+        return []
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the accountant's state."""
+        return dict(self.accountant.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace all that was charged by a saved state."""
+        self.accountant.load_state_dict(state)
+
+    def restored(self, state: Mapping[str, Any]) -> AccountantAdapter:
+        """Return another accountant of this kind, with a saved state."""
+        saved = type(self)(type(self.accountant)())
+        saved.load_state_dict(state)
+        return saved
 
 
-def spent(accountant: IAccountant, delta: float) -> float:
-    """Return the epsilon spent so far, by the accountant's own rule; infinity when no bound holds (noise multiplier 0).
+class RenyiAdapter(AccountantAdapter):
+    """An accountant of this package for Gaussian noise, whose rates and kinds of sampling may change ("vpld")."""
 
-    Raises:
-        ValueError: ``delta`` is negative.
+    samplings = frozenset({"poisson", "shuffled", "fixed_size", "truncated_poisson"})
+    calibration = "pld"
+
+    @property
+    def history(self) -> list[Run]:
+        """Accounted (noise multiplier, sample rate, steps), of every kind of sampling."""
+        others = self.accountant.other_events.items()
+        return super().history + [(event.noise_multiplier, event.sample_rate, steps) for event, steps in others]
+
+    def counts(self) -> dict[Event, int]:
+        """Return the events that were charged, and how often each."""
+        counts: dict[Event, int] = self.accountant.counts()
+        return counts
+
+    def charge(self, event: Event) -> None:
+        """Add an event."""
+        self.accountant.step_event(event)
+
+    def join(self, earlier: AccountantAdapter) -> None:
+        """Add all that another accountant of this kind was charged before."""
+        for event, steps in earlier.counts().items():
+            self.accountant.step_event(event, steps)
+
+    def epsilon_after(self, event: Event, delta: float, steps: int) -> float:
+        """Return epsilon after more of an event, without taking them."""
+        return float(self.accountant.epsilon_after(event, delta, steps=steps))
+
+    def renyi_epsilon(self, delta: float) -> float:
+        """Return the Rényi bound of the releases."""
+        return VariableRateRDPAccountant.get_epsilon(self.accountant, delta)
+
+    def spent_rdp(self, order: float) -> float:
+        """Return the Rényi divergence spent so far at one order, in nats."""
+        return float(self.accountant.spent_rdp(order))
+
+
+class RenyiFilterAdapter(RenyiAdapter):
+    """The accountant "vrdp", which is a privacy filter at one preset order."""
+
+    is_filter = True
+    calibration = "rdp"
+
+    def tighter_bounds(self, delta: float) -> dict[str, float]:
+        """Return the bound of the privacy loss distribution, which takes up to some seconds to compute."""
+        return {"privacy loss distribution": pld_epsilon(self.counts(), delta)}
+
+
+class LaplaceAdapter(AccountantAdapter):
+    """The accountant "pure", for Laplace noise."""
+
+    noise = "laplace"
+
+    def charge(self, event: Event) -> None:
+        """Add an event."""
+        self.accountant.step_event(event)
+
+
+class ApproximateAdapter(AccountantAdapter):
+    """Opacus's accountant "gdp", whose figure is no bound."""
+
+    approximation = (
+        'accountant="gdp" is an approximation by the central limit theorem, which can lie far below the truth'
+    )
+
+    def notes(self, delta: float) -> list[str]:
+        """Return the note that no bound is claimed, with the figure of the approximation."""
+        figure = self.accountant.approximation(delta)
+        return [
+            f"{self.approximation}, so no finite epsilon is claimed (its figure: "
+            f'{"none" if figure is None else f"{figure:.4f}"}). accountant="vrdp" would state '
+            f"{self.renyi_epsilon(delta):.4f} for the same steps"
+        ]
+
+
+_ADAPTERS: tuple[tuple[type[IAccountant], type[AccountantAdapter]], ...] = (
+    (VariableRateRDPAccountant, RenyiAdapter),
+    (PureDPAccountant, LaplaceAdapter),
+    (CheckedGDPAccountant, ApproximateAdapter),
+    (IAccountant, AccountantAdapter),
+)
+
+
+def adapt(accountant: IAccountant) -> AccountantAdapter:
+    """Return an accountant behind the face that all have.
+
+    A subclass of "vrdp" is no privacy filter: nobody knows by which rule it adds up.
     """
-    delta = check_delta(delta)
-    if delta < 1 and any(sigma == 0 and rate > 0 for sigma, rate, _ in accountant.history):
-        return math.inf
-    epsilon = float(accountant.get_epsilon(delta)) if len(accountant) else 0.0
-    return math.inf if math.isnan(epsilon) else max(epsilon, 0.0)
-
-
-def epsilon_after(accountant: IAccountant, event: Event, delta: float, steps: int) -> float:
-    """Return epsilon after ``steps`` more of ``event``, without taking them."""
-    if isinstance(accountant, VariableRateRDPAccountant):
-        return accountant.epsilon_after(event, delta, steps=steps)
-    probe = type(accountant)()
-    probe.history = [*accountant.history, (event.noise_multiplier, event.sample_rate, steps)]
-    return spent(probe, delta)
+    if type(accountant) is VariableRateRDPAccountant:
+        return RenyiFilterAdapter(accountant)
+    return next(adapter for kind, adapter in _ADAPTERS if isinstance(accountant, kind))(accountant)

@@ -1,10 +1,10 @@
-"""What is known of every charge beside its event, and what follows from that for the bounds that hold for all of them."""
+"""What is known of every charge beside its event, and which bounds hold for all charges together."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from opacus_ac.accounting import DEFAULT_ORDERS, Event, RDPTable, epsilon_from_r
 from opacus_ac.accounting.rdp import FloatArray
 
 RECORD = "one record (a row of the dataset)"
-"""The privacy unit of ordinary training: what one neighbouring dataset has more than the other."""
+"""The privacy unit of ordinary training: the unit by which neighbouring datasets differ."""
 
 
 def privacy_unit(max_rows_per_user: int | None) -> str:
@@ -23,20 +23,22 @@ def privacy_unit(max_rows_per_user: int | None) -> str:
 
 
 _RULE = (
-    "the noise multiplier or the batch size changed by a rule of yours, or from run to run: epsilon holds if the rule knows the "
-    "number of the step only. A rule that looks at releases needs a target budget (make_private_with_epsilon, vrdp)"
+    "the noise multiplier or the batch size changed by a rule of yours, or from run to run: epsilon holds if the rule "
+    "knows the number of the step only. A rule that looks at releases needs a target budget "
+    "(make_private_with_epsilon, vrdp)"
 )
 _UNKNOWN = (
-    "some charges come from a file, or an accountant, that does not say whether their rates and noise followed from releases: it is "
-    "taken as if they had, and epsilon holds if they had not"
+    "some charges come from a file, or an accountant, that does not say whether their rates and noise followed from "
+    "releases: it is taken as if they had, and epsilon holds if they had not"
 )
 _SEVERAL = (
-    "charges whose rates or noise followed from releases went through filters at several Renyi orders, which have no common bound: "
-    "epsilon holds if they followed from the number of the step only. Use one ledger for runs on the same data"
+    "charges whose rates or noise followed from releases went through filters at several Renyi orders, which have no "
+    "common bound: epsilon holds if they followed from the number of the step only. Use one ledger for runs on the "
+    "same data"
 )
 
 _SHARES = (0.5, 0.1, 0.01, 0.9, 0.99)
-"""Shares of delta for the filters, where what was charged beside them takes the rest."""
+"""Shares of delta that the filters get; the charges beside them get the rest."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Limit:
 
     Attributes:
         order: its preset Renyi order.
-        budget: divergence that all charges of the account together may have there, this one included, in nats.
+        budget: divergence in nats that all charges of the account together may have there, this one included.
     """
 
     order: float
@@ -54,13 +56,13 @@ class Limit:
 
 @dataclass(frozen=True)
 class Charge:
-    """An event that was charged, and how it came about.
+    """An event that was charged, and its origin.
 
     Attributes:
         event: what was released.
-        adaptive: whether its rate or noise may have followed from earlier releases; None where an older file does not say,
-            which counts as True.
-        limit: the privacy filter that it went through; None without one.
+        adaptive: whether its rate or noise may have followed from earlier releases. None, of an older file that does
+            not say, counts as True.
+        limit: the privacy filter that accepted it; None without one.
     """
 
     event: Event
@@ -70,20 +72,20 @@ class Charge:
 
 @dataclass
 class Terms:
-    """What holds for the charges of an account as a whole; it only ever gets worse, and two of them add up.
+    """What holds for the charges of an account as a whole. It only ever gets worse, and two of them add up.
 
     Attributes:
         samplings: kinds of sampling that were charged.
         units: what the charges protect.
         adaptive: the rate or noise of some charge may have followed from releases.
-        unknown: of some charge that is not noted; it counts as adaptive, outside of any filter.
+        unknown: for some charge that is not known; it counts as adaptive, outside of any filter.
         unlimited: some charge that is known to be adaptive went through no privacy filter.
-        limits: by order, the budget of the filters that adaptive charges went through, and the events that were charged after
-            the last of those, which no filter has counted.
+        limits: by order, the budget of the filters that adaptive charges went through, and the events that were charged
+            after the last of those. No filter has counted these events.
 
     References:
-        Feldman and Zrnic 2021 (arXiv 2008.11193), theorem 4.3: with adaptive charges only the whole budget of a filter at one
-        preset order bounds what was spent.
+        Feldman and Zrnic 2021 (arXiv 2008.11193), theorem 4.3: with adaptive charges only the whole budget of a filter
+        at one preset order bounds what was spent.
     """
 
     samplings: set[str] = field(default_factory=set)
@@ -94,7 +96,7 @@ class Terms:
     limits: dict[float, tuple[float, dict[Event, int]]] = field(default_factory=dict)
 
     def take(self, charge: Charge, unit: str | None = None) -> None:
-        """Add a charge, which came after all that are known."""
+        """Add a charge that came after all others."""
         event, limit = charge.event, charge.limit
         adaptive = charge.adaptive is not False
         self.samplings.add(event.sampling)
@@ -110,12 +112,12 @@ class Terms:
             self.limits[limit.order] = max(before, limit.budget), {}  # the filter has counted all that came before
 
     def join(self, other: Terms, mine: Mapping[Event, int], theirs: Mapping[Event, int]) -> None:
-        """Add what holds for the charges of another account, which this one's filters did not see.
+        """Add what holds for the charges of another account, which the filters of this one did not count.
 
         Args:
             other: terms of the other account.
             mine: events charged in this one, and how often each.
-            theirs: the same of the other.
+            theirs: events charged in the other, and how often each.
         """
         limits: dict[float, tuple[float, dict[Event, int]]] = {}
         for order in self.limits.keys() | other.limits.keys():
@@ -134,11 +136,15 @@ class Terms:
 
     @property
     def is_limited(self) -> bool:
-        """Whether adaptive charges were made, all of them through filters at one order, so that a bound holds."""
+        """Whether there are adaptive charges and all went through filters at one order, so that a bound holds."""
         return self.adaptive and not (self.unlimited or self.unknown) and len(self.limits) == 1
 
     def notes(self, to_come: bool = False) -> list[str]:
-        """Say what a reader of a bound must know; ``to_come``: the next charge will be adaptive, without a filter."""
+        """Return what a reader of a bound must know.
+
+        Args:
+            to_come: the next charge will be adaptive, without a filter.
+        """
         found = [_UNKNOWN] if self.unknown else []
         if to_come or self.unlimited:
             found.append(_RULE)
@@ -147,7 +153,7 @@ class Terms:
         return found
 
     def limit_epsilon(self, delta: float) -> float:
-        """Return the epsilon of the filters' whole budgets and of what was charged beside them; 0 where there are none."""
+        """Return the epsilon of the filters' whole budgets and of the charges beside them; 0 without filters."""
         return max((_limit_epsilon(order, *parts, delta) for order, parts in self.limits.items()), default=0.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,14 +181,16 @@ class Terms:
         return cls(samplings=set(state["samplings"]), units=set(state["units"]), limits=limits, **flags)
 
     @classmethod
-    def worst(cls, history: Iterable[tuple[float, float, int]], others: Iterable[Event] = ()) -> Terms:
+    def worst(cls, events: Collection[Event]) -> Terms:
         """Return the worst that may hold for charges of which only the events are known.
 
-        At rate 1 they may have been shuffled, their rates may have followed from releases, and what protects a user protects
-        each row, so that no more than rows are protected.
+        Steps at rate 1 may have been shuffled, and rates may have followed from releases. The charges may protect rows
+        only: what protects a user also protects each of the user's rows.
         """
-        rates = [rate for _, rate, steps in history if steps]
-        samplings = {"shuffled" if rate == 1.0 else "poisson" for rate in rates} | {e.sampling for e in others}
+        plain = {
+            "shuffled" if event.sample_rate == 1.0 else "poisson" for event in events if event.sampling == "poisson"
+        }
+        samplings = plain | {event.sampling for event in events if event.sampling != "poisson"}
         if not samplings:
             return cls()
         return cls(samplings=samplings, units={RECORD}, adaptive=True, unknown=True)
@@ -205,7 +213,8 @@ def _divergences(counts: Mapping[Event, int]) -> FloatArray:
 def _limit_epsilon(order: float, budget: float, after: Mapping[Event, int], delta: float) -> float:
     """Return the epsilon of a filter's whole budget together with events that it has not counted.
 
-    Either all at the filter's order, or by basic composition, the events at the best order of their own.
+    It is the smaller of two bounds: all at the filter's order, and basic composition of the filter's budget with the
+    events at their own best order.
     """
     if not after:
         return epsilon_from_rdp([budget], [order], delta)[0]

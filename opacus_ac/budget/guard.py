@@ -1,23 +1,15 @@
-"""The privacy budget: how much noise a target needs, and the guard that stops before it is exceeded."""
+"""The guard of a target budget, which refuses the step that would exceed it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from opacus.accountants import IAccountant
-
-from opacus_ac.accounting import (
-    DEFAULT_ORDERS,
-    Event,
-    RenyiFilter,
-    VariableRateRDPAccountant,
-    epsilon_from_rdp,
-    roomiest_order,
-)
-from opacus_ac.budget.accountants import epsilon_after
+from opacus_ac.accounting import DEFAULT_ORDERS, Event, RenyiFilter, epsilon_from_rdp, roomiest_order
+from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.budget.charges import Limit
-from opacus_ac.budget.planning import _TOLERANCE
 from opacus_ac.errors import PrivacyBudgetExceeded
+
+_TOLERANCE = 1 + 1e-9
 
 
 class BudgetGuard:
@@ -30,15 +22,17 @@ class BudgetGuard:
         planned: events of the planned run, and how often each; the run may depart from them.
 
     Guarantees:
-        With the accountant "vrdp" the guard is a privacy filter at one Renyi order, preset from the plan: rates and noise of
-        later steps, and the time of stopping, may depend on earlier releases. Other bounds are no filters; there the noise
-        must stay what was planned.
+        With the accountant "vrdp" the guard is a privacy filter at one Rényi order, preset from the plan: rates and
+        noise of later steps, and the time of stopping, may depend on earlier releases. Other bounds are no filters, and
+        with them the noise must stay what was planned.
 
     References:
         Feldman and Zrnic 2021 (arXiv 2008.11193), theorem 4.3.
     """
 
-    def __init__(self, accountant: IAccountant, epsilon: float, delta: float, planned: Mapping[Event, int]) -> None:
+    def __init__(
+        self, accountant: AccountantAdapter, epsilon: float, delta: float, planned: Mapping[Event, int]
+    ) -> None:
         self.accountant, self.epsilon, self.delta = accountant, epsilon, delta
         self._noises = {event.noise_multiplier for event in planned}
         self._filter = _preset_filter(accountant, epsilon, delta, planned)
@@ -47,23 +41,23 @@ class BudgetGuard:
         """Raise when ``event`` does not fit any more; change nothing.
 
         Raises:
-            PrivacyBudgetExceeded: it would exceed the target.
-            ValueError: its noise is another than planned, and the accountant is no filter.
+            PrivacyBudgetExceeded: If it would exceed the target.
+            ValueError: If its noise is another than planned, and the accountant is no filter.
         """
         if self._fits(event, 1):
             return
         after = self._after(event)
         raise PrivacyBudgetExceeded(
-            f"the next step would reach epsilon {after:.4f} and exceed the target {self.epsilon:g} at delta {self.delta:g}; "
-            "it was not taken and nothing of it was released"
+            f"the next step would reach epsilon {after:.4f} and exceed the target {self.epsilon:g} at delta "
+            f"{self.delta:g}; it was not taken and nothing of it was released"
         )
 
     def _after(self, event: Event) -> float:
-        """Return the epsilon that the guard would have seen after one more event, by its own rule."""
-        if isinstance(self.accountant, VariableRateRDPAccountant) and self._filter is not None:
+        """Return epsilon after one more event, by the rule of this guard."""
+        if self._filter is not None:
             divergence = self.accountant.spent_rdp(self._filter.order) + self._filter.cost(event)
             return epsilon_from_rdp([divergence], [self._filter.order], self.delta)[0]
-        return epsilon_after(self.accountant, event, self.delta, 1)
+        return self.accountant.epsilon_after(event, self.delta, 1)
 
     @property
     def is_filter(self) -> bool:
@@ -76,10 +70,10 @@ class BudgetGuard:
         return None if self._filter is None else Limit(self._filter.order, self._filter.budget)
 
     def use_order(self, order: float) -> None:
-        """Go on at the order of the filters that earlier charges went through: orders must not be chosen from releases.
+        """Set the filter to the order of earlier filters: orders must not be chosen from releases.
 
         Raises:
-            PrivacyBudgetExceeded: at that order the target leaves no room.
+            PrivacyBudgetExceeded: If the target leaves no room at that order.
         """
         if self._filter is None or self._filter.order == order:
             return
@@ -87,19 +81,20 @@ class BudgetGuard:
             self._filter = RenyiFilter(order, self.epsilon, self.delta)
         except ValueError as error:
             raise PrivacyBudgetExceeded(
-                f"earlier charges went through a privacy filter at Renyi order {order:g}, at which a target of {self.epsilon:g} at "
-                f"delta {self.delta:g} leaves no room; the step was not taken and nothing of it was released"
+                f"earlier charges went through a privacy filter at Renyi order {order:g}, at which a target of "
+                f"{self.epsilon:g} at delta {self.delta:g} leaves no room; the step was not taken and nothing of it "
+                "was released"
             ) from error
 
     def _fits(self, event: Event, steps: int) -> bool:
-        if isinstance(self.accountant, VariableRateRDPAccountant) and self._filter is not None:
+        if self._filter is not None:
             return self._filter.fits(self.accountant.spent_rdp(self._filter.order), event, steps)
         if event.noise_multiplier not in self._noises:
             raise ValueError(
-                f"noise_multiplier changed to {event.noise_multiplier:g} during a run with a target epsilon: the accountant "
-                f'{self.accountant.mechanism()!r} is no privacy filter. Use PrivacyEngine(accountant="vrdp")'
+                f"noise_multiplier changed to {event.noise_multiplier:g} during a run with a target epsilon: the "
+                f'accountant {self.accountant.name!r} is no privacy filter. Use PrivacyEngine(accountant="vrdp")'
             )
-        return epsilon_after(self.accountant, event, self.delta, steps) <= self.epsilon * _TOLERANCE
+        return self.accountant.epsilon_after(event, self.delta, steps) <= self.epsilon * _TOLERANCE
 
     def remaining(self, event: Event) -> int:
         """Return how many more of ``event`` fit."""
@@ -114,10 +109,10 @@ class BudgetGuard:
 
 
 def _preset_filter(
-    accountant: IAccountant, epsilon: float, delta: float, planned: Mapping[Event, int]
+    accountant: AccountantAdapter, epsilon: float, delta: float, planned: Mapping[Event, int]
 ) -> RenyiFilter | None:
     """Return the filter at the order that leaves the most room for the plan after what was spent; None without one."""
-    if type(accountant) is not VariableRateRDPAccountant:
+    if not accountant.is_filter:
         return None
     spent_before = [accountant.spent_rdp(order) for order in DEFAULT_ORDERS]
     return RenyiFilter(roomiest_order(planned, epsilon, delta, spent_before), epsilon, delta)

@@ -5,22 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from opacus.accountants import IAccountant
-
-from opacus_ac.accounting import Event, PureDPAccountant, VariableRateRDPAccountant, calibrate_noise_multiplier
+from opacus_ac.accounting import Event, calibrate_noise_multiplier
 from opacus_ac.accounting.events import check_count
-from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant
-from opacus_ac.budget.accountants import spent
+from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.sampling.plan import SamplingPlan
-
-_TOLERANCE = 1 + 1e-9
-
 
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e6
 
 
 def _planned_rates(plan: SamplingPlan, steps: int) -> list[float]:
-    """Return the sample rate of every charge of ``steps`` planned steps; shuffled passes are charged once, at rate 1."""
+    """Return the sample rate of every charge of planned steps; a shuffled pass is charged once, at rate 1."""
     steps = check_count(steps, "number of steps (epochs times batches in a pass)", minimum=1)
     if plan.sampling == "shuffled":
         return [1.0] * math.ceil(steps / plan.steps_per_pass)
@@ -33,28 +27,27 @@ def planned_events(plan: SamplingPlan, steps: int, noise_multiplier: float) -> d
 
 
 def noise_for_target(
-    accountant: IAccountant, plan: SamplingPlan, *, steps: int, target_epsilon: float, target_delta: float
+    accountant: AccountantAdapter, plan: SamplingPlan, *, steps: int, target_epsilon: float, target_delta: float
 ) -> float:
     """Return the noise multiplier with which ``steps`` steps of ``plan`` spend at most the target.
 
     Raises:
-        ValueError: a schedule with an accountant that cannot follow it; an impossible budget; no steps; an accountant that
-            is an approximation.
+        ValueError: If the accountant's figure is no bound, or it cannot follow the schedule, the budget is impossible,
+            or there are no steps.
     """
-    if isinstance(accountant, CheckedGDPAccountant):
+    if accountant.approximation is not None:
         raise ValueError(
-            'accountant="gdp" is an approximation by the central limit theorem, which can lie far below the truth: no target '
-            'can be kept by it. Use accountant="vrdp", or "prv" for a tight bound'
+            f"{accountant.approximation}: no target can be kept by it. "
+            'Use accountant="vrdp", or "prv" for a tight bound'
         )
-    filters = type(accountant) is VariableRateRDPAccountant
-    if plan.sizes.is_function and not filters:
+    if plan.sizes.is_function and not accountant.is_filter:
         raise ValueError(
-            "batch_size_schedule as a function may depend on past releases, and with a target epsilon only accountant='vrdp' "
-            "is a privacy filter: use it, or give a sequence"
+            "batch_size_schedule as a function may depend on past releases, and with a target epsilon only "
+            "accountant='vrdp' is a privacy filter: use it, or give a sequence"
         )
     rates = _planned_rates(plan, steps)
     constant = min(rates) == max(rates)
-    if isinstance(accountant, VariableRateRDPAccountant):
+    if accountant.calibration is not None:
         return calibrate_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -63,12 +56,12 @@ def noise_for_target(
             sampling="poisson" if plan.sampling == "shuffled" else plan.sampling,
             dataset_size=plan.sizes.dataset_size if plan.max_batch_size is not None else None,
             max_batch_size=plan.max_batch_size,
-            method="rdp" if filters else "pld",
+            method=accountant.calibration,
         )
     if not constant:
         raise ValueError("batch_size_schedule with a target epsilon needs accountant='vrdp' or 'vpld'")
     guess = 1.0
-    if not isinstance(accountant, PureDPAccountant):
+    if accountant.noise == "gaussian":
         guess = calibrate_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -76,29 +69,28 @@ def noise_for_target(
             steps=len(rates),
             method="pld",
         )
-    return _least_noise(accountant, [(rates[0], len(rates))], target_epsilon, target_delta, guess)
+    return _least_noise(accountant, rates[0], len(rates), target_epsilon, target_delta, guess)
 
 
 def _least_noise(
-    accountant: IAccountant, plan: list[tuple[float, int]], epsilon: float, delta: float, guess: float
+    accountant: AccountantAdapter, rate: float, steps: int, epsilon: float, delta: float, guess: float
 ) -> float:
-    """Return the smallest noise multiplier, up to 0.2 %, with which a plan costs at most ``epsilon`` by the accountant's rule.
+    """Return the smallest noise multiplier, up to 0.2 %, whose plan costs at most ``epsilon`` by the accountant's rule.
 
     Args:
         accountant: its kind counts, not its history.
-        plan: rates, and how many steps at each.
+        rate: sample rate of every step.
+        steps: number of steps.
         epsilon: target epsilon.
         delta: target delta.
         guess: where to look first, usually a little too small.
 
     Raises:
-        ValueError: there is none up to a million.
+        ValueError: If there is none up to a million.
     """
 
     def fits(noise: float) -> bool:
-        probe = type(accountant)()
-        probe.history = [(noise, rate, steps) for rate, steps in plan]
-        return spent(probe, delta) <= epsilon
+        return accountant.epsilon_of([(noise, rate, steps)], delta) <= epsilon
 
     low, high, step = guess / 1.002, guess, 1.005
     while not fits(high):

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from opacus_ac.budget.account import Account, kept_terms
+from opacus_ac.budget.account import Account
 from opacus_ac.budget.charges import Terms
+from opacus_ac.budget.spending import kept_terms
 from opacus_ac.checkpoint.file import check_settings
 from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
@@ -133,7 +134,7 @@ def _text(account: Account, model: nn.Module, optimizer: AdaptiveClipDPOptimizer
             "version": VERSION,
             "world": optimizer.reducer.world,
             "step": state,
-            "accountant": dict(account.accountant.state_dict()),
+            "accountant": account.accountant.state_dict(),
             "account": account.state_dict(),
             "settings": account.settings,
             "ledger": account.ledger_head,
@@ -158,7 +159,7 @@ def _read_text(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_fits(account: Account, optimizer: AdaptiveClipDPOptimizer, saved: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` when the run that was saved had other settings."""
-    written, mine = saved["accountant"]["mechanism"], account.accountant.mechanism()
+    written, mine = saved["accountant"]["mechanism"], account.accountant.name
     if written != mine:
         raise ValueError(f"the checkpoint was accounted by {written!r}, this engine uses {mine!r}")
     check_settings(saved["settings"], account.settings)

@@ -9,8 +9,9 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from opacus_ac.budget.account import Account, kept_terms
+from opacus_ac.budget.account import Account
 from opacus_ac.budget.charges import Terms
+from opacus_ac.budget.spending import kept_terms
 from opacus_ac.checkpoint.file import DIGEST, check_digest, check_settings, digest, write
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.noise.streams import RandomStream
@@ -114,7 +115,7 @@ def save_account(
     """Save an account with further entries, all of them under one digest."""
     state = {
         **entries,
-        _ACCOUNTANT: dict(account.accountant.state_dict()),
+        _ACCOUNTANT: account.accountant.state_dict(),
         _STREAM: {} if stream is None else stream.state_dict(),
         TERMS: account.state_dict(),
         SETTINGS: account.settings,
@@ -142,7 +143,7 @@ def read_account(path: Any, account: Account, *needed: str, **load_options: Any)
     if missing:
         raise ValueError(f"the checkpoint has no {', '.join(missing)}: it was not written by save_checkpoint")
     check_digest(state)
-    written, mine = state[_ACCOUNTANT]["mechanism"], account.accountant.mechanism()
+    written, mine = state[_ACCOUNTANT]["mechanism"], account.accountant.name
     if written != mine:
         raise ValueError(f"the checkpoint was accounted by {written!r}, this engine uses {mine!r}")
     return state

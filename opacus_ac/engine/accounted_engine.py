@@ -15,7 +15,7 @@ from torch import nn
 
 from opacus_ac import accounting
 from opacus_ac.accounting import Event
-from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant, checked
+from opacus_ac.accounting.opacus_accountants import checked
 from opacus_ac.budget.account import Account
 from opacus_ac.checkpoint import many_processes, one_process
 from opacus_ac.distributed.reducers import LOCAL, Reducer
@@ -48,15 +48,15 @@ class AccountedEngine(opacus.PrivacyEngine):
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
             super().__init__(accountant=accountant, secure_mode=False)
         self.accountant: IAccountant = checked(self.accountant)
-        if isinstance(self.accountant, CheckedGDPAccountant):
+        self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
+        self._account = Account(self.accountant, ledger)
+        approximation = self._account.accountant.approximation
+        if approximation is not None:
             warnings.warn(
-                'accountant="gdp" is an approximation by the central limit theorem, which can lie far below the truth: epsilon is '
-                'reported as infinity. Use accountant="vrdp" (the default), "vpld" or "prv"',
+                f'{approximation}: epsilon is reported as infinity. Use accountant="vrdp" (the default), "vpld" or "prv"',
                 NotPrivateWarning,
                 stacklevel=2,
             )
-        self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
-        self._account = Account(self.accountant, ledger)
         self._optimizer: AdaptiveClipDPOptimizer | None = None
         self._loader: PrivateDataLoader | None = None
         self._undo: list[tuple[nn.Module, Callable[[], None]]] = []

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from opacus.accountants import IAccountant
 from torch import nn
 from torch.optim import Optimizer
 
 from opacus_ac._validate import one_of
 from opacus_ac.allocation.settings import NoiseAllocation
 from opacus_ac.allocation.weights import GroupWeights
-from opacus_ac.budget.accountants import check_accountant
+from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.clipping.paper import paper_policy
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.clipping.table import build_policy
@@ -66,7 +65,7 @@ def random_streams(generator: torch.Generator | None, secure: bool = False) -> t
     return noise, noise.fork(1)
 
 
-def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: IAccountant) -> str:
+def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: AccountantAdapter) -> str:
     """Return the kind of sampling that the arguments of ``make_private`` describe.
 
     Raises:
@@ -79,7 +78,7 @@ def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: IA
         raise ValueError(
             f"poisson_sampling=False keeps the loader's batches, sampling={sampling!r} draws others: give one"
         )
-    check_accountant(accountant, sampling)
+    accountant.check_sampling(sampling)
     return sampling
 
 

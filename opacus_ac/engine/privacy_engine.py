@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
 from opacus_ac._validate import not_negative, one_of
-from opacus_ac.budget.guard import BudgetGuard
 from opacus_ac.budget.planning import noise_for_target, planned_events
 from opacus_ac.distributed.choose import choose_reducer
 from opacus_ac.distributed.reducers import Reducer
@@ -152,7 +151,7 @@ class PrivacyEngine(AccountedEngine):
         )
         settings = self._prepare_model(job, data_loader)
         ranks = choose_reducer(chosen.performance.reducer, module, named_parameters(module, job.optimizer)[0])
-        sampling = choose_sampling(chosen.sampling.sampling, poisson_sampling, self.accountant)
+        sampling = choose_sampling(chosen.sampling.sampling, poisson_sampling, self._account.accountant)
         loader, stream = self._prepare_data_loader(job, data_loader, sampling, ranks)
         private = build_optimizer(job, settings, loader, stream, ranks, self.secure_mode)
         wrapped, undo = self._start(job, private, loader)
@@ -300,12 +299,14 @@ class PrivacyEngine(AccountedEngine):
         )
         if (epochs is None) == (steps is None):
             raise ValueError("give either epochs or steps")
-        if len(self.accountant) > 0:
+        if self._account.accountant.steps:
             warnings.warn(
                 "budget has been spent already: the noise is chosen as if none had, so training stops early",
                 stacklevel=2,
             )
-        sampling = choose_sampling(chosen.sampling.sampling, own.get("poisson_sampling", True), self.accountant)
+        sampling = choose_sampling(
+            chosen.sampling.sampling, own.get("poisson_sampling", True), self._account.accountant
+        )
         template = private_loader(
             data_loader, sampling=sampling, stream=SecretStream(), **loader_settings(chosen.sampling)
         )
@@ -313,7 +314,7 @@ class PrivacyEngine(AccountedEngine):
             assert epochs is not None
             steps = math.ceil(epochs * len(template))
         noise_multiplier = noise_for_target(
-            self.accountant,
+            self._account.accountant,
             template.plan,
             steps=steps,
             target_epsilon=target_epsilon,
@@ -329,5 +330,5 @@ class PrivacyEngine(AccountedEngine):
         )
         if made[1].policy.is_private:
             planned = planned_events(template.plan, steps, noise_multiplier)
-            self._account.guard = BudgetGuard(self.accountant, target_epsilon, target_delta, planned)
+            self._account.start_target(target_epsilon, target_delta, planned)
         return made

@@ -9,8 +9,8 @@ from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import Event, PureDPAccountant, RenyiFilter, VariableRateRDPAccountant, pld_epsilon, rdp_event
 from opacus_ac.accounting.rdp_table import DEFAULT_ORDERS, RDPTable
 from opacus_ac.budget import PrivacyLedger
-from opacus_ac.budget.accountants import account_for
-from opacus_ac.budget.ledger import SECTOR, _encode
+from opacus_ac.budget.accountants import adapt
+from opacus_ac.budget.ledger_lines import SECTOR, encode_line
 from opacus_ac.cli import main
 from opacus_ac.errors import LedgerError
 
@@ -27,7 +27,7 @@ def rewrite(path, entries):
     previous, data = "", b""
     for entry in entries:
         plain = {name: value for name, value in entry.items() if name not in ("hash", "previous")}
-        line, previous = _encode(plain, previous)
+        line, previous = encode_line(plain, previous)
         data += line
     path.write_bytes(data)
 
@@ -197,7 +197,7 @@ BOUNDS = {
     "loss distribution": lambda: pld_epsilon({LAPLACE: 1}, 1e-5),
     "table": lambda: RDPTable(DEFAULT_ORDERS).event_row(LAPLACE),
     "filter": lambda: RenyiFilter(64.0, 1.0, 1e-5).fits(0.0, LAPLACE),
-    "account": lambda: account_for(VariableRateRDPAccountant(), LAPLACE),
+    "account": lambda: adapt(VariableRateRDPAccountant()).charge(LAPLACE),
 }
 
 
@@ -213,7 +213,7 @@ def test_accountants_of_opacus_refuse_a_laplace_release(name):
 
     accountant = create_accountant(name)
     with pytest.raises(ValueError, match="is no Gaussian release"):
-        account_for(accountant, LAPLACE)
+        adapt(accountant).charge(LAPLACE)
     assert len(accountant) == 0
 
 
@@ -226,7 +226,7 @@ def test_the_pure_accountant_refuses_a_gaussian_release_and_counts_laplace_ones(
     accountant.step_event(LAPLACE, 0)
     assert len(accountant) == 0
     accountant.step_event(LAPLACE, 2)
-    account_for(accountant, LAPLACE)
+    adapt(accountant).charge(LAPLACE)
     assert accountant.history == [(2.0, 0.25, 3)]
 
 

@@ -14,7 +14,7 @@ from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
 from opacus_ac.accounting import VariableRateRDPAccountant, epsilon_from_rdp
 from opacus_ac.accounting.opacus_accountants import checked
 from opacus_ac.budget import PrivacyLedger
-from opacus_ac.budget.ledger import _encode
+from opacus_ac.budget.ledger_lines import encode_line
 from opacus_ac.checkpoint.file import DIGEST, digest
 from opacus_ac.checkpoint.one_process import TERMS
 from opacus_ac.cli import main
@@ -408,7 +408,7 @@ def test_what_an_old_checkpoint_cannot_say_is_taken_as_the_worse(saved, kind):
 def write_lines(path, *entries):
     previous, data = "", b""
     for entry in entries:
-        line, previous = _encode(entry, previous)
+        line, previous = encode_line(entry, previous)
         data += line
     path.write_bytes(data)
 
