@@ -13,49 +13,38 @@ NAMES = ("canary", "noise", "scalars", "one-run", "usage", "poison", "coupling")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    add_option(parser, "steps", type=int, default=1000, help="observed steps of the canary audit (default 1000)")
+    _step_options(parser.add_argument_group("the step that is audited"))
+    _attack_options(parser.add_argument_group("the attacks"))
+    add_format(parser)
+
+
+def _step_options(group: argparse._ArgumentGroup) -> None:
+    add_option(group, "mode", choices=("bk", "hooks", "functorch"), default="bk", help="gradient mode (default bk)")
     add_option(
-        parser,
-        "runs",
-        type=int,
-        default=100,
-        help="runs of the leak test, each with and without the record (default 100)",
-    )
-    add_option(parser, "mode", choices=("bk", "hooks", "functorch"), default="bk", help="gradient mode (default bk)")
-    add_option(
-        parser,
+        group,
         "clipping",
         choices=("percentile", "geometric", "raw_percentile", "flat", "automatic", "zo"),
         default="percentile",
-        help="clip rule (default percentile); raw_percentile is the published rule, which is not private; zo: forward passes only",
+        help="clip rule (default percentile); raw_percentile is the published rule, which is not private; zo: forward "
+        "passes only",
     )
-    add_option(parser, "noise-multiplier", type=float, default=1.0, help="noise multiplier of a step (default 1)")
-    add_option(
-        parser,
-        "target-epsilon",
-        type=float,
-        default=1.0,
-        help="epsilon of the one-run audit's training run (default 1)",
-    )
-    add_option(parser, "max-physical-batch-size", type=int, default=None, help="split batches (default: no split)")
-    add_option(parser, "fused-step", action="store_true", help="audit the step that applies gradients in turns")
-    add_option(
-        parser,
-        "confidence",
-        type=float,
-        default=0.996,
-        help="of all verdicts together (default 0.996, 0.999 for each that may err)",
-    )
-    add_option(parser, "delta", type=float, default=1e-5, help="delta of every epsilon (default 1e-5)")
-    add_option(
-        parser,
-        "seed",
-        type=int,
-        default=None,
-        help="for a run that can be repeated; default: the secret noise that users get",
-    )
-    add_option(parser, "only", action="append", choices=NAMES, default=None, help="run this audit; may be given again")
-    add_format(parser)
+    add_option(group, "noise-multiplier", type=float, default=1.0, help="noise multiplier of a step (default 1)")
+    add_option(group, "max-physical-batch-size", type=int, default=None, help="split batches (default: no split)")
+    add_option(group, "fused-step", action="store_true", help="audit the step that applies gradients in turns")
+
+
+def _attack_options(group: argparse._ArgumentGroup) -> None:
+    add_option(group, "only", action="append", choices=NAMES, default=None, help="run this audit; may be given again")
+    add_option(group, "steps", type=int, default=1000, help="observed steps of the canary audit (default 1000)")
+    runs = "runs of the leak test, each with and without the record (default 100)"
+    add_option(group, "runs", type=int, default=100, help=runs)
+    target = "epsilon of the one-run audit's training run (default 1)"
+    add_option(group, "target-epsilon", type=float, default=1.0, help=target)
+    confidence = "of all verdicts together (default 0.996, 0.999 for each that may err)"
+    add_option(group, "confidence", type=float, default=0.996, help=confidence)
+    add_option(group, "delta", type=float, default=1e-5, help="delta of every epsilon (default 1e-5)")
+    seed = "for a run that can be repeated; default: the secret noise that users get"
+    add_option(group, "seed", type=int, default=None, help=seed)
 
 
 def _run(options: argparse.Namespace) -> int:

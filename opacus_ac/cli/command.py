@@ -30,7 +30,7 @@ class Command:
     parses_all: bool = False
 
 
-def add_option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+def add_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, **settings: Any) -> None:
     """Add ``--some-name``, which may also be spelled ``--some_name``."""
     spellings = [f"--{name}"] + ([f"--{name.replace('-', '_')}"] if "-" in name else [])
     parser.add_argument(*spellings, **settings)

@@ -73,11 +73,12 @@ def run(arguments: Sequence[str]) -> int:
     _own_options(own)
     try:
         from opacus_ac.integrations.finetune import finetune
+        from opacus_ac.integrations.finetune.job import full_parser, parse
 
         if options.help_all:
-            finetune.full_parser(PROG, USAGE).print_help()
+            full_parser(PROG, USAGE).print_help()
             return OK
-        job = finetune.parse(own.parse_known_args(arguments)[1], options.config, prog=PROG, usage=USAGE)
+        job = parse(own.parse_known_args(arguments)[1], options.config, prog=PROG, usage=USAGE)
         return finetune.run(job, dry_run=options.dry_run)
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)

@@ -4,11 +4,13 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import EntryPoint
 
 import pytest
 
 from opacus_ac import cli
+from opacus_ac.audit.table import Plan
 
 QUICK = ["audit", "--steps", "100", "--runs", "40", "--seed", "1", "--noise-multiplier", "2"]
 QUICK += [word for name in ("canary", "noise", "scalars", "one-run", "poison", "coupling") for word in ("--only", name)]
@@ -110,6 +112,12 @@ def test_a_value_that_cannot_be_audited_is_bad_usage(capsys, arguments, message)
     error = capsys.readouterr().err
     assert error.startswith("opacus-ac audit: error: ")
     assert message in error
+
+
+def test_the_defaults_of_audit_are_those_of_its_plan():
+    options = vars(cli.build_parser().parse_args(["audit"]))
+    defaults = {field.name: field.default for field in fields(Plan) if field.name != "settings"}
+    assert {name: options[name] for name in defaults} == defaults
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["audit", "--mode", "ghost"], ["audit", "--format", "xml"]])

@@ -281,7 +281,7 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One command line, by its first word; an unknown one is an error."""
     match words:
         case ["opacus-ac", "finetune", *options]:
-            from opacus_ac.integrations.finetune.finetune import parse
+            from opacus_ac.integrations.finetune.job import parse
 
             parse(options, None, prog="", usage="")
         case ["opacus-ac", *options]:

@@ -10,7 +10,9 @@ from transformers import Trainer
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.integrations import PrivateTrainer
-from opacus_ac.integrations.finetune import ChatDataset, PadCollate, finetune
+from opacus_ac.integrations.finetune import ChatDataset, PadCollate
+from opacus_ac.integrations.finetune.build import build_trainer
+from opacus_ac.integrations.finetune.job import parse
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,8 +80,8 @@ def by_command_line(folder):
         "--report_to",
         "none",
     ]
-    job = finetune.parse([str(word) for word in words], None, prog="", usage="")
-    return of_trainer(finetune.build_trainer(job))
+    job = parse([str(word) for word in words], None, prog="", usage="")
+    return of_trainer(build_trainer(job))
 
 
 def norms(way, folder, chosen):

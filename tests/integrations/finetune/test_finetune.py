@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 
 import pytest
+import yaml
 from common.tone_dialogues import dialogues, write_jsonl
 from tiny_chat import save_chat_model
 from tiny_finetune import STEPS, command
@@ -16,7 +18,9 @@ from tiny_models import opacus_table_restored
 
 from opacus_ac import cli
 from opacus_ac.budget import PrivacyLedger
+from opacus_ac.engine import privacy_engine
 from opacus_ac.integrations.finetune import finetune
+from opacus_ac.integrations.finetune.job import FinetuneError, TrainingArguments
 from opacus_ac.optimizer.sum_release import SumRelease
 
 
@@ -257,7 +261,7 @@ def test_what_cannot_be_done_is_one_line_with_its_exit_code(case, place, tmp_pat
 
 
 def test_several_processes_are_refused(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(finetune.TrainingArguments, "world_size", property(lambda self: 2))
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     assert cli.main(command(place, tmp_path / "out")) == 2
     assert "in one process, not 2" in capsys.readouterr().err
 
@@ -282,6 +286,17 @@ def test_a_configuration_file_that_cannot_be_read_is_bad_usage(case, place, tmp_
     assert message in capsys.readouterr().err
 
 
+def test_notes_of_this_package_are_shown_and_those_of_others_are_not(place, tmp_path, capsys, monkeypatch):
+    def build(job):
+        warnings.warn_explicit("of the engine", UserWarning, privacy_engine.__file__, 1)
+        warnings.warn_explicit("of a library", UserWarning, yaml.__file__, 1)
+        raise FinetuneError("that was all", 3)
+
+    monkeypatch.setattr(finetune, "build_trainer", build)
+    assert cli.main(command(place, tmp_path / "out")) == 3
+    assert capsys.readouterr().err == "note: of the engine\nopacus-ac finetune: error: that was all\n"
+
+
 def test_a_spent_budget_is_exit_code_4(place, whole, tmp_path, capsys):
     """The ledger of a finished run has no room for one more step of it."""
     assert cli.main(command(place, tmp_path / "out", ledger=whole / "privacy.ledger")) == 4
@@ -289,7 +304,7 @@ def test_a_spent_budget_is_exit_code_4(place, whole, tmp_path, capsys):
 
 
 def test_debug_shows_where_an_error_came_from(place, tmp_path):
-    with pytest.raises(finetune.FinetuneError, match="nowhere"):
+    with pytest.raises(FinetuneError, match="nowhere"):
         cli.main([*command(place, tmp_path / "out", train_file="nowhere.jsonl"), "--debug"])
 
 

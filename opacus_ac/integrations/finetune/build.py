@@ -1,0 +1,119 @@
+"""From a job to a trainer: data, model, and the private optimizer, with the exit code of every failure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from opacus.validators.errors import UnsupportedModuleError
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from opacus_ac.integrations.finetune.arguments import DataArguments
+from opacus_ac.integrations.finetune.callbacks import StepLines
+from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate, encode, read_dialogues
+from opacus_ac.integrations.finetune.chat_users import UserCollate, UserDataset, read_users
+from opacus_ac.integrations.finetune.job import FinetuneError, Job, failing_with
+from opacus_ac.integrations.public_rows import PrivateRows, same_file
+from opacus_ac.integrations.trainer.trainer import PrivateTrainer
+from opacus_ac.models.default_model import ModelUnavailableError
+from opacus_ac.models.peft import load_trainable
+
+_GREETING = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello, how are you?"}]
+
+
+def build_trainer(job: Job) -> PrivateTrainer:
+    """Read the data, load the model, and return a trainer that reports to stderr; its optimizer is private already.
+
+    Raises:
+        FinetuneError: either cannot be had, or this training cannot be made private.
+    """
+    _check_one_process(job)
+    private, public = _read(job)
+    torch.manual_seed(job.training.seed)
+    model, tokenizer = _load_model(job)
+    _check_batch_size(job, len(private))
+    with failing_with(3, ValueError):
+        train, collate = _records(job.data, private, tokenizer)
+        evaluation = None if public is None else ChatDataset(public, tokenizer, job.data.max_length)
+    with failing_with(5, ValueError, NotImplementedError, UnsupportedModuleError):
+        trainer = PrivateTrainer(
+            model,
+            job.training,
+            privacy=job.privacy,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            data_collator=collate,
+            processing_class=tokenizer,
+        )
+        for kind in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(kind)
+        trainer.add_callback(StepLines(trainer))
+        trainer.create_optimizer()
+    return trainer
+
+
+def _check_one_process(job: Job) -> None:
+    if job.training.world_size > 1:
+        raise FinetuneError(
+            f"the command line runs in one process, not {job.training.world_size}: start one, or use PrivateTrainer under "
+            "torchrun",
+            2,
+        )
+
+
+def _read(job: Job) -> tuple[Any, Any]:
+    """Return the private dialogues, or those of each user, and the public dialogues, or None."""
+    data = job.data
+    with failing_with(3, ValueError, OSError, ImportError):
+        if data.group_by is None:
+            private: Any = read_dialogues(str(data.train_file))
+        else:
+            private = read_users(str(data.train_file), data.group_by)
+        public = read_dialogues(data.validation_file) if data.validation_file else None
+        if public is not None and job.privacy.evaluation_is_public:  # without it, refused by the Trainer
+            _check_public(data, private, public)
+    return private, public
+
+
+def _load_model(job: Job) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, which must have a chat template."""
+    chosen = job.model
+    with failing_with(5, ModelUnavailableError, ValueError, ImportError):
+        model, tokenizer = load_trainable(
+            chosen.model_name_or_path, full=chosen.full, rank=chosen.lora_r, layers=chosen.lora_layers
+        )
+        encode(_GREETING, tokenizer, job.data.max_length)
+    return model, tokenizer
+
+
+def _check_batch_size(job: Job, records: int) -> None:
+    """Refuse an expected batch that is larger than the data."""
+    training = job.training
+    expected = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if expected > (job.privacy.dataset_size or records):
+        raise FinetuneError(
+            f"a step expects {expected} records, {job.data.train_file} has fewer: lower --gradient_accumulation_steps (now "
+            f"{training.gradient_accumulation_steps}) or --per_device_train_batch_size",
+            2,
+        )
+
+
+def _check_public(data: DataArguments, private: Any, public: Any) -> None:
+    """Raise ``ValueError`` for a validation file that is the private one, or has dialogues of it."""
+    assert data.train_file is not None
+    assert data.validation_file is not None
+    shared = same_file(data.validation_file, data.train_file)
+    if shared is None:
+        dialogues = [d for rows in private.values() for d in rows] if data.group_by is not None else private
+        shared = PrivateRows(dialogues).shared_by(public)
+    if shared is not None:
+        raise ValueError(f"--validation_file {data.validation_file} is not public: {shared}")
+
+
+def _records(data: DataArguments, dialogues: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Return the dataset of what :func:`_read` returned, and its collate function."""
+    length = data.max_length
+    if data.group_by is None:
+        return ChatDataset(dialogues, tokenizer, length), PadCollate(tokenizer.pad_token_id, length)
+    users = UserDataset(dialogues, tokenizer, max_length=length, max_rows_per_user=data.max_rows_per_user)
+    return users, UserCollate(tokenizer.pad_token_id, length)

@@ -1,0 +1,142 @@
+"""The options of ``opacus-ac finetune``, from a file and the command line, become one checked job."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from opacus_ac.budget.ledger import LedgerError
+from opacus_ac.errors import PrivacyBudgetExceeded
+from opacus_ac.integrations.finetune.arguments import (
+    LEARNING_RATES,
+    SAVE_STEPS,
+    TRAINING_DEFAULTS,
+    DataArguments,
+    ModelArguments,
+)
+from opacus_ac.integrations.trainer.arguments import PrivacyArguments
+
+LEDGER = "privacy.ledger"
+_TYPES: tuple[Any, ...] = (DataArguments, ModelArguments, PrivacyArguments, TrainingArguments)
+
+
+class FinetuneError(Exception):
+    """A failure whose message a user can act on.
+
+    Attributes:
+        exit_code: what the process should end with, one of :data:`EXIT_CODES`.
+    """
+
+    def __init__(self, message: object, exit_code: int) -> None:
+        super().__init__(str(message))
+        self.exit_code = exit_code
+
+
+@contextmanager
+def failing_with(exit_code: int, *kinds: type[BaseException]) -> Iterator[None]:
+    """Turn exceptions of some kinds into a :class:`FinetuneError`."""
+    try:
+        yield
+    except PrivacyBudgetExceeded as error:
+        raise FinetuneError(error, 4) from error
+    except LedgerError as error:
+        raise FinetuneError(error, 3) from error
+    except kinds as error:
+        raise FinetuneError(error, exit_code) from error
+
+
+@dataclass
+class Job:
+    """What the options of a run come to."""
+
+    data: DataArguments
+    model: ModelArguments
+    privacy: PrivacyArguments
+    training: Any
+    """``TrainingArguments``."""
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.training.output_dir)
+
+
+def full_parser(prog: str, usage: str) -> HfArgumentParser:
+    """Return the parser of all options, those of ``TrainingArguments`` included."""
+    parser = HfArgumentParser(_TYPES, prog=prog, usage=usage, allow_abbrev=False)
+    parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, save_steps=None, accountant="vpld")
+    return parser
+
+
+def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str) -> Job:
+    """Return the job that a configuration file and the command line, which overrides it, describe.
+
+    Raises:
+        SystemExit: bad options; the message is on stderr.
+        FinetuneError: settings that contradict each other, or a configuration file that cannot be read.
+    """
+    parser = full_parser(prog, usage)
+    values = vars(parser.parse_args([*_of_config(config, parser), *arguments]))
+    for name in ("train_file", "output_dir"):
+        if values[name] is None:
+            parser.error(f"--{name} is missing")
+    for name, usual in (("learning_rate", LEARNING_RATES), ("save_steps", SAVE_STEPS)):
+        if values[name] is None:
+            values[name] = usual["full" if values["full"] else "lora"]
+    if values["report_to"] == ["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
+        values["report_to"] = ["none"]
+    values["disable_tqdm"] = True  # see StepLines
+    if values["ledger"] is None:
+        values["ledger"] = str(Path(values["output_dir"]) / LEDGER)
+    with failing_with(2, ValueError, OSError, ImportError):
+        made = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in _TYPES]
+    return Job(*made)
+
+
+def _of_config(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options in a YAML file as arguments."""
+    if path is None:
+        return []
+    with failing_with(2, OSError):
+        content = Path(path).read_bytes()
+    try:
+        found = yaml.safe_load(content)
+    except yaml.YAMLError as error:
+        raise FinetuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}", 2) from error
+    if not isinstance(found, dict):
+        raise FinetuneError(f"{path} is not a mapping of options, such as: target_epsilon: 8", 2)
+    known = {action.dest for action in parser._actions}
+    arguments = []
+    for name, value in found.items():
+        if str(name).replace("-", "_") not in known:
+            raise FinetuneError(f"{path}: there is no option {name!r}", 2)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            shown = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
+            for text in shown:
+                _refuse_option(path, name, text)
+            arguments += [f"--{name}", *shown]
+    return arguments
+
+
+def _refuse_option(path: str, name: str, text: str) -> None:
+    """Raise for a value that the parser would take for an option of its own: a value is not to change another setting."""
+    try:
+        float(text)  # a negative number
+    except ValueError:
+        if text.startswith("-"):
+            raise FinetuneError(
+                f"{path}: the value {text!r} of {name} starts with '-' and would be read as an option: write options as "
+                "names of their own, such as: target_epsilon: 8",
+                2,
+            ) from None

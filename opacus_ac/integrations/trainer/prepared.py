@@ -1,0 +1,158 @@
+"""A ``Trainer`` whose model, optimizer and data loader become private when they are first used."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from opacus_ac.engine.privacy_engine import PrivacyEngine
+from opacus_ac.engine.report import PrivacyReport
+from opacus_ac.integrations.trainer.arguments import PrivacyArguments
+from opacus_ac.integrations.trainer.ranks import RanksTrainer
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.sampling.loader import LogicalBatches, PrivateDataLoader
+
+
+def _items(dataset: Any) -> str:
+    """Say what the items of a dataset are."""
+    return "rows" if getattr(dataset, "max_rows_per_user", None) is None else "users"
+
+
+class PreparedTrainer(RanksTrainer):
+    """A Trainer that draws private batches and steps a private optimizer.
+
+    The engine makes both from the ``PrivacyArguments`` at the first use of the optimizer or of the training data.
+
+    Args:
+        args: ``TrainingArguments``, which are changed: the engine accumulates and clips gradients, not the Trainer.
+        privacy: privacy settings.
+        noise_generator: seeded CPU generator for tests, or None.
+        **kwargs: the other arguments of ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        privacy: PrivacyArguments,
+        noise_generator: torch.Generator | None,
+        **kwargs: Any,
+    ) -> None:
+        self.privacy = privacy
+        self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        args.gradient_accumulation_steps = 1  # the physical batches of a step are taken inside training_step
+        args.max_grad_norm = 0.0
+        args.ignore_data_skip = True  # a resumed run draws new batches
+        self.engine = PrivacyEngine(
+            accountant=privacy.accountant, secure_mode=privacy.secure_mode, ledger=privacy.ledger
+        )
+        self.private_optimizer: AdaptiveClipDPOptimizer | None = None
+        self._private_loader: PrivateDataLoader | None = None
+        self._batches: LogicalBatches | None = None
+        self._noise_generator = noise_generator
+        super().__init__(args=args, **kwargs)
+
+    def _make_private(self) -> tuple[AdaptiveClipDPOptimizer, PrivateDataLoader]:
+        """Return the private optimizer and loader; build them at the first call."""
+        if self.private_optimizer is None or self._private_loader is None:
+            template = self._template_loader()
+            super().create_optimizer()
+            self.model.train()
+            options = self.privacy.engine_options()
+            options.update(
+                module=self.model,
+                optimizer=self.optimizer,
+                data_loader=template,
+                max_physical_batch_size=self.args.per_device_train_batch_size,
+                noise_generator=self._noise_generator,
+                wrap_model=False,
+                max_rows_per_user=getattr(self.train_dataset, "max_rows_per_user", None),
+            )
+            if self.privacy.noise_multiplier is not None:
+                made = self.engine.make_private(noise_multiplier=self.privacy.noise_multiplier, **options)
+            else:
+                assert self.privacy.target_epsilon is not None
+                made = self.engine.make_private_with_epsilon(
+                    target_epsilon=self.privacy.target_epsilon,
+                    target_delta=self.privacy.target_delta,
+                    steps=self._planned_steps(),
+                    **options,
+                )
+            self.private_optimizer, self._private_loader = made[1], made[2]
+            self.optimizer = self.private_optimizer
+        return self.private_optimizer, self._private_loader
+
+    def _template_loader(self) -> DataLoader[Any]:
+        """Return an ordinary loader of the training data, with the columns that the model takes."""
+        if self.train_dataset is None:
+            raise ValueError("training needs train_dataset=")
+        dataset, collate = self.train_dataset, self.data_collator
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        self._collate = collate
+        if self.privacy.dataset_size is None:
+            warnings.warn(
+                f"the number of {_items(dataset)}, N = {len(dataset)}, is published as part of the guarantee: set a public dataset_size "
+                "in the PrivacyArguments if it is not to be",
+                stacklevel=2,
+            )
+        return DataLoader(
+            dataset,
+            batch_size=self.expected_batch_size,
+            shuffle=True,
+            collate_fn=collate,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def _planned_steps(self) -> int:
+        """Return the number of steps of the whole run, from public constants."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        records = self.privacy.dataset_size or len(self.train_dataset)
+        return math.ceil(self.args.num_train_epochs * math.ceil(records / self.expected_batch_size))
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Return the private optimizer around the one that the arguments describe."""
+        self._make_private()
+        return self.optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """Return the private draws: an item is a logical batch, which :meth:`training_step` takes."""
+        loader = self._make_private()[1]
+        if self._batches is None:
+            self._batches = LogicalBatches(loader)  # one, which ends the pass of a run that an error ended
+        return self._batches
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Return the public N for the training data, as in ``Trainer`` for others."""
+        if isinstance(dataloader, LogicalBatches):
+            return dataloader.loader.plan.sizes.dataset_size
+        return int(super().num_examples(dataloader))
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Return the expected size of a logical batch."""
+        return self.expected_batch_size
+
+    # ---------------------------------------------------------------- what the private parts tell
+
+    def ema_weights(self) -> Any:
+        """Return a context in which the model has the averaged weights, if they are wanted and there are any."""
+        if self.private_optimizer is None or not self.privacy.average_weights:
+            return nullcontext()
+        return self.private_optimizer.ema_weights()
+
+    def get_epsilon(self, delta: float | None = None) -> float:
+        """Return the epsilon spent so far, at ``delta`` or the target's."""
+        return self.engine.get_epsilon(self.privacy.target_delta if delta is None else delta)
+
+    def privacy_report(self, delta: float | None = None) -> PrivacyReport:
+        """Return the privacy statement of the run so far, at ``delta`` or the target's."""
+        return self.engine.privacy_report(self.privacy.target_delta if delta is None else delta)

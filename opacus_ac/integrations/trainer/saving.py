@@ -1,0 +1,75 @@
+"""A private ``Trainer`` saves the averaged weights with their privacy report, and resumes from whole checkpoints only."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from opacus_ac.engine.parts import public_settings
+from opacus_ac.integrations.trainer import checkpoint as trainer_checkpoint
+from opacus_ac.integrations.trainer.prepared import PreparedTrainer
+from opacus_ac.integrations.trainer.released import ReleasedLog
+
+PRIVACY_REPORT = "privacy_report.json"
+
+
+class SavingTrainer(PreparedTrainer):
+    """A Trainer whose checkpoints have the privacy state of the run, written last, with the hashes of all other files."""
+
+    _gate: ReleasedLog
+    """Looks through the whole log before ``trainer_state.json`` is written."""
+    _saving_checkpoint = False
+    _unsealed: Path | None = None
+    """Folder of a checkpoint that lacks its privacy state still."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the averaged weights, and beside them the privacy report; a checkpoint has the weights as they are."""
+        with nullcontext() if self._saving_checkpoint else self.ema_weights():
+            super().save_model(output_dir, _internal_call)
+        if self.private_optimizer is not None and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir or ".")
+            (folder / PRIVACY_REPORT).write_text(self.privacy_report().to_json(), encoding="utf-8")
+
+    def save_state(self) -> None:
+        """Save ``trainer_state.json``, once all of its log is known to be public."""
+        self._gate.look(whole=True)
+        super().save_state()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint, and last what proves that all of its files belong together."""
+        self._gate.look(whole=True)
+        self._saving_checkpoint = True
+        try:
+            with trainer_checkpoint.sealing(self.state, self._seal, writes=self.args.should_save):
+                super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saving_checkpoint = False
+        self.engine.reducer.on_first(lambda: None)  # no rank reads the folder before it is whole
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save the optimizer, whose state has C, window and averages, and know that this folder is to be resumed from."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._unsealed = Path(output_dir)
+
+    def _seal(self) -> None:
+        folder, self._unsealed = self._unsealed, None
+        if folder is not None:
+            trainer_checkpoint.save(self.engine, folder, self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, once the whole folder has been found to be one checkpoint of this run."""
+        optimizer, loader = self._make_private()
+        settings = public_settings(optimizer, loader.plan)
+        trainer_checkpoint.verify(self.engine, Path(resume_from_checkpoint), settings)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        noise = self._make_private()[0].mechanism.stream
+        own = noise.state_dict()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.args.world_size > 1:
+            noise.load_state_dict(own)  # a seeded stream: that of the checkpoint is rank 0's, and no two may be alike
+        trainer_checkpoint.load(self.engine, Path(checkpoint))
