@@ -44,8 +44,6 @@ TOO_LONG = {
     "engine/attach.py::attach": "to be shortened",
     "engine/privacy_engine.py::PrivacyEngine.make_private": "to be shortened",
     "engine/privacy_engine.py::PrivacyEngine.make_private_with_epsilon": "to be shortened",
-    "grad_sample/alone/records.py": "to be split",
-    "grad_sample/alone/records.py::RecordsAlone._agrees": "to be shortened",
     "grad_sample/one_backward/capture.py": "to be split",
     "grad_sample/one_backward/outer_products.py": "to be split",
     "optimizer/optimizer.py::AdaptiveClipDPOptimizer.__init__": "to be shortened",

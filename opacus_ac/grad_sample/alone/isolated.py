@@ -22,7 +22,8 @@ _LARGE = 1 << 24
 def isolated_twin(module: nn.Module) -> nn.Module:
     """Return a twin of ``module`` that shares its parameters and nothing that a forward pass might write to.
 
-    Hooks are left out but those marked ``of_records``, gradient checkpointing is switched off, buffers, tensors and containers held as attributes are copied.
+    Hooks are left out but those marked ``of_records``, gradient checkpointing is switched off, buffers, tensors and
+    containers held as attributes are copied.
     """
     twins: dict[int, nn.Module] = {}
     twin = bare_twin(module, twins)
@@ -53,7 +54,7 @@ def _copy_state(twin: nn.Module, twins: dict[int, nn.Module]) -> None:
 
 
 def _copied(value: Any, twins: dict[int, nn.Module]) -> Any:
-    """Return a copy of a container, with twins for the modules that it holds (a recurrent layer's list of cells); else the value."""
+    """Return a copy of a container, with twins for the modules in it (a recurrent layer's cells); else the value."""
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)
     if type(value) in (list, tuple):
@@ -71,7 +72,7 @@ def _rebind(twin: nn.Module, original: nn.Module) -> None:
 
 
 class _NotCheckpointed:
-    """Stands in for the function of torch that checkpoints with re-entry, whose backward pass writes ordinary gradients."""
+    """Stands in for torch's checkpoints with re-entry, whose backward pass writes ordinary gradients."""
 
     @staticmethod
     def apply(run: Any, _preserve: Any, *args: Any) -> Any:

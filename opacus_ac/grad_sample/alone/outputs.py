@@ -1,4 +1,4 @@
-"""A record is alone, where there are no gradients: what the model returns for a record is what it returns for the record by itself."""
+"""A record is alone, without gradients: the model returns for it in a batch what it returns for it by itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.alone.call import Call, Run
 from opacus_ac.grad_sample.alone.isolated import is_coarse, is_sharded, isolated_twin, shapes_of, without_checkpoints
 from opacus_ac.grad_sample.alone.own_length import KeepsLength, OwnLengths
-from opacus_ac.grad_sample.alone.records import Call, Run
 from opacus_ac.grad_sample.alone.single import (
     Cut,
     choose_records,
@@ -26,7 +26,8 @@ from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.noise.secret_state import replace_torch_state
 
 _TOLERANCE, _COARSE = 1e-3, 6e-2
-"""Largest difference of a record's outputs over the largest of them; rotary embeddings of shifted positions differ by 1e-5."""
+"""Largest difference of a record's outputs over the largest of them; rotary embeddings of shifted positions differ by
+1e-5."""
 
 Losses = Callable[[], Tensor]
 
@@ -36,14 +37,16 @@ class OutputsAlone:
 
     Args:
         model: the model; every part of it may be called.
-        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding included.
+        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding
+            included.
 
     Attributes:
         compared: number of records that were compared so far.
 
     Guarantees:
-        The first evaluation is compared, and the first after training flags changed, or when a batch has as many records as some
-        layer has features, positions or constants. The model, its buffers and the random states are what they were.
+        The first evaluation is compared, and the first after training flags changed, or when a batch has as many
+        records as some layer has features, positions or constants. The model, its buffers and the random states are
+        what they were.
     """
 
     def __init__(self, model: nn.Module, keeps_length: KeepsLength = lambda tensors: False) -> None:
@@ -90,7 +93,7 @@ class OutputsAlone:
 
     @contextmanager
     def _watching(self, calls: list[Call]) -> Iterator[None]:
-        """Note the calls of the model; parts that are called by themselves, whose inputs may hold other things than records, are not."""
+        """Note the calls of the model, not of parts by themselves: their inputs may hold other things than records."""
         running: list[Call | int] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:

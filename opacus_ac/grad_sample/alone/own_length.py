@@ -60,6 +60,7 @@ class OwnLengths:
         other, self._other = self._other, None
         if other is not None:
             raise ValueError(
-                f"what a record gets depends on the length of its batch, and a batch has length {other} where others before had "
-                f"{' or '.join(map(str, sorted(self._accepted)))}: pass each batch to the model as long as the loader made it"
+                f"what a record gets depends on the length of its batch, and a batch has length {other} where others "
+                f"before had {' or '.join(map(str, sorted(self._accepted)))}: pass each batch to the model as long as "
+                "the loader made it"
             )

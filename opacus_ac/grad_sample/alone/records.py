@@ -1,25 +1,27 @@
 """A record is alone: what the records of a batch are given is what each gets when it is run by itself.
 
-Rules for the gradients of single records take the first dimension of what a layer is given for the records, in their order, and a
-layer's output for one record to depend on that record. A model that sorts its batch, that mixes it, that feeds a layer constants, or
-whose layer is called in a way that its rule was not written for, breaks that silently. So on the first batch, and again when anything
-changed, a few records go through the model by themselves, and their gradients are compared.
+Rules for the gradients of single records take the first dimension of what a layer is given for the records, in their
+order, and a layer's output for one record to depend on that record. A model that sorts its batch, that mixes it, that
+feeds a layer constants, or whose layer is called in a way that its rule was not written for, breaks that silently. So
+on the first batch, and again when anything changed, a few records go through the model by themselves, and their
+gradients are compared.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from opacus_ac.grad_sample.alone.isolated import is_coarse, is_sharded, isolated_twin, shapes_of, without_checkpoints
+from opacus_ac.grad_sample.alone.call import Call
+from opacus_ac.grad_sample.alone.comparison import Comparison
+from opacus_ac.grad_sample.alone.isolated import is_coarse, is_sharded
 from opacus_ac.grad_sample.alone.own_length import KeepsLength, OwnLengths
+from opacus_ac.grad_sample.alone.runner import Runner, Tape, Users
 from opacus_ac.grad_sample.alone.single import (
     Cut,
     Paths,
@@ -31,81 +33,15 @@ from opacus_ac.grad_sample.alone.single import (
     own_positions,
     replace_floats,
 )
-from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_record
-from opacus_ac.grad_sample.module_replay import map_tensors, to_double
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.source import GradientSource
-from opacus_ac.noise.forward_randomness import ForwardRandomness, RecordMasks
-from opacus_ac.noise.secret_state import replace_torch_state
-
-_TOLERANCE = (1e-3, 1e-2)
-"""Largest difference of a parameter's gradients over its norm, and the smallest such norm over that of all parameters.
-
-Clean models in float32 stay below 1e-5, faults begin at 0.08; where a gradient is zero in exact arithmetic (key biases of attention,
-biases before norms), what is compared is rounding, which is small beside the whole gradient.
-"""
-_COARSE = (6e-2, 0.1)
-"""The same under bfloat16 autocast. Rounding alone may exceed it, as with a frozen base in bfloat16 of many layers."""
-_OWN_ROUNDING = 3.0
-"""How much farther from float64 than the record run alone the batch's gradient may be, where both are rounded to bfloat16."""
-_MOST_ROUNDING = 0.15
-"""Difference from float64 over the norm beyond which nothing passes for rounding."""
+from opacus_ac.noise.forward_randomness import ForwardRandomness
 
 _COPIED = 1 << 24
 """Elements of an output up to which it is copied, so that what the loop does to it in place does not matter."""
 
 _PATIENCE = 3
 """Batches that may pass without a comparison that tells anything, before it is said that there was none."""
-
-
-class Users(Protocol):
-    """Knows which rows of a batch are of one user."""
-
-    def count(self, rows: int) -> int:
-        """Return the number of users of ``rows`` rows."""
-
-    def suppose(self, rows_per_user: int) -> AbstractContextManager[None]:
-        """Return a context in which batches have users of so many rows each."""
-
-
-class Tape(Protocol):
-    """Takes down the losses of records as they are computed."""
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing is taken down."""
-
-
-@dataclass
-class Run:
-    """One record that went through the model alone."""
-
-    cut: Cut
-    outputs: Paths
-
-
-@dataclass
-class Call:
-    """One call of the model, or of a part of it, in a training forward pass."""
-
-    path: str
-    module: nn.Module
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    rows: int
-    users: int
-    cuts: list[Cut]
-    runs: list[Run] = field(default_factory=list)
-    inputs: list[Any] = field(default_factory=list)
-    gradients: Paths = field(default_factory=dict)
-    outputs: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    masks: RecordMasks | None = None
-    coarse: bool = False
-    why: str = ""
-    autocast: Any = None
-
-    @property
-    def reached(self) -> bool:
-        """Whether a gradient arrived from outside."""
-        return bool(self.gradients)
 
 
 class RecordsAlone:
@@ -121,16 +57,17 @@ class RecordsAlone:
         batch_first: whether the records come first in the inputs.
         users: counts the users of a batch, where a record is a user of several rows.
         pause: a context in which what takes gradients of records apart looks away.
-        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding included.
+        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding
+            included.
 
     Attributes:
         compared: number of records that were compared so far, with gradients that tell.
-        as_before: a context in which the model has the plain attributes that it had before the forward pass.
 
     Guarantees:
-        On the first physical batch with a gradient, and again after training flags or the trained set changed, or when a batch has
-        as many records as some layer has features, positions or constants, up to three records are compared, without the padding
-        that other records may bring. The model, its buffers, the tape and the random states are what they were.
+        On the first physical batch with a gradient, and again after training flags or the trained set changed, or when
+        a batch has as many records as some layer has features, positions or constants, up to three records are
+        compared, without the padding that other records may bring. The model, its buffers, the tape and the random
+        states are what they were.
     """
 
     def __init__(
@@ -148,14 +85,13 @@ class RecordsAlone:
         keeps_length: KeepsLength = lambda tensors: False,
     ) -> None:
         self._own_lengths = OwnLengths(keeps_length)
+        self._runner = Runner(tape, users, pause, self._own_lengths)
         self._pause, self._model = pause, model
-        self.as_before: Callable[[], AbstractContextManager[None]] = nullcontext
         self._parameters, self._names = list(parameters), list(names)
-        self._tape, self._mean, self._dim, self._users = tape, mean, 0 if batch_first else 1, users
+        self._mean, self._dim, self._users = mean, 0 if batch_first else 1, users
         self._modules = {id(m): (name, m) for name, m in model.named_modules()}
         self._off = is_sharded(self._parameters)
         self._verified: object = None
-        self._sizes: set[int] = set()
         self._checked: set[int] = set()
         self._attempts = 0
         self.compared = 0
@@ -169,6 +105,15 @@ class RecordsAlone:
         if not self._off:
             self._handles = self._watch(model)
             self._watch_parts()
+
+    @property
+    def as_before(self) -> Callable[[], AbstractContextManager[None]]:
+        """A context in which the model has the plain attributes that it had before the forward pass."""
+        return self._runner.as_before
+
+    @as_before.setter
+    def as_before(self, value: Callable[[], AbstractContextManager[None]]) -> None:
+        self._runner.as_before = value
 
     def _watch(self, module: nn.Module) -> list[Any]:
         return [
@@ -211,7 +156,7 @@ class RecordsAlone:
         if rows in self._checked:
             return False
         alone = max(self._checked, default=0) <= 1  # what couples records shows where there are several
-        return alone or rows in self._sizes or any(rows in t.shape[1:] for t in inputs_in(arguments))
+        return alone or rows in self._runner.sizes or any(rows in t.shape[1:] for t in inputs_in(arguments))
 
     # ---------------------------------------------------------------- in the forward pass
 
@@ -254,10 +199,7 @@ class RecordsAlone:
                 call.cuts.append(Cut(rows, record * each, each, self._dim, positions))
         if not call.cuts:
             call.why = "its inputs cannot be taken apart into records"
-        # Copied now: the model may write to its inputs.
-        call.runs = [Run(cut, {}) for cut in call.cuts]
-        call.inputs = [cut.take(arguments) for cut in call.cuts]
-        self._whole = [Cut(c.rows, c.first, c.count, c.dim).take(arguments) for c in call.cuts if c.positions]
+        call.take_records()
         return call
 
     def _leave(self, module: nn.Module, _args: Any, output: Any) -> Any:
@@ -278,7 +220,7 @@ class RecordsAlone:
         call.coarse = is_coarse(module, floats.values()) or less_was_asked()
         call.masks = self.randomness.last
         call.autocast = _autocast_now(next(iter(floats.values())).device.type)
-        self._run_alone(call)
+        self._runner.run(call, batch_first=self._dim == 0)
         if any(c.reached for c in self._calls):
             self._calls = []  # a forward pass after a backward pass: other records
         self._calls.append(call)
@@ -299,56 +241,6 @@ class RecordsAlone:
         stand_in.register_hook(arrive)
         return stand_in
 
-    def _run_alone(self, call: Call) -> None:
-        """Run the chosen records through the model as it is now, after the batch."""
-        inputs, call.inputs = call.inputs, []
-        if call.masks is not None and call.masks.used:
-            if call.masks.joint or self._dim:
-                call.cuts, call.runs = [], []
-                call.why = "it draws at random (dropout) in a checkpointed part, or in a kernel of its own, for all records together"
-                return
-            # Padding belongs to what masks are made from.
-            whole = iter(self._whole)
-            inputs = [next(whole) if cut.positions else given for cut, given in zip(call.cuts, inputs, strict=True)]
-            call.cuts = [Cut(c.rows, c.first, c.count, c.dim) for c in call.cuts]
-        try:
-            outputs = [self._outputs_of(call, cut, given) for cut, given in zip(call.cuts, inputs, strict=True)]
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            if not any(cut.positions for cut in call.cuts):
-                raise
-            # A model that is made for one length: it is held to it.
-            self._own_lengths.hold(call.runs)
-            whole = iter(self._whole)
-            inputs = [next(whole) if cut.positions else given for cut, given in zip(call.cuts, inputs, strict=True)]
-            call.cuts = [Cut(c.rows, c.first, c.count, c.dim) for c in call.cuts]
-            outputs = [self._outputs_of(call, cut, given) for cut, given in zip(call.cuts, inputs, strict=True)]
-        call.runs = [Run(cut, found) for cut, found in zip(call.cuts, outputs, strict=True)]
-
-    def _outputs_of(self, call: Call, cut: Cut, arguments: Any) -> Paths:
-        with self.as_before():
-            twin = isolated_twin(call.module)
-        seen = shapes_of(twin)
-        masks = nullcontext() if call.masks is None else call.masks.of(cut.first, cut.count)
-        with self.undisturbed(cut.count), masks, torch.enable_grad():
-            torch.clear_autocast_cache()
-            try:
-                output = twin(*arguments[0], **arguments[1])
-            finally:
-                torch.clear_autocast_cache()
-        self._sizes |= seen
-        return {path: tensor for path, tensor in floats_in(output) if tensor.requires_grad}
-
-    def undisturbed(self, rows: int) -> ExitStack:
-        """Return a context in which a run leaves no trace in random states and records of losses."""
-        stack = ExitStack()
-        stack.callback(replace_torch_state())
-        stack.enter_context(self._pause())
-        stack.enter_context(self._tape.paused())
-        stack.enter_context(without_checkpoints())
-        if self._users is not None:
-            stack.enter_context(self._users.suppose(rows))
-        return stack
-
     # ---------------------------------------------------------------- after the backward pass
 
     def check(self, source: GradientSource) -> None:
@@ -358,7 +250,8 @@ class RecordsAlone:
             source: has the gradients of the batch, not yet summed.
 
         Raises:
-            ValueError: a record's gradients in the batch are others; the first layer that does not see the records is named.
+            ValueError: a record's gradients in the batch are others; the first layer that does not see the records is
+                named.
         """
         self.randomness.next_batch()
         self._own_lengths.check()
@@ -374,9 +267,7 @@ class RecordsAlone:
         if why is not None or not calls:
             return
         with self._pause():
-            told = [
-                self._compare(calls, place, cut.first // cut.count, source) for place, cut in enumerate(calls[0].cuts)
-            ]
+            told = [self._comparison(calls, place, source).told() for place in range(len(calls[0].cuts))]
         self.compared += sum(told)
         if not any(told):
             self._could_not("the gradients of the records are zero or not finite")
@@ -386,6 +277,11 @@ class RecordsAlone:
         if all(c.module is self._model for c in calls):
             while self._part_handles:
                 self._part_handles.pop().remove()
+
+    def _comparison(self, calls: list[Call], place: int, source: GradientSource) -> Comparison:
+        return Comparison(
+            calls, place, source, self._parameters, self._names, self._mean, self._runner, self._own_lengths
+        )
 
     def _obstacle(self, calls: list[Call], source: GradientSource) -> str | None:
         """Return why the records cannot be compared; None where they can, or need not."""
@@ -401,170 +297,10 @@ class RecordsAlone:
         if self._attempts != _PATIENCE:
             return
         warnings.warn(
-            f"it cannot be checked that a record's gradient is what it gets alone: {why}. Pass tensors with the records in their "
-            "first dimension to the model, and check with opacus_ac.testing.check_records_independent",
+            f"it cannot be checked that a record's gradient is what it gets alone: {why}. Pass tensors with the "
+            "records in their first dimension to the model, and check with opacus_ac.testing.check_records_independent",
             stacklevel=4,
         )
-
-    def _compare(self, calls: list[Call], place: int, record: int, source: GradientSource) -> bool:
-        """Compare one record; whether that told anything."""
-        total: Any = 0.0
-        for call in calls:
-            total = total + self._weighted(call, call.runs[place])
-        trained = [p for p in self._parameters if p.requires_grad]
-        alone: list[Tensor | None] = [None] * len(trained)
-        if isinstance(total, Tensor) and total.requires_grad:
-            alone = list(torch.autograd.grad(total, trained, allow_unused=True))
-        got = {id(p): g for p, g in zip(trained, alone, strict=True)}
-        coarse = any(c.coarse for c in calls)
-        tolerance, floor = _COARSE if coarse else _TOLERANCE
-        errors, norms, whole = [], [], [0.0, 0.0]
-        for parameter, given in zip(self._parameters, source.record_gradients(record), strict=True):
-            if not parameter.requires_grad:  # frozen since: it is left out of the release
-                given = None
-            own = got.get(id(parameter))
-            mine, theirs = _norm(own), _norm(given)
-            errors.append(_norm(_difference(own, given)))
-            norms.append(max(mine, theirs))
-            whole = [whole[0] + mine**2, whole[1] + theirs**2]
-        size = max(whole) ** 0.5
-        if not size < float("inf"):  # a record that is not finite is left out
-            return False
-        wrong = [
-            name
-            for name, error, norm in zip(self._names, errors, norms, strict=True)
-            if not error <= tolerance * max(norm, floor * size)
-        ]
-        if wrong and not (
-            self._agrees(calls, place, record, source, size, rounded=got if coarse else None)
-            or self._agrees_padded(calls, place, record, source, size)
-        ):
-            raise ValueError(explain_difference(calls[0], place, wrong, tolerance, self))
-        return size > 0
-
-    def _agrees_padded(self, calls: list[Call], place: int, record: int, source: GradientSource, size: float) -> bool:
-        """Whether a record has its gradient with its padding, which it has by itself, and no layer mixes it with others."""
-        padded = [call for call in calls if call.runs[place].cut.positions is not None]
-        if not padded or not all(self._own_lengths.accept(call) for call in padded):
-            return False
-        coarse = any(call.coarse for call in calls)
-        try:
-            return self._agrees(calls, place, record, source, size, padded=True, wide=not coarse) and all(
-                sees_the_record(call, place, (_COARSE if coarse else _TOLERANCE)[0], self) for call in calls
-            )
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return False  # it cannot be run again
-
-    def _agrees(
-        self,
-        calls: list[Call],
-        place: int,
-        record: int,
-        source: GradientSource,
-        size: float,
-        *,
-        padded: bool = False,
-        wide: bool = True,
-        rounded: Mapping[int, Tensor | None] | None = None,
-    ) -> bool:
-        """Whether a record run once more, with its padding or in float64, has the gradients that the source gave.
-
-        Args:
-            calls: the calls of the model.
-            place: which of the chosen records.
-            record: its number in the batch.
-            source: has the gradients of the batch.
-            size: norm of the whole gradient.
-            padded: run the record with its padding.
-            wide: run it in float64, so that a difference was but the rounding of terms that cancel each other.
-            rounded: what the record alone gave in bfloat16, by the ``id`` of the parameter. Its distance from float64 tells how
-                much rounding there is.
-        """
-        total: Any = 0.0
-        found: dict[str, nn.Parameter] = {}
-        for call in calls:
-            with self.as_before():
-                twin = isolated_twin(call.module)
-            if wide:
-                map_tensors(twin, to_double)
-            prefix = f"{call.path}." if call.path else ""
-            found.update({prefix + name: p for name, p in twin.named_parameters(remove_duplicate=False)})
-            cut = call.cuts[place]
-            if padded:
-                cut = Cut(cut.rows, cut.first, cut.count, cut.dim)
-            args, kwargs = cut.take(call.arguments)
-            if wide:
-                args, kwargs = tree_map(_widened, (args, kwargs))
-            device = next(iter(call.outputs.values())).device.type
-            autocast = nullcontext() if wide or call.autocast is None else torch.autocast(device, dtype=call.autocast)
-            masks = nullcontext() if call.masks is None else call.masks.of(cut.first, cut.count)
-            with self.undisturbed(cut.count), masks, autocast, torch.enable_grad():
-                try:
-                    output = twin(*args, **kwargs)
-                except RuntimeError:  # something in it is of one type
-                    return False
-            total = total + self._weighted(call, Run(cut, {p: t for p, t in floats_in(output) if t.requires_grad}))
-        if not (isinstance(total, Tensor) and total.requires_grad):
-            return False
-        wanted = [found.get(name) for name in self._names]
-        known = [p for p in wanted if p is not None and p.requires_grad]
-        alone = {id(p): g for p, g in zip(known, torch.autograd.grad(total, known, allow_unused=True), strict=True)}
-        tolerance, floor = _TOLERANCE if wide else _COARSE
-        gradients = zip(self._parameters, wanted, source.record_gradients(record), strict=True)
-        for parameter, own, given in gradients:
-            exact = None if own is None else alone.get(id(own))
-            norm = max(_norm(exact), floor * size)
-            allowed = tolerance * norm
-            if rounded is not None:
-                own_rounding = _norm(_difference(exact, rounded.get(id(parameter))))
-                allowed = min(_COARSE[0] / 2 * norm + _OWN_ROUNDING * own_rounding, _MOST_ROUNDING * norm)
-            if not _norm(_difference(exact, given)) <= allowed:
-                return False
-        return True
-
-    def _weighted(self, call: Call, run: Run) -> Any:
-        """Return the sum of what a record alone returned times the gradient that came from outside for it."""
-        total: Any = 0.0
-        for path, gradient in call.gradients.items():
-            own = run.outputs.get(path)
-            if own is None:
-                continue
-            if own.dim() == 0 or own.numel() == 1 == gradient.numel():
-                share = 1 / call.users if self._mean else 1.0
-                total = total + (own * gradient.to(own.dtype)).sum() * share
-                continue
-            part = _part_of(gradient, run.cut, call.rows)
-            if part is None or part.shape != own.shape:
-                continue
-            total = total + (own * part.to(own.dtype)).sum()
-        return total
-
-
-def _part_of(gradient: Tensor, cut: Cut, rows: int) -> Tensor | None:
-    """Return a record's part of the gradient of an output ``[B, ...]`` or ``[B T, ...]``; None where it has none."""
-    if gradient.dim() <= cut.dim or gradient.shape[cut.dim] % rows:
-        return None
-    if gradient.shape[cut.dim] == rows:
-        return cut.of(gradient)
-    each = gradient.shape[cut.dim] // rows
-    part = gradient.narrow(cut.dim, cut.first * each, cut.count * each)
-    if cut.positions is None or cut.positions[2] != each:
-        return part
-    return part.narrow(cut.dim, cut.positions[0], cut.positions[1] - cut.positions[0])
-
-
-def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _norm(value: Tensor | None) -> float:
-    return 0.0 if value is None else float(torch.linalg.vector_norm(value.detach(), dtype=torch.float64))
-
-
-def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return one if other is None else other
-    return one.detach() - other.detach()
 
 
 def _is_traced() -> bool:

@@ -25,7 +25,8 @@ class Cut:
         first: first row that is taken.
         count: number of rows that are taken.
         dim: dimension of the rows.
-        positions: first position, end, and number of positions ``[B, T, ...]`` where padding is cut off; None where it is not.
+        positions: first position, end, and number of positions ``[B, T, ...]`` where padding is cut off; None where it
+            is not.
     """
 
     rows: int
@@ -33,6 +34,10 @@ class Cut:
     count: int
     dim: int = 0
     positions: tuple[int, int, int] | None = None
+
+    def padded(self) -> Cut:
+        """Return the same rows with their padding."""
+        return dataclasses.replace(self, positions=None)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the part of a tensor, copied; one without rows as it is."""
@@ -117,7 +122,7 @@ def inputs_in(value: Any) -> Iterator[Tensor]:
 
 
 def count_rows(arguments: Any, dim: int) -> int:
-    """Return the number of rows that most of the tensors in arguments have, the first one's where it is a tie; 0 without tensors."""
+    """Return the number of rows that most tensors in arguments have, in a tie the first one's; 0 without tensors."""
     sizes = [t.shape[dim] for t in inputs_in(arguments) if t.dim() > dim]
     if not sizes:
         lists = [a for a in _flat(arguments) if isinstance(a, list)]

@@ -15,27 +15,30 @@ from opacus_ac.grad_sample.alone.single import Cut, floats_in
 
 _INTRO = "a record's gradient in the batch is not the one that it gets alone: "
 _INPUT = (
-    "{name} ({kind}) is the first layer whose input does not have the records in its first dimension, in the order of the batch. "
-    "Sort, pack, permute or flatten the batch before it is passed to the model (in collate_fn), hand each layer [B, ...], give "
-    "constants a layer of their own that is frozen, or freeze {name}"
+    "{name} ({kind}) is the first layer whose input does not have the records in its first dimension, in the order of "
+    "the batch. Sort, pack, permute or flatten the batch before it is passed to the model (in collate_fn), hand each "
+    "layer [B, ...], give constants a layer of their own that is frozen, or freeze {name}"
 )
 _OUTPUT = (
-    "{name} ({kind}) is the first layer whose output for a record depends on the others of the batch, or on batches before. Replace it "
-    "by one that treats each record for itself, keeping nothing (GroupNorm or LayerNorm for BatchNorm, say)"
+    "{name} ({kind}) is the first layer whose output for a record depends on the others of the batch, or on batches "
+    "before. Replace it by one that treats each record for itself, keeping nothing (GroupNorm or LayerNorm for "
+    "BatchNorm, say)"
 )
 _PADDING = (
-    "it depends on the length to which the longest record of the batch pads it, first in {where}. Use rotary embeddings of "
-    'type "default", pass position_ids and attention_mask, or pad every record to one length in the dataset, with the default '
-    "collate_fn, and pass the batch to the model as it comes"
+    "it depends on the length to which the longest record of the batch pads it, first in {where}. Use rotary "
+    'embeddings of type "default", pass position_ids and attention_mask, or pad every record to one length in the '
+    "dataset, with the default collate_fn, and pass the batch to the model as it comes"
 )
 _RULE = (
-    "that of {name} is off though every layer sees the record as it is. It is used in a way that its rule does not cover (its memory "
-    "layout, arguments, or uses that the hooks do not see): make its input contiguous, use it through its own module, register a rule "
+    "that of {name} is off though every layer sees the record as it is. It is used in a way that its rule does not "
+    "cover (its memory layout, arguments, or uses that the hooks do not see): make its input contiguous, use it "
+    "through its own module, register a rule "
     '(opacus_ac.grad_sample.register_rule), try grad_sample_mode="functorch", or freeze it'
 )
 _CARRIED = (
-    "run again on the same batch the model returns something else. It carries something over from one forward pass to the next (a state, "
-    "a cache, statistics), so that records of one step are in the next one: pass that to the model as an input, or reset it"
+    "run again on the same batch the model returns something else. It carries something over from one forward pass to "
+    "the next (a state, a cache, statistics), so that records of one step are in the next one: pass that to the model "
+    "as an input, or reset it"
 )
 
 
@@ -50,13 +53,13 @@ class _Seen:
 
 
 def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float, runner: Any) -> str:
-    """Return the message of a refusal: the first layer that does not see the record, or else the parameters that are off."""
+    """Return the message of a refusal: the first layer that does not see the record, or the parameters that are off."""
     cut: Cut = call.runs[place].cut
     loose = max(tolerance, 1e-3)
     try:
         whole = Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments)
         batch, again = _trace(call, whole, 0, call.rows, runner)
-        full = Cut(cut.rows, cut.first, cut.count, cut.dim)
+        full = cut.padded()
         alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
         if not _same_outputs(call, again, loose):
             return _INTRO + _CARRIED
@@ -77,7 +80,7 @@ def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float
 def sees_the_record(call: Any, place: int, tolerance: float, runner: Any) -> bool:
     """Say whether every layer gets and makes of a record with its padding, alone, what it does in the batch."""
     cut: Cut = call.runs[place].cut
-    full = Cut(cut.rows, cut.first, cut.count, cut.dim)
+    full = cut.padded()
     batch, _ = _trace(call, Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments), 0, call.rows, runner)
     alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
     return len(batch) == len(alone) and _first(batch, alone, full, max(tolerance, 1e-3)) is None
@@ -128,8 +131,8 @@ def _first(batch: list[_Seen], alone: list[_Seen], cut: Cut, tolerance: float) -
     for one, other in zip(batch, alone, strict=False):
         if one.name != other.name:
             return one, _INPUT
-        for values, message in ((zip(one.inputs, other.inputs, strict=False), _INPUT), (zip(one.outputs, other.outputs, strict=False), _OUTPUT)):  # fmt: skip
-            for whole, own in values:
+        for wholes, owns, message in ((one.inputs, other.inputs, _INPUT), (one.outputs, other.outputs, _OUTPUT)):
+            for whole, own in zip(wholes, owns, strict=False):
                 if not _is_record(whole, own, cut, tolerance):
                     return one, message
     return None

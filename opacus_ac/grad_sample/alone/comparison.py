@@ -1,0 +1,183 @@
+"""Whether a record got the gradient in its batch that it gets alone, up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_ac.grad_sample.alone.call import Call
+from opacus_ac.grad_sample.alone.own_length import OwnLengths
+from opacus_ac.grad_sample.alone.runner import Runner
+from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_record
+from opacus_ac.grad_sample.source import GradientSource
+
+_TOLERANCE = (1e-3, 1e-2)
+"""Largest difference of a parameter's gradients over its norm, and the smallest such norm over that of all parameters.
+
+Clean models in float32 stay below 1e-5, faults begin at 0.08; where a gradient is zero in exact arithmetic (key biases
+of attention, biases before norms), what is compared is rounding, which is small beside the whole gradient.
+"""
+_COARSE = (6e-2, 0.1)
+"""The same under bfloat16 autocast. Rounding alone may exceed it, as with a frozen base in bfloat16 of many layers."""
+_OWN_ROUNDING = 3.0
+"""How much farther from float64 than the record run alone the batch's gradient may be, where both are rounded to
+bfloat16."""
+_MOST_ROUNDING = 0.15
+"""Difference from float64 over the norm beyond which nothing passes for rounding."""
+
+Gradients = Mapping[int, Tensor | None]
+"""A record's gradients, by the ``id`` of the parameter."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compares the gradients of one record.
+
+    Attributes:
+        calls: the calls of the model in the forward pass, whose gradients add up.
+        place: which of the records that were run alone.
+        source: has the gradients of the batch, not yet summed.
+        parameters: the trained parameters.
+        names: their names.
+        mean: whether the loss is a mean over records.
+        runner: runs the record once more.
+        own_lengths: knows lengths that records have by themselves.
+    """
+
+    calls: list[Call]
+    place: int
+    source: GradientSource
+    parameters: list[nn.Parameter]
+    names: list[str]
+    mean: bool
+    runner: Runner
+    own_lengths: OwnLengths
+
+    @property
+    def _record(self) -> int:
+        """Number of the record in the batch."""
+        cut = self.calls[0].cuts[self.place]
+        return cut.first // cut.count
+
+    @property
+    def _coarse(self) -> bool:
+        return any(call.coarse for call in self.calls)
+
+    def told(self) -> bool:
+        """Compare, and return whether that told anything: whether the gradients are finite, and not zero.
+
+        Raises:
+            ValueError: If the record's gradients in the batch are others. The first layer that does not see the records
+                is named.
+        """
+        alone = self._gradients_alone()
+        tolerance, floor = _COARSE if self._coarse else _TOLERANCE
+        errors, norms, whole = [], [], [0.0, 0.0]
+        for parameter, given in zip(self.parameters, self.source.record_gradients(self._record), strict=True):
+            if not parameter.requires_grad:  # frozen since: it is left out of the release
+                given = None
+            own = alone.get(id(parameter))
+            mine, theirs = _norm(own), _norm(given)
+            errors.append(_norm(_difference(own, given)))
+            norms.append(max(mine, theirs))
+            whole = [whole[0] + mine**2, whole[1] + theirs**2]
+        size = max(whole) ** 0.5
+        if not size < float("inf"):  # a record that is not finite is left out
+            return False
+        wrong = [
+            name
+            for name, error, norm in zip(self.names, errors, norms, strict=True)
+            if not error <= tolerance * max(norm, floor * size)
+        ]
+        if wrong and not (
+            self._agrees(size, rounded=alone if self._coarse else None) or self._agrees_with_padding(size)
+        ):
+            raise ValueError(explain_difference(self.calls[0], self.place, wrong, tolerance, self.runner))
+        return size > 0
+
+    def _gradients_alone(self) -> Gradients:
+        """Return the gradients of the record that was run alone, of the parameters that are trained."""
+        total: Any = 0.0
+        for call in self.calls:
+            run = call.runs[self.place]
+            total = total + call.loss_of(run.cut, run.outputs, self.mean)
+        trained = [p for p in self.parameters if p.requires_grad]
+        alone: list[Tensor | None] = [None] * len(trained)
+        if isinstance(total, Tensor) and total.requires_grad:
+            alone = list(torch.autograd.grad(total, trained, allow_unused=True))
+        return {id(p): g for p, g in zip(trained, alone, strict=True)}
+
+    def _agrees_with_padding(self, size: float) -> bool:
+        """Whether the record has this gradient with its own padding, and no layer mixes it with other records."""
+        padded = [call for call in self.calls if call.runs[self.place].cut.positions is not None]
+        if not padded or not all(self.own_lengths.accept(call) for call in padded):
+            return False
+        coarse = self._coarse
+        try:
+            return self._agrees(size, padded=True, wide=not coarse) and all(
+                sees_the_record(call, self.place, (_COARSE if coarse else _TOLERANCE)[0], self.runner)
+                for call in self.calls
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False  # it cannot be run again
+
+    def _agrees(
+        self, size: float, *, padded: bool = False, wide: bool = True, rounded: Gradients | None = None
+    ) -> bool:
+        """Whether the record run once more, with its padding or in float64, has the gradients that the source gave.
+
+        Args:
+            size: norm of the whole gradient.
+            padded: run the record with its padding.
+            wide: run it in float64, so that a difference was but the rounding of terms that cancel each other.
+            rounded: what the record alone gave in bfloat16. Its distance from float64 tells how much rounding there is.
+        """
+        alone = self._gradients_again(padded, wide)
+        if alone is None:
+            return False
+        tolerance, floor = _TOLERANCE if wide else _COARSE
+        for parameter, given in zip(self.parameters, self.source.record_gradients(self._record), strict=True):
+            exact = alone.get(id(parameter))
+            norm = max(_norm(exact), floor * size)
+            allowed = tolerance * norm
+            if rounded is not None:
+                own_rounding = _norm(_difference(exact, rounded.get(id(parameter))))
+                allowed = min(_COARSE[0] / 2 * norm + _OWN_ROUNDING * own_rounding, _MOST_ROUNDING * norm)
+            if not _norm(_difference(exact, given)) <= allowed:
+                return False
+        return True
+
+    def _gradients_again(self, padded: bool, wide: bool) -> Gradients | None:
+        """Run the record once more and return its gradients; None where there are none to be had."""
+        total: Any = 0.0
+        found: dict[str, nn.Parameter] = {}
+        for call in self.calls:
+            cut = call.cuts[self.place]
+            cut = cut.padded() if padded else cut
+            again = self.runner.run_again(call, cut, wide)
+            if again is None:
+                return None
+            twin, outputs = again
+            prefix = f"{call.path}." if call.path else ""
+            found.update({prefix + name: p for name, p in twin.named_parameters(remove_duplicate=False)})
+            total = total + call.loss_of(cut, outputs, self.mean)
+        if not (isinstance(total, Tensor) and total.requires_grad):
+            return None
+        own = {id(p): found[name] for p, name in zip(self.parameters, self.names, strict=True) if name in found}
+        known = {key: p for key, p in own.items() if p.requires_grad}
+        gradients = torch.autograd.grad(total, list(known.values()), allow_unused=True)
+        return dict(zip(known, gradients, strict=True))
+
+
+def _norm(value: Tensor | None) -> float:
+    return 0.0 if value is None else float(torch.linalg.vector_norm(value.detach(), dtype=torch.float64))
+
+
+def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return one if other is None else other
+    return one.detach() - other.detach()

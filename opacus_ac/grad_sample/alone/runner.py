@@ -1,0 +1,154 @@
+"""Runs records of a batch through the model by themselves, leaving no trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from opacus_ac.grad_sample.alone.call import Call, Run
+from opacus_ac.grad_sample.alone.isolated import isolated_twin, shapes_of, without_checkpoints
+from opacus_ac.grad_sample.alone.own_length import OwnLengths
+from opacus_ac.grad_sample.alone.single import Cut, Paths, floats_in
+from opacus_ac.grad_sample.module_replay import map_tensors, to_double
+from opacus_ac.noise.secret_state import replace_torch_state
+
+_JOINT_MASKS = (
+    "it draws at random (dropout) in a checkpointed part, or in a kernel of its own, for all records together"
+)
+
+
+class Users(Protocol):
+    """Knows which rows of a batch are of one user."""
+
+    def count(self, rows: int) -> int:
+        """Return the number of users of ``rows`` rows."""
+
+    def suppose(self, rows_per_user: int) -> AbstractContextManager[None]:
+        """Return a context in which batches have users of so many rows each."""
+
+
+class Tape(Protocol):
+    """Takes down the losses of records as they are computed."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is taken down."""
+
+
+class Runner:
+    """Runs records by themselves on a twin of what was called, which shares its parameters and nothing else.
+
+    Args:
+        tape: where losses of records are noted; those of single runs are not.
+        users: counts the users of a batch, where a record is a user of several rows.
+        pause: a context in which what takes gradients of records apart looks away.
+        own_lengths: remembers for which lengths a model is made.
+
+    Attributes:
+        as_before: a context in which the model has the plain attributes that it had before the forward pass.
+        sizes: dimensions of what layers took and returned.
+    """
+
+    def __init__(
+        self,
+        tape: Tape,
+        users: Users | None,
+        pause: Callable[[], AbstractContextManager[None]],
+        own_lengths: OwnLengths,
+    ) -> None:
+        self._tape, self._users, self._pause, self._own_lengths = tape, users, pause, own_lengths
+        self.as_before: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.sizes: set[int] = set()
+
+    def run(self, call: Call, batch_first: bool) -> None:
+        """Run the chosen records of a call through the model as it is now, after the batch.
+
+        The call has the outputs in ``runs`` then, or none and the reason why.
+        """
+        if call.masks is not None and call.masks.used:
+            if call.masks.joint or not batch_first:
+                call.give_up(_JOINT_MASKS)
+            else:
+                call.keep_padding()  # it belongs to what masks are made from
+        try:
+            outputs = self._outputs(call)
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            if not call.is_trimmed:
+                raise
+            # A model that is made for one length: it is held to it.
+            self._own_lengths.hold(call.runs)
+            call.keep_padding()
+            outputs = self._outputs(call)
+        call.runs = [Run(cut, found) for cut, found in zip(call.cuts, outputs, strict=True)]
+        call.inputs, call.padded_inputs = [], []
+
+    def _outputs(self, call: Call) -> list[Paths]:
+        return [self._outputs_of(call, cut, given) for cut, given in zip(call.cuts, call.inputs, strict=True)]
+
+    def _outputs_of(self, call: Call, cut: Cut, arguments: Any) -> Paths:
+        with self.as_before():
+            twin = isolated_twin(call.module)
+        seen = shapes_of(twin)
+        with self.undisturbed(cut.count), _masks_of(call, cut), torch.enable_grad():
+            torch.clear_autocast_cache()
+            try:
+                output = twin(*arguments[0], **arguments[1])
+            finally:
+                torch.clear_autocast_cache()
+        self.sizes |= seen
+        return _trained(output)
+
+    def run_again(self, call: Call, cut: Cut, wide: bool) -> tuple[nn.Module, Paths] | None:
+        """Run a record of a call once more, later.
+
+        Args:
+            call: the call.
+            cut: which rows the record is.
+            wide: run it in float64.
+
+        Returns:
+            The module that ran, whose parameters are copies with ``wide``, and the outputs; None where it cannot run in
+            float64.
+        """
+        with self.as_before():
+            twin = isolated_twin(call.module)
+        args, kwargs = cut.take(call.arguments)
+        if wide:
+            map_tensors(twin, to_double)
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        device = next(iter(call.outputs.values())).device.type
+        autocast = nullcontext() if wide or call.autocast is None else torch.autocast(device, dtype=call.autocast)
+        with self.undisturbed(cut.count), _masks_of(call, cut), autocast, torch.enable_grad():
+            try:
+                output = twin(*args, **kwargs)
+            except RuntimeError:  # something in it is of one type
+                return None
+        return twin, _trained(output)
+
+    def undisturbed(self, rows: int) -> ExitStack:
+        """Return a context in which a run leaves no trace in random states and records of losses."""
+        stack = ExitStack()
+        stack.callback(replace_torch_state())
+        stack.enter_context(self._pause())
+        stack.enter_context(self._tape.paused())
+        stack.enter_context(without_checkpoints())
+        if self._users is not None:
+            stack.enter_context(self._users.suppose(rows))
+        return stack
+
+
+def _masks_of(call: Call, cut: Cut) -> AbstractContextManager[Any]:
+    """Return a context in which a record is dropped out as it was in the batch."""
+    return nullcontext() if call.masks is None else call.masks.of(cut.first, cut.count)
+
+
+def _trained(output: Any) -> Paths:
+    return {path: tensor for path, tensor in floats_in(output) if tensor.requires_grad}
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
