@@ -1,4 +1,4 @@
-"""Losses computed per record, so that no record's gradient depends on which others share its batch."""
+"""Losses per record, so that the gradient of a record does not depend on the other records of its batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Rows of logits that are worked on together: on CPU few enough for the last-level cache, elsewhere enough to fill the
-# device. Much smaller chunks are a little faster on idle cores, but every operation waits for its slowest thread, and
-# where cores are shared those waits, several per chunk, cost more than memory does.
+# Bytes of logits per chunk: few enough for the last-level cache on CPU, enough to fill the device elsewhere. Much
+# smaller chunks are a little faster on idle cores. But every operation waits for its slowest thread, and on shared
+# cores these waits, several per chunk, cost more than memory does.
 _CPU_CHUNK_BYTES = 16 << 20
 _DEVICE_CHUNK_BYTES = 64 << 20
-# float16 has no room below 6e-8, so a gradient waits there unweighted and this much larger until its weight is known.
+# The smallest float16 is 6e-8. So a float16 gradient is kept without its weight, and scaled up by this factor, until
+# the weight is known.
 _HALF_SCALE = 2.0**15
 
 
@@ -21,19 +22,19 @@ def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int
     """Return the loss of each user: the mean over the user's rows that have labels.
 
     Args:
-        row_losses: ``[R]``, the rows of a user one after the other, as many for each user.
-        has_labels: ``[R]`` booleans; the other rows, which fill up a user or have nothing to learn from, do not count.
+        row_losses: losses of the rows ``[R]``. The rows of a user stand one after the other, as many for each user.
+        has_labels: whether a row has labels, ``[R]``. Rows without labels, such as filler rows, do not count.
         users: number of users in the batch: ``loader.users.count(len(row_losses))`` for a batch of the private loader.
 
     Returns:
         ``[users]``; a user without labelled rows has loss 0.
 
     Guarantees:
-        Entry u depends on the rows of user u alone, and not on how many rows fill it up. The plain mean over a user's
-        rows does not have this property: it shrinks when a user with more rows joins the batch.
+        Entry u depends on the rows of user u alone, and not on the number of its filler rows. The plain mean over a
+        user's rows does not have this property: it shrinks when a user with more rows joins the batch.
 
     Raises:
-        ValueError: shapes that do not fit, or rows that are not as many for each user.
+        ValueError: If the shapes differ, or if the number of rows is not a multiple of ``users``.
 
     >>> per_user_loss(torch.tensor([1.0, 3.0, 5.0, 0.0]), torch.tensor([True, True, True, False]), users=2).tolist()
     [2.0, 5.0]
@@ -45,18 +46,28 @@ def per_user_loss(row_losses: torch.Tensor, has_labels: torch.Tensor, users: int
     if users < 1 or row_losses.numel() % users or not row_losses.numel():
         raise ValueError(f"{row_losses.numel()} rows are not as many for each of users={users}")
     counted = has_labels.to(device=row_losses.device, dtype=torch.bool).view(users, -1)
-    # Dropped, not multiplied by zero: a row that does not count may have any loss.
+    # Selected, not multiplied by zero, because a row that does not count may have a loss that is not finite.
     return torch.where(counted, row_losses.view(users, -1), 0).sum(1) / counted.sum(1).clamp(min=1)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Return the cross entropies ``[B, T]`` that :func:`per_record_token_loss` averages; 0 where ignored."""
+    """Return the cross entropy ``[B, T]`` of every position; 0 where the label is ``ignore_index``.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: ``[B, T]``.
+        ignore_index: label of the positions to skip.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+        IndexError: If a label is neither a token nor ``ignore_index``.
+    """
     _check_shapes(logits, labels)
     rows, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if torch._C._functorch.peek_interpreter_stack() is None:
         _check_labels(labels, logits.shape[-1], ignore_index)
         losses: torch.Tensor = _TokenLoss.apply(rows, targets, ignore_index)
-    else:  # torch.func does not know functions with a context
+    else:  # torch.func does not support functions with a context
         losses = _plain_token_loss(rows, targets, ignore_index)
     return losses.view(labels.shape)
 
@@ -70,15 +81,15 @@ def per_record_token_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_ind
         ignore_index: label of the positions to skip.
 
     Returns:
-        ``[B]`` in float32 or better; a record without labelled positions has loss 0.
+        ``[B]`` in float32 or float64; a record without labelled positions has loss 0.
 
     Guarantees:
-        Beside the logits one buffer of their size is needed, their gradient. Positions that do not count get a
-        gradient of exactly 0, whatever their logits.
+        The computation needs one buffer of the size of the logits, for their gradient. Positions that do not count get
+        a gradient of exactly 0, whatever their logits.
 
     Raises:
-        ValueError: shapes that do not fit.
-        IndexError: a label that is neither a token nor ``ignore_index``.
+        ValueError: If the shapes do not fit.
+        IndexError: If a label is neither a token nor ``ignore_index``.
 
     >>> loss = per_record_token_loss(torch.zeros(2, 3, 4), torch.tensor([[1, 2, -100], [-100, -100, -100]]))
     >>> [round(x, 4) for x in loss.tolist()]
@@ -104,42 +115,48 @@ def per_record_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore
         Entry i depends on record i alone. The usual mean over all tokens of the batch does not have this property:
         there a record's gradient changes when another, longer record joins the batch.
 
+    Raises:
+        ValueError: If the shapes do not fit.
+        IndexError: If a label is neither a token nor ``ignore_index``.
+
     >>> round(per_record_causal_lm_loss(torch.zeros(1, 3, 2), torch.tensor([[0, 1, 1]])).item(), 4)
     0.6931
     """
     _check_shapes(logits, labels)
-    # Shifting the labels copies [B, T]; cutting the last logits would copy [B, T, V], forward and backward.
+    # Shifting the labels copies [B, T]. Cutting off the last logits would copy [B, T, V], forward and backward.
     return per_record_token_loss(logits, next_tokens(labels, ignore_index), ignore_index)
 
 
 def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Return what ``per_record_causal_lm_loss`` returns, and overwrite ``logits`` with what becomes their gradient.
+    """Return the losses of ``per_record_causal_lm_loss``, and overwrite ``logits`` with their gradient to save memory.
 
-    One buffer ``[B, T, V]`` serves as logits, probabilities and gradient. Where no gradient is asked for, the logits
-    are left as they are.
+    One buffer ``[B, T, V]`` serves as logits, probabilities and gradient. Without gradients (``torch.no_grad``) the
+    logits stay as they are.
 
     Args:
-        logits: ``[B, T, V]``, garbage afterwards; not needed again by whoever computed them. A leaf, a view, a tensor
-            that is not contiguous or that retains its gradient is copied first and stays as it was.
+        logits: ``[B, T, V]``. Their values are lost, so the operation that computed them must not need them again. A
+            leaf, a view, and a tensor that is not contiguous or that retains its gradient are copied first and stay as
+            they were.
         labels: ``[B, T]``, not shifted; ``ignore_index`` positions are not predicted.
         ignore_index: label of the positions to skip.
 
     Returns:
-        ``[B]`` in float32 or better, the mean over each record's own predicted tokens (0 for a record without any).
-        ``.mean().backward()`` is the fast case: any other weighting of the records costs one more pass.
+        ``[B]`` in float32 or float64, the mean over each record's own predicted tokens (0 for a record without any).
+        ``.mean().backward()`` is the fast case. Any other weighting of the records costs one more pass.
 
     Guarantees:
-        Entry i depends on record i alone. Values and gradients are those of ``per_record_causal_lm_loss``; positions
+        Entry i depends on record i alone. Values and gradients are those of ``per_record_causal_lm_loss``. Positions
         that are not predicted get a gradient of exactly 0, whatever their logits. Half precision is computed in
-        float32; the gradient is rounded once for the mean of bfloat16 logits, twice otherwise. The gradient reaches
-        the hooks that were on ``logits`` before the call and is not written to afterwards.
+        float32. The gradient is rounded once for the mean of bfloat16 logits, and twice otherwise. It reaches the hooks
+        that were on ``logits`` before the call, and is not written to afterwards.
 
     Raises:
-        ValueError: shapes that do not fit.
-        IndexError: a label that is neither a token nor ``ignore_index``.
-        RuntimeError: in backward, when the overwritten values are needed: by the operation that made ``logits``, by
-            another one that saved them, by a loss that used them after this one, by a second backward or by a second
-            derivative. ``torch.autograd.grad`` cannot be asked for the gradient of ``logits``, whose values are gone.
+        ValueError: If the shapes do not fit.
+        IndexError: If a label is neither a token nor ``ignore_index``.
+        RuntimeError: If, in the backward pass, the overwritten values are needed: by the operation that made
+            ``logits``, by another operation that saved them, by a loss that used them after this one, by a second
+            backward pass or by a second derivative. ``torch.autograd.grad`` cannot return the gradient of ``logits``,
+            because their values are lost.
 
     >>> hidden = torch.zeros(1, 3, 2, requires_grad=True)
     >>> loss = fused_causal_lm_loss(hidden * 1.0, torch.tensor([[0, 1, 1]])).mean()
@@ -152,7 +169,7 @@ def fused_causal_lm_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_inde
         return per_record_causal_lm_loss(logits, labels, ignore_index)
     targets = next_tokens(labels, ignore_index)
     _check_labels(targets, logits.shape[-1], ignore_index)
-    # Overwriting these would reach tensors that others hold, or hide the gradient from them.
+    # If these were overwritten, other holders of the values would see it, or would not get the gradient.
     if logits.is_leaf or logits.retains_grad or logits._is_view() or not logits.is_contiguous():
         logits = logits.clone(memory_format=torch.contiguous_format)
     losses: torch.Tensor = _FusedTokenLoss.apply(logits, targets, ignore_index)[0]
@@ -166,14 +183,14 @@ def _plain_token_loss(rows: torch.Tensor, targets: torch.Tensor, ignore_index: i
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Cross entropies ``[N]`` of rows ``[N, V]``, worked on some rows at a time: no buffer for the probabilities.
+    """Cross entropies ``[N]`` of rows ``[N, V]``, computed in chunks of rows without a buffer for the probabilities.
 
-    ``F.cross_entropy`` holds log-probabilities, and two gradients on the way back.
+    ``F.cross_entropy`` keeps log-probabilities, and makes two gradients in its backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
-        """Return losses, float32 or better; rows that do not count have loss 0."""
+        """Return losses in float32 or float64. Rows that do not count have loss 0."""
         wide = torch.promote_types(rows.dtype, torch.float32)
         counted = targets != ignore_index
         indices = torch.where(counted, targets, 0)
@@ -181,7 +198,7 @@ class _TokenLoss(torch.autograd.Function):
         for part in _chunks(rows, wide):
             values = rows[part].to(wide)
             largest = values.amax(1, keepdim=True)
-            # Not torch.logsumexp: an infinite logit must make the loss NaN, as cross entropy does.
+            # torch.logsumexp does not serve: an infinite logit must make the loss NaN, as in F.cross_entropy.
             total[part] = largest[:, 0] + (values - largest).exp_().sum(1).log_()
         chosen = rows.gather(1, indices[:, None])[:, 0].to(wide)
         ctx.save_for_backward(rows, targets, total)
@@ -213,7 +230,7 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def _chunks(rows: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of rows ``[N, V]`` that are worked on together in ``dtype``."""
+    """Return slices of rows ``[N, V]`` that are computed together in ``dtype``."""
     limit = _CPU_CHUNK_BYTES if rows.device.type == "cpu" else _DEVICE_CHUNK_BYTES
     size = max(1, limit // max(1, rows.shape[1] * dtype.itemsize))
     return (slice(start, start + size) for start in range(0, len(rows), size))
@@ -226,7 +243,7 @@ def _check_labels(labels: torch.Tensor, tokens: int, ignore_index: int) -> None:
 
 
 class _FusedTokenLoss(torch.autograd.Function):
-    """Per-record mean cross entropy whose forward leaves the gradient in the place of the logits."""
+    """Mean cross entropy per record. The forward pass writes the gradient into the memory of the logits."""
 
     @staticmethod
     def forward(
@@ -236,16 +253,16 @@ class _FusedTokenLoss(torch.autograd.Function):
         predicted = targets != ignore_index
         counts = predicted.sum(1).clamp(min=1)
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        # The gradient of the losses [B] for which the buffer is the gradient of the logits as it stands.
+        # If the losses [B] get this gradient, the buffer is the gradient of the logits without another change.
         expected = torch.full(counts.shape, 1 / max(len(counts), 1), dtype=wide, device=logits.device)
         if logits.dtype == torch.float16:
             expected = counts.to(wide) * _HALF_SCALE
         weights = (expected / counts).repeat_interleave(targets.shape[1])
         losses = _overwrite(logits.detach().flatten(0, 1), targets.flatten(), weights, predicted.flatten())
-        # An output, though nobody needs it: a loss that uses the logits later then shows up in backward.
+        # The logits are an output only so that a loss that uses them later shows up in the backward pass.
         ctx.mark_dirty(logits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits)  # checks in backward that nobody wrote to it since
+        ctx.save_for_backward(logits)  # backward then checks that nothing has written to it
         ctx.expected, ctx.consumed = expected, False
         return losses.view(targets.shape).sum(1) / counts, logits
 
@@ -256,12 +273,12 @@ class _FusedTokenLoss(torch.autograd.Function):
         """Return the gradient ``[B, T, V]`` of the logits, which is the buffer itself."""
         if grad_logits is not None:
             raise RuntimeError(
-                "fused_causal_lm_loss overwrote the logits, but something computed from them afterwards asks for their "
-                "gradient: use per_record_causal_lm_loss, which keeps them"
+                "fused_causal_lm_loss overwrote the logits, but a value that was computed from them afterwards needs "
+                "their gradient: use per_record_causal_lm_loss, which keeps them"
             )
         if grad_losses is None:
             return None, None, None
-        if ctx.consumed or torch.is_grad_enabled():  # once_differentiable lets create_graph pass without an error
+        if ctx.consumed or torch.is_grad_enabled():  # once_differentiable does not refuse create_graph
             raise RuntimeError(
                 "fused_causal_lm_loss allows one backward and no second derivative, because its gradient is handed on "
                 "without a copy: use per_record_causal_lm_loss with retain_graph or create_graph"
@@ -283,24 +300,24 @@ def _overwrite(
     Args:
         logits: ``[N, V]``.
         targets: ``[N]``, a token where ``predicted``.
-        weights: ``[N]``, float32 or float64: the precision that is computed in.
-        predicted: ``[N]``, booleans; the other rows get loss and gradient 0 and are not looked at.
+        weights: ``[N]``, float32 or float64. Their dtype is the precision of the computation.
+        predicted: ``[N]``, booleans. The other rows get loss and gradient 0, and are not read.
     """
     losses = torch.zeros_like(weights)
     targets = targets.masked_fill(~predicted, 0)
-    predicted = predicted.cpu()  # waits for the device once, not for every chunk
+    predicted = predicted.cpu()  # waits for the device once, not once per chunk
     for part in _chunks(logits, weights.dtype):
         rows, mask = logits[part], predicted[part]
         index = mask.nonzero()[:, 0].to(logits.device)
         if 2 * len(index) >= len(rows):
-            work = rows.to(weights.dtype)  # the rows themselves where they are wide enough
+            work = rows.to(weights.dtype)  # the rows themselves, if they have this dtype
             losses[part] = _overwrite_rows(work, targets[part], weights[part])
             if work.dtype != rows.dtype:
                 rows.copy_(work)
             others = (~mask).nonzero()[:, 0].to(logits.device)
             rows.index_fill_(0, others, 0)
             losses[part].index_fill_(0, others, 0)
-        else:  # prompts and padding are most of it: worth a copy of the rest
+        else:  # most rows are prompts and padding, so the others are worth a copy
             work = rows[index].to(weights.dtype)
             rows.zero_()
             losses[part][index] = _overwrite_rows(work, targets[part][index], weights[part][index])
@@ -309,18 +326,18 @@ def _overwrite(
 
 
 def _overwrite_rows(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Do what ``_overwrite`` does for rows ``[R, V]`` that fit into the cache, as if all were predicted."""
+    """Overwrite a chunk of rows ``[R, V]`` as ``_overwrite`` does, as if all of them were predicted."""
     target, weight = targets[:, None], weights[:, None]
     largest = logits.amax(1, keepdim=True)
     gap = largest - logits.gather(1, target)
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     logits.mul_(weight / total).scatter_add_(1, target, -weight)
-    # From the logits and not from the probability, which underflows where the loss passes 87.
+    # Computed from the logits, because the probability underflows where the loss is above 87.
     return (gap + total.log())[:, 0]
 
 
 def next_tokens(labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Return ``[B, T]``: the label that each position predicts; the last position predicts none."""
+    """Return the label that each position predicts, ``[B, T]``. The last position predicts none."""
     shifted = torch.full_like(labels, ignore_index)
     shifted[:, :-1] = labels[:, 1:]
     return shifted

@@ -1,6 +1,6 @@
-"""Command line ``opacus-ac``: a tree of subcommands, each one row of a table and one function.
+"""The command line ``opacus-ac``: each subcommand is one row of a table and one function.
 
-Nothing here imports torch or opacus before a subcommand needs it, so that help and usage errors come at once.
+torch and opacus are imported only when a subcommand needs them, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opacus_ac.cli.command import BAD_USAGE, OK, REFUTED, Command
 __all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", "main"]
 
 BROKEN_PIPE = 128 + 13
-"""Exit code of a process whose reader went away, as shells report it."""
+"""Exit code after the reader of the output has closed the pipe, as shells report it."""
 
 COMMANDS: tuple[Command, ...] = (*finetune.COMMANDS, *plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
 """The subcommands, in the order in which help lists them."""
@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opacus-ac",
         description="DP-Adam-AC for Opacus.",
-        epilog=f"exit codes: {OK} fine, {REFUTED} a claim was refuted, {BAD_USAGE} bad usage or input; finetune has more",
+        epilog=f"exit codes: {OK} success, {REFUTED} a claim was refuted, {BAD_USAGE} bad usage or input; finetune has "
+        "more",
     )
     parser.add_argument("--version", action="version", version=f"opacus_ac {__version__}")
     children = parser.add_subparsers(title="commands", required=True, metavar="command")
@@ -46,7 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; argparse itself exits with 2 on bad usage."""
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: words of the command line; by default those of the process.
+
+    Raises:
+        SystemExit: If argparse refuses the arguments (code 2), or has printed help (code 0).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     for command in COMMANDS:
         if command.parses_all and [command.name] == list(arguments[:1]):
@@ -55,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes at its end
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at its end
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
         print(f"{options.parser.prog}: error: {error}", file=sys.stderr)

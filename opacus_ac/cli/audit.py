@@ -1,4 +1,4 @@
-"""``opacus-ac audit``: attacks on the private step, each lower bound beside its claim."""
+"""``opacus-ac audit``: attacks the private step, and prints each lower bound of epsilon beside the claim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from opacus_ac.cli.command import OK, REFUTED, Command, add_format, add_option
 
 NAMES = ("canary", "noise", "scalars", "one-run", "usage", "poison", "coupling")
-"""Of :data:`opacus_ac.audit.table.AUDITS`, which help must not import."""
+"""Names of :data:`opacus_ac.audit.table.AUDITS`, without importing it: help must not load torch."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def _attack_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Run the audits and print each lower bound beside its claim."""
+    """Run the audits and print each lower bound beside the claim."""
     from opacus_ac.audit.table import Plan, run_audits
 
     settings = _clipping(options.clipping) | {

@@ -1,4 +1,4 @@
-"""What a subcommand is, and the options that several of them share."""
+"""The class of a subcommand, and options that several subcommands share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ class Command:
     """One subcommand: a row of :data:`COMMANDS`.
 
     Attributes:
-        name: what the user types.
+        name: the word that the user types.
         summary: one line of help.
-        arguments: adds the options to the subcommand's parser.
-        run: does the work and returns the exit code; a ``ValueError`` is shown as bad usage.
-        parses_all: the command has a parser of its own, and ``run`` gets all that follows its name as ``options.rest``.
+        arguments: adds the options to the parser of the subcommand.
+        run: does the work and returns the exit code. A ``ValueError`` is shown as bad usage.
+        parses_all: whether the command has a parser of its own. ``run`` then gets all words after the name as
+            ``options.rest``.
     """
 
     name: str
@@ -31,11 +32,11 @@ class Command:
 
 
 def add_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup, name: str, **settings: Any) -> None:
-    """Add ``--some-name``, which may also be spelled ``--some_name``."""
+    """Add the option ``--some-name``, which may also be spelled ``--some_name``."""
     spellings = [f"--{name}"] + ([f"--{name.replace('-', '_')}"] if "-" in name else [])
     parser.add_argument(*spellings, **settings)
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
-    """Add ``--format text|json``."""
+    """Add the option ``--format text|json``."""
     parser.add_argument("--format", choices=("text", "json"), default="text", help="output (default text)")

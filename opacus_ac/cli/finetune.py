@@ -1,4 +1,4 @@
-"""``finetune``: fine-tune a chat model on private dialogues. Torch is loaded once the options are plausible."""
+"""``opacus-ac finetune``: fine-tunes a chat model on private dialogues. Options are first checked without torch."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _own_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows an option without its value, which the help text describes."""
+    """Shows an option without a placeholder for its value, which the help text describes."""
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         return "" if action.nargs == "*" else super()._format_args(action, default_metavar)
 
 
 def light_parser() -> argparse.ArgumentParser:
-    """Return the parser of what needs no torch: help, the configuration file, and what is missing."""
+    """Return a parser that needs no torch. It serves for help, and to find out which options are given."""
     codes = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog=PROG,
@@ -51,7 +51,7 @@ def light_parser() -> argparse.ArgumentParser:
     for title, options in _GROUPS:
         group = parser.add_argument_group(title)
         for name, text in options:
-            # Looked at for their presence only: types are the full parser's, and a switch may stand alone.
+            # Only the presence of an option counts here. The full parser knows the types; a switch has no value.
             group.add_argument(f"--{name}", nargs="*", help=text)
             if "_" in name:
                 spelling = f"--{name.replace('_', '-')}"
@@ -60,7 +60,7 @@ def light_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parse lightly, then hand over to the full parser and the run; returns the exit code."""
+    """Check the options without torch, then parse them in full and run. Returns the exit code."""
     parser = light_parser()
     options = parser.parse_known_args(arguments)[0]
     if options.config is None and not options.help_all:

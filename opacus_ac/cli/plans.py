@@ -1,4 +1,4 @@
-"""``epsilon``, ``calibrate`` and ``plan``: what a run would cost, before there is one. No torch."""
+"""``opacus-ac epsilon``, ``calibrate`` and ``plan``: the privacy cost of a planned run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _steps(options: argparse.Namespace, rate: float) -> int:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the accounting functions that the options stand for."""
+    """Return the arguments for the accounting functions."""
     rate = _rate(options)
     steps = _steps(options, rate)
     truncated = options.sampling == "truncated_poisson"
@@ -86,7 +86,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) -> int:
-    """Print the values and the plan they belong to."""
+    """Print the values and the plan that they belong to."""
     from opacus_ac.accounting import ADJACENCY
 
     facts = {
@@ -159,7 +159,7 @@ def _lengths(options: argparse.Namespace, rate: float) -> list[tuple[float, int]
 
 
 def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tuple[float, int]) -> dict[str, Any]:
-    """Return what a run of this budget, batch size and length buys."""
+    """Return the noise of a run with this budget, batch size and length."""
     from opacus_ac.accounting import calibrate_noise_multiplier
     from opacus_ac.release.statistics import default_histogram_weight
 

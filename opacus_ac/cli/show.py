@@ -1,4 +1,4 @@
-"""``report`` and ``explain``: what a run has spent, and how a model's gradients are computed."""
+"""``opacus-ac report`` and ``explain``: what a run has spent, and how the gradients of a model are computed."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def _of_report(path: Path) -> dict[str, Any]:
         if "epsilon" not in facts or "delta" not in facts:
             raise ValueError("it has no epsilon and delta")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no privacy report: {error}") from error
+        raise ValueError(f"{path} is not a privacy report: {error}") from error
     return facts
 
 
 def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
-    """Return what the charges of a ledger add up to; every line of it is checked."""
+    """Return the sum of the charges of a ledger, after a check of every line."""
     from opacus_ac.accounting import common_adjacency
     from opacus_ac.budget.charges import Terms
     from opacus_ac.budget.ledger import PrivacyLedger
 
     if delta is None:
-        raise ValueError("a ledger has no delta of its own: give --delta")
+        raise ValueError("a ledger has no delta: give --delta")
     ledger, terms = PrivacyLedger(path), Terms()
     for charge in ledger.entries():
         terms.take(charge, ledger.unit)
@@ -76,7 +76,7 @@ def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
 
 
 def _epsilon(counts: Counter[Event], terms: Terms, delta: float) -> float:
-    """Return what the charges of a ledger, which are of one mechanism, cost together."""
+    """Return the epsilon of all charges of a ledger. They are of one mechanism."""
     from opacus_ac.accounting import PureDPAccountant, pld_epsilon
     from opacus_ac.budget.charges import renyi_epsilon
 

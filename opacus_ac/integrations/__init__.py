@@ -1,4 +1,4 @@
-"""Optional integrations; each is imported only where it is used."""
+"""Private training in the Trainers of other libraries. Each library is imported only where it is used."""
 
 from opacus_ac._lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""A Lightning callback: what a ``Trainer`` of Lightning has to leave alone, what it shows, and what its checkpoints need."""
+"""A Lightning callback for private training: refuses unsafe settings, logs releases, and saves the account."""
 
 from __future__ import annotations
 
@@ -20,43 +20,47 @@ from opacus_ac.sampling.loader import LogicalBatches, PrivateDataLoader
 
 _PREFIX = "privacy/"
 
-# Callbacks of Lightning that cannot be made private, by name: a subclass of one is one.
+# Callbacks of Lightning that cannot be made private, by name. The reasons hold for subclasses, too.
 _CALLBACKS = {
     "LearningRateFinder": (
-        "it chooses and publishes a learning rate by un-noised losses of private batches, on weights that it puts back: choose "
-        "the rate on public data, or by whole private runs with one ledger="
+        "it chooses and publishes a learning rate by losses of private batches without noise, and resets the weights "
+        "afterwards: choose the rate on public data, or by whole private runs with one ledger="
     ),
-    "BatchSizeFinder": "its trials take private steps, on weights that it puts back: choose the batch_size of the loader",
+    "BatchSizeFinder": (
+        "its trials take private steps, and it resets the weights afterwards: choose the batch_size of the loader"
+    ),
     "GradientAccumulationScheduler": (
-        "several draws would go into one charged step: choose the batch_size of the loader (batch_size_schedule= in make_private)"
+        "several draws would go into one charged step: choose the batch_size of the loader (or batch_size_schedule= in "
+        "make_private)"
     ),
-    "SpikeDetection": "it skips batches by their un-noised losses: records are clipped, so leave it out",
+    "SpikeDetection": "it skips batches by losses without noise: leave it out, as gradients are clipped per record",
 }
 
 
 class PrivacyCallback(lightning.Callback):
-    """Watches over a private run of ``lightning.Trainer``, whose automatic optimization takes the one private step.
+    """Makes a ``lightning.Trainer`` train with differential privacy, with automatic optimization.
 
-    Give the Trainer the loader and ``configure_optimizers`` the optimizer that ``make_private`` returned. The callback logs what
-    every step released (``privacy/epsilon``, ``privacy/noisy_loss``, ...) to all loggers, opens the Privacy tab in the files of a
-    ``TensorBoardLogger``, and puts the account into Lightning's checkpoints.
+    Pass the loader that ``make_private`` returned to the Trainer, and return its optimizer from
+    ``configure_optimizers``. The callback logs the released values of every step (``privacy/epsilon``,
+    ``privacy/noisy_loss``, ...) to all loggers. It writes the Privacy tab into the files of a ``TensorBoardLogger``,
+    and the privacy account into Lightning's checkpoints.
 
     Args:
         engine: the engine that made the model private.
         optimizer: the private optimizer.
         loader: the private loader.
-        delta: delta to report epsilon at; by default the target's.
+        delta: delta at which epsilon is reported; by default the target delta.
         public_keys: names that training hooks may log because, by your word, their values are public constants.
 
     Guarantees:
-        What the callback writes are releases and public constants. Whatever else a training hook logs, by ``self.log`` in any
-        form, a logger, its ``experiment``, ``trainer.callback_metrics`` or the progress bar, is refused before any of them
-        sees it: values of private batches have no noise. Learning rates, counters of steps and epochs, and what the hooks
-        of validation log, pass.
+        The callback writes released values and public constants only. Any other value that a training hook logs is
+        refused before a logger sees it, because values of private batches have no noise. This holds for ``self.log`` in
+        any form, loggers, their ``experiment``, ``trainer.callback_metrics`` and the progress bar. Learning rates,
+        counters of steps and epochs, and values that validation hooks log, pass.
 
     Raises:
-        ValueError: no delta; when training starts, settings of the Trainer that break the private step, all at once; a
-            checkpoint without the account.
+        ValueError: If there is no delta. When training starts: if settings of the Trainer break the private step (the
+            message lists all of them). When a checkpoint is loaded: if it has no privacy account.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class PrivacyCallback(lightning.Callback):
     # ---------------------------------------------------------------- refusals
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse callbacks that train by themselves; from here to the end of a fit let releases out only."""
+        """Refuse callbacks that train by themselves. From here to the end of the fit, only releases get logged."""
         if stage != "fit":
             return
         _raise_for([(True, f"{name}: {reason}") for name, reason in _refused_callbacks(trainer)])
@@ -103,11 +107,11 @@ class PrivacyCallback(lightning.Callback):
             self._gate = None
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse validation data with rows of the private data: what validation logs is public."""
+        """Refuse validation data with rows of the private data, because validation logs are public."""
         self._check_public(trainer.val_dataloaders, "validation")
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse test data with rows of the private data: what a test logs is public."""
+        """Refuse test data with rows of the private data, because test logs are public."""
         self._check_public(trainer.test_dataloaders, "test")
 
     def _check_public(self, loaders: Any, what: str) -> None:
@@ -115,15 +119,17 @@ class PrivacyCallback(lightning.Callback):
             for loader in loaders.values() if isinstance(loaders, Mapping) else loaders:
                 self._check_public(loader, what)
         elif (shared := self._rows.shared_by(getattr(loaders, "dataset", None))) is not None:
-            raise ValueError(f"the {what} data are not public, and what is logged of them has no noise: {shared}")
+            raise ValueError(
+                f"the {what} data are not public, and values that are logged of them have no noise: {shared}"
+            )
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Watch loggers that came since."""
+        """Watch loggers that were added since."""
         if self._gate is not None:
             self._gate.watch()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what would break the private step; open the Privacy tab."""
+        """Refuse settings that would break the private step, and open the Privacy tab."""
         _raise_for(self._problems(trainer))
         self._step = self.optimizer.steps_taken
         assert self._gate is not None
@@ -150,12 +156,13 @@ class PrivacyCallback(lightning.Callback):
         return [
             (trainer.world_size > 1, "several devices: use one (devices=1)"),
             (trainer.accumulate_grad_batches != 1, "accumulate_grad_batches: choose the batch_size of the loader"),
-            (trainer.gradient_clip_val is not None, "gradient_clip_val clips the noised sum: set max_grad_norm"),
+            (trainer.gradient_clip_val is not None, "gradient_clip_val clips the noisy sum: set max_grad_norm"),
             (trainer.precision == "16-mixed", "16-mixed: its loss scaler follows private gradients. Use bf16-mixed"),
             (
                 limit is not None,
-                "max_physical_batch_size: Lightning ends a pass after len(loader) batches, amid a logical batch. Leave it out, "
-                "or take the steps by hand (automatic_optimization=False, opacus_ac.sampling.loader.LogicalBatches)",
+                "max_physical_batch_size: Lightning ends a pass after len(loader) batches, amid a logical batch. Leave "
+                "it out, or take the steps by hand (automatic_optimization=False, "
+                "opacus_ac.sampling.loader.LogicalBatches)",
             ),
             (
                 loader is not self.loader,
@@ -170,7 +177,7 @@ class PrivacyCallback(lightning.Callback):
     # ---------------------------------------------------------------- what is shown
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Log what the step released."""
+        """Log the released values of the step."""
         release = self.optimizer.released
         if release is None or release.step == self._step:
             return
@@ -188,7 +195,7 @@ class PrivacyCallback(lightning.Callback):
             for dashboard in self._dashboards:
                 dashboard.log_step()
             for name, value in shown.items():
-                # To the loggers only where the dashboard does not write them already.
+                # A dashboard writes the values to TensorBoard already, so loggers get them only without one.
                 pl_module.log(
                     name, value, prog_bar=name == "privacy/epsilon", logger=not self._dashboards, batch_size=1
                 )
@@ -203,27 +210,31 @@ class PrivacyCallback(lightning.Callback):
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the account, with what proves that it belongs to this run."""
+        """Return the privacy account, with the settings that prove that it belongs to this run."""
         buffer = io.BytesIO()
         self.engine.save_checkpoint(path=buffer, module=nn.Identity())
         return {"account": torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what the checkpoint's run has spent."""
+        """Take over the charges of the checkpoint's run."""
         content = io.BytesIO(bytes(state_dict["account"].tolist()))
         self.engine.load_checkpoint(path=content, module=nn.Identity())
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint without an account."""
+        """Refuse a checkpoint without a privacy account.
+
+        Raises:
+            ValueError: If it was written without this callback.
+        """
         if self.state_key not in checkpoint.get("callbacks", {}):
             raise ValueError(
-                "the checkpoint was written without a PrivacyCallback: what its run has spent is not known, so it cannot be "
-                "resumed"
+                "the checkpoint was written without a PrivacyCallback: what its run has spent is not known, so it "
+                "cannot be resumed. Resume from a checkpoint of a run with the callback"
             )
 
 
 def _refused_callbacks(trainer: Any) -> list[tuple[str, str]]:
-    """Return the callbacks of a Trainer that cannot be made private, each with the reason and the remedy."""
+    """Return the callbacks of a Trainer that cannot be made private, each with reason and remedy."""
     found = []
     for callback in trainer.callbacks:
         names = [cls.__name__ for cls in type(callback).__mro__ if cls.__name__ in _CALLBACKS]

@@ -1,4 +1,4 @@
-"""The one gate through which values reach what a ``Trainer`` of Lightning logs, shows and monitors: releases pass, others do not."""
+"""The gate before the logs and metrics of a Lightning ``Trainer``: releases pass, other values are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DICTS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
 class _Watched(dict[str, Any]):
-    """A dict of metrics that asks before it takes a value; a copy of it is an ordinary dict."""
+    """A dict of metrics that asks the gate before it takes a value. A copy of it is an ordinary dict."""
 
     ask: Callable[[str, Any], None] | None = None
 
@@ -25,12 +25,12 @@ class _Watched(dict[str, Any]):
         super().__setitem__(name, value)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Take several values, each of which is asked for."""
+        """Add several values; the gate is asked about each."""
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def setdefault(self, name: str, default: Any = None) -> Any:
-        """Take a value where there is none."""
+        """Add a value where there is none; the gate is asked about it."""
         if name not in self:
             self[name] = default
         return self[name]
@@ -44,11 +44,12 @@ class _Watched(dict[str, Any]):
 
 
 class ReleasedOnly:
-    """Refuses what a ``fit`` would log, show or monitor of private batches, in every hook and by every way of Lightning's.
+    """Refuses values of private batches that a ``fit`` would log, show or monitor, in any training hook.
 
-    It stands before the result collection (``self.log``, ``self.log_dict``, callbacks' ``pl_module.log``), the loggers
-    (``log_metrics`` and other ``log_*``), their ``experiment`` (``add_*``, ``log*``), the dicts of metrics that checkpoints and
-    early stopping monitor, and the progress bar. Hooks of validation and sanity checking are public: their data are.
+    The gate covers the result collection (``self.log``, ``self.log_dict``, ``pl_module.log`` of callbacks), the loggers
+    (``log_metrics`` and other ``log_*``), their ``experiment`` (``add_*``, ``log*``), the dicts of metrics that
+    checkpoints and early stopping monitor, and the progress bar. Hooks of validation and sanity checking may log
+    anything, because their data are public.
 
     Args:
         trainer: the ``lightning.Trainer``.
@@ -56,15 +57,16 @@ class ReleasedOnly:
         public_keys: further names whose values the user declares public.
 
     Guarantees:
-        While a training hook runs, a value gets through if it is one of ``public_keys``, a counter of steps or epochs or a
-        number of the optimizer's groups under the name of one, or comes from within :meth:`released`.
+        While a training hook runs, a value passes only if its name is in ``public_keys``, if it is a counter of steps
+        or epochs or a number of the optimizer (such as the learning rate) under its usual name, or if it is logged
+        within :meth:`released`.
     """
 
     def __init__(self, trainer: Any, optimizer: AdaptiveClipDPOptimizer, public_keys: Iterable[str] = ()) -> None:
         self._trainer, self._optimizer = trainer, optimizer
         self._public_keys = frozenset(public_keys)
         self._open = 0
-        self._passed: set[str] = set()  # names of training values that the result collection took
+        self._passed: set[str] = set()  # names of training values in the result collection
         self._undo: list[Callable[[], None]] = []
         self._watched: set[int] = set()
         self._started = False
@@ -73,7 +75,7 @@ class ReleasedOnly:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """A context whose values are releases, or were asked for already."""
+        """Return a context for values that are released, or that the gate was asked about already."""
         self._open += 1
         try:
             yield
@@ -85,18 +87,27 @@ class ReleasedOnly:
         return bool(trainer.validating or trainer.sanity_checking or trainer.testing or trainer.predicting)
 
     def ask(self, name: str, value: Any, way: str = "logs") -> None:
-        """Raise ``ValueError`` unless a value may be seen under this name."""
+        """Check that a value may be logged under this name.
+
+        Args:
+            name: the name.
+            value: the value.
+            way: the verb for the message.
+
+        Raises:
+            ValueError: If it may not.
+        """
         if self._open or self._public_stage() or name in self._public_keys or self._is_known(name, value):
             return
         hook = getattr(self._trainer.lightning_module, "_current_fx_name", None) or "the training"
         raise ValueError(
-            f"{hook} {way} {name} of a private batch without noise: leave it out. PrivacyCallback logs the released values "
-            f"(loss_bound= in make_private adds a noisy loss), metrics of public data belong into validation_step, and what is a "
-            f"public constant by your word goes into PrivacyCallback(public_keys=[{name!r}])"
+            f"{hook} {way} {name} of a private batch without noise: leave it out. PrivacyCallback logs the released "
+            "values (loss_bound= in make_private adds a noisy loss). Metrics of public data belong into "
+            f"validation_step. For a public constant, by your word, use PrivacyCallback(public_keys=[{name!r}])"
         )
 
     def _is_known(self, name: str, value: Any) -> bool:
-        """Whether the value is the counter, or the number of the optimizer, that its name says."""
+        """Say whether the value is the counter, or the number of the optimizer, that its name stands for."""
         try:
             number = float(value)
         except (TypeError, ValueError, RuntimeError):
@@ -121,13 +132,16 @@ class ReleasedOnly:
     # ---------------------------------------------------------------- the ways out
 
     def watch(self) -> None:
-        """Stand before every way out; called again, before those that came since."""
+        """Put the gate before every way of logging. Call it again for loggers and metrics that were added since."""
         connector, results = self._trainer._logger_connector, self._trainer.fit_loop.epoch_loop._results
         if id(results) not in self._watched:
             self._watched.add(id(results))
             self._replace(results, "log", self._before_results(results.log))
             self._replace(connector, "reset_metrics", self._after(connector.reset_metrics, self._watch_dicts))
-            for name in ("update_train_step_metrics", "update_train_epoch_metrics"):  # they log what the results took
+            for name in (
+                "update_train_step_metrics",
+                "update_train_epoch_metrics",
+            ):  # of values that passed
                 self._replace(connector, name, self._let_through(getattr(connector, name)))
             bar = self._trainer.progress_bar_callback
             if bar is not None:
@@ -140,17 +154,17 @@ class ReleasedOnly:
                 self._watch_methods(getattr(logger, "experiment", None), ("log", "add_"))
 
     def start(self) -> None:
-        """Know that private batches follow: hyperparameters and graphs are logged before."""
+        """Note that private batches follow. Hyperparameters and graphs are logged before this, and pass."""
         self._started = True
 
     def close(self) -> None:
-        """Step aside."""
+        """Give the watched objects their own methods back."""
         while self._undo:
             self._undo.pop()()
         self._watched.clear()
 
     def _replace(self, owner: Any, name: str, function: Any) -> None:
-        """Put a function before an object's own, for the time of the fit."""
+        """Replace a method of an object until :meth:`close`."""
         setattr(owner, name, function)
         self._undo.append(lambda: delattr(owner, name))
 
@@ -206,7 +220,7 @@ class ReleasedOnly:
             self.ask(name, value, "sets")
 
     def _watch_methods(self, owner: Any, prefixes: tuple[str, ...]) -> None:
-        """Ask before every method of a logger, or of what it writes with, whose name begins so."""
+        """Ask before every call of a method whose name has one of the prefixes, of a logger or its experiment."""
         for name in dir(type(owner)) if owner is not None else ():
             method = getattr(owner, name, None) if name.startswith(prefixes) else None
             if callable(method):
@@ -224,7 +238,7 @@ class ReleasedOnly:
 
 
 def _named(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the names and values that a call of a logger, or of its writer, would log."""
+    """Return the names and values that a call of a logger, or of its experiment, would log."""
     given = [*args, *kwargs.values()]
     for value in given:
         if isinstance(value, Mapping):

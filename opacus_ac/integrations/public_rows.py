@@ -1,4 +1,4 @@
-"""Whether data that are said to be public have rows of the private data, or are the same file."""
+"""Checks that data that are called public share no row and no file with the private data."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import torch
 from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDataset
 
 COMPUTED_ROWS = 50_000
-"""Of a dataset that makes its rows when they are asked for (decodes images, say) so many are looked at, evenly spread."""
+"""Number of rows, evenly spread, that are compared of a dataset that computes its rows (decodes images, say)."""
 
 _REMEDY = "take them out of one of the two, or evaluate on other public data"
 
 
 class _NotPlainError(Exception):
-    """A value that is no number, text, array, or collection of them."""
+    """Raised for a value that is not a number, a text, an array, or a collection of them."""
 
 
 # ---------------------------------------------------------------- files
 
 
 def same_file(public: str | os.PathLike[str], private: str | os.PathLike[str]) -> str | None:
-    """Return how two paths are one file, or files of one content; None if they are not."""
+    """Return a sentence that says how two paths are one file, or have the same content; None if they differ."""
     first, second = Path(public), Path(private)
     if not (first.is_file() and second.is_file()):
         return None
@@ -52,29 +52,32 @@ def _sha256(path: Path) -> bytes:
 
 
 class PrivateRows:
-    """The rows of the private data by hash, to compare others with; read when first needed, and kept.
+    """Hashes of the rows of the private data, for comparison with other data. They are computed once, when needed.
 
     Args:
-        dataset: the private data; None where there are none.
+        dataset: the private data, or None.
 
     Guarantees:
-        Rows are equal when their plain values are: numbers by value, whatever their type or container, texts, arrays,
-        mappings (None is as good as missing) and sequences of them. Of a dataset of users each row counts. What cannot be compared
-        is let through: iterable datasets, rows with other objects in them, rows with other columns, and of datasets that
-        make their rows when asked, what lies beyond :data:`COMPUTED_ROWS` evenly spread ones.
+        Two rows are equal if their plain values are equal. Numbers are compared by value, whatever their type or
+        container; so are texts, arrays, sequences and mappings. A None in a mapping counts as missing. Of a dataset of
+        users each row is compared. Data that cannot be compared are let through: iterable datasets, rows with other
+        objects in them, rows with other columns, and rows beyond :data:`COMPUTED_ROWS` of a dataset that computes them.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._digests: dict[frozenset[str] | None, set[bytes]] = {}
         self._columns: frozenset[str] | None = None
-        self._answers: list[tuple[Any, int, str | None]] = []  # with the dataset, so that its id stays its own
+        self._answers: list[tuple[Any, int, str | None]] = []  # holds the dataset, so that no other object gets its id
 
     def shared_by(self, public: Any) -> str | None:
-        """Return what ``public`` shares with the private data, with the remedy; None if nothing was found.
+        """Return a sentence that says what ``public`` shares with the private data, and the remedy.
 
         Args:
             public: a dataset, or a mapping of names to datasets.
+
+        Returns:
+            None if no shared row was found.
         """
         if self.dataset is None or public is None:
             return None
@@ -106,13 +109,17 @@ class PrivateRows:
         return f"{len(found)} of its rows are rows of the private data (from 0: {shown}): {_REMEDY}"
 
     def _common(self, columns: frozenset[str] | None) -> Any:
-        """Return the columns to compare; None where rows are no mappings, ``_NOTHING`` where they cannot be compared."""
+        """Return the columns to compare.
+
+        Returns:
+            None for rows that are not mappings, ``_NOTHING`` for rows that cannot be compared.
+        """
         first = next((row for _, row in _rows(self.dataset)), None)
         own = _columns([first])
         if own == columns:
             return columns
         common = None if own is None or columns is None else own & columns
-        # A label alone is in many rows: what is compared must have more than one value.
+        # Many rows have the same label, so a column with more than one value per row is needed for a comparison.
         if not common or not isinstance(first, Mapping) or not any(_is_rich(first[name]) for name in common):
             return _NOTHING
         return common
@@ -143,7 +150,7 @@ def _columns(rows: Iterable[Any]) -> frozenset[str] | None:
 
 
 def _base(dataset: Any) -> tuple[Any, set[int] | None]:
-    """Return what lies below ``Subset``s, and which of its rows; None for all."""
+    """Return the dataset below all ``Subset``s, and the set of its rows that are used (None for all rows)."""
     indices: list[int] | None = None
     while isinstance(dataset, Subset):
         own = [int(i) for i in dataset.indices]
@@ -153,7 +160,7 @@ def _base(dataset: Any) -> tuple[Any, set[int] | None]:
 
 
 def same_rows_of_one(first: Any, second: Any) -> bool:
-    """Whether two datasets are one, or ``Subset``s of one with a row in common; reads no row."""
+    """Say whether two datasets are the same, or ``Subset``s of one dataset with a common row. Reads no row."""
     (a, of_a), (b, of_b) = _base(first), _base(second)
     if a is not b:
         return False
@@ -161,7 +168,7 @@ def same_rows_of_one(first: Any, second: Any) -> bool:
 
 
 def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
-    """Yield (number, row) of a dataset that has a length; of users, each row of theirs."""
+    """Yield (number, row) for a dataset with a length. Of a dataset of users, all rows of a user have its number."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return
     raw = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
@@ -169,7 +176,7 @@ def _rows(dataset: Any) -> Iterator[tuple[int, Any]]:
     for number in _numbers(dataset):
         try:
             item = raw[number]
-        except Exception:  # what cannot be read cannot be compared; whoever uses the row will see the error
+        except Exception:  # a row that cannot be read fails where it is used
             continue
         for row in item if users else (item,):
             yield number, row
@@ -181,7 +188,7 @@ def _numbers(dataset: Any) -> range:
 
 
 def _is_stored(dataset: Any) -> bool:
-    """Whether rows are there already, so that all can be read."""
+    """Say whether the rows are stored and not computed, so that all of them can be read."""
     if isinstance(dataset, Subset):
         return _is_stored(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
@@ -194,7 +201,7 @@ def _is_stored(dataset: Any) -> bool:
 
 @contextmanager
 def _unmoved() -> Iterator[None]:
-    """A context after which the generators of the process are where they were: a dataset may augment its rows."""
+    """Return a context that leaves the global random generators as they were. A dataset may draw from them."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         yield
@@ -206,7 +213,7 @@ def _unmoved() -> Iterator[None]:
 
 
 def _digest(row: Any, columns: frozenset[str] | None) -> bytes | None:
-    """Return a hash of a row's plain values; None if it has others."""
+    """Return a hash of a row's plain values; None if a value is of another kind."""
     total = hashlib.blake2b(digest_size=16)
     try:
         if columns is not None:
@@ -255,7 +262,7 @@ def _update_array(total: Any, value: Any) -> None:
     if array.dtype.kind not in "biuf":
         raise _NotPlainError(str(array.dtype))
     if array.dtype.kind == "f":
-        array = array.astype(np.float32)  # a number of Python's beside the same one in a tensor
+        array = array.astype(np.float32)  # a Python float equals the same number in a float32 tensor
     shape = array.shape
     total.update(b"a" + struct.pack(f"<{len(shape) + 1}q", len(shape), *shape))
     total.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())

@@ -1,4 +1,4 @@
-"""Losses of the records of a batch, on their way from the loss function to the private side of the step."""
+"""Carries the losses of the records of a batch from the loss function to the private side of the step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 
 
 class LossTape:
-    """Hands the records' losses of a physical batch from the loss function to the optimizer. Private values."""
+    """Passes the losses of the records of a physical batch from the loss function to the optimizer.
+
+    The losses are private values.
+    """
 
     def __init__(self) -> None:
         self._losses: list[torch.Tensor] = []
@@ -17,7 +20,7 @@ class LossTape:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context in which nothing is kept."""
+        """Return a context in which losses are not kept."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -36,6 +39,6 @@ class LossTape:
             self._losses.append(losses.detach())
 
     def take(self) -> torch.Tensor | None:
-        """Return and forget what was recorded since the last call, or None."""
+        """Return the losses since the last call, and forget them. None if there are none."""
         taken, self._losses = self._losses, []
         return torch.cat(taken) if taken else None

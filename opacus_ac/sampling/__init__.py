@@ -1,4 +1,4 @@
-"""Which records a step sees, and how they reach it."""
+"""Random batches of records for each step, and the loader that hands them to the training loop."""
 
 from opacus_ac._lazy import lazy_names
 

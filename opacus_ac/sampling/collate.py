@@ -1,4 +1,4 @@
-"""How drawn rows become a batch: an empty draw becomes a stand-in, and the plan is told of each batch that arrives."""
+"""Collate functions of the private loader: a stand-in for an empty batch, and news of batches for the plan."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from opacus_ac.sampling.passes import Worker
 from opacus_ac.sampling.plan import SamplingPlan
 
 _ROWS_OF_A_STAND_IN = 8
-"""Rows that a stand-in is made of, at most."""
+"""Largest number of rows of a stand-in."""
 
 _PLANS: weakref.WeakValueDictionary[str, SamplingPlan] = weakref.WeakValueDictionary()
-"""The plans of this process, by the names that batches carry from a worker."""
+"""The plans of this process, by the names that batches of a worker carry."""
 
 
 class EmptySafeCollate:
-    """Collates a batch; in the place of an empty one comes a stand-in, which the optimizer gives weight zero.
+    """A collate function that returns a stand-in for an empty batch. The optimizer leaves the stand-in out of its sums.
 
-    A batch of no records breaks many models (attention cannot reshape it), and skipping the step would reveal that the
-    batch was empty. The stand-in is made of the first rows of the dataset, because no made-up row is sure to pass
-    through every tokenizer, packer and model: of one row, or of as many as ``collate_fn`` wants. Its gradients are left
-    out of every sum, not multiplied by zero, so no release depends on it. Each is a fresh object, which the loop may
-    change.
+    A batch without records breaks many models (attention cannot reshape it), and a skipped step would reveal that the
+    batch was empty. The stand-in is made of the first row of the dataset, or of as many rows as ``collate_fn`` needs,
+    because an invented row might not pass through every tokenizer and model. Its gradients are left out of every sum,
+    not multiplied by zero, so no release depends on it. Each stand-in is a new object, which the loop may change.
 
     Args:
-        collate_fn: puts a list of rows together.
-        dataset: where the first rows come from.
+        collate_fn: makes a batch of a list of rows.
+        dataset: the dataset whose first rows are used.
 
     Raises:
-        ValueError: no batch can be made of the first rows.
+        ValueError: If no batch can be made of the first rows.
     """
 
     def __init__(self, collate_fn: Callable[[list[Any]], Any], dataset: Any) -> None:
@@ -57,7 +56,7 @@ class EmptySafeCollate:
                 f"({type(failure).__name__}: {failure}), and a Poisson batch may have any number of rows: let it take "
                 "any list of rows"
             ) from failure
-        del self._rows[1:]  # a batch without tensors, which the loop makes
+        del self._rows[1:]  # batches have no tensors; the loop makes them
 
     @property
     def first_row(self) -> Any:
@@ -69,15 +68,16 @@ class EmptySafeCollate:
             return self.collate_fn(copy.deepcopy(self._rows))
 
     def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of ``records``, or a stand-in when there are none."""
+        """Return the batch of ``records``, or a stand-in if there are none."""
         if not records:
             return self._stand_in()
-        with secret_randomness():  # the masks of a collator would tell, by a known seed, how many records came before
+        # With a known seed, random masks of a collator would tell how many records came before.
+        with secret_randomness():
             return self.collate_fn(records)
 
 
 class ArrivingCollate:
-    """Collates for loaders around our sampler, and tells the plan of every batch that reaches this process.
+    """A collate function for other loaders around our sampler. It tells the plan of every batch that arrives.
 
     Args:
         collate: collates a batch.
@@ -90,7 +90,7 @@ class ArrivingCollate:
         _PLANS[self._plan] = plan
 
     def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of ``records``, or a stand-in when there are none; in a worker, packed for its way out."""
+        """Return the batch of ``records``, or a stand-in if there are none. A worker returns it in a parcel."""
         batch = self.collate(records)
         worker = get_worker_info()
         if worker is not None:
@@ -99,7 +99,7 @@ class ArrivingCollate:
 
 
 class _Parcel:
-    """A batch on its way out of a worker: it is the batch itself again, and known, as soon as it is read."""
+    """A batch on its way out of a worker. Unpickling it returns the batch itself, and tells the plan of it."""
 
     def __init__(self, batch: Any, label: tuple[str, int, Worker | None]) -> None:
         self.batch, self.label = batch, label

@@ -1,9 +1,9 @@
-"""Which draw a batch in hand came from: delivery ties a step to a draw, not the announcement.
+"""Finds out which random draw a batch in the model comes from.
 
-A sampler announces index lists, perhaps long before the batch is there (workers, prefetching loaders). A batch is
-*delivered* when it reaches the loop. It is recognised there, in the model's forward pass, by the memory of its tensors
-and by their content, so that a batch that is kept and used again is known as such, whatever the loader and however many
-batches have the same size.
+A sampler announces lists of indices, perhaps long before the batch exists (workers, loaders that fetch ahead). A batch
+is *delivered* when it reaches the training loop. The model's forward pass recognises it by the memory and the content
+of its tensors. So a batch that is kept and used again is recognised, whatever the loader does, and even if many batches
+have the same size.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _SAMPLED = 4096
-"""Values of a tensor that its content is known by, at most."""
+"""Largest number of values of a tensor that are hashed to recognise its content."""
 
 _REMEMBERED = 1 << 16
-"""Tensors of past batches that are recognised, at most."""
+"""Largest number of tensors of past batches that are remembered."""
 
 _PLACES = 256
-"""Stretches of one memory that are told apart, at most: a dataset may hand out views of one large tensor."""
+"""Largest number of address ranges per storage that are remembered. A dataset may return views of one large tensor."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """How a physical batch came about.
+    """How a physical batch was drawn.
 
     Attributes:
-        batch: number of the logical batch that it belongs to.
-        sample_rate: probability with which each record was drawn; 1 where no amplification by sampling holds.
-        expected_batch_size: public denominator of the logical batch.
-        records: number of records in this physical batch; private. 0 marks the stand-in of an empty batch.
+        batch: number of its logical batch.
+        sample_rate: probability with which each record was drawn; 1 if sampling does not amplify privacy.
+        expected_batch_size: public expected size of the logical batch, by which its gradient sum is divided.
+        records: number of records in this physical batch, a private value. 0 marks the stand-in of an empty batch.
         last: whether this is the last physical batch of its logical batch.
-        pass_index: pass over the data that it belongs to.
+        pass_index: number of its pass over the data.
         step_in_pass: number of the logical batch within that pass.
-        selection: hash of all records of the logical batch, of all processes; private.
+        selection: hash of the records of the logical batch, over all processes; a private value.
         part: number of the physical batch within its logical batch, from 0.
     """
 
@@ -59,14 +59,14 @@ class Draw:
 
 @dataclass(eq=False)
 class Delivery:
-    """A physical batch that has reached the loop.
+    """A physical batch that has reached the training loop.
 
     Attributes:
-        draw: the draw that it is, or is a part of.
+        draw: the draw that it belongs to.
         used: whether a step has been charged for it, or its records are in the sums of an open logical batch.
-        split: whether another loader made it, a part of a logical batch.
-        owner: the plan whose draw it is.
-        contents: what the content of its tensors is known by.
+        split: whether another loader has split it off a logical batch.
+        owner: the plan of the draw.
+        contents: hashes of the content of its tensors.
     """
 
     draw: Draw
@@ -78,14 +78,14 @@ class Delivery:
 
 @dataclass(eq=False)
 class Sight:
-    """What a forward pass of the model was seen to run on.
+    """The batch of a forward pass of the model, as far as it was recognised.
 
     Attributes:
-        delivery: the delivery that the batch is; None for a batch of unknown origin.
+        delivery: the delivery of the batch; None for a batch of unknown origin.
         repeats: whether two rows of a batch of unknown origin have the same content.
-        is_part: whether it is one of several physical batches that a logical batch of another run or pass was cut into.
-        contents: what a batch of unknown origin is known by.
-        confirmed: whether a backward pass has come back to its output.
+        is_part: whether it is one of several physical batches of a logical batch of another run or pass.
+        contents: hashes of the content of a batch of unknown origin.
+        confirmed: whether a backward pass has reached the output of the forward pass.
         is_older: whether gradients were cleared since.
     """
 
@@ -97,11 +97,11 @@ class Sight:
     is_older: bool = False
 
     def confirm(self) -> None:
-        """Note that a backward pass has come back."""
+        """Note that a backward pass has reached the output."""
         self.confirmed = True
 
     def same(self, other: Sight) -> bool:
-        """Whether both are of the same batch; of unknown ones that have nothing to tell them apart, one never is."""
+        """Say whether both are of the same batch. False for unknown batches without any content to compare."""
         if self.delivery is not None or other.delivery is not None:
             return self.delivery is other.delivery
         return bool(self.contents) and self.contents == other.contents
@@ -135,15 +135,15 @@ def tensors_of(batch: Any, depth: int = 6) -> Iterator[Tensor]:
 
 
 def content_of(tensor: Tensor) -> bytes | None:
-    """Return what the content of a tensor is known by; None where it is too plain to tell batches apart.
+    """Return a hash of the content of a tensor; None if all values are equal, which does not tell batches apart.
 
-    That of a large tensor is known by some thousands of its values.
+    Of a large tensor some thousands of values are hashed.
     """
     size = tensor.numel()
     if size < 2 or tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
         return None
     step = max(1, size // _SAMPLED)
-    while step > 1 and math.gcd(step, tensor.shape[-1]) > 1:  # or one column would stand for all
+    while step > 1 and math.gcd(step, tensor.shape[-1]) > 1:  # otherwise only one column would be hashed
         step += 1
     flat = tensor.detach().contiguous().view(-1)[::step].cpu().contiguous()
     if bool((flat == flat[0]).all()):
@@ -154,10 +154,10 @@ def content_of(tensor: Tensor) -> bytes | None:
 
 
 class _Memory:
-    """Remembers to which delivery a stretch of memory belonged when it was last written to."""
+    """Remembers to which delivery a range of memory belonged when it was last written."""
 
     def __init__(self) -> None:
-        # A weak reference keeps the address of a storage from being used again, not its memory.
+        # A weak reference lets the memory of a storage go, but keeps its address from being used for another storage.
         self._known: OrderedDict[int, tuple[StorageWeakRef, list[tuple[int, int, int, Delivery]]]] = OrderedDict()
 
     def note(self, tensor: Tensor, delivery: Delivery) -> None:
@@ -174,7 +174,7 @@ class _Memory:
             self._known.popitem(last=False)
 
     def owner(self, tensor: Tensor) -> Delivery | None:
-        """Return the delivery that a tensor or a view belongs to; None if it was written to since or never noted."""
+        """Return the delivery of a tensor or of a view into it; None if it was never noted, or was written since."""
         known = self._known.get(StorageWeakRef(tensor.untyped_storage()).cdata) if _has_memory(tensor) else None
         if known is None or known[0].expired():
             return None
@@ -200,7 +200,7 @@ def _version(tensor: Tensor) -> int:
 
 
 class Recognition:
-    """Tells which delivered batch goes into the model."""
+    """Recognises which delivered batch goes into the model."""
 
     def __init__(self) -> None:
         self._delivered, self._followed = _Memory(), _Memory()
@@ -219,29 +219,30 @@ class Recognition:
             self._content.popitem(last=False)
 
     def follow(self, delivery: Delivery, tensors: list[Tensor]) -> None:
-        """Note tensors that were made of a delivered batch, such as its copy on a device."""
+        """Note tensors that were made from a delivered batch, such as its copy on a device."""
         for tensor in tensors:
             self._followed.note(tensor, delivery)
 
     def find(self, tensors: list[Tensor], current: Delivery | None) -> tuple[Delivery | None, bool]:
-        """Return the delivery that tensors belong to, and whether anything tells.
+        """Return the delivery of some tensors, and whether any of them was recognised.
 
-        The memory of delivered tensors counts most, then their content, of which a large tensor counts more than a
-        small one (a mask or a list of lengths is easily that of another batch too), then the memory of what was made of
-        them.
+        The memory of delivered tensors is compared first, then their content, then the memory of tensors that were made
+        from them. Only the content of the largest recognised tensors counts, because a small one (a mask, a list of
+        lengths) may well be in another batch, too.
 
         Args:
-            tensors: what goes into the model.
-            current: the delivery that is preferred to others that have the same content.
+            tensors: the inputs of the model.
+            current: the delivery that is preferred among several with the same content.
 
         Returns:
-            The delivery; None with True for tensors of several deliveries, None with False where nothing is known.
+            The delivery and True. None and True for tensors of several deliveries. None and False if no tensor was
+            recognised.
         """
         in_memory = _distinct(self._delivered.owner(t) for t in tensors)
         if not in_memory:
             in_memory = self._by_content(tensors, current)
         if not in_memory:
-            # Tensors that are passed at every step, whatever the batch, tell nothing: all have to be known.
+            # A tensor that is passed at every step says nothing about the batch, so all tensors have to be known.
             followed = [self._followed.owner(t) for t in tensors if _has_memory(t)]
             in_memory = [] if None in followed else _distinct(followed)
         return (in_memory[0] if len(in_memory) == 1 else None), bool(in_memory)
@@ -257,12 +258,12 @@ class Recognition:
                 found.append((tensor.numel() * tensor.element_size(), known))
         largest = max((size for size, _ in found), default=0)
         deliveries = _distinct(delivery for size, delivery in found if size == largest)
-        # Of two that fit equally well the one that is not in hand tells more.
+        # If two deliveries match equally well, the one that is not current is the less likely chance match.
         return [d for d in deliveries if d is not current] if len(deliveries) > 1 else deliveries
 
 
 RECOGNITION = Recognition()
-"""That of the process: a batch that one loader has handed out is known to the optimizer of another one."""
+"""One for the whole process, so that a batch of one loader is recognised by the optimizer of another."""
 
 
 def _distinct(deliveries: Iterable[Delivery | None]) -> list[Delivery]:
@@ -270,7 +271,7 @@ def _distinct(deliveries: Iterable[Delivery | None]) -> list[Delivery]:
 
 
 def rows_repeat(tensors: list[Tensor]) -> bool:
-    """Whether two rows of a batch have the same content in all tensors that have a row for each."""
+    """Say whether two rows of a batch have the same content, in all tensors with the batch's number of rows."""
     sizes = [t.shape[0] for t in tensors if t.dim() > 0]
     rows = max(set(sizes), key=sizes.count, default=0)
     if rows < 2:

@@ -1,4 +1,4 @@
-"""Whether a loader gives every record one length, whatever other records its batch has."""
+"""Finds out whether a loader gives every record the same length, whatever other records are in its batch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _STACKING = ("default_data_collator", "torch_default_data_collator", "DefaultDat
 
 
 def length_is_fixed(dataset: Any, collate: Callable[[list[Any]], Any], row: Any) -> bool:
-    """Say whether the length of a row in a batch is sure not to depend on the other rows.
+    """Say whether the length of a row in a batch certainly does not depend on the other rows.
 
-    Either ``collate`` cannot pad, so that rows of different lengths are an error, or it is seen to pad a row that is
-    cut to one entry to the same length as the whole row, alone and together, and not to pad any row to the length of a
-    longer one.
+    This holds if ``collate`` cannot pad, because rows of different lengths are then an error. Otherwise ``collate`` is
+    tried on ``row``, on ``row`` cut to one entry, and on ``row`` made longer. It must give the cut row the length of
+    the whole row, alone and together with it, and must not give ``row`` the length of the longer row.
 
     Args:
-        dataset: where rows come from.
+        dataset: the dataset of the rows.
         collate: makes a batch of a list of rows.
         row: a row of the dataset.
     """
@@ -37,7 +37,7 @@ def length_is_fixed(dataset: Any, collate: Callable[[list[Any]], Any], row: Any)
 
 
 def _sees_the_batch(dataset: Any) -> bool:
-    """Whether a dataset makes the rows of a batch together, by ``__getitems__``, and might pad them to the longest."""
+    """Say whether a dataset makes the rows of a batch together (``__getitems__``), and so might pad them alike."""
     if not callable(getattr(dataset, "__getitems__", None)):
         return False
     if type(dataset) is Subset:
@@ -48,8 +48,8 @@ def _sees_the_batch(dataset: Any) -> bool:
 
 
 def _stacks(collate: Any) -> bool:
-    """Whether a collate function puts rows of one length together, and fails for others."""
-    if type(collate).__name__ == "RemoveColumnsCollator":  # what transformers' Trainer puts around one
+    """Say whether a collate function stacks rows of the same length, and fails for others."""
+    if type(collate).__name__ == "RemoveColumnsCollator":  # the wrapper of transformers' Trainer
         collate = collate.data_collator
     if collate is default_collate:
         return True
@@ -58,7 +58,13 @@ def _stacks(collate: Any) -> bool:
 
 
 def _pads_to_one_length(collate: Callable[[list[Any]], Any], row: Any, size: int) -> bool:
-    """Whether rows with shorter or longer sequences of ``size`` get the length of ``row``, or are an error."""
+    """Say whether rows with shorter or longer sequences get the length of ``row``, or are an error.
+
+    Args:
+        collate: makes a batch of a list of rows.
+        row: a row of the dataset.
+        size: length of the sequences that are changed.
+    """
     whole = _shapes(collate, row, row)
     if whole is None:
         return False
@@ -71,10 +77,10 @@ def _pads_to_one_length(collate: Callable[[list[Any]], Any], row: Any, size: int
 
 
 def _shapes(collate: Callable[[list[Any]], Any], *rows: Any) -> dict[str, tuple[int, ...]] | None:
-    """Return the shapes of the batch of some rows; None where it cannot be made."""
+    """Return the shapes of the batch of some rows; None if ``collate`` fails."""
     try:
         return {name: tuple(tensor.shape) for name, tensor in named_rows(collate(fresh(list(rows))))}
-    except Exception:  # whatever the user's function raises
+    except Exception:  # a user's function may raise anything
         return None
 
 
@@ -90,7 +96,7 @@ def _sequences(value: Any) -> Iterator[Any]:
 
 
 def _resized(value: Any, size: int, change: Callable[[Any], Any]) -> Any:
-    """Return a row with its sequences of ``size`` entries changed."""
+    """Return a row with ``change`` applied to its sequences of ``size`` entries."""
     if isinstance(value, Mapping):
         made: Any = copy.copy(value) if type(value) is not dict else {}
         for key, item in value.items():

@@ -1,4 +1,4 @@
-"""The private data loader: Poisson batches, physical batches, and a stand-in for the empty batch."""
+"""The private data loader: random batches, their physical batches, and a stand-in for the empty batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _DRAWING: dict[str, type[PoissonBatchSampler]] = {
 
 
 class _SecretWorker:
-    """Starts a worker whose global generators have secret states: torch derives their seeds from a public one."""
+    """Gives secret states to the global generators of a worker. torch derives their seeds from a public seed."""
 
     def __init__(self, worker_init_fn: Callable[[int], None] | None) -> None:
         inner = worker_init_fn.worker_init_fn if isinstance(worker_init_fn, _SecretWorker) else worker_init_fn
@@ -56,18 +56,17 @@ class _SecretWorker:
 
 
 class PrivateDataLoader(DataLoader[Any]):
-    """A ``DataLoader`` over private draws; built by ``make_private``, used as any other loader.
+    """A ``DataLoader`` of random batches. ``make_private`` builds it, and it is used like any other loader.
 
-    ``len(loader)`` is the number of logical batches of a pass. With ``max_physical_batch_size`` a logical batch
-    comes as several batches in a row; the optimizer knows and steps once.
+    ``len(loader)`` is the number of logical batches of a pass. With ``max_physical_batch_size`` a logical batch comes
+    as several batches in a row, and the optimizer takes one step after the last of them.
 
     Attributes:
-        users: tells, where a record is a user, how many users the rows of the batch in hand belong to; None otherwise.
+        users: counts the users of the current batch, where a record is a user; None otherwise.
     """
 
     _is_accelerate_prepared = True
-    """Has ``accelerate`` take the loader as it is: its own would fetch a batch ahead, and join batches into one
-    step."""
+    """Makes ``accelerate`` use the loader as it is. Its own loader would fetch a batch ahead, and join batches."""
 
     def __init__(self, template: DataLoader[Any], batch_sampler: PrivateBatchSampler) -> None:
         collate = template._collate.collate_fn if isinstance(template, PrivateDataLoader) else template.collate_fn
@@ -90,7 +89,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self.users = None if limit is None else UserRows(self.plan, limit)
 
     def split(self, rank: int, world: int) -> None:
-        """Hand out this process's records of each logical batch, one of several processes that draw alike."""
+        """Hand out only this process's records of each logical batch. All processes make the same draws."""
         sampler = self.batch_sampler
         assert isinstance(sampler, PrivateBatchSampler)
         sampler.rank, sampler.world = rank, world
@@ -104,7 +103,7 @@ class PrivateDataLoader(DataLoader[Any]):
         passing, batches = self._begin()
         while True:
             try:
-                with secret_randomness():  # a dataset may draw at random, too
+                with secret_randomness():  # a dataset may augment at random
                     batch = next(batches)
             except StopIteration:
                 return
@@ -114,7 +113,7 @@ class PrivateDataLoader(DataLoader[Any]):
             yield batch
 
     def _begin(self) -> tuple[Pass, Iterator[Any]]:
-        """Start a pass; what it fetches is delivered here, so it need not be told of."""
+        """Start a pass. This loader delivers its batches itself, so its collate function does not tell the plan."""
         shown, self.collate_fn, self.plan.own_loader = self.collate_fn, self._collate, True
         try:
             batches = super().__iter__()
@@ -124,10 +123,10 @@ class PrivateDataLoader(DataLoader[Any]):
 
 
 class LogicalBatches:
-    """A private loader seen a logical batch at a time, for loops that take one optimizer step per item.
+    """The logical batches of a private loader, for loops that take one optimizer step per item.
 
-    Each item yields the pairs (physical batch, whether it is the last of its logical batch). ``optimizer.step()`` has
-    to follow each physical batch before the next one is asked for.
+    Each item is an iterator of pairs: a physical batch, and whether it is the last one of its logical batch. Call
+    ``optimizer.step()`` for each physical batch before you take the next one.
 
     Args:
         loader: the loader that ``make_private`` returned.
@@ -144,7 +143,7 @@ class LogicalBatches:
 
     def __iter__(self) -> Iterator[Iterator[tuple[Any, bool]]]:
         if self._open is not None:
-            self._open.close()  # a pass that an error interrupted must not close this one later
+            self._open.close()  # an interrupted pass must not close this one later
         self._open = batches = iter(self.loader)
         try:
             for _ in range(len(self)):
@@ -176,21 +175,21 @@ def private_loader(
     """Return a private loader over the records of ``loader``.
 
     Args:
-        loader: loader over a map-style dataset, sequential, shuffled, or already Poisson.
-        sampling: "poisson": batches of rate batch_size / N; "truncated_poisson": the same, with at most
-            ``max_batch_size`` records; "fixed_size": batch_size of N records without replacement; "shuffled": the
-            loader's own batches.
+        loader: loader over a map-style dataset: sequential, shuffled, or with Poisson batches.
+        sampling: how batches are drawn. "poisson": each record with probability batch_size / N. "truncated_poisson":
+            the same, but at most ``max_batch_size`` records. "fixed_size": batch_size of the N records, without
+            replacement. "shuffled": the loader's own batches.
         stream: random stream of the draws.
         max_physical_batch_size: largest batch that reaches the model.
-        schedule: expected batch size per step (not for "shuffled").
+        schedule: expected batch size of each step (not for "shuffled").
         max_batch_size: largest logical batch, for "truncated_poisson".
-        dataset_size: public N, from which rate and length of a pass follow; the number of records by default. It may
-            differ from that number for "poisson" only.
-        max_rows_per_user: where an item of the dataset is a user, the most rows that one has; None where it is a row.
+        dataset_size: public number of records N, for the sampling rate and the length of a pass; by default the number
+            of records. Another number is possible for "poisson" only.
+        max_rows_per_user: largest number of rows of a user, if an item of the dataset is a user; None if it is a row.
 
     Raises:
-        ValueError: a dataset or sampler for which no sampling bound is known, or items that are other records than
-            said.
+        ValueError: If no privacy bound is known for the dataset or sampler, or if the items are not the records that
+            ``max_rows_per_user`` says.
     """
     _check_records(loader.dataset, max_rows_per_user)
     _check_collate(loader, max_rows_per_user)
@@ -222,7 +221,7 @@ def private_loader(
 
 
 def _check_records(dataset: Any, max_rows_per_user: int | None) -> None:
-    """Refuse a dataset that says of its items, as ``UserDataset`` does, that they are other records than asked for."""
+    """Refuse a dataset that has another ``max_rows_per_user`` than asked for, as ``UserDataset`` may have."""
     said = getattr(dataset, "max_rows_per_user", None)
     if said is not None and said != max_rows_per_user:
         raise ValueError(
@@ -232,32 +231,32 @@ def _check_records(dataset: Any, max_rows_per_user: int | None) -> None:
 
 
 def _check_collate(loader: DataLoader[Any], max_rows_per_user: int | None) -> None:
-    """Refuse a ``collate_fn`` whose random draws are public, or that puts the rows of users elsewhere than said."""
+    """Refuse a ``collate_fn`` whose random draws are public, or that mixes the rows of users."""
     collate = loader._collate.collate_fn if isinstance(loader, PrivateDataLoader) else loader.collate_fn
     carried = carried_generator(collate)
     if carried is not None:
         raise ValueError(
             f"collate_fn has a generator of its own ({carried}), whose draws for a batch tell how many records came "
-            "before: leave its seed or generator out, so that it draws from the global ones, which are secret during a "
-            "step"
+            "before: leave its seed or generator out, so that it draws from the global generators, which are secret "
+            "during a step"
         )
     if max_rows_per_user is not None:
         check_rows_of_users(loader.dataset, collate)
 
 
 def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:
-    """Return (expected batch size, batches per pass) of a loader whose sampling can be accounted."""
+    """Return (expected batch size, batches per pass) of a loader whose sampling can be accounted for."""
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError("an IterableDataset cannot be Poisson sampled: use a map-style dataset (with __len__)")
     records = len(loader.dataset)  # type: ignore[arg-type]
     if records < 1:
-        raise ValueError("the dataset has no records")
+        raise ValueError("the dataset has no records: pass one with at least one record")
     sampler = loader.batch_sampler
     if drawn and isinstance(sampler, PoissonBatchSampler | UniformWithReplacementSampler):
         return sampler.sample_rate * records, len(sampler)
     if type(sampler) is not BatchSampler:
         raise ValueError(
-            f"no sampling bound is known for the batch sampler {type(sampler).__name__}: pass a DataLoader with "
+            f"no privacy bound is known for the batch sampler {type(sampler).__name__}: pass a DataLoader with "
             "batch_size=... (and shuffle=True or False)"
         )
     order = sampler.sampler
@@ -265,11 +264,12 @@ def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:
     whole_pass = type(order) is not RandomSampler or order.num_samples <= records
     if not (known and whole_pass):
         raise ValueError(
-            f"no sampling bound is known for the sampler {type(order).__name__}: records drawn with weights or with "
+            f"no privacy bound is known for the sampler {type(order).__name__}: records drawn with weights or with "
             "replacement are not Poisson sampled. Pass a DataLoader with shuffle=True or False"
         )
     if drawn and sampler.batch_size > records:
         raise ValueError(
-            f"batch_size {sampler.batch_size} exceeds the number of records {records}: the sample rate would exceed 1"
+            f"batch_size {sampler.batch_size} exceeds the number of records {records}, so the sample rate would exceed "
+            "1: choose a smaller batch_size"
         )
     return min(float(sampler.batch_size), float(records)), len(loader)

@@ -1,4 +1,4 @@
-"""Passes over the sampler: what each has announced, and which of it has come."""
+"""Passes over the sampler: the batches that each pass has announced, and those that have arrived."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from opacus_ac.sampling.delivery import Draw
 
 _UNKNOWN = -1
-"""Number of records of a part that another loader makes, until it comes."""
+"""Number of records of a part that another loader makes, until the part arrives."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A process that puts batches together for a loader.
+    """A worker process of a loader.
 
     Attributes:
         process: its process id.
         number: its number among the workers of the loader.
-        workers: how many there are; they take batches in turns.
+        workers: number of workers of the loader. They take batches in turns.
     """
 
     process: int
@@ -27,7 +27,7 @@ class Worker:
 
 
 class Pass:
-    """One iteration over the sampler: what it has announced, and what of that has come.
+    """One iteration over the sampler, with the batches that were announced and those that have arrived.
 
     Args:
         number: number of the pass.
@@ -51,18 +51,18 @@ class Pass:
         return self.is_split and not self.ended and self._latest is not None and not self._latest.last
 
     def announce(self, draw: Draw) -> None:
-        """Note a physical batch that will come."""
+        """Note a physical batch that will arrive."""
         self.announced.append(draw)
         self._latest = None if draw.part else draw
 
     def split(self, last: bool) -> None:
-        """Announce the next part of the logical batch that was announced last; its parts come in its stead."""
+        """Announce the next part of the logical batch that was announced last. Its parts arrive instead of it."""
         self.is_split = True
         if self._latest is None:
             return
         if self._latest.records != _UNKNOWN:  # not split yet
             if not self.announced or self.announced[-1] is not self._latest:
-                self._latest = None  # what is split here is a batch of another pass
+                self._latest = None  # the batch that is being split is of another pass
                 return
             self.announced.pop()
             self._latest = replace(self._latest, records=_UNKNOWN, last=last)
@@ -71,13 +71,17 @@ class Pass:
         self.announced.append(self._latest)
 
     def take(self, worker: Worker | None) -> Draw | None:
-        """Return the draw of a batch that has just been put together; None where that is not known."""
+        """Return the draw of a batch that has just been collated; None if it is unknown.
+
+        Args:
+            worker: the worker that collated it; None for this process.
+        """
         if worker is None:
             place, self._arrived = self._arrived, self._arrived + 1
         else:
             process, count = self._workers.get(worker.number, (worker.process, 0))
             if process != worker.process or not (self.announced or self._taken or self._places):
-                return None  # of workers of another loader, or left over from the pass before
+                return None  # a batch of another loader's workers, or one left over from the pass before
             self._workers[worker.number] = process, count + 1
             place = worker.number + worker.workers * count
         while self.announced and self._places <= place:

@@ -1,7 +1,7 @@
-"""Which records enter a step, and with which probability: drawn here, carried with the batch, accounted as drawn.
+"""The plan of a private loader: with which probability each record enters a step, and what the step costs.
 
-Every physical batch that reaches the loop is tied to its :class:`~opacus_ac.sampling.delivery.Draw`, so that the rate
-that is accounted is the rate that was drawn, whatever the loop skips, repeats or interrupts.
+Every physical batch that reaches the training loop is tied to its :class:`~opacus_ac.sampling.delivery.Draw`. So a step
+is charged for the rate at which its batch was drawn, whatever batches the loop skips, repeats or interrupts.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from opacus_ac.sampling.passes import Pass, Worker
 RateSchedule = Callable[[int], float] | Sequence[float]
 
 SAMPLING = ("poisson", "truncated_poisson", "fixed_size", "shuffled")
-"""Ways to draw batches for which a bound is known."""
+"""Ways to draw batches for which a privacy bound is known."""
 
 
 class BatchSizes:
-    """Public plan of expected batch sizes: constant, or a schedule over steps.
+    """The expected batch size of every step: a constant, or a public schedule.
 
     Args:
-        dataset_size: N, a public constant.
+        dataset_size: number of records N, a public constant.
         batch_size: expected batch size without a schedule.
-        schedule: ``step -> expected batch size`` (steps from 0), or a sequence whose last entry holds from then on.
-            It may depend on the step and on what was released, never on data.
-        whole: batch sizes must be whole numbers.
+        schedule: a function from the step (from 0) to the expected batch size, or a sequence whose last entry holds
+            from then on. It may depend on the step and on released values, never on data.
+        whole: whether batch sizes must be whole numbers.
 
     Raises:
-        ValueError: an expected batch size outside (0, N], or not whole.
+        ValueError: If an expected batch size is outside (0, N], or is not whole.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BatchSizes:
     ) -> None:
         self.dataset_size = dataset_size
         self._constant = batch_size
-        # A copy: entries of a list that changed during the run would follow a rule that nobody knows of.
+        # A copy, because changes to a list during the run might depend on data.
         self._schedule = schedule if callable(schedule) or schedule is None else tuple(schedule)
         self._whole = whole
         self.expected(0)
@@ -52,12 +52,12 @@ class BatchSizes:
 
     @property
     def is_function(self) -> bool:
-        """Whether the rate follows a function, which may depend on past releases."""
+        """Whether the schedule is a function, which may depend on past releases."""
         return callable(self._schedule)
 
     @property
     def varies(self) -> bool:
-        """Whether the rate follows a schedule."""
+        """Whether there is a schedule."""
         return self._schedule is not None
 
     def expected(self, step: int) -> float:
@@ -84,17 +84,17 @@ class BatchSizes:
 
 
 class SamplingPlan:
-    """Joins sampler, loader and optimizer: which draw the batch in hand came from, and what its step costs.
+    """Connects sampler, loader and optimizer: the draw of the current batch, and the cost of its step.
 
     Args:
         sizes: expected batch sizes.
-        sampling: a kind of :data:`SAMPLING`.
+        sampling: one of :data:`SAMPLING`.
         steps_per_pass: number of logical batches in one pass of the loader.
-        max_batch_size: largest logical batch, of "truncated_poisson" only.
-        max_rows_per_user: where a record is a user, the most rows that one has; None where a record is a row.
+        max_batch_size: largest logical batch, for "truncated_poisson" only.
+        max_rows_per_user: largest number of rows of a user, if a record is a user; None if a record is a row.
 
     Raises:
-        ValueError: settings that do not go together.
+        ValueError: If ``max_batch_size`` does not fit ``sampling``, or is below 1.
     """
 
     def __init__(
@@ -129,16 +129,21 @@ class SamplingPlan:
     # ---------------------------------------------------------------- announcing
 
     def begin_pass(self) -> Pass:
-        """Count a new pass of the sampler, by our loader if ``own_loader`` is set, else by a loader around it."""
+        """Count a new pass of the sampler: of our loader if ``own_loader`` is set, else of another loader around it."""
         self.passes += 1
         self.latest = Pass(self.passes, own=self.own_loader)
         self._current, self._ahead = None, False
         return self.latest
 
     def emit(self, passing: Pass, step_in_pass: int, expected: float, sizes: Sequence[int], selection: int = 0) -> None:
-        """Announce the physical batches, of ``sizes`` records, of the next logical batch, ``expected`` records large.
+        """Announce the physical batches of the next logical batch.
 
-        ``selection`` is the hash of its records.
+        Args:
+            passing: the pass.
+            step_in_pass: number of the logical batch within the pass.
+            expected: expected size of the logical batch.
+            sizes: number of records of each physical batch.
+            selection: hash of the records of the logical batch.
         """
         self._batches += 1
         self._pulled = passing
@@ -149,9 +154,12 @@ class SamplingPlan:
             passing.announce(draw)
 
     def split(self, last: bool) -> None:
-        """Note that a loader around our sampler makes a physical batch of the logical one that was announced last.
+        """Note that a loader around our sampler splits a physical batch off the logical batch that was announced last.
 
-        While two passes take turns, nobody knows which of them it belongs to.
+        While two passes take turns, it is unknown to which of them the physical batch belongs.
+
+        Args:
+            last: whether it is the last physical batch of the logical batch.
         """
         passing = self._pulled
         self._split = [p for p in self._split if not p.ended and p is not passing]
@@ -165,7 +173,12 @@ class SamplingPlan:
     # ---------------------------------------------------------------- delivering
 
     def deliver(self, passing: Pass, batch: Any) -> None:
-        """Note that our loader hands the next announced physical batch to the user."""
+        """Note that our loader hands the next announced physical batch to the loop.
+
+        Raises:
+            RuntimeError: If the loop took no step on the physical batch before, so that a part of its logical batch
+                would be lost.
+        """
         before = self._current
         if before is not None and not before.used and not before.draw.last:
             raise RuntimeError(
@@ -175,17 +188,17 @@ class SamplingPlan:
         self._hand_out(Delivery(passing.announced.popleft(), owner=self), batch)
 
     def arrive(self, batch: Any, records: int, worker: Worker | None = None) -> None:
-        """Note that a loader around our sampler has put a physical batch of ``records`` records together.
+        """Note that a loader around our sampler has collated a physical batch.
 
         Args:
             batch: the batch.
             records: number of its records; 0 for the stand-in of an empty batch.
-            worker: who has done so; None for this process, where a batch is handed out as soon as it is there.
+            worker: the worker that collated it; None for this process, which hands out a batch at once.
         """
         passing = self._pulled if worker is None else self._pass_of(worker)
         draw = None if passing.own else passing.take(worker)
         if any(p.is_mixed_up and not p.ended for p in self._split):
-            # A part of one of several draws: it is never used by itself.
+            # It is a part of one of several draws, and is never used by itself.
             RECOGNITION.remember(Delivery(Draw(0, 1.0, 1.0, records, False, 0, 0, part=1)), batch)
             self._ahead = True
             return
@@ -198,7 +211,7 @@ class SamplingPlan:
             RECOGNITION.remember(delivery, batch)
 
     def _pass_of(self, worker: Worker) -> Pass:
-        """Return the pass that a worker works for: workers stay with a pass until it has ended."""
+        """Return the pass of a worker. A worker stays with a pass until it has ended."""
         known = self._of_worker.get(worker.process)
         if known is None or known.ended:
             known = self._of_worker[worker.process] = self.latest
@@ -206,7 +219,7 @@ class SamplingPlan:
 
     def _hand_out(self, delivery: Delivery, batch: Any) -> None:
         if self._current is not None and not self._current.used:
-            self._ahead = True  # skipped, or fetched ahead by whoever is around the loader
+            self._ahead = True  # the batch before was skipped, or this one is fetched ahead
         self._current = delivery
         RECOGNITION.remember(delivery, batch)
 
@@ -214,24 +227,24 @@ class SamplingPlan:
 
     @property
     def in_hand(self) -> Delivery | None:
-        """The batch that was handed out last, unless a step has used it."""
+        """The current batch: the one that was handed out last, unless a step has used it."""
         return None if self._current is None or self._current.used else self._current
 
     def current(self) -> Draw | None:
-        """Return the draw of the batch in hand, or None when no fresh draw is there."""
+        """Return the draw of the current batch; None if there is no batch, or a step has used it."""
         return None if self.in_hand is None else self.in_hand.draw
 
     def see(self, tensors: list[Tensor]) -> Sight:
-        """Return what a forward pass of the model runs on.
+        """Recognise the batch of a forward pass of the model.
 
         Args:
-            tensors: what goes into the model.
+            tensors: the inputs of the model.
         """
         found, known = RECOGNITION.find(tensors, self._current)
         if found is None and not known and not self._ahead:
-            found = self.in_hand  # it was changed on its way, and nothing tells of another one
+            found = self.in_hand  # the batch was changed on its way, and no other batch matches
             if found is None and self._current is not None and self._current.draw.records == 0:
-                found = self._current  # a stand-in that was used before: a copy of it still belongs to nobody
+                found = self._current  # a copy of a stand-in that was used before has no records either
         if found is None or found.owner is not self:
             sight = unknown(tensors)
             sight.is_part = found is not None and (found.draw.part > 0 or not found.draw.last)
@@ -240,10 +253,10 @@ class SamplingPlan:
         return Sight(found)
 
     def keeps_length(self, tensors: list[Tensor]) -> bool:
-        """Say whether tensors are of a batch as our loader made it, and the loader gives every record one length.
+        """Say whether a batch is as our loader made it, and the loader gives every record the same length.
 
         Args:
-            tensors: what goes into the model.
+            tensors: the inputs of the model.
         """
         found, _ = RECOGNITION.find(tensors, self._current)
         if found is None or found.owner is not self:
@@ -251,9 +264,9 @@ class SamplingPlan:
         return any(t.dim() > 1 and content_of(t) in found.contents for t in tensors) and self.length_is_fixed()
 
     def price(self, draw: Draw | None, noise_multiplier: float) -> Event | None:
-        """Return the event that a step on ``draw`` costs; None when its pass has been paid for. Nothing is noted.
+        """Return the event that a step on ``draw`` costs, without noting it. None if its pass has been charged.
 
-        A batch of unknown origin (``draw`` None) gets no amplification: it is charged at rate 1.
+        A batch of unknown origin (``draw`` is None) is charged at rate 1, without amplification by sampling.
         """
         if draw is None:
             return Event(noise_multiplier, 1.0, "shuffled" if self.sampling == "shuffled" else "poisson")
@@ -262,12 +275,12 @@ class SamplingPlan:
         return self.event(noise_multiplier, draw.sample_rate)
 
     def paid(self, draw: Draw | None, noise_multiplier: float) -> None:
-        """Note that what :meth:`price` said of a step has been charged."""
+        """Note that the price of a step has been charged."""
         if draw is not None and self.sampling == "shuffled":
             self._epochs.paid(draw.pass_index, draw.step_in_pass, self.steps_per_pass, noise_multiplier)
 
     def event(self, noise_multiplier: float, sample_rate: float) -> Event:
-        """Return what one step at ``sample_rate`` costs (of "shuffled" batches, what one pass costs)."""
+        """Return the event of one step at ``sample_rate``; for "shuffled" batches, the event of one pass."""
         if self.sampling == "shuffled":
             return Event(noise_multiplier, 1.0, "shuffled")
         if self.sampling == "truncated_poisson":

@@ -1,4 +1,4 @@
-"""Random generators that a collate function carries: their draws follow from a seed that stands in a script."""
+"""Finds random generators that a collate function carries. Their seed stands in a script, so their draws are public."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ _DEPTH = 3
 
 
 def carried_generator(collate: Any) -> str | None:
-    """Return the name of a generator, or of a seed, that a collate function has for itself; None without any.
+    """Return the name of a generator or of a seed that a collate function carries; None if it has none.
 
-    What it draws for a batch would tell how many records it has seen, and would move the draws of all records after one
-    that is added. The global generators are given secret states instead.
+    The draws of such a generator for a batch tell how many records it has seen, and one more record changes the draws
+    for all records after it. The global generators are safe, because they have secret states during a step.
 
     Args:
-        collate: a function, a method or bound object, a ``functools.partial``, or a collator object that may wrap
-            another.
+        collate: a function, a method, a ``functools.partial``, or a collator object that may wrap another.
 
     >>> carried_generator(functools.partial(sorted, key=random.Random(0))), carried_generator(sorted)
     ('key', None)
@@ -53,7 +52,7 @@ def _is_collator(value: Any) -> bool:
 
 
 def _held(holder: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a collate function refers to, by name."""
+    """Yield the names and values that a collate function refers to."""
     if isinstance(holder, functools.partial):
         yield "func", holder.func
         yield from ((f"argument {place}", value) for place, value in enumerate(holder.args))

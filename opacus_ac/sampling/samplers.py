@@ -1,4 +1,4 @@
-"""Batch samplers, one per kind of sampling."""
+"""Batch samplers, one for each kind of sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opacus_ac.sampling.passes import Pass
 from opacus_ac.sampling.plan import SamplingPlan
 
 _UNIFORMS = 2.0**53
-"""Number of values of a float64 uniform draw."""
+"""Number of values that a uniform float64 draw can take."""
 
 
 def _digest(indices: list[int]) -> int:
@@ -24,15 +24,18 @@ def _digest(indices: list[int]) -> int:
 
 
 class PrivateBatchSampler(Sampler[list[int]]):
-    """Yields the indices of physical batches and announces each to the plan.
+    """Yields the indices of physical batches, and announces each batch to the plan.
 
     Args:
         plan: sampling plan.
-        max_physical_batch_size: split logical batches into physical ones of at most this size; None for no split.
+        max_physical_batch_size: largest physical batch; None to leave logical batches whole.
 
     Attributes:
-        rank: number of this process; it takes the records ``rank, rank + world, ...`` of each logical batch.
+        rank: number of this process. It takes the records ``rank, rank + world, ...`` of each logical batch.
         world: number of processes.
+
+    Raises:
+        ValueError: If ``max_physical_batch_size`` is below 1.
     """
 
     def __init__(self, plan: SamplingPlan, max_physical_batch_size: int | None = None) -> None:
@@ -56,7 +59,7 @@ class PrivateBatchSampler(Sampler[list[int]]):
         return self._announced(self.plan.begin_pass())
 
     def _announced(self, passing: Pass) -> Iterator[list[int]]:
-        """Yield the physical batches of a pass, each announced."""
+        """Announce and yield the physical batches of a pass."""
         try:
             for step, (expected, indices) in enumerate(self._logical_batches(self.plan.step)):
                 chunks = self._physical_batches(indices)
@@ -67,37 +70,36 @@ class PrivateBatchSampler(Sampler[list[int]]):
             passing.ended = True
 
     def _physical_batches(self, indices: list[int]) -> list[list[int]]:
-        """Return the physical batches of this process: as many on every one, of which the last may be empty.
+        """Return the physical batches of this process. Each process has equally many, and the last may be empty.
 
-        All processes draw the whole logical batch and take turns at its records, so none has to ask how many others
-        have.
+        All processes draw the same logical batch and take its records in turn, so they need no communication.
         """
-        most = -(-len(indices) // self.world)  # that rank 0 has; no rank has more
+        most = -(-len(indices) // self.world)  # the records of rank 0; no rank has more
         size = self.max_physical_batch_size or max(most, 1)
         mine = indices[self.rank :: self.world]
         return [mine[i : i + size] for i in range(0, max(most, 1), size)]
 
     def _logical_batches(self, start: int) -> Iterator[tuple[float, list[int]]]:
-        """Yield (expected batch size, indices) of the logical batches of a pass that begins at step ``start``."""
+        """Yield (expected batch size, indices) for the logical batches of a pass that begins at step ``start``."""
         raise NotImplementedError
 
 
 class PoissonBatchSampler(PrivateBatchSampler):
-    """Draws every record independently with the rate of the step.
+    """Draws every record independently, with the sampling rate of the step as probability.
 
     Guarantees:
-        The probability is the accounted rate rounded down to a multiple of 2^-53: never above it.
+        The probability is the accounted rate, rounded down to a multiple of 2^-53. It is never above that rate.
     """
 
     def __init__(self, plan: SamplingPlan, stream: RandomStream, max_physical_batch_size: int | None = None) -> None:
         super().__init__(plan, max_physical_batch_size)
         self.stream = stream
         self.records = plan.sizes.dataset_size
-        """Number of records that are there; private where it differs from the public N of the plan."""
+        """Number of records of the dataset. It is private if it differs from the public N of the plan."""
 
     @property
     def sample_rate(self) -> float:
-        """Rate of the step that comes next."""
+        """Sampling rate of the next step."""
         return self.plan.sizes.rate(self.plan.step)
 
     def _logical_batches(self, start: int) -> Iterator[tuple[float, list[int]]]:
@@ -114,19 +116,19 @@ class PoissonBatchSampler(PrivateBatchSampler):
 
 
 class TruncatedPoissonBatchSampler(PoissonBatchSampler):
-    """Poisson batches of at most ``plan.max_batch_size`` records: a uniformly random subset where more were drawn."""
+    """Poisson batches of at most ``plan.max_batch_size`` records; a random subset is kept if more were drawn."""
 
     def _draw(self, rate: float) -> list[int]:
         uniform = self.stream.uniform(self.plan.sizes.dataset_size)
         drawn = (uniform < math.floor(rate * _UNIFORMS) / _UNIFORMS).nonzero().reshape(-1)
         assert self.plan.max_batch_size is not None
-        # Below the rate the numbers are uniform again, so the least of them belong to a random subset.
+        # The numbers below the rate are uniform among themselves, so the smallest belong to a random subset.
         kept = drawn[uniform[drawn].argsort()[: self.plan.max_batch_size]]
         return sorted(int(i) for i in kept)
 
 
 class FixedSizeBatchSampler(PoissonBatchSampler):
-    """Draws exactly B of the N records without replacement, afresh for each step."""
+    """Draws exactly B of the N records without replacement, independently for each step."""
 
     def _draw(self, rate: float) -> list[int]:
         size = round(rate * self.plan.sizes.dataset_size)
@@ -135,7 +137,7 @@ class FixedSizeBatchSampler(PoissonBatchSampler):
 
 
 class ShuffledBatchSampler(PrivateBatchSampler):
-    """Passes on the batches of an ordinary batch sampler that visits each record at most once per pass."""
+    """Yields the batches of an ordinary batch sampler, which visits each record at most once per pass."""
 
     def __init__(self, plan: SamplingPlan, batches: BatchSampler, max_physical_batch_size: int | None = None) -> None:
         super().__init__(plan, max_physical_batch_size)

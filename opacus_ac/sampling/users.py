@@ -1,8 +1,8 @@
-"""Records that are users: which rows of the batch in hand belong to which of the users that were drawn.
+"""Records that are users: which rows of a batch belong to which user.
 
-The rows of a user come one after the other, as many for each user of a batch; rows that fill up have no labels. How
-many users there are is what the loader drew, never what the batch looks like: a wrong number would put rows of several
-people under one clipping bound, or one person under several.
+The rows of a user stand one after the other in a batch. Each user of a batch has the same number of rows; filler rows
+have no labels. The number of users is what the loader drew, and is never guessed from the batch: a wrong number would
+put rows of several people under one clipping bound, or one person under several bounds.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _NOT_IN_BLOCKS = (
     "the rows of a batch of collate_fn are not as many for each of its users, one user after the other: with "
     "max_rows_per_user a clipping bound would be about rows of several people. Use "
     "opacus_ac.integrations.finetune.chat_users.UserCollate, or put the rows of the first user into the batch, then "
-    "those of the next, each filled up to as many"
+    "those of the next, each filled up to the same number"
 )
 
 
 class UserRows:
-    """Tells how many users the rows of a batch belong to.
+    """Counts the users whose rows are in a batch.
 
     Args:
-        plan: sampling plan of the loader, whose draws are of users.
-        max_rows: public K, the most rows of a user that reach the model.
+        plan: sampling plan of the loader, which draws users.
+        max_rows: public K, the largest number of rows of a user that reach the model.
 
     Guarantees:
-        :meth:`drawn` answers for the whole batch that the loader handed out last, before a step has used it, and for
-        nothing else.
+        :meth:`drawn` answers only for the whole batch that the loader handed out last, and only before a step has used
+        it.
 
     Raises:
-        ValueError: ``max_rows`` is no whole number >= 1.
+        ValueError: If ``max_rows`` is not a whole number >= 1.
     """
 
     def __init__(self, plan: SamplingPlan, max_rows: int) -> None:
@@ -51,14 +51,14 @@ class UserRows:
 
     @property
     def supposed(self) -> bool:
-        """Whether :meth:`suppose` is under way."""
+        """Whether the context of :meth:`suppose` is active."""
         return self._supposed is not None
 
     def note(self, batch: Any) -> None:
-        """Measure the batch that the loader is about to hand out.
+        """Note the number of rows of the batch that the loader is about to hand out.
 
         Raises:
-            ValueError: its rows cannot be as many for each user, at least one and at most ``max_rows``.
+            ValueError: If the users of the batch cannot have the same number of rows, from 1 to ``max_rows``.
         """
         draw = self._plan.current()
         assert draw is not None
@@ -73,37 +73,36 @@ class UserRows:
         self._noted = (draw, rows)
 
     def count(self, rows: int) -> int:
-        """Return the number of users whose ``rows`` rows a loss is made of; private.
+        """Return the number of users with ``rows`` rows in total, for a loss. The number is private.
 
         Raises:
-            ValueError: as :meth:`drawn`, unless :meth:`suppose` is under way.
+            ValueError: If :meth:`drawn` would raise, and the context of :meth:`suppose` is not active.
         """
         return self.drawn(rows) if self._supposed is None else rows // self._supposed
 
     def drawn(self, rows: int) -> int:
-        """Return the number of users whose ``rows`` rows went through the model, for their gradients; private.
+        """Return the number of users whose ``rows`` rows went through the model. The number is private.
 
         Raises:
-            ValueError: the rows are not those of a whole batch that the private loader has just drawn.
+            ValueError: If the rows are not a whole batch that the private loader has just drawn.
         """
-        draw = self._plan.current()  # none once a step has used it
+        draw = self._plan.current()  # None after a step has used it
         if draw is None or self._noted is None or self._noted[0] is not draw:
             raise ValueError(
-                "max_rows_per_user is set, and without a batch that the private loader has just drawn nothing tells "
-                "which rows are of one user. Take each batch from the loader that make_private returned, and one step "
-                "per batch"
+                "max_rows_per_user is set, and only a batch that the private loader has just drawn tells which rows "
+                "are of one user: take each batch from the loader that make_private returned, and one step per batch"
             )
         if rows != self._noted[1]:
             raise ValueError(
-                "another number of rows went through the model than the loader's batch has, so that nothing tells "
-                "which rows are of one user. Pass each batch through the model whole, its rows first in every tensor; "
-                "use max_physical_batch_size for smaller ones"
+                "the model got another number of rows than the loader's batch has, so it is unknown which rows are of "
+                "one user: pass each batch through the model whole, with the rows as the first dimension of every "
+                "tensor; use max_physical_batch_size for smaller batches"
             )
         return max(draw.records, 1)
 
     @contextmanager
     def suppose(self, rows_per_user: int) -> Iterator[None]:
-        """Let :meth:`count` take batches for users of ``rows_per_user`` rows each, to check a loss without a draw."""
+        """Return a context in which :meth:`count` assumes ``rows_per_user`` rows per user, to check a loss."""
         before, self._supposed = self._supposed, rows_per_user
         try:
             yield
@@ -112,10 +111,10 @@ class UserRows:
 
 
 def row_count(batch: Any) -> int:
-    """Return the number of rows of a batch: the first dimension of all of its tensors.
+    """Return the number of rows of a batch, which is the first dimension of all of its tensors.
 
     Raises:
-        ValueError: it has no tensors, or they disagree.
+        ValueError: If the batch has no tensors, or their first dimensions differ.
     """
     sizes = {len(rows) for _, rows in named_rows(batch)}
     if len(sizes) != 1:
@@ -127,13 +126,13 @@ def row_count(batch: Any) -> int:
 
 
 def check_rows_of_users(dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-    """Refuse a ``collate`` that does not put the rows of a user one after the other, as many for each user.
+    """Refuse a ``collate`` that does not put the rows of a user one after the other, with as many for each user.
 
-    A few users with different numbers of rows are put together and alone; the rows that one has alone must stand in one
-    block of the batch of all, which is no other user's.
+    A few users with different numbers of rows are collated together and alone. The rows that a user has alone must
+    stand in one block of the batch of all, and each user must have a block of its own.
 
     Raises:
-        ValueError: rows of a user stand elsewhere, or nothing tells whose rows are whose.
+        ValueError: If rows of a user stand elsewhere, or the batches do not show whose rows are whose.
     """
     users = choose_records(dataset, most=3)
     if len(users) < 2:
@@ -153,15 +152,21 @@ def check_rows_of_users(dataset: Any, collate: Callable[[list[Any]], Any]) -> No
 
 
 def _tell_apart(together: dict[str, Tensor], fixed: dict[str, Tensor], alone: list[dict[str, Tensor]]) -> bool:
-    """Check that a batch of users has those of each, as ``alone`` has them, in one block; say whether anything tells.
+    """Check that the rows of each user are in one block of the batch of all users.
 
     Args:
-        together: tensors of the batch, by name.
-        fixed: those that are the same each time.
-        alone: tensors of a batch of each user.
+        together: tensors of the batch of all users, by name.
+        fixed: the tensors among them that are the same each time.
+        alone: tensors of a batch of each user alone.
+
+    Returns:
+        Whether the tensors tell the users apart.
+
+    Raises:
+        ValueError: If the rows of a user are not in one block.
     """
     counts = {len(rows) for rows in together.values()}
-    if len(counts) != 1:  # refused as a batch, whatever it has
+    if len(counts) != 1:  # such a batch is refused later
         return True
     users = len(alone)
     if counts.pop() % users:
@@ -173,7 +178,7 @@ def _tell_apart(together: dict[str, Tensor], fixed: dict[str, Tensor], alone: li
             continue
         blocks = [list(block) for block in rows.split(len(rows) // users)]
         found = [[_blocks_with(row, blocks) for row in part] for part in own]
-        if not all(where for places in found for where in places):  # not put in as they are
+        if not all(where for places in found for where in places):  # rows are not put in as they are
             continue
         homes = [set.intersection(*places) for places in found if places]
         if not any(all(map(set.__contains__, homes, order)) for order in permutations(range(users))):
@@ -183,12 +188,12 @@ def _tell_apart(together: dict[str, Tensor], fixed: dict[str, Tensor], alone: li
 
 
 def _blocks_with(row: Tensor, blocks: list[list[Tensor]]) -> set[int]:
-    """Return the places of the blocks that have ``row``."""
+    """Return the numbers of the blocks that contain ``row``."""
     return {place for place, block in enumerate(blocks) if any(_is_row(row, other) for other in block)}
 
 
 def _is_row(row: Tensor, other: Tensor) -> bool:
-    """Say whether ``other`` is ``row``, but for padding at one end."""
+    """Say whether ``other`` is ``row``, apart from padding at one end."""
     if row.dim() != other.dim():
         return False
     if not row.dim():

@@ -1,4 +1,4 @@
-"""From chat files to a trained adapter: the command ``opacus-ac finetune``."""
+"""Fine-tunes a chat model on private chat files: the command ``opacus-ac finetune``."""
 
 from opacus_ac._lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""What ``opacus-ac finetune`` asks for beside the privacy settings; imports neither torch nor opacus."""
+"""Options of ``opacus-ac finetune`` beside the privacy settings. Needs neither torch nor opacus."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from opacus_ac.engine.options import option
 
 @dataclass
 class ModelArguments:
-    """Which model is trained, and how much of it.
+    """Which model is trained, and which of its weights.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: If a number is out of its range.
     """
 
     model_name_or_path: str | None = option(
@@ -21,7 +21,7 @@ class ModelArguments:
     )
     full: bool = option(False, "train all weights instead of LoRA adapters")
     lora_r: int = option(8, "rank of the adapters")
-    lora_layers: int = option(10, "how many of the last layers get adapters; the others need no backward pass")
+    lora_layers: int = option(10, "number of last layers that get adapters; the others need no backward pass")
 
     def __post_init__(self) -> None:
         for name in ("lora_r", "lora_layers"):
@@ -31,10 +31,10 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which records are private, and how long one may be.
+    """Which records are private, and how long a record may be.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: If a number is out of its range.
     """
 
     train_file: str | None = option(
@@ -43,7 +43,8 @@ class DataArguments:
     validation_file: str | None = option(None, "PUBLIC dialogues to evaluate on, together with --evaluation_is_public")
     max_length: int = option(256, "tokens per dialogue, a public number; longer ones are cut")
     group_by: str | None = option(
-        None, "column that names the user of a row: a user with all rows is then one record, and what is protected"
+        None,
+        "column that names the user of a row: all rows of a user are then one record, protected as a whole",
     )
     max_rows_per_user: int = option(8, "rows kept of a user with --group_by, a public number")
 
@@ -58,15 +59,15 @@ EXIT_CODES: dict[int, str] = {
     0: "trained and saved",
     2: "bad options",
     3: "bad data, or a ledger of other data",
-    4: "the budget allows no step, or ended the run early (what was trained is saved)",
+    4: "the budget allows no step, or ended the run early (the trained weights are saved)",
     5: "this model or setting cannot be made private",
-    130: "interrupted after a whole step; a checkpoint to go on from is written (143 after SIGTERM)",
+    130: "interrupted after a whole step; a checkpoint to resume from is written (143 after SIGTERM)",
 }
 """Exit codes of ``opacus-ac finetune``."""
 
 LEARNING_RATES = {"lora": 0.01, "full": 3e-4}
 SAVE_STEPS = {"lora": 1, "full": 10}
-"""Steps between two checkpoints: adapters are small, and what a crash loses stays charged."""
+"""Steps between two checkpoints. Adapters are small, and steps that a crash loses stay charged."""
 
 TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -78,11 +79,11 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": ["tensorboard"],
 }
-"""Where the defaults of ``TrainingArguments`` are for other runs than private ones of some tens to hundreds of steps."""
+"""Defaults that replace those of ``TrainingArguments``, for private runs of some tens to hundreds of steps."""
 
 TRAINING_HELP: dict[str, str] = {
     "output_dir": "folder for checkpoints, event files, the ledger and the trained model",
-    "per_device_train_batch_size": "records that reach the model at a time: a memory choice (default 8)",
+    "per_device_train_batch_size": "records that reach the model at a time; changes memory only (default 8)",
     "gradient_accumulation_steps": "times this: the expected batch size (default 8, so 64 records)",
     "num_train_epochs": "passes over the data (default 3)",
     "max_steps": "steps, instead of passes",
@@ -90,7 +91,8 @@ TRAINING_HELP: dict[str, str] = {
     "lr_scheduler_type": "schedule of the learning rate (default constant)",
     "logging_steps": "steps between two lines of the log (default 1)",
     "save_steps": (
-        f"steps between two checkpoints, which a crash may cost (default {SAVE_STEPS['lora']}, {SAVE_STEPS['full']} with --full)"
+        f"steps between two checkpoints, which a crash may cost (default {SAVE_STEPS['lora']}, {SAVE_STEPS['full']} "
+        "with --full)"
     ),
     "resume_from_checkpoint": 'a checkpoint folder, or "last" for the newest one in --output_dir',
     "seed": "public randomness: start of the adapters, dropout; never the noise",

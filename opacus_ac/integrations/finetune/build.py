@@ -1,4 +1,4 @@
-"""From a job to a trainer: data, model, and the private optimizer, with the exit code of every failure."""
+"""Builds the trainer of a job: reads the data, loads the model, and makes the optimizer private."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _GREETING = [{"role": "user", "content": "Hello."}, {"role": "assistant", "conte
 
 
 def build_trainer(job: Job) -> PrivateTrainer:
-    """Read the data, load the model, and return a trainer that reports to stderr; its optimizer is private already.
+    """Return a trainer with data, model and private optimizer, which reports its progress to stderr.
 
     Raises:
-        FinetuneError: either cannot be had, or this training cannot be made private.
+        FinetuneError: If data or model cannot be loaded, or if this training cannot be made private.
     """
     _check_one_process(job)
     private, public = _read(job)
@@ -55,14 +55,14 @@ def build_trainer(job: Job) -> PrivateTrainer:
 def _check_one_process(job: Job) -> None:
     if job.training.world_size > 1:
         raise FinetuneError(
-            f"the command line runs in one process, not {job.training.world_size}: start one, or use PrivateTrainer under "
-            "torchrun",
+            f"the command line runs in one process, not {job.training.world_size}: start one, or use PrivateTrainer "
+            "under torchrun",
             2,
         )
 
 
 def _read(job: Job) -> tuple[Any, Any]:
-    """Return the private dialogues, or those of each user, and the public dialogues, or None."""
+    """Return the private dialogues (of each user, with ``group_by``) and the public dialogues (or None)."""
     data = job.data
     with failing_with(3, ValueError, OSError, ImportError):
         if data.group_by is None:
@@ -70,7 +70,7 @@ def _read(job: Job) -> tuple[Any, Any]:
         else:
             private = read_users(str(data.train_file), data.group_by)
         public = read_dialogues(data.validation_file) if data.validation_file else None
-        if public is not None and job.privacy.evaluation_is_public:  # without it, refused by the Trainer
+        if public is not None and job.privacy.evaluation_is_public:  # otherwise the Trainer refuses them
             _check_public(data, private, public)
     return private, public
 
@@ -87,19 +87,23 @@ def _load_model(job: Job) -> tuple[Any, Any]:
 
 
 def _check_batch_size(job: Job, records: int) -> None:
-    """Refuse an expected batch that is larger than the data."""
+    """Refuse an expected batch size that is larger than the dataset."""
     training = job.training
     expected = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if expected > (job.privacy.dataset_size or records):
         raise FinetuneError(
-            f"a step expects {expected} records, {job.data.train_file} has fewer: lower --gradient_accumulation_steps (now "
-            f"{training.gradient_accumulation_steps}) or --per_device_train_batch_size",
+            f"a step expects {expected} records, {job.data.train_file} has fewer: lower --gradient_accumulation_steps "
+            f"(now {training.gradient_accumulation_steps}) or --per_device_train_batch_size",
             2,
         )
 
 
 def _check_public(data: DataArguments, private: Any, public: Any) -> None:
-    """Raise ``ValueError`` for a validation file that is the private one, or has dialogues of it."""
+    """Refuse a validation file that is the private file, or has dialogues of it.
+
+    Raises:
+        ValueError: If the files share data.
+    """
     assert data.train_file is not None
     assert data.validation_file is not None
     shared = same_file(data.validation_file, data.train_file)
@@ -111,7 +115,7 @@ def _check_public(data: DataArguments, private: Any, public: Any) -> None:
 
 
 def _records(data: DataArguments, dialogues: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Return the dataset of what :func:`_read` returned, and its collate function."""
+    """Return the dataset of the private dialogues, and its collate function."""
     length = data.max_length
     if data.group_by is None:
         return ChatDataset(dialogues, tokenizer, length), PadCollate(tokenizer.pad_token_id, length)

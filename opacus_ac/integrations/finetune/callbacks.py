@@ -1,4 +1,4 @@
-"""What a run on the command line shows, and how it ends when it is asked to."""
+"""Callbacks of a run on the command line: progress on stderr, and an orderly end after a signal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(TrainerCallback):
-    """Ends a run after the step in hand, with a checkpoint, when SIGINT or SIGTERM comes; a second one ends it at once.
+    """Ends a run with a checkpoint after the current step when SIGINT or SIGTERM arrives. A second one ends it at once.
 
     Attributes:
-        signal: the signal that came, or None.
+        signal: the signal that arrived, or None.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """A context in which signals are heard; only the main thread can hear them."""
+        """Return a context in which signals are handled. Only the main thread can handle them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -43,18 +43,18 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
         self.signal = number
         print(
-            "\nstopping after this step, with a checkpoint; once more stops at once (the step stays charged)",
+            "\nstopping after this step, with a checkpoint; a second signal stops at once (the step stays charged)",
             file=sys.stderr,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end."""
+        """Ask the Trainer for a checkpoint and the end of the run."""
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
 
 class StepLines(TrainerCallback):
-    """Progress on stderr: a bar on a terminal, one line per log entry elsewhere; releases only.
+    """Shows released values on stderr: a progress bar on a terminal, one line per log entry elsewhere.
 
     Args:
         trainer: the :class:`PrivateTrainer`.

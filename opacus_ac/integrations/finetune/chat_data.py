@@ -1,9 +1,9 @@
-"""Dialogues as training records: reply-only labels, truncation to a public length, padding.
+"""Dialogues as training records: labels on replies only, truncation to a public length, padding.
 
-One record is one dialogue and becomes one row: rows are never packed together, because a packed row would put several people
-under one clipping bound, and one record more would move all rows after it. ``max_length`` and the padding multiple are public
-constants, chosen without looking at the records. A row that keeps no label after truncation stays in the data set with a
-loss of zero, so that the number of records does not depend on their content.
+One record is one dialogue and becomes one row. Rows are never packed together: a packed row would put several people
+under one clipping bound, and one more record would move all rows after it. ``max_length`` and the padding multiple are
+public constants, chosen without looking at the records. A row that has no label after truncation stays in the dataset
+with a loss of zero, so that the number of records does not depend on their content.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ __all__ = [
 ]  # fmt: skip
 
 Row = dict[str, Tensor]
-"""A record: ``input_ids``, ``attention_mask`` and ``labels``, ``[T]`` each."""
+"""Token ids of a record or a batch, by name: ``[T]`` or ``[B, T]`` each."""
 
 IGNORE = -100
-"""Label of a position that no loss looks at."""
+"""Label of a position that does not count in the loss."""
 
 _INSERTED_SYSTEM = re.compile(r"<\|im_start\|>system\n.*?<\|im_end\|>\n", re.DOTALL)
 
 
 def encode(messages: Messages, tokenizer: Any, max_length: int) -> Row:
-    """Tokenise one dialogue with the chat template; only the replies carry labels.
+    """Tokenise one dialogue with the chat template, with labels on the replies only.
 
-    The default system prompt that some templates put before a dialogue is left out. What follows the last reply is
-    cut, then the row is cut at ``max_length``.
+    The default system prompt that some templates insert is left out. Tokens after the last reply are cut off, and then
+    the row is cut at ``max_length``.
 
     Args:
-        messages: The dialogue.
-        tokenizer: A tokenizer with a chat template.
-        max_length: Public limit on the number of tokens.
+        messages: the dialogue.
+        tokenizer: a tokenizer with a chat template.
+        max_length: public limit on the number of tokens.
 
     Returns:
-        ``input_ids`` and ``labels``, two vectors of the same length.
+        ``input_ids`` and ``labels``, ``[T]`` each.
 
     Raises:
-        ValueError: The template does not allow to tell replies from prompts.
+        ValueError: If there is no chat template, or it does not tell replies from prompts.
     """
     if max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")
@@ -74,7 +74,7 @@ def _ids(messages: Messages, tokenizer: Any, prompt: bool = False) -> list[int]:
 
 
 def prompt_ids(messages: Messages, tokenizer: Any) -> list[int]:
-    """Return the tokens of a dialogue that waits for a reply, without an inserted default system prompt."""
+    """Return the token ids of a dialogue that waits for a reply, without an inserted default system prompt."""
     ids = _ids(messages, tokenizer, prompt=True)
     return ids[inserted_length(messages, ids, tokenizer) :]
 
@@ -87,7 +87,7 @@ def _by_mask(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]
 
 
 def _by_prefix(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Find each reply as what the template adds to the dialogue before it, up to the end token."""
+    """Find each reply as the tokens that the template adds to the dialogue before it, up to the end token."""
     ids = _ids(messages, tokenizer)
     is_reply = [False] * len(ids)
     for index, message in enumerate(messages):
@@ -98,7 +98,7 @@ def _by_prefix(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool
         if until[: len(prompt)] != prompt or ids[: len(until)] != until:
             raise ValueError("the chat template rewrites earlier turns, so replies cannot be told from prompts")
         end = len(until)
-        if tokenizer.eos_token_id in until[len(prompt) :]:  # leave out what the template puts after the end token
+        if tokenizer.eos_token_id in until[len(prompt) :]:  # leave out tokens after the end token
             end -= until[::-1].index(tokenizer.eos_token_id)
         is_reply[len(prompt) : end] = [True] * (end - len(prompt))
     return ids, is_reply
@@ -106,7 +106,7 @@ def _by_prefix(messages: Messages, tokenizer: Any) -> tuple[list[int], list[bool
 
 @lru_cache(maxsize=8)
 def _inserted_ids(tokenizer: Any, template: str) -> tuple[int, ...]:
-    """Tokens of the default system prompt that ``template`` inserts; only ChatML is recognised."""
+    """Return the tokens of the default system prompt that ``template`` inserts. Only ChatML is recognised."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": "."}], chat_template=template, tokenize=False)
     match = _INSERTED_SYSTEM.match(text)
     return tuple(tokenizer(match.group(), add_special_tokens=False)["input_ids"]) if match else ()
@@ -128,15 +128,16 @@ def _encode(index: int, record: Any, tokenizer: Any, max_length: int) -> Row:
 
 
 class ChatDataset(Dataset[Row]):
-    """Dialogues, encoded once.
+    """A dataset of dialogues, which are tokenised once.
 
     Args:
-        records: Dialogues as ``read_jsonl`` returns them, or objects with ``messages``.
-        tokenizer: A tokenizer with a chat template.
-        max_length: Public limit on the number of tokens of a row.
+        records: dialogues as ``read_jsonl`` returns them, or objects with ``messages``.
+        tokenizer: a tokenizer with a chat template.
+        max_length: public limit on the number of tokens of a row.
 
     Raises:
-        ValueError: None of the first 100 rows has a label, or a row cannot be encoded; the message has its number, from 0.
+        ValueError: If none of the first 100 rows has a label, or if a row cannot be encoded. The message has the number
+            of the row, from 0.
     """
 
     def __init__(self, records: Sequence[Any], tokenizer: Any, max_length: int) -> None:
@@ -144,7 +145,10 @@ class ChatDataset(Dataset[Row]):
         self.rows = [_encode(index, record, tokenizer, max_length) for index, record in enumerate(records)]
         first = self.rows[:100]
         if first and not any((row["labels"] != IGNORE).any() for row in first):
-            raise ValueError(f"no reply fits into max_length={max_length} tokens in any of the first {len(first)} rows")
+            raise ValueError(
+                f"no reply fits into max_length={max_length} tokens in any of the first {len(first)} rows: choose a "
+                "larger max_length"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -154,9 +158,9 @@ class ChatDataset(Dataset[Row]):
 
 
 def collate(rows: Sequence[Row], pad_id: int, max_length: int, multiple: int = 8) -> Row:
-    """Pad rows on the left to the longest of the batch, rounded up to ``multiple`` and at most ``max_length``.
+    """Pad rows on the left to the length of the longest row, rounded up to ``multiple`` and at most ``max_length``.
 
-    On the left, so that the replies stand at the end and only there logits are needed (``reply_losses``).
+    With padding on the left the replies are at the end, so that logits are needed only there (``reply_losses``).
     """
     longest = max(len(row["input_ids"]) for row in rows)
     width = max(longest, min(-(-longest // multiple) * multiple, max_length))
@@ -170,14 +174,14 @@ def collate(rows: Sequence[Row], pad_id: int, max_length: int, multiple: int = 8
         batch["input_ids"][index, start:] = row["input_ids"]
         batch["attention_mask"][index, start:] = 1
         batch["labels"][index, start:] = row["labels"]
-        batch["labels"][index, start : start + 1] = IGNORE  # else padding would predict it, beside longer rows only
+        batch["labels"][index, start : start + 1] = IGNORE  # or padding would predict it, if another row is longer
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     return batch
 
 
 @dataclass(frozen=True)
 class PadCollate:
-    """``collate`` with fixed arguments, for a ``DataLoader``; it can be pickled."""
+    """:func:`collate` with fixed arguments, for a ``DataLoader``. It can be pickled."""
 
     pad_id: int
     max_length: int

@@ -1,4 +1,4 @@
-"""Reads dialogues from local files; nothing is copied to a cache, and an error names file and line."""
+"""Reads dialogues from local files. Nothing is copied to a cache, and an error names file and line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read_dialogues(path: str | os.PathLike[str]) -> list[Messages]:
     """Read the dialogues of a ``.jsonl``, ``.csv`` or ``.parquet`` file, one per row.
 
     A row has ``messages``, a list of objects with ``role`` and ``content`` (in CSV as JSON text), or ``prompt`` and
-    ``response``. Other columns are ignored. The files are read without the ``datasets`` library, which leaves an Arrow copy of
-    all rows in its cache, also with ``keep_in_memory=True``; see :func:`private_cache_dir` if you need it.
+    ``response``. Other columns are ignored. The ``datasets`` library is not used, because it leaves an Arrow copy of
+    all rows in its cache, even with ``keep_in_memory=True``. See :func:`private_cache_dir` if you need that library.
 
     Args:
         path: a local file in UTF-8.
@@ -29,24 +29,24 @@ def read_dialogues(path: str | os.PathLike[str]) -> list[Messages]:
         The list of messages of each dialogue, with ``role`` and ``content`` only.
 
     Raises:
-        ValueError: another kind of file, no dialogue in it, or a row that is not a dialogue that ends with a reply; the message
-            starts with ``file:line`` (for Parquet ``file:row``, from 1).
+        ValueError: If the file is of another kind or has no dialogue, or if a row is not a dialogue that ends with a
+            reply. The message starts with ``file:line`` (for Parquet ``file:row``, from 1).
     """
     return _read(_known(path), _dialogue)
 
 
 def read_users(path: str | os.PathLike[str], group_by: str = "user_id") -> dict[str, list[Messages]]:
-    """Read a file as :func:`read_dialogues` does, and gather the dialogues of each user.
+    """Read a file as :func:`read_dialogues` does, and group the dialogues by user.
 
     Args:
         path: a local file in UTF-8.
-        group_by: the column with the user's name, a string or an integer; 7 and "7" are one user.
+        group_by: the column with the user's name, a string or an integer. 7 and "7" are one user.
 
     Returns:
-        The dialogues of each user in file order, users in the order in which they first appear.
+        The dialogues of each user in file order. Users are in the order in which they first appear.
 
     Raises:
-        ValueError: as :func:`read_dialogues`; or a row whose user is not named, with ``file:line``.
+        ValueError: If :func:`read_dialogues` would raise, or if a row does not name its user.
     """
     users: dict[str, list[Messages]] = {}
     for user, messages in _read(_known(path), partial(_of_user, group_by=group_by)):
@@ -55,15 +55,15 @@ def read_users(path: str | os.PathLike[str], group_by: str = "user_id") -> dict[
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Messages]:
-    """Read a file of JSON lines as :func:`read_dialogues` does, whatever its name; blank lines are skipped."""
+    """Read a file of JSON lines as :func:`read_dialogues` does, whatever its name. Blank lines are skipped."""
     return _read((Path(path), _json_lines), _dialogue)
 
 
 def private_cache_dir(folder: str | os.PathLike[str]) -> str:
-    """Make ``folder/private_cache``, which its owner alone can read, for ``datasets.load_dataset(cache_dir=...)``.
+    """Make ``folder/private_cache``, which only its owner can read, for ``datasets.load_dataset(cache_dir=...)``.
 
     Raises:
-        ValueError: it is there already, and open to others.
+        ValueError: If the folder exists already and others may read it.
     """
     cache = Path(folder) / "private_cache"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -74,11 +74,11 @@ def private_cache_dir(folder: str | os.PathLike[str]) -> str:
 
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]
-"""Number of the line, and a function that gives the row or raises ``ValueError``."""
+"""Number of each line, and a function that returns the row or raises ``ValueError``."""
 
 
 def _known(path: str | os.PathLike[str]) -> tuple[Path, Callable[[Path], Rows]]:
-    """Return a path and what reads this kind of file."""
+    """Return a path and the function that reads this kind of file."""
     path = Path(path)
     reader = _READERS.get(path.suffix)
     if reader is None:
@@ -153,7 +153,7 @@ _READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": _json_lines, ".csv": _c
 
 
 def _dialogue(record: Any) -> Messages:
-    """Return the messages of a row, checked."""
+    """Return the messages of a row after a check of each."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     if "messages" not in record and {"prompt", "response"} <= record.keys():
@@ -172,10 +172,10 @@ def _dialogue(record: Any) -> Messages:
 
 
 def _of_user(record: Any, group_by: str) -> tuple[str, Messages]:
-    """Return the user of a row, and its messages."""
+    """Return the user of a row, and the messages of the row."""
     messages = _dialogue(record)
     user = record.get(group_by)
-    if user is None or user == "":  # an empty field of CSV; the rows of nobody would all be one user's
+    if user is None or user == "":  # an empty CSV field would make one user of all such rows
         raise ValueError(f'"{group_by}" is missing')
     if isinstance(user, bool) or not isinstance(user, str | int):
         raise ValueError(f'"{group_by}" must be a string or an integer')

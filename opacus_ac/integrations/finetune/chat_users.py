@@ -1,7 +1,7 @@
 """Dialogues of users as training records: every user is one record of at most K rows.
 
-What a user's record is must depend on that user's rows alone: which rows are kept, how they are encoded. N is the number of
-users, those without a row or a label included, so that it does not depend on what anybody wrote.
+A user's record must depend on that user's rows alone, in which rows are kept as well as in how they are encoded. N is
+the number of users, including those without a row or a label, so that N does not depend on what anybody wrote.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ Users = Mapping[Any, Sequence[Any]] | Sequence[Sequence[Any]]
 
 
 def choose_rows(rows: int, limit: int, seed: int | None = None) -> list[int]:
-    """Return which of a user's ``rows`` rows are kept: the first ``limit``, or with a seed a random subset, in order.
+    """Return the numbers of the rows that are kept of a user with ``rows`` rows, in order.
+
+    Args:
+        rows: number of rows of the user.
+        limit: number of rows to keep.
+        seed: public seed of a random choice; None keeps the first rows.
 
     Guarantees:
-        The choice is a function of its arguments. It knows nothing of the user's place in the dataset, which changes when
+        The choice depends on the arguments only, not on the user's place in the dataset. That place changes when
         another user joins.
     """
     if seed is None or rows <= limit:
@@ -33,25 +38,25 @@ def choose_rows(rows: int, limit: int, seed: int | None = None) -> list[int]:
 
 
 class UserDataset(Dataset[list[Row]]):
-    """Users as lists of encoded dialogues, for ``make_private(max_rows_per_user=...)`` and ``PrivateTrainer``.
+    """A dataset of users, each a list of tokenised dialogues, for ``PrivateTrainer`` and ``make_private``.
 
     Args:
         users: the dialogues of each user, as ``read_users`` returns them, or a list of them without names.
         tokenizer: a tokenizer with a chat template.
         max_length: public limit on the number of tokens of a row.
         max_rows_per_user: public limit K on the number of rows of a user.
-        seed: public seed of a random choice among the rows of a user who has more; None keeps the first K in file order. The
-            choice stays the same for the whole run.
+        seed: public seed of a random choice among the rows of a user who has more than K. The choice stays the same for
+            the whole run. None keeps the first K rows in file order.
 
     Attributes:
         users: the kept rows of each user; item ``i`` of the dataset is ``users[i]``.
 
     Guarantees:
-        Item ``i`` depends on the rows of user ``i`` alone. The caller sees to it that no person is two users.
+        Item ``i`` depends on the rows of user ``i`` alone. The caller makes sure that no person is two users.
 
     Raises:
-        ValueError: limits below 1; none of the first 100 users has a label; or a row cannot be encoded, named by user and row, from
-            0.
+        ValueError: If a limit is below 1, if none of the first 100 users has a label, or if a row cannot be encoded.
+            The message has the numbers of user and row, from 0.
     """
 
     def __init__(
@@ -71,7 +76,8 @@ class UserDataset(Dataset[list[Row]]):
         first = self.users[:100]
         if first and not any((row["labels"] != IGNORE).any() for rows in first for row in rows):
             raise ValueError(
-                f"no reply fits into max_length={max_length} tokens for any of the first {len(first)} users"
+                f"no reply fits into max_length={max_length} tokens for any of the first {len(first)} users: choose a "
+                "larger max_length"
             )
 
     def __len__(self) -> int:
@@ -90,11 +96,12 @@ def _encode(user: int, index: int, record: Any, tokenizer: Any, max_length: int)
 
 @dataclass(frozen=True)
 class UserCollate:
-    """Pads the users of a batch to one number of rows, and all rows to one length; it can be pickled.
+    """Pads the users of a batch to the same number of rows, and all rows to the same length. It can be pickled.
 
-    The batch has the rows of its users one user after the other, ``[U * K, T]``, where K is the most rows that one of them has. A
-    row that fills up is one padding token that is attended to (a row without any would be NaN in some attention kernels) and
-    has no label. An item that is a row itself, as those of ``ChatDataset``, is a user with this row, for evaluation.
+    The batch ``[U * K, T]`` has the rows of its U users, one user after the other. K is the largest number of rows of a
+    user in the batch. A filler row has one padding token and no label. The token is attended to, because a row without
+    attention is NaN in some attention kernels. For evaluation an item may be a row, as in ``ChatDataset``; it counts as
+    a user with this row.
     """
 
     pad_id: int

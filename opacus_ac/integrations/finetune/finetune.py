@@ -1,4 +1,4 @@
-"""``opacus-ac finetune``: runs a job, and says what it did and what it cost."""
+"""``opacus-ac finetune``: runs a job, and prints its result and its privacy cost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 
 
 def run(job: Job, *, dry_run: bool = False) -> int:
-    """Fine-tune, save, and print the privacy statement; returns an exit code.
+    """Fine-tune, save, and print the privacy statement.
+
+    Args:
+        job: the options of the run.
+        dry_run: whether only to print what the run would be and cost.
+
+    Returns:
+        The exit code.
 
     Guarantees:
-        The ledger, in the output folder unless named, has every charge before its release: what a killed process released
-        after its last checkpoint stays charged when the run is resumed, which then ends that many steps earlier.
+        Each charge is written to the ledger before the step is released. The ledger is in the output folder, unless the
+        job names another. So steps of a killed process that no checkpoint has stay charged when the run is resumed, and
+        the resumed run ends that many steps earlier.
 
     Raises:
-        FinetuneError: bad data, model, setting or budget.
+        FinetuneError: If data, model, a setting or the budget does not allow the run.
     """
     with _quiet():
         return _dry_run(job) if dry_run else _run(job)
@@ -47,7 +55,7 @@ def _run(job: Job) -> int:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_complete:
         print(trainer.privacy_report())
-        return 0  # the warning has said why
+        return 0  # a warning has said that no step was left
     if interruption.signal is None:
         return _finish(trainer, job)
     step = trainer.state.global_step
@@ -57,7 +65,7 @@ def _run(job: Job) -> int:
 
 
 def _dry_run(job: Job) -> int:
-    """Build everything but train nothing, and say what the run would be."""
+    """Build everything, train nothing, and print what the run would be."""
     if not Path(str(job.privacy.ledger)).exists():
         job.privacy.ledger = None
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +75,7 @@ def _dry_run(job: Job) -> int:
 
 
 def _finish(trainer: PrivateTrainer, job: Job) -> int:
-    """Evaluate, save, and say what was done and what it cost."""
+    """Evaluate, save, and print the privacy statement. Returns the exit code."""
     if job.data.validation_file is not None:
         print(f"loss on {job.data.validation_file}: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model()
@@ -81,26 +89,27 @@ def _finish(trainer: PrivateTrainer, job: Job) -> int:
 
 
 def _check_output(job: Job) -> str | None:
-    """Return the checkpoint to resume from; refuse a folder with a run that is not resumed."""
+    """Return the checkpoint to resume from, or None. Refuse a folder with another run in it."""
     folder = job.folder
     wanted = job.training.resume_from_checkpoint
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if wanted is None:
         if last is not None or (folder / LEDGER).exists():
             raise FinetuneError(
-                f"{folder} holds a run already: go on with --resume_from_checkpoint last, or choose another --output_dir",
+                f"{folder} holds a run already: go on with --resume_from_checkpoint last, or choose another "
+                "--output_dir",
                 2,
             )
         return None
     if wanted == "last" and not Path(wanted).is_dir():
-        return last  # None: the run died before its first checkpoint, and starts anew with what it has spent
+        return last  # None if the run died before its first checkpoint: it starts anew, and its charges stay
     if not Path(wanted).is_dir():
         raise FinetuneError(f"--resume_from_checkpoint {wanted}: there is no such folder", 2)
     return str(wanted)
 
 
 def describe(trainer: PrivateTrainer) -> str:
-    """Return what a run would be, cost and show, from public constants; after ``create_optimizer``."""
+    """Return a text that says what a run would be, cost and publish. Call ``create_optimizer`` before."""
     privacy, plan = trainer.privacy, trainer.get_train_dataloader().loader.plan
     optimizer = trainer.private_optimizer
     assert optimizer is not None
@@ -122,7 +131,7 @@ def describe(trainer: PrivateTrainer) -> str:
         "trained weights": f"{trained:,} of {sum(p.numel() for p in trainer.model.parameters()):,}",
         "gradients": f"mode {privacy.grad_sample_mode}, clipping {privacy.clipping}",
         "released per step": "; ".join(trainer.privacy_report().released),
-        "shown and saved": "epsilon, C, noisy clip rate, noisy loss, learning rate; weights; nothing un-noised",
+        "shown and saved": "epsilon, C, noisy clip rate, noisy loss, learning rate; weights; nothing without noise",
         "ledger": privacy.ledger or "in the output folder",
     }
     return "\n".join(f"{name:20} {value}" for name, value in facts.items())
@@ -130,7 +139,7 @@ def describe(trainer: PrivateTrainer) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A context in which this package's warnings take one line each, and the libraries below say nothing."""
+    """Return a context that shows warnings of this package in one line each, and none of the libraries it uses."""
     own = str(Path(opacus_ac.__file__).parent)
 
     def show(

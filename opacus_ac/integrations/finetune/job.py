@@ -31,10 +31,10 @@ _TYPES: tuple[Any, ...] = (DataArguments, ModelArguments, PrivacyArguments, Trai
 
 
 class FinetuneError(Exception):
-    """A failure whose message a user can act on.
+    """A failure with a message for the user.
 
     Attributes:
-        exit_code: what the process should end with, one of :data:`EXIT_CODES`.
+        exit_code: exit code of the process, one of :data:`EXIT_CODES`.
     """
 
     def __init__(self, message: object, exit_code: int) -> None:
@@ -44,7 +44,7 @@ class FinetuneError(Exception):
 
 @contextmanager
 def failing_with(exit_code: int, *kinds: type[BaseException]) -> Iterator[None]:
-    """Turn exceptions of some kinds into a :class:`FinetuneError`."""
+    """Return a context that turns exceptions of some kinds into a :class:`FinetuneError`."""
     try:
         yield
     except PrivacyBudgetExceeded as error:
@@ -57,7 +57,7 @@ def failing_with(exit_code: int, *kinds: type[BaseException]) -> Iterator[None]:
 
 @dataclass
 class Job:
-    """What the options of a run come to."""
+    """The options of a run, parsed and checked."""
 
     data: DataArguments
     model: ModelArguments
@@ -72,18 +72,24 @@ class Job:
 
 
 def full_parser(prog: str, usage: str) -> HfArgumentParser:
-    """Return the parser of all options, those of ``TrainingArguments`` included."""
+    """Return the parser of all options, including those of ``TrainingArguments``."""
     parser = HfArgumentParser(_TYPES, prog=prog, usage=usage, allow_abbrev=False)
     parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, save_steps=None, accountant="vpld")
     return parser
 
 
 def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str) -> Job:
-    """Return the job that a configuration file and the command line, which overrides it, describe.
+    """Return the job that a configuration file and the command line describe. The command line overrides the file.
+
+    Args:
+        arguments: words of the command line.
+        config: path of the YAML file, or None.
+        prog: name of the program, for messages.
+        usage: usage line, for messages.
 
     Raises:
-        SystemExit: bad options; the message is on stderr.
-        FinetuneError: settings that contradict each other, or a configuration file that cannot be read.
+        SystemExit: If an option is wrong. The message is on stderr.
+        FinetuneError: If settings contradict each other, or the configuration file cannot be read.
     """
     parser = full_parser(prog, usage)
     values = vars(parser.parse_args([*_of_config(config, parser), *arguments]))
@@ -95,7 +101,7 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
             values[name] = usual["full" if values["full"] else "lora"]
     if values["report_to"] == ["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
         values["report_to"] = ["none"]
-    values["disable_tqdm"] = True  # see StepLines
+    values["disable_tqdm"] = True  # StepLines shows the progress
     if values["ledger"] is None:
         values["ledger"] = str(Path(values["output_dir"]) / LEDGER)
     with failing_with(2, ValueError, OSError, ImportError):
@@ -130,13 +136,13 @@ def _of_config(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _refuse_option(path: str, name: str, text: str) -> None:
-    """Raise for a value that the parser would take for an option of its own: a value is not to change another setting."""
+    """Refuse a value that the parser would read as an option: a value must not change another setting."""
     try:
         float(text)  # a negative number
     except ValueError:
         if text.startswith("-"):
             raise FinetuneError(
-                f"{path}: the value {text!r} of {name} starts with '-' and would be read as an option: write options as "
-                "names of their own, such as: target_epsilon: 8",
+                f"{path}: the value {text!r} of {name} starts with '-' and would be read as an option: write options "
+                "as names of their own, such as: target_epsilon: 8",
                 2,
             ) from None

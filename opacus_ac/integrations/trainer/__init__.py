@@ -1,4 +1,4 @@
-"""The Trainer of transformers, private."""
+"""The ``Trainer`` of transformers with differential privacy."""
 
 from opacus_ac._lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""The privacy settings of a Trainer run, for code and for ``HfArgumentParser``; imports neither torch nor opacus."""
+"""The privacy settings of a Trainer run, for code and for ``HfArgumentParser``. Needs neither torch nor opacus."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ _MODES = ("bk", "hooks")
 
 @dataclass
 class PrivacyArguments:
-    """What :class:`PrivateTrainer` needs to know beside the ``TrainingArguments``; no field has a name of theirs.
+    """The privacy settings of :class:`PrivateTrainer`, beside the ``TrainingArguments``.
 
-    ``HfArgumentParser((PrivacyArguments, TrainingArguments))`` makes a command line of both. What ``make_private`` also takes
-    has the meaning that it has there; ``per_sample_max_grad_norm`` is its ``max_grad_norm``, the C of the first step.
+    No field has the name of a field of ``TrainingArguments``, so ``HfArgumentParser((PrivacyArguments,
+    TrainingArguments))`` makes one command line of both. Fields that are also arguments of ``make_private`` mean the
+    same there. ``per_sample_max_grad_norm`` is its ``max_grad_norm``, the clipping norm C of the first step.
 
     Attributes:
-        target_epsilon: epsilon of the whole run; the noise is chosen to spend it in the planned steps.
-        noise_multiplier: the noise itself, instead of a target.
-        target_delta: delta, well below 1 / N.
-        dataset_size: public N; by default the number of rows, or users, of the training data, which then counts as public.
-        loss_bound: public bound of a record's loss in the noisy loss; 0 for no loss.
-        evaluation_is_public: whether the evaluation data need no protection; without it they are refused.
-        average_weights: whether the weight average is what is evaluated and saved, where there is one.
+        target_epsilon: epsilon of the whole run. The noise is chosen so that the planned steps spend it.
+        noise_multiplier: noise multiplier of each step, instead of a target.
+        target_delta: delta of the guarantee, well below 1 / N.
+        dataset_size: public number of records N. The default is the number of rows (or users) of the training data,
+            which is then published.
+        loss_bound: public bound of a record's loss, for the noisy loss in the log; 0 to release no loss.
+        evaluation_is_public: whether the evaluation data need no protection. Otherwise they are refused.
+        average_weights: whether the averaged weights (EMA) are evaluated and saved, where there is an average.
 
     Raises:
-        ValueError: settings that contradict each other or lie outside their range.
+        ValueError: If settings contradict each other, or one is out of its range.
 
     >>> PrivacyArguments(target_epsilon=4.0, dataset_size=10_000).loss_bound
     10.0
@@ -59,7 +61,8 @@ class PrivacyArguments:
     def __post_init__(self) -> None:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError(
-                f"give either target_epsilon or noise_multiplier, got {self.target_epsilon!r} and {self.noise_multiplier!r}"
+                "give either target_epsilon or noise_multiplier, got "
+                f"{self.target_epsilon!r} and {self.noise_multiplier!r}"
             )
         if self.grad_sample_mode not in _MODES:
             raise ValueError(f'grad_sample_mode must be "bk" or "hooks", got {self.grad_sample_mode!r}')
@@ -69,7 +72,7 @@ class PrivacyArguments:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-        self.loss_bound = self.loss_bound or None  # 0 on a command line, which cannot say None
+        self.loss_bound = self.loss_bound or None  # a command line cannot say None
         self.ema_decay = self.ema_decay or None
 
     def engine_options(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shows the releases of a Trainer run where the Trainer shows its own values."""
+"""Shows released values of a Trainer run in its log, on its progress bar and in its event files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers.trainer_callback import ProgressCallback
 
 from opacus_ac.release.values import StepRelease
 
-_BAR_SECONDS = 1.0  # epsilon on the bar is computed this often at most
+_BAR_SECONDS = 1.0  # shortest time between two updates of epsilon on the progress bar
 
 
 def release_values(release: StepRelease | None, epsilon: float) -> dict[str, float]:
-    """Return the public values of a step by name; those that are not there, or not finite, are left out."""
+    """Return the released values of a step, by name. Values that are missing or not finite are left out."""
     if release is None:
         return {}
     values = {
@@ -30,7 +30,7 @@ def release_values(release: StepRelease | None, epsilon: float) -> dict[str, flo
 
 
 class RunComplete(Exception):
-    """Ends a resumed run that has taken all of its steps before it takes another one."""
+    """Raised to end a resumed run that has taken all of its steps already."""
 
 
 class PrivacyCallback(TrainerCallback):
@@ -46,10 +46,12 @@ class PrivacyCallback(TrainerCallback):
         self._dashboards: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open a dashboard on each event file of the Trainer, which are opened by now, and a checkpoint loaded.
+        """Open a dashboard on each event file of the Trainer.
+
+        By now the Trainer has opened its event files and loaded the checkpoint to resume from.
 
         Raises:
-            RunComplete: the checkpoint is of the last step: the Trainer would take one more before it looked.
+            RunComplete: If the checkpoint is of the last step. The Trainer itself would take one more.
         """
         if state.global_step >= state.max_steps:
             raise RunComplete
@@ -73,7 +75,7 @@ class PrivacyCallback(TrainerCallback):
         )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the released loss of the step to the running sum that the Trainer logs, and the release to TensorBoard."""
+        """Add the noisy loss to the sum that the Trainer logs, and write the release to TensorBoard."""
         released = self.trainer.private_optimizer.released
         self.trainer._gate.add_step(released.loss)
         if released.loss is not None:
@@ -83,7 +85,7 @@ class PrivacyCallback(TrainerCallback):
                 dashboard.log_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count the epochs of a resumed run on from where it was, and show epsilon."""
+        """Show epsilon on the progress bar, and let a resumed run go on counting epochs where it was."""
         state.epoch = state.global_step / len(self.trainer.callback_handler.train_dataloader)
         bars = [c.training_bar for c in self._others(ProgressCallback) if c.training_bar is not None]
         if bars and time.monotonic() - self._shown > _BAR_SECONDS:
@@ -92,7 +94,7 @@ class PrivacyCallback(TrainerCallback):
                 bar.set_postfix(epsilon=f"{self.trainer.get_epsilon():.3f}", refresh=False)
 
     def close(self) -> None:
-        """Write the final privacy statement; the event files are the Trainer's to close, in its ``on_train_end``."""
+        """Write the final privacy statement. The Trainer closes the event files itself, in ``on_train_end``."""
         with self.trainer._gate.writing():
             while self._dashboards:
                 self._dashboards.pop().close()

@@ -1,4 +1,4 @@
-"""The privacy state in a checkpoint folder of the Trainer: what was spent, and that all files belong together."""
+"""The privacy state in a checkpoint folder of the Trainer: what the run has spent, and hashes of all files."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from opacus_ac.checkpoint.one_process import SETTINGS
 from opacus_ac.engine.privacy_engine import PrivacyEngine
 
 PRIVACY_STATE = "privacy_state.pt"
-"""File beside ``optimizer.pt``: accountant, settings, head of the ledger, step, and the hashes of all other files."""
+"""File beside ``optimizer.pt`` with accountant, settings, head of the ledger, step, and hashes of all other files."""
 
 _INERT = (".md", ".txt", ".csv", ".html", ".png", ".svg", ".log")
-"""Suffixes of files that may come into a folder later on: nothing loads them."""
+"""Suffixes of files that may be added to a folder later: nothing loads them."""
 
 
 def save(engine: PrivacyEngine, folder: Path, step: int) -> None:
-    """Write, on rank 0, the privacy state of a folder that has all other files already; every rank calls it."""
+    """Write the privacy state of a folder that has all other files already. Every rank calls this; rank 0 writes."""
     files = engine.reducer.on_first(lambda: _digests(folder))
     engine.save_account(folder / PRIVACY_STATE, step=step, files=files)
 
 
 @contextmanager
 def sealing(state: Any, seal: Callable[[], None], *, writes: bool) -> Iterator[None]:
-    """A context in which ``seal`` runs once, after the last file of a checkpoint and before it is pushed or others are deleted.
+    """Return a context that calls ``seal`` once, after the last file of a checkpoint has been written.
+
+    The call comes before the Trainer pushes the checkpoint or deletes older ones.
 
     Args:
-        state: the ``TrainerState``, which is written last.
-        seal: writes the privacy state; every rank runs it.
+        state: the ``TrainerState``, which the Trainer writes last.
+        seal: writes the privacy state; every rank calls it.
         writes: whether this rank writes ``state``.
     """
 
@@ -50,17 +52,18 @@ def sealing(state: Any, seal: Callable[[], None], *, writes: bool) -> Iterator[N
 
 
 def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ``ValueError``, on every rank, unless the folder is one whole checkpoint of a run with these public settings.
+    """Refuse, on every rank alike, a folder that is not one whole checkpoint of a run with these public settings.
 
     Raises:
-        LedgerError: the ledger does not contain what the checkpoint says it does.
+        ValueError: If a file is missing, new or changed, if a setting differs, or if ranks read different folders.
+        LedgerError: If the ledger does not contain the charges that the checkpoint states.
     """
     ranks = engine.reducer
     state: dict[str, Any] = {}
     error: Exception | None = None
     try:
         state = _verified(engine, folder, settings)
-    except Exception as reason:  # raised again below, once the other ranks know of it
+    except Exception as reason:  # raised again below, after the other ranks have heard of it
         error = reason
     found = ranks.gather_objects((state.get(DIGEST), None if error is None else str(error)))
     if error is not None:
@@ -76,7 +79,7 @@ def verify(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> 
 
 
 def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the privacy state of the folder, as this rank reads it, once all of it was found to be whole."""
+    """Return the privacy state of the folder as this rank reads it, after a check of all files."""
     state = _read(engine, folder)
     _check_settings(state[SETTINGS] or {}, settings)
     found, written = _digests(folder), state["files"]
@@ -91,7 +94,7 @@ def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) 
 
 
 def load(engine: PrivacyEngine, folder: Path) -> None:
-    """Take over what the checkpoint has spent; every rank calls it, after :func:`verify`."""
+    """Take over what the checkpoint's run has spent. Every rank calls this, after :func:`verify`."""
     engine.load_account(_read(engine, folder))
 
 
@@ -99,8 +102,8 @@ def _read(engine: PrivacyEngine, folder: Path) -> dict[str, Any]:
     path = folder / PRIVACY_STATE
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: what the run has spent is not known, so it cannot be resumed. Resume from a checkpoint of "
-            "PrivateTrainer that was saved without save_only_model"
+            f"{path} is missing: what the run has spent is not known, so it cannot be resumed. Resume from a "
+            "checkpoint of PrivateTrainer that was saved without save_only_model"
         )
     return engine.read_account(path, "step", "files")
 
@@ -113,7 +116,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _is_inert(name: str) -> bool:
-    """Whether nothing loads a file: notes, pictures, and what is hidden, such as the cache of a download."""
+    """Say whether nothing loads a file: a note, a picture, or a hidden file such as the cache of a download."""
     path = Path(name)
     return path.suffix in _INERT or any(part.startswith(".") for part in path.parts)
 
@@ -130,6 +133,6 @@ def _check_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     for name in sorted(theirs.keys() | mine.keys()):
         if theirs.get(name) != mine.get(name):
             raise ValueError(
-                f"the checkpoint was written with {name} = {theirs.get(name)!r}, this run has {mine.get(name)!r}: resume "
-                "with the same PrivacyArguments, batch size, dataset and number of steps"
+                f"the checkpoint was written with {name} = {theirs.get(name)!r}, this run has {mine.get(name)!r}: "
+                "resume with the same PrivacyArguments, batch size, dataset and number of steps"
             )

@@ -1,4 +1,4 @@
-"""What a Trainer can do that cannot be made private, with the reason and the remedy for each."""
+"""Settings of a Trainer that cannot be made private, with the reason and the remedy for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 from opacus_ac.models.transformers import has_record_losses
 from opacus_ac.sampling.public_randomness import carried_generator
 
-_DEFAULT_MAX_GRAD_NORM = 1.0  # of TrainingArguments: nobody asked for it
+_DEFAULT_MAX_GRAD_NORM = 1.0  # the default of TrainingArguments, which the user did not choose
 
 
 def _given(value: Any) -> bool:
@@ -33,7 +33,7 @@ def _unsafe_optimizer(value: Any) -> bool:
     return any(part in _text(value) for part in ("lomo", "layerwise", "schedule_free"))
 
 
-# Name of a TrainingArguments field, what is refused there, why, and what to do.
+# Name of a field of TrainingArguments, test for a value that is refused, and the reason with the remedy.
 _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n_gpu", _more_than_one, "DataParallel is not available: start a process per device with torchrun"),
     ("deepspeed", _given, "DeepSpeed reduces gradients before they are clipped: leave it out"),
@@ -41,7 +41,11 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("parallelism_config", _given, "parallelism within the model is not available: leave it out"),
     ("fp16", _given, "its loss scaler skips steps as private gradients overflow: use bf16=True"),
     ("torch_compile", _given, "compilation decides what runs before hooks can: leave it out"),
-    ("use_liger_kernel", _given, "its kernels replace layers and loss by others that have no rule: leave it out"),
+    (
+        "use_liger_kernel",
+        _given,
+        "its kernels replace layers and loss, and have no rule for gradients per record: leave it out",
+    ),
     (
         "neftune_noise_alpha",
         lambda v: v is not None,
@@ -102,7 +106,7 @@ def refusals(
     options: Mapping[str, Any],
     rows: PrivateRows | None = None,
 ) -> list[str]:
-    """Return every reason for which this Trainer cannot be made private, each with its remedy.
+    """Return all reasons why this Trainer cannot be made private, each with its remedy.
 
     Args:
         args: ``TrainingArguments``.
@@ -111,7 +115,7 @@ def refusals(
         train_dataset: private data, or None.
         eval_dataset: evaluation data, or None.
         options: the other arguments of ``Trainer``.
-        rows: the rows of ``train_dataset``, where they have been read already.
+        rows: the rows of ``train_dataset``; None to read them here.
     """
     found = [
         f"{name}={_text(getattr(args, name))!r}: {reason}"
@@ -144,8 +148,8 @@ def _about_data(privacy: PrivacyArguments, rows: PrivateRows, eval_dataset: Any,
         found += refused_evaluation(privacy, rows, eval_dataset)
     if getattr(train_dataset, "max_rows_per_user", None) is not None and collator is None:
         found.append(
-            "data_collator is missing: the items of train_dataset are users, whose rows the Trainer's own cannot put together. "
-            "Pass opacus_ac.integrations.finetune.chat_users.UserCollate(pad_id, max_length)"
+            "data_collator is missing: the items of train_dataset are users, and the Trainer's own collator cannot "
+            "join their rows. Pass opacus_ac.integrations.finetune.chat_users.UserCollate(pad_id, max_length)"
         )
     if type(collator).__name__ == "DataCollatorWithFlattening":
         found.append(
@@ -154,14 +158,21 @@ def _about_data(privacy: PrivacyArguments, rows: PrivateRows, eval_dataset: Any,
     carried = None if collator is None else carried_generator(collator)
     if carried is not None:
         found.append(
-            f"data_collator {type(collator).__name__} has a generator of its own ({carried}), whose draws for a batch tell how many "
-            "records came before: leave its seed or generator out, so that it draws from the global ones, which are secret during a step"
+            f"data_collator {type(collator).__name__} has a generator of its own ({carried}), whose draws for a batch "
+            "tell how many records came before: leave its seed or generator out, so that it draws from the global "
+            "generators, which are secret during a step"
         )
     return found
 
 
 def refused_evaluation(privacy: PrivacyArguments, rows: PrivateRows, eval_dataset: Any) -> list[str]:
-    """Return the reasons for which data must not be evaluated on, beside the private ``rows``."""
+    """Return the reasons why data must not be used for evaluation.
+
+    Args:
+        privacy: privacy settings.
+        rows: the rows of the private data.
+        eval_dataset: the data, or a mapping of names to data.
+    """
     train_dataset = rows.dataset
     sets = list(eval_dataset.values()) if isinstance(eval_dataset, Mapping) else [eval_dataset]
     if train_dataset is not None and any(data is train_dataset for data in sets):
@@ -182,7 +193,8 @@ def _about_hooks(args: Any) -> list[str]:
     if not checkpointing:
         return []
     return [
-        'activation_checkpointing with grad_sample_mode="hooks": Opacus loses the gradients of recomputed layers. Use "bk"'
+        'activation_checkpointing with grad_sample_mode="hooks": Opacus loses the gradients of recomputed layers. Use '
+        '"bk"'
     ]
 
 
@@ -192,29 +204,38 @@ def _about_model(privacy: PrivacyArguments, model: nn.Module) -> list[str]:
     narrow = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype not in wide]
     if narrow:
         found.append(
-            f"{narrow[0]} and {len(narrow) - 1} more are trained in {model.get_parameter(narrow[0]).dtype}: sums of clipped "
-            "gradients would round beyond C. Load the model in float32 and use bf16=True (frozen weights may be bfloat16)"
+            f"{narrow[0]} and {len(narrow) - 1} more are trained in {model.get_parameter(narrow[0]).dtype}: rounding "
+            "would move sums of clipped gradients beyond C. Load the model in float32 and use bf16=True (frozen "
+            "weights may be bfloat16)"
         )
     if privacy.loss_bound is not None and has_record_losses(model) is False:
         found.append(
-            f"loss_bound={privacy.loss_bound:g}: the losses of single records are not known for {type(model).__name__}, so "
-            "no noisy loss can be released. Use loss_bound=None (0 on a command line)"
+            f"loss_bound={privacy.loss_bound:g}: the losses of single records are not known for "
+            f"{type(model).__name__}, so no noisy loss can be released. Use loss_bound=None (0 on a command line)"
         )
     return found
 
 
 def raise_for(found: list[str], what: str) -> None:
-    """Raise one ``ValueError`` that lists all reasons, if there are any."""
+    """Raise one error that lists all reasons.
+
+    Raises:
+        ValueError: If there is a reason.
+    """
     if found:
         raise ValueError("\n  * ".join([f"{what} cannot be made private:", *found]))
 
 
 def refuse_bases(cls: type) -> None:
-    """Raise ``TypeError`` for a class that also inherits from a trainer of TRL."""
+    """Refuse a class that also inherits from a trainer of TRL.
+
+    Raises:
+        TypeError: If a base class is of TRL.
+    """
     for base in cls.__mro__:
         if base.__module__.split(".")[0] == "trl":
             raise TypeError(
-                f"{cls.__name__} inherits from {base.__name__} of TRL, which logs un-noised entropy and token accuracy of the "
-                "private batch and packs rows: inherit from PrivateTrainer alone, and prepare the rows with "
-                "opacus_ac.integrations.finetune.chat_data"
+                f"{cls.__name__} inherits from {base.__name__} of TRL, which packs rows and logs entropy and token "
+                "accuracy of the private batch without noise: inherit from PrivateTrainer alone, and prepare the rows "
+                "with opacus_ac.integrations.finetune.chat_data"
             )

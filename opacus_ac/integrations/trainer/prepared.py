@@ -1,4 +1,4 @@
-"""A ``Trainer`` whose model, optimizer and data loader become private when they are first used."""
+"""A ``Trainer`` whose optimizer and data loader are made private when they are first used."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _items(dataset: Any) -> str:
 
 
 class PreparedTrainer(RanksTrainer):
-    """A Trainer that draws private batches and steps a private optimizer.
+    """A Trainer that draws random batches and steps a private optimizer.
 
-    The engine makes both from the ``PrivacyArguments`` at the first use of the optimizer or of the training data.
+    The privacy engine makes both from the ``PrivacyArguments``, at the first use of the optimizer or the training data.
 
     Args:
-        args: ``TrainingArguments``, which are changed: the engine accumulates and clips gradients, not the Trainer.
+        args: ``TrainingArguments``. They are changed, because the engine accumulates and clips gradients itself.
         privacy: privacy settings.
         noise_generator: seeded CPU generator for tests, or None.
         **kwargs: the other arguments of ``Trainer``.
@@ -46,7 +46,7 @@ class PreparedTrainer(RanksTrainer):
     ) -> None:
         self.privacy = privacy
         self.expected_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        args.gradient_accumulation_steps = 1  # the physical batches of a step are taken inside training_step
+        args.gradient_accumulation_steps = 1  # training_step takes all physical batches of a step
         args.max_grad_norm = 0.0
         args.ignore_data_skip = True  # a resumed run draws new batches
         self.engine = PrivacyEngine(
@@ -59,7 +59,7 @@ class PreparedTrainer(RanksTrainer):
         super().__init__(args=args, **kwargs)
 
     def _make_private(self) -> tuple[AdaptiveClipDPOptimizer, PrivateDataLoader]:
-        """Return the private optimizer and loader; build them at the first call."""
+        """Return the private optimizer and loader; the first call builds them."""
         if self.private_optimizer is None or self._private_loader is None:
             template = self._template_loader()
             super().create_optimizer()
@@ -89,7 +89,7 @@ class PreparedTrainer(RanksTrainer):
         return self.private_optimizer, self._private_loader
 
     def _template_loader(self) -> DataLoader[Any]:
-        """Return an ordinary loader of the training data, with the columns that the model takes."""
+        """Return an ordinary loader of the training data, with the columns that the model accepts."""
         if self.train_dataset is None:
             raise ValueError("training needs train_dataset=")
         dataset, collate = self.train_dataset, self.data_collator
@@ -100,8 +100,8 @@ class PreparedTrainer(RanksTrainer):
         self._collate = collate
         if self.privacy.dataset_size is None:
             warnings.warn(
-                f"the number of {_items(dataset)}, N = {len(dataset)}, is published as part of the guarantee: set a public dataset_size "
-                "in the PrivacyArguments if it is not to be",
+                f"the number of {_items(dataset)}, N = {len(dataset)}, is published as part of the guarantee: set a "
+                "public dataset_size in the PrivacyArguments if it must stay secret",
                 stacklevel=2,
             )
         return DataLoader(
@@ -120,19 +120,19 @@ class PreparedTrainer(RanksTrainer):
         return math.ceil(self.args.num_train_epochs * math.ceil(records / self.expected_batch_size))
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Return the private optimizer around the one that the arguments describe."""
+        """Return the private optimizer. It wraps the optimizer that the ``TrainingArguments`` describe."""
         self._make_private()
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """Return the private draws: an item is a logical batch, which :meth:`training_step` takes."""
+        """Return the loader of random batches. Each item is a logical batch, for :meth:`training_step`."""
         loader = self._make_private()[1]
         if self._batches is None:
-            self._batches = LogicalBatches(loader)  # one, which ends the pass of a run that an error ended
+            self._batches = LogicalBatches(loader)  # only one: it ends the pass that an error interrupted
         return self._batches
 
     def num_examples(self, dataloader: Any) -> int:
-        """Return the public N for the training data, as in ``Trainer`` for others."""
+        """Return the public N for the training data, and what ``Trainer`` returns for other data."""
         if isinstance(dataloader, LogicalBatches):
             return dataloader.loader.plan.sizes.dataset_size
         return int(super().num_examples(dataloader))
@@ -141,18 +141,21 @@ class PreparedTrainer(RanksTrainer):
         """Return the expected size of a logical batch."""
         return self.expected_batch_size
 
-    # ---------------------------------------------------------------- what the private parts tell
+    # ---------------------------------------------------------------- averaged weights, epsilon, report
 
     def ema_weights(self) -> Any:
-        """Return a context in which the model has the averaged weights, if they are wanted and there are any."""
+        """Return a context in which the model has the averaged weights (EMA).
+
+        The weights stay as they are without an average, or with ``PrivacyArguments(average_weights=False)``.
+        """
         if self.private_optimizer is None or not self.privacy.average_weights:
             return nullcontext()
         return self.private_optimizer.ema_weights()
 
     def get_epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far, at ``delta`` or the target's."""
+        """Return the epsilon spent so far, at ``delta``; by default at the target delta."""
         return self.engine.get_epsilon(self.privacy.target_delta if delta is None else delta)
 
     def privacy_report(self, delta: float | None = None) -> PrivacyReport:
-        """Return the privacy statement of the run so far, at ``delta`` or the target's."""
+        """Return the privacy statement of the run so far, at ``delta``; by default at the target delta."""
         return self.engine.privacy_report(self.privacy.target_delta if delta is None else delta)

@@ -1,4 +1,4 @@
-"""A ``Trainer`` on several processes: no wrapper around the model, and an evaluation that is a mean over records."""
+"""A ``Trainer`` on several processes: the model has no wrapper, and evaluation is a mean over records."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LAUNCHED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism within the model",
 }
-"""What ``accelerate launch`` asks for past the ``TrainingArguments``, by the variable that says so."""
+"""Environment variables by which ``accelerate launch`` asks for more than the ``TrainingArguments`` say."""
 
 
 def refused_processes(args: Any, model: Any) -> list[str]:
-    """Return the reasons for which these processes, or this model, cannot train together.
+    """Return the reasons why these processes, or this model, cannot be used for training.
 
     Args:
         args: ``TrainingArguments``.
@@ -39,24 +39,24 @@ def refused_processes(args: Any, model: Any) -> list[str]:
     processes = dist.get_world_size() if initialized() else 1
     if processes != args.world_size:
         found.append(
-            f"torch.distributed has {processes} processes and TrainingArguments {args.world_size}: build the TrainingArguments "
-            "in every process that torchrun starts, and leave init_process_group to them"
+            f"torch.distributed has {processes} processes and TrainingArguments {args.world_size}: build the "
+            "TrainingArguments in every process that torchrun starts, and leave init_process_group to them"
         )
     if args.world_size > 1 and args.save_on_each_node:
-        found.append("save_on_each_node=True: rank 0 alone has the ledger and writes: use a folder that all ranks see")
+        found.append("save_on_each_node=True: only rank 0 has the ledger and writes: use a folder that all ranks see")
     if isinstance(model, nn.Module) and any(is_sharded(p) for p in model.parameters()):
         found.append(
-            "the model is sharded (fully_shard, or tensor parallelism): every process of the Trainer needs the whole model. Use "
-            "make_private for sharded models"
+            "the model is sharded (fully_shard, or tensor parallelism): every process of the Trainer needs the whole "
+            "model. Use make_private for sharded models"
         )
     return found
 
 
 class RanksTrainer(SilentTrainer):
-    """A Trainer whose processes have the bare model each, and reduce nothing but what the private optimizer does."""
+    """A Trainer without a wrapper around the model. Only the private optimizer adds up gradients of processes."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator; it applies autocast to the model, but does not wrap it for its own reduction."""
+        """Create an accelerator that applies autocast to the model, but no wrapper such as DistributedDataParallel."""
         super().create_accelerator_and_postprocess()
         if self.args.world_size == 1:
             return
@@ -69,7 +69,7 @@ class RanksTrainer(SilentTrainer):
         self.accelerator.prepare_model = bare
 
     def share_weights(self) -> None:
-        """Give every rank the weights of rank 0, which ``make_private`` does for those that are trained."""
+        """Give every rank all weights of rank 0. ``make_private`` does so for trained weights only."""
         if self.args.world_size > 1:
             group = Group(self.args.device)
             for tensor in (*self.model.parameters(), *self.model.buffers()):
@@ -79,7 +79,7 @@ class RanksTrainer(SilentTrainer):
         """Evaluate a part of the records on each rank.
 
         Raises:
-            ValueError: the records are not divided in the one way of which the mean over all of them is known.
+            ValueError: If the loader divides the records among the ranks in a way that gives another mean loss.
         """
         if self.args.world_size > 1:
             self._check_parts(dataloader)
@@ -95,10 +95,10 @@ class RanksTrainer(SilentTrainer):
             and parts.batch_size == self.args.eval_batch_size
         ):
             raise ValueError(
-                f"evaluation on {self.args.world_size} processes: this loader ({type(dataloader).__name__}) does not hand whole "
-                "batches to the ranks in turn, and the loss would not be the mean over all records. Use the Trainer's own loader, "
-                "a dataset with a length, and an accelerator_config without split_batches, dispatch_batches, even_batches; or "
-                "evaluate in one process"
+                f"evaluation on {self.args.world_size} processes: this loader ({type(dataloader).__name__}) does not "
+                "hand whole batches to the ranks in turn, and the loss would not be the mean over all records. Use the "
+                "Trainer's own loader, a dataset with a length, and an accelerator_config without split_batches, "
+                "dispatch_batches, even_batches; or evaluate in one process"
             )
 
     def prediction_step(
@@ -108,7 +108,7 @@ class RanksTrainer(SilentTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """Evaluate a batch; the records that only fill up the last one of several processes do not count in its loss."""
+        """Evaluate a batch. Records that only fill up the last batch of a process do not count in its loss."""
         loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         own = self._own_records()
         if own is not None and loss is not None:
@@ -117,11 +117,11 @@ class RanksTrainer(SilentTrainer):
         return loss, outputs, labels
 
     def _own_records(self) -> int | None:
-        """Return how many records of the batch in hand are in it for the first time, where others follow; None otherwise.
+        """Return how many records of this batch are not fillers; None where there are no fillers or no other records.
 
-        accelerate fills the last batches of the ranks up with the first records. The Trainer gathers the loss of each batch once
-        per record and cuts off as many as were filled in, so each loss must be that of the others alone. A batch without others is
-        cut off as a whole.
+        accelerate fills up the last batches of the ranks with the first records of the dataset. The Trainer gathers the
+        loss of each batch once per record, and drops one loss for each filler. So the loss of a batch must be the loss
+        of its other records. The Trainer drops a batch of fillers only as a whole.
         """
         state, size = self.accelerator.gradient_state, self.args.eval_batch_size
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:

@@ -1,4 +1,4 @@
-"""Whether the loss that a Trainer computes couples records: a few of them together and each alone, through collate and all."""
+"""Checks that the loss of a Trainer does not couple records: compares records in a batch with each record alone."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ def check_some_records(
     rtol: float = 3e-4,
     floor: float = 5e-5,
 ) -> None:
-    """Raise ``AssertionError`` unless the loss of some records is the mean of their losses alone; forward passes only.
+    """Check that the loss of a batch of some records is the mean of the losses of each record alone.
 
-    The records differ in length and in label. Each is collated with the others and by itself, so that what depends on the padded
-    length, on the classes in the batch or on the order shows.
+    The check takes forward passes only. Its records differ in length and in label, and each is collated with the others
+    and by itself. So it finds losses that depend on the padded length, on the classes in the batch, or on the order.
 
     Args:
-        loss_of: the loss of a batch, which it may change.
+        loss_of: returns the loss of a batch, and may change the batch.
         dataset: the records.
-        collate: makes a batch of a list of them.
-        users: where a record is a user.
+        collate: makes a batch of a list of records.
+        users: counts the users of a batch, where a record is a user.
         rtol: tolerance relative to the losses.
-        floor: what rounding may make of a loss.
+        floor: absolute tolerance, for rounding.
+
+    Raises:
+        AssertionError: If the losses differ. The message contains losses of records, so it is private.
     """
     with torch.no_grad(), secret_randomness():
         records = choose_records(dataset, usable=lambda record: _is_kept(record, collate))
@@ -49,15 +52,18 @@ def check_some_records(
 
 
 def _is_kept(record: Any, collate: Collate) -> bool:
-    """Say whether ``collate`` makes something of a record alone, as far as it can tell."""
+    """Say whether ``collate`` keeps a record that is alone; True where that cannot be found out."""
     try:
         return all(len(rows) for _, rows in named_rows(collate(fresh([record]))))
-    except Exception:  # it may need two of them
+    except Exception:  # it may need two records
         return True
 
 
 def _check_rows(loss_of: Callable[[Any], Any], records: list[Any], collate: Collate, rtol: float, floor: float) -> None:
-    """Compare the losses of records alone with those of all, in two orders, and of the first, the largest, with each other one."""
+    """Compare losses of records alone with the losses of batches.
+
+    The batches are all records in two orders, and the first record, the largest, with each of the others.
+    """
 
     def batch(places: list[int]) -> Any:
         made = collate(fresh([records[place] for place in places]))
@@ -67,7 +73,8 @@ def _check_rows(loss_of: Callable[[Any], Any], records: list[Any], collate: Coll
     together = batch(whole)
     reproducible = same(together, batch(whole))
     parts = _alone(batch, whole) if reproducible else None
-    if parts is None:  # cut out of the batch: a collate that draws at random would give a record alone other masks
+    if parts is None:
+        # A collate that draws at random would give a record alone another mask, so records are cut out of the batch.
         parts = [trim_padding(select_records(together, torch.tensor([row]))) for row in whole]
     alone = [float(loss_of(fresh(part))) for part in parts]
     expect_mean(float(loss_of(fresh(together))), alone, rtol, floor)
@@ -77,7 +84,7 @@ def _check_rows(loss_of: Callable[[Any], Any], records: list[Any], collate: Coll
 
 
 def _alone(batch: Callable[[list[int]], Any], places: list[int]) -> list[Any] | None:
-    """Return a batch of each record alone; None where ``collate`` needs two."""
+    """Return a batch of each record alone; None where ``collate`` needs two records."""
     try:
         return [batch([place]) for place in places]
     except Exception:
@@ -87,9 +94,9 @@ def _alone(batch: Callable[[list[int]], Any], places: list[int]) -> list[Any] | 
 def _check_users(
     loss_of: Callable[[Any], Any], records: list[Any], collate: Collate, users: UserRows, rtol: float, floor: float
 ) -> None:
-    """Compare two users together and alone, and with one row more that fills up.
+    """Compare two users together, alone, and with one more filler row each.
 
-    How many rows fill up depends on the other users of a batch, so they must not change a loss.
+    The number of filler rows depends on the other users of a batch, so filler rows must not change a loss.
     """
 
     def loss(batch: Any, count: int) -> float:
@@ -106,19 +113,19 @@ def _check_users(
     if labelled is None:
         return
     with users.suppose(rows + 1):
-        # Of users with equally many labelled rows a mean over all rows would be a mean over users.
+        # With equally many labelled rows each, a mean over rows would be the same as a mean over users.
         different = _with_one_row_more(batch, rows, labelled)
         check_losses_add_up(loss_of, different, rtol=rtol, rows_per_record=rows + 1)
     before, filled = loss(batch, 2), loss(_with_one_row_more(batch, rows), 2)
     if not abs(before - filled) <= rtol * max(abs(before), abs(filled)):
         raise AssertionError(
-            "the loss of a user changes with the number of rows without labels that fill up the users of its batch: make it a "
+            "the loss of a user changes with the number of filler rows (rows without labels) in its batch: make it a "
             "mean over the user's labelled rows (opacus_ac.loss.per_user_loss)"
         )
 
 
 def _labels(batch: Any) -> Any:
-    """Return a copy of the labels ``[R, T]`` of a batch of token ids; None without any."""
+    """Return a copy of the labels ``[R, T]`` of a batch of token ids; None without such labels."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
@@ -126,7 +133,11 @@ def _labels(batch: Any) -> Any:
 
 
 def _labelled_row(batch: Any, rows: int) -> int | None:
-    """Return a labelled row of the one of two users, ``rows`` rows each, who has more such rows; None without any."""
+    """Return the first labelled row of the user with more labelled rows, of two users with ``rows`` rows each.
+
+    Returns:
+        The number of the row in the batch; None if no row has a label.
+    """
     labels = _labels(batch)
     labelled = torch.zeros(0) if labels is None else (labels != -100).any(1).view(2, rows)
     if not bool(labelled.any()):
@@ -136,7 +147,10 @@ def _labelled_row(batch: Any, rows: int) -> int | None:
 
 
 def _with_one_row_more(batch: Any, rows: int, labelled: int | None = None) -> Any:
-    """Return a batch of two users, ``rows`` rows each, with a row more for each: without labels, but for a copy of ``labelled``."""
+    """Return a batch of two users, ``rows`` rows each, with one more row for each.
+
+    The new rows have no labels, except that a copy of the row ``labelled`` keeps its labels.
+    """
     more = [0, rows]
     if labelled is not None:
         more[labelled // rows] = labelled
@@ -148,7 +162,7 @@ def _with_one_row_more(batch: Any, rows: int, labelled: int | None = None) -> An
 
 
 def with_fewer_labels(batch: Any, row: int = 0) -> Any:
-    """Return a batch of token ids with half of one record's labels masked: a mean over tokens would couple its records."""
+    """Return a batch of token ids with half of one record's labels masked, which shows in a mean over all tokens."""
     labels = _labels(batch)
     if labels is None:
         return batch

@@ -1,4 +1,4 @@
-"""The one gate through which values reach what a ``Trainer`` logs: releases and public constants pass, others do not."""
+"""The gate before the log of a ``Trainer``: released values and public constants pass, all others are refused."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from transformers.trainer_callback import CallbackHandler
 
 _REMEDY = (
-    "it has no noise. Leave it out: the released values are logged already (loss_bound= adds a noisy loss), what is computed from "
-    "public data may be logged while evaluate() or predict() runs, and a name whose values are public constants by your word "
-    "belongs into public_keys of your subclass of PrivateTrainer"
+    "it has no noise. Leave it out. The released values are logged already (loss_bound= adds a noisy loss). Values of "
+    "public data may be logged while evaluate() or predict() runs. If its values are public constants by your word, "
+    "add the name to public_keys of your subclass of PrivateTrainer"
 )
 
 
 class _Logs(dict[str, Any]):
-    """A log entry as callbacks see it: they may take values away, and add none that the gate does not know."""
+    """A log entry as callbacks see it. They may remove values, and add only values that the gate lets pass."""
 
     gate: ReleasedLog | None = None
 
@@ -27,12 +27,12 @@ class _Logs(dict[str, Any]):
         super().__setitem__(name, value)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Take several values, each of which is asked for."""
+        """Add several values; the gate is asked about each."""
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def setdefault(self, name: str, default: Any = None) -> Any:
-        """Take a value where there is none."""
+        """Add a value where there is none; the gate is asked about it."""
         if name not in self:
             self[name] = default
         return self[name]
@@ -46,19 +46,19 @@ class _Logs(dict[str, Any]):
 
 
 class ReleasedHandler(CallbackHandler):
-    """A callback handler whose ``on_log`` asks first: all ways of logging end there, ``Trainer.log`` itself included."""
+    """A callback handler whose ``on_log`` asks the gate. All ways of logging end there, ``Trainer.log`` included."""
 
     gate: ReleasedLog
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
-        """Give the entry to the callbacks once all of it is known to be public."""
+        """Hand the entry to the callbacks after a check that all of it is public."""
         self.gate.take(logs)
         shown = _Logs(logs)
         shown.gate = self.gate
         return super().on_log(args, state, control, shown, **kwargs)
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Call the callbacks, and look at the log after them."""
+        """Call the callbacks, and check the log afterwards."""
         if event == "on_train_begin":
             self.gate.begin()
         result = super().call_event(event, args, state, control, **kwargs)
@@ -67,15 +67,16 @@ class ReleasedHandler(CallbackHandler):
 
 
 class ReleasedLog:
-    """Refuses what would enter the log of a :class:`PrivateTrainer` from private batches.
+    """Keeps values of private batches out of the log of a :class:`PrivateTrainer`.
 
     Args:
         trainer: the :class:`PrivateTrainer`.
 
     Guarantees:
-        ``state.log_history``, and so ``trainer_state.json``, event files, bars and printed entries, holds only: values of
-        releases, learning rates, counters, the mean of noisy losses, names in ``public_keys``, and what was logged while
-        public data were evaluated. Values are compared, so a raw loss does not pass under the name of the noisy one.
+        ``state.log_history`` holds only released values, learning rates, counters, means of noisy losses, names in
+        ``public_keys``, and what was logged during an evaluation of public data. The same holds for
+        ``trainer_state.json``, event files, progress bars and printed entries. Values are compared, so a loss without
+        noise does not pass under the name of the noisy one.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -83,18 +84,18 @@ class ReleasedLog:
         self._evaluating = self._writing = 0
         self._undo: list[Callable[[], None]] = []
         self.checking = False
-        """Whether the loss is looked at before training, on private records: what it logs then is dropped."""
+        """Whether the check of the loss before training runs. It uses private records, so its logs are dropped."""
         self._taken: list[dict[str, Any]] = []
         self.values: Mapping[str, float] = {}
         self._rates: list[float] = []
-        self._total, self._steps = 0.0, 0  # of noisy losses since training began
-        self._logged_total, self._logged_steps = 0.0, 0  # of them, in the log already
+        self._total, self._steps = 0.0, 0  # sum and number of noisy losses since training began
+        self._logged_total, self._logged_steps = 0.0, 0  # the part of them that is in the log already
         handler = trainer.callback_handler
         handler.__class__ = type("ReleasedHandler", (ReleasedHandler, type(handler)), {"gate": self})
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A context in which public data are evaluated."""
+        """Return a context in which public data are evaluated."""
         self._evaluating += 1
         try:
             yield
@@ -103,7 +104,7 @@ class ReleasedLog:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A context in which an event file is written to by what writes releases only."""
+        """Return a context for code that writes released values only to an event file."""
         self._writing += 1
         try:
             yield
@@ -111,7 +112,7 @@ class ReleasedLog:
             self._writing -= 1
 
     def watch(self, callback: Any) -> None:
-        """Stand before the event file of a ``TensorBoardCallback``: entries of the log and releases get into it, until :meth:`close`."""
+        """Until :meth:`close`, let only log entries and released values into a ``TensorBoardCallback``'s event file."""
         writer = callback.tb_writer
         self._replace(callback, "on_log", self._let_through(callback.on_log))
         for name in dir(type(writer)):
@@ -119,7 +120,7 @@ class ReleasedLog:
                 self._replace(writer, name, self._ask_first(name, getattr(writer, name)))
 
     def close(self) -> None:
-        """Step aside from the event files."""
+        """Give the event files their own methods back."""
         while self._undo:
             self._undo.pop()()
 
@@ -146,12 +147,12 @@ class ReleasedLog:
         return call
 
     def begin(self) -> None:
-        """Take the log of a new run, or of the checkpoint that it resumes, as it is."""
+        """Accept the log of a new run, or of the checkpoint to resume from, as it is."""
         self._taken = [dict(entry) for entry in self._trainer.state.log_history]
         self._total, self._steps, self._logged_total, self._logged_steps = 0.0, 0, 0.0, 0
 
     def add_step(self, loss: float | None) -> None:
-        """Note the learning rates of a step, and its noisy loss; None where none is released."""
+        """Note the learning rates of a step, and its noisy loss (None if no loss is released)."""
         self._rates = [float(group["lr"]) for group in self._trainer.private_optimizer.param_groups]
         self._total += math.nan if loss is None else loss
         self._steps += 1
@@ -159,7 +160,11 @@ class ReleasedLog:
     # ---------------------------------------------------------------- what is public
 
     def ask(self, name: str, value: Any) -> None:
-        """Raise ``ValueError`` unless a value may stand in the log under this name."""
+        """Check that a value may be logged under this name.
+
+        Raises:
+            ValueError: If it may not. The log is put back as it was before.
+        """
         if not self._is_public(name, value):
             self._restore()
             raise ValueError(f"{name} is logged while private batches are trained on: {_REMEDY}")
@@ -183,7 +188,7 @@ class ReleasedLog:
         elif name in ("step", "global_step"):
             yield trainer.state.global_step
         elif name == "learning_rate" and trainer.private_optimizer is not None:
-            yield from self._rates  # a schedule has moved on by now
+            yield from self._rates  # those of the step: the scheduler has set the next ones by now
             yield from (float(group["lr"]) for group in trainer.private_optimizer.param_groups)
         elif name == "loss":
             yield (self._total - self._logged_total) / max(1, self._steps - self._logged_steps)
@@ -193,7 +198,11 @@ class ReleasedLog:
     # ---------------------------------------------------------------- the log
 
     def take(self, logs: Mapping[str, Any]) -> None:
-        """Let an entry pass that ``Trainer.log`` has just put into the history, or refuse and remove it."""
+        """Check an entry that ``Trainer.log`` has just added to the history.
+
+        Raises:
+            ValueError: If a value of it may not be logged. The entry is removed.
+        """
         self.look(but_last=True)
         for name, value in logs.items():
             self.ask(name, value)
@@ -202,11 +211,14 @@ class ReleasedLog:
         self._taken += [dict(entry) for entry in self._trainer.state.log_history[len(self._taken) :]]
 
     def look(self, *, but_last: bool = False, whole: bool = False) -> None:
-        """Raise ``ValueError`` if the history has anything that did not come through the gate, and take that out of it.
+        """Check that every entry of the history came through the gate.
 
         Args:
-            but_last: the last entry is being taken.
-            whole: compare all entries, not the number of them and the last one.
+            but_last: leave out the last entry, which is being checked already.
+            whole: compare all entries, not only their number and the last one.
+
+        Raises:
+            ValueError: If there is another entry. It is removed.
         """
         found = self._trainer.state.log_history
         wanted = len(self._taken)

@@ -1,4 +1,4 @@
-"""A private ``Trainer`` saves the averaged weights with their privacy report, and resumes from whole checkpoints only."""
+"""What a private ``Trainer`` saves: weights with a privacy report, and checkpoints that prove to be whole."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ PRIVACY_REPORT = "privacy_report.json"
 
 
 class SavingTrainer(PreparedTrainer):
-    """A Trainer whose checkpoints have the privacy state of the run, written last, with the hashes of all other files."""
+    """A Trainer that resumes from whole checkpoints of the same run only.
+
+    Each checkpoint has the privacy state of the run, which is written last and has the hashes of all other files.
+    """
 
     _gate: ReleasedLog
-    """Looks through the whole log before ``trainer_state.json`` is written."""
+    """Checks the whole log before ``trainer_state.json`` is written."""
     _saving_checkpoint = False
     _unsealed: Path | None = None
-    """Folder of a checkpoint that lacks its privacy state still."""
+    """Folder of a checkpoint whose privacy state is still to be written."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the averaged weights, and beside them the privacy report; a checkpoint has the weights as they are."""
+        """Save the averaged weights, and the privacy report beside them.
+
+        A checkpoint has the weights without averaging, because training goes on from there.
+        """
         with nullcontext() if self._saving_checkpoint else self.ema_weights():
             super().save_model(output_dir, _internal_call)
         if self.private_optimizer is not None and self.args.should_save:
@@ -32,12 +38,12 @@ class SavingTrainer(PreparedTrainer):
             (folder / PRIVACY_REPORT).write_text(self.privacy_report().to_json(), encoding="utf-8")
 
     def save_state(self) -> None:
-        """Save ``trainer_state.json``, once all of its log is known to be public."""
+        """Save ``trainer_state.json`` after a check that its whole log is public."""
         self._gate.look(whole=True)
         super().save_state()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint, and last what proves that all of its files belong together."""
+        """Save a checkpoint. Its last file proves that all files belong together."""
         self._gate.look(whole=True)
         self._saving_checkpoint = True
         try:
@@ -45,10 +51,10 @@ class SavingTrainer(PreparedTrainer):
                 super()._save_checkpoint(*args, **kwargs)
         finally:
             self._saving_checkpoint = False
-        self.engine.reducer.on_first(lambda: None)  # no rank reads the folder before it is whole
+        self.engine.reducer.on_first(lambda: None)  # a barrier: no rank reads the folder before it is whole
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save the optimizer, whose state has C, window and averages, and know that this folder is to be resumed from."""
+        """Save the optimizer, whose state has the clipping norm and the averaged weights, and note the folder."""
         super()._save_optimizer_and_scheduler(output_dir)
         self._unsealed = Path(output_dir)
 
@@ -58,7 +64,7 @@ class SavingTrainer(PreparedTrainer):
             trainer_checkpoint.save(self.engine, folder, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, once the whole folder has been found to be one checkpoint of this run."""
+        """Load the weights after a check that the folder is one whole checkpoint of this run."""
         optimizer, loader = self._make_private()
         settings = public_settings(optimizer, loader.plan)
         trainer_checkpoint.verify(self.engine, Path(resume_from_checkpoint), settings)
@@ -71,5 +77,6 @@ class SavingTrainer(PreparedTrainer):
         own = noise.state_dict()
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.args.world_size > 1:
-            noise.load_state_dict(own)  # a seeded stream: that of the checkpoint is rank 0's, and no two may be alike
+            # The checkpoint has the random stream of rank 0, and no two ranks may have the same stream.
+            noise.load_state_dict(own)
         trainer_checkpoint.load(self.engine, Path(checkpoint))

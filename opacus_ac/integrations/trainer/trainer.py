@@ -1,4 +1,4 @@
-"""A transformers ``Trainer`` whose every step is one accounted private step."""
+"""A transformers ``Trainer`` that trains with differential privacy and counts the cost of every step."""
 
 from __future__ import annotations
 
@@ -31,36 +31,41 @@ from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 
 
 class PrivateTrainer(SavingTrainer):
-    """``transformers.Trainer`` with DP-Adam-AC: a Trainer step is one Poisson batch, one accounted release.
+    """``transformers.Trainer`` with differential privacy, by the method DP-Adam-AC.
 
-    The expected batch size is ``per_device_train_batch_size * gradient_accumulation_steps``, times the number of processes; the
-    first factor alone is what reaches the model at a time, a memory choice. Steps, schedules, evaluation, checkpoints and
-    callbacks are the Trainer's. Under ``torchrun`` every process has the whole model, and rank 0 writes.
+    Each optimizer step draws a random batch (Poisson sampling), clips the gradient of every record in it, adds noise
+    to the sum of the clipped gradients, and charges the cost of the step to the privacy budget.
+
+    The expected batch size is ``per_device_train_batch_size * gradient_accumulation_steps``, times the number of
+    processes. The first factor is the number of records that reach the model at a time: it changes the memory that a
+    step needs, not its result. Schedules, evaluation, checkpoints and callbacks are those of ``Trainer``. Under
+    ``torchrun`` every process holds the whole model, and rank 0 writes the files.
 
     Args:
-        model: a model, on which the loss is made a mean over records.
+        model: the model to train. Its loss is replaced by a mean over records, where it was a mean over tokens.
         args: ``TrainingArguments``; a copy of them is used.
         privacy: privacy settings.
         data_collator: as in ``Trainer``.
-        train_dataset: the private records: one row is what is protected, or, of a ``UserDataset``, one user with all rows; batch
-            sizes then count users.
+        train_dataset: the private data. One row is one record, and is protected. Of a ``UserDataset`` one user with all
+            of the user's rows is one record, and batch sizes count users.
         eval_dataset: public data; see ``PrivacyArguments.evaluation_is_public``.
         processing_class: as in ``Trainer``.
-        noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
+        noise_generator: seeded CPU generator for tests. The privacy report then says that the run is not private.
         **kwargs: the other arguments of ``Trainer``.
 
     Attributes:
-        engine: the :class:`PrivacyEngine`.
-        private_optimizer: the private optimizer, from the first use of the training data on; None before.
-        was_complete: whether :meth:`train` found nothing left to do.
-        public_keys: names that a subclass may log in training because their values are public constants.
+        engine: the :class:`PrivacyEngine` that accounts for the run.
+        private_optimizer: the private optimizer; None before the first use of the training data.
+        was_complete: whether :meth:`train` found no step left to take.
+        public_keys: names that a subclass may log during training because their values are public constants.
 
     Guarantees:
-        Logs, progress bar, ``trainer_state.json``, event files and checkpoints hold releases and public constants only; the
-        training loss among them is the noisy one. What else a subclass or a callback logs while training is refused. The seed of the ``TrainingArguments`` has no part in noise and draws.
+        Logs, progress bar, ``trainer_state.json``, event files and checkpoints hold released values and public
+        constants only. The training loss among them has noise. Anything else that a subclass or a callback logs during
+        training is refused. The seed of the ``TrainingArguments`` decides neither the noise nor the batches.
 
     Raises:
-        ValueError: settings that cannot be made private, all reasons in one message, before anything is changed.
+        ValueError: If the settings cannot be made private. The message lists all reasons, and nothing was changed.
 
     References:
         arXiv 2510.05288.
@@ -110,16 +115,19 @@ class PrivateTrainer(SavingTrainer):
     def train(
         self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
-        """Train as ``Trainer.train`` does; stop, saved, before a step that would exceed the budget.
+        """Train as ``Trainer.train`` does, and stop before a step that would exceed the privacy budget.
 
-        Resuming a run that has taken all of its steps takes none, charges nothing, and warns.
+        A run that stops early is saved like one that ends. Resuming a run that has taken all of its steps warns, takes
+        no step and charges nothing.
 
         Returns:
-            ``training_loss`` is the mean of the noisy losses, NaN when none is released.
+            What ``Trainer.train`` returns. ``training_loss`` is the mean of the noisy losses; it is NaN when no loss is
+            released.
 
         Raises:
-            ValueError: a checkpoint without privacy state, damaged, or of other settings; nothing was loaded.
-            PrivacyBudgetExceeded: not one step fits into the budget.
+            ValueError: If the checkpoint has no privacy state, is damaged, or is of a run with other settings. Nothing
+                was loaded.
+            PrivacyBudgetExceeded: If not even one step fits into the budget.
         """
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")  # token ids need no gradient
@@ -135,12 +143,12 @@ class PrivateTrainer(SavingTrainer):
                 self._gate.close()
 
     def _nothing_left(self) -> TrainOutput:
-        """End a resumed run that was complete: weights and account are those of the checkpoint, and nothing was charged."""
+        """End a resumed run that was complete. Weights and account are those of the checkpoint; nothing was charged."""
         self.was_complete = True
         step = self.state.global_step
         warnings.warn(
-            f"the run is complete: its {self.state.max_steps} steps were taken before the checkpoint of step {step}, so nothing was "
-            "done and nothing charged. To train on, start a run of its own from the saved weights",
+            f"the run is complete: its {self.state.max_steps} steps were taken before the checkpoint of step {step}, "
+            "so nothing was done and nothing charged. To train on, start a run of its own from the saved weights",
             stacklevel=4,
         )
         self._shows.close()
@@ -148,7 +156,7 @@ class PrivateTrainer(SavingTrainer):
         return TrainOutput(step, math.nan, {})
 
     def _stop(self, reason: PrivacyBudgetExceeded) -> TrainOutput:
-        """End the run after its last step that was taken."""
+        """Log, save and end the run after the last step that was taken."""
         warnings.warn(f"stopped after step {self.state.global_step}: {reason}", stacklevel=4)
         self._make_private()[0].zero_grad()
         self.control.should_log, self.control.should_evaluate = True, False
@@ -161,10 +169,18 @@ class PrivateTrainer(SavingTrainer):
         return self._finalize_training(None, 0, started)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Take the forward and backward passes of a logical batch; the Trainer then steps the optimizer.
+        """Run the forward and backward passes of a logical batch; the Trainer steps the optimizer afterwards.
+
+        Args:
+            model: the model.
+            inputs: a logical batch from :meth:`get_train_dataloader`.
+            num_items_in_batch: ignored, because a number of tokens would couple the records of the batch.
 
         Returns:
-            Zero, because the noisy loss is known after the optimizer's step, and added then.
+            Zero. The noisy loss is known only after the optimizer's step, and is added to the log then.
+
+        Raises:
+            ValueError: If the loss of a batch is not the mean of the losses of its records.
         """
         optimizer, _ = self._make_private()
         self._check_independence(model, optimizer)
@@ -181,11 +197,11 @@ class PrivateTrainer(SavingTrainer):
         return torch.zeros((), device=self.args.device)
 
     def _check_independence(self, model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
-        """Refuse, before the first step, a loss or model that couples the records of a batch."""
+        """Before the first step, refuse a loss or a model that couples the records of a batch."""
         loader = self._make_private()[1]
         if self._independent or len(loader.dataset) < 2:  # type: ignore[arg-type]
             return
-        # Lower precision rounds a loss by more than records that couple may change it; a frozen base may be in it, too.
+        # In lower precision, rounding may change a loss by more than another record does. A frozen base counts, too.
         lower = self.args.bf16 or torch.get_float32_matmul_precision() != "highest" or is_coarse(model, ())
         tolerances = {"rtol": 2e-2, "floor": 2e-2} if lower else {}
         model.eval()
@@ -199,11 +215,11 @@ class PrivateTrainer(SavingTrainer):
                     loader.users,
                     **tolerances,
                 )
-        except AssertionError:  # its message has losses of records
+        except AssertionError:  # Its message contains losses of private records, so it is not passed on.
             raise ValueError(
-                f"{type(model).__name__} cannot be made private: its loss of a batch is not the mean of the losses of its "
-                "records alone. The loss or the model couples records, so clipping would not bound what one of them does: "
-                "make the loss a mean over records (see opacus_ac.testing.check_records_independent)"
+                f"{type(model).__name__} cannot be made private: its loss of a batch is not the mean of the losses of "
+                "its records alone. The loss or the model couples records, so clipping would not bound what one of "
+                "them does: make the loss a mean over records (see opacus_ac.testing.check_records_independent)"
             ) from None
         finally:
             self._gate.checking = False
@@ -211,14 +227,15 @@ class PrivateTrainer(SavingTrainer):
         self._independent = True
 
     def _check_loss(self, optimizer: AdaptiveClipDPOptimizer) -> None:
-        """Refuse a loss that did not come from the model's loss per record, where it has one."""
+        """Refuse a loss that bypassed the model's loss per record, where the model has one."""
         losses = optimizer.tape.take()
         if losses is not None:
             optimizer.record_losses(losses)
         elif averages_tokens(self.model) or self.privacy.loss_bound is not None:
             raise ValueError(
-                f"compute_loss of {type(self).__name__} bypassed the model's loss per record: call the model with labels and "
-                "return its .loss, or give a loss per record [B] to private_optimizer.record_losses and return its mean"
+                f"compute_loss of {type(self).__name__} bypassed the model's loss per record: call the model with "
+                "labels and return its .loss, or give a loss per record [B] to private_optimizer.record_losses and "
+                "return its mean"
             )
 
     # ---------------------------------------------------------------- evaluation, logs
@@ -227,17 +244,21 @@ class PrivateTrainer(SavingTrainer):
         """Evaluate on public data, with the averaged weights.
 
         Raises:
-            ValueError: the data were not declared public, or have rows of the training data.
+            ValueError: If the data were not declared public, or contain rows of the training data.
         """
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(data, str):  # a name of one of them
+        if isinstance(data, str):  # the name of one of several datasets
             data = self.eval_dataset[data]  # type: ignore[index]
         self._check_public(data, "evaluation")
         with self._gate.evaluating():
             return dict(super().evaluate(eval_dataset, *args, **kwargs))
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict on public data, with the averaged weights; refuses what :meth:`evaluate` refuses."""
+        """Predict on public data, with the averaged weights.
+
+        Raises:
+            ValueError: If :meth:`evaluate` would refuse the data.
+        """
         self._check_public(test_dataset, "prediction")
         with self._gate.evaluating():
             return super().predict(test_dataset, *args, **kwargs)
@@ -248,10 +269,10 @@ class PrivateTrainer(SavingTrainer):
         raise_for(refused_evaluation(self.privacy, self._rows, data), what)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate: the loss is the mean over records, before and after training.
+        """Evaluate with a loss that is the mean over records, before training as well as after it.
 
         Raises:
-            ValueError: the loader is one of the training data.
+            ValueError: If the loader hands out the training data.
         """
         data = getattr(getattr(dataloader, "loader", dataloader), "dataset", None)
         if data is not None and same_rows_of_one(data, self.train_dataset):
@@ -268,10 +289,13 @@ class PrivateTrainer(SavingTrainer):
                 undo()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log what is public: the values of the last release join the training log, those of the Trainer's own leave it.
+        """Log public values only.
+
+        Values of the Trainer that have no noise are left out of the training log, and the values of the last release
+        are added to it.
 
         Raises:
-            ValueError: a value that is no release, no public constant, and not of an evaluation.
+            ValueError: If another value is neither released, nor a public constant, nor from an evaluation.
         """
         if self._gate.checking:
             return
