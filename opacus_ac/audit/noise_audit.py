@@ -47,8 +47,8 @@ def noise_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Four findings: the spread of every tensor's noise, its correlation with the noise of the steps before, the two
-        steps whose noise is most alike, and the correlation within a step.
+        Four findings about the spread of every tensor's noise, its correlation with the noise of the steps before, the
+        two steps whose noise is most alike, and the correlation within a step.
 
     Guarantees:
         Independent Gaussian noise is refuted with probability at most ``1 - confidence``.

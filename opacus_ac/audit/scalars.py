@@ -132,8 +132,8 @@ def scalar_audit(
         **settings: of ``make_private``.
 
     Returns:
-        Two findings: the scalars that follow the record but not the noise, and the scalar that shows the record best,
-        beside the claim of all the steps up to its own (mu = sqrt(t) / z).
+        Two findings about the scalars that follow the record but not the noise, and the scalar that shows the record
+        best, beside the claim of all the steps up to its own (mu = sqrt(t) / z).
 
     Guarantees:
         A mechanism that does what it claims is refuted with probability at most ``1 - confidence``.
