@@ -73,7 +73,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         target_epsilon=args.epsilon,
         target_delta=args.delta,
         steps=args.steps,
-        clipping="zo",
         zeroth_order=preset("aggzo", num_directions=args.directions, smoothing=1.0, ema_decay=0.9),
         max_grad_norm=0.1,
         loss_bound=6.0,

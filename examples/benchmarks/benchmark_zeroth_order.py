@@ -110,7 +110,7 @@ def private(args: argparse.Namespace, model: Any, variant: str, batch: dict[str,
         data_loader=DataLoader(rows, batch_size=args.batch),
         noise_multiplier=1.0,
         poisson_sampling=False,
-        **({"clipping": "zo", "zeroth_order": settings} if zeroth else {"ema_decay": None}),
+        **({"zeroth_order": settings} if zeroth else {"ema_decay": None}),
     )
     if zeroth:
         return lambda: optimizer.step(lambda: record_losses(model, batch))

@@ -57,7 +57,7 @@ def step_cost(
     """Return what a rank sends in one step.
 
     Args:
-        role: "ddp", "fsdp2" or "hsdp"; "zo" for ``clipping="zo"``.
+        role: "ddp", "fsdp2" or "hsdp"; "zo" for ``zeroth_order=``.
         world: number of processes.
         trained: number of trained weights; of "zo" the number K of directions, whatever the model.
         total: number of all weights; by default the trained ones.

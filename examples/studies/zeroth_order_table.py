@@ -108,7 +108,7 @@ def zeroth_order(
     model: nn.Module, task: Task, args: argparse.Namespace, rate: float, settings: ZerothOrderSettings
 ) -> None:
     inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
-    _, _, optimizer, loader = private(model.eval(), inner, task, args, clipping="zo", zeroth_order=settings)
+    _, _, optimizer, loader = private(model.eval(), inner, task, args, zeroth_order=settings)
     for vectors, classes in steps(loader, args.steps):
         optimizer.step(lambda: cross_entropy(model(vectors), classes, reduction="none"))  # noqa: B023
 

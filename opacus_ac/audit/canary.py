@@ -57,8 +57,10 @@ def private_parts(
         from opacus_ac.engine.privacy_engine import PrivacyEngine
 
         make_private = PrivacyEngine().make_private
-    if settings.get("clipping") == "zo":
-        settings = {"zeroth_order": preset("aggzo", num_directions=8, direction_seed=seed), **settings}
+    paper = settings.get("zeroth_order")
+    if isinstance(paper, str):
+        directions = min(8, preset(paper).num_directions)
+        settings = {**settings, "zeroth_order": preset(paper, num_directions=directions, direction_seed=seed)}
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     bare = task.model()
     with warnings.catch_warnings():

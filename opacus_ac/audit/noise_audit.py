@@ -33,8 +33,8 @@ def noise_audit(
 
     Each step alone can be private while the run is not. If the noise cancels that of the step before, its spread is
     right at every step, but the average of two releases shows the sum. The noise of each step is the release less the
-    exact sum, as in :func:`~opacus_ac.audit.canary_audit`. With ``clipping="zo"``, it is the release of steps on empty
-    batches (of 8 directions by default).
+    exact sum, as in :func:`~opacus_ac.audit.canary_audit`. With ``zeroth_order=``, it is the release of steps on empty
+    batches (of at most 8 directions, where a paper is named).
 
     Args:
         make_private: as in :func:`~opacus_ac.audit.canary_audit`.
@@ -63,7 +63,7 @@ def noise_audit(
         raise ValueError(f"noise_multiplier must be > 0 to have noise to audit, got {noise_multiplier!r}")
     task = task or CanaryTask()
     arguments = {"noise_multiplier": noise_multiplier, **settings}
-    if settings.get("clipping") == "zo":
+    if settings.get("zeroth_order") is not None:
         noise = {"coefficients": _empty_steps(make_private, task, steps, seed, arguments)}
     else:
         noise = observe_noise(make_private, task, steps, seed, arguments)

@@ -22,7 +22,7 @@ class Published:
     def __init__(self, bare: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
         self.bare, self.optimizer = bare, optimizer
         self.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
-        self.forward_only = isinstance(optimizer, ZerothOrderDPOptimizer)
+        self.forward_only = optimizer.forward_only
         self.start = self.weights()
         self._directions: FloatArray | None = None
 

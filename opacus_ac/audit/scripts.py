@@ -49,7 +49,7 @@ class Script:
 
     def fits(self, settings: Mapping[str, Any]) -> bool:
         """Whether it makes sense with these settings of ``make_private``."""
-        if settings.get("clipping") == "zo" and not self.forward_only:
+        if settings.get("zeroth_order") is not None and not self.forward_only:
             return False
         return self.splits or settings.get("max_physical_batch_size") is None
 

@@ -147,6 +147,6 @@ def run_audits(plan: Plan | None = None, names: Iterable[str] | None = None) -> 
         ValueError: If something cannot be audited.
     """
     plan = plan or Plan()
-    audits = chosen_audits(names, plan.arguments.get("clipping") == "zo")
+    audits = chosen_audits(names, plan.arguments.get("zeroth_order") is not None)
     alpha = check_confidence(plan.confidence) / max(1, sum(audit.tests for audit in audits))
     return [audit.run(plan, 1 - alpha) for audit in audits]

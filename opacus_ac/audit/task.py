@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.release.values import FloatArray
 from opacus_ac.testing import per_sample_gradients
-from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 
 class Task:
@@ -65,7 +64,7 @@ class Task:
 
     def step(self, model: nn.Module, batch: tuple[Tensor, ...], optimizer: AdaptiveClipDPOptimizer) -> None:
         """Do what a user's loop does with a batch, whatever the method of the optimizer."""
-        if isinstance(optimizer, ZerothOrderDPOptimizer):
+        if optimizer.forward_only:
             optimizer.step(lambda: self.losses(model, batch))
         else:
             self.backward(model, batch, optimizer)

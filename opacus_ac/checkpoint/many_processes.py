@@ -1,7 +1,8 @@
 """Checkpoints that several processes write together, and that any other number of them can continue from.
 
-A folder of ``torch.distributed.checkpoint``: model, inner optimizer, weight average, and mask and anchor of a zeroth-order run by
-the names of the parameters, and the state of the private step as one JSON text. ``torch`` reads such folders with ``pickle``: load only what you trust.
+A folder of ``torch.distributed.checkpoint`` holds model, inner optimizer, weight average, and what parts of the method have for each
+parameter, all by the names of the parameters. The state of the private step is in it as one JSON text. ``torch`` reads such folders
+with ``pickle``: load only what you trust.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.optimizer.state import check_private_state, load_private_state, private_state
-from opacus_ac.zeroth_order.optimizer import ZEROTH_ORDER, ZerothOrderDPOptimizer
 
 VERSION = 1
 _TEXT = "privacy"
@@ -61,7 +61,7 @@ def save(
     ranks, target = optimizer.reducer, Path(folder)
     temporary = Path(ranks.on_first(lambda: _new_folder(target)))
     text = ranks.on_first(lambda: _text(account, model, optimizer))
-    state = {**_tensors(model, optimizer), **_zeroth_order_tensors(model, optimizer), _TEXT: text}
+    state = {**_tensors(model, optimizer), **_further_tensors(model, optimizer), _TEXT: text}
     _run(lambda: dcp.save(state, checkpoint_id=temporary))
     ranks.on_first(lambda: os.replace(temporary, target))
 
@@ -86,7 +86,8 @@ def load(
     saved = _read_text(folder)
     ranks.on_first(lambda: account.check_checkpoint(saved["ledger"]))
     ranks.on_first(lambda: account.check_terms(_terms(saved)))
-    saved["step"][ZEROTH_ORDER] = _zeroth_order_state(model, optimizer, saved["step"].get(ZEROTH_ORDER), folder)
+    for part in optimizer.further:
+        saved["step"][part] = _further_state(model, optimizer, part, saved["step"].get(part), folder)
     _check_fits(account, optimizer, saved)
     tensors = _tensors(model, optimizer)
     _check_shapes(folder, tensors)
@@ -99,8 +100,6 @@ def load(
         averages = [_local(t) for t in tensors["ema"].values()]
         state = {**state, "ema": {"updates": state["ema"], "average": averages}}
     load_private_state(optimizer, state)
-    if isinstance(optimizer, ZerothOrderDPOptimizer):
-        optimizer.load_zeroth_order_state(state[ZEROTH_ORDER])
     _resume(account, ranks, saved)
 
 
@@ -126,9 +125,9 @@ def _text(account: Account, model: nn.Module, optimizer: AdaptiveClipDPOptimizer
     state = private_state(optimizer)
     state["mechanism"] = {**state["mechanism"], "stream": {}, "statistics_stream": {}}
     state["ema"] = None if optimizer.ema is None else optimizer.ema.updates
-    if isinstance(optimizer, ZerothOrderDPOptimizer):
-        names = named_parameters(model, optimizer.original_optimizer)[1]
-        state[ZEROTH_ORDER] = {**optimizer.zeroth_order_state(), "indices": None, "anchor": None, "trained": names}
+    for name, part in optimizer.further.items():
+        trained = named_parameters(model, optimizer.original_optimizer)[1]
+        state[name] = {**state[name], **dict.fromkeys(part.by_parameter), "trained": trained}
     return json.dumps(
         {
             "version": VERSION,
@@ -167,8 +166,6 @@ def _check_fits(account: Account, optimizer: AdaptiveClipDPOptimizer, saved: Map
     if state["ema"] is not None:
         state["ema"] = {"average": [] if optimizer.ema is None else optimizer.ema.average}
     check_private_state(optimizer, state)
-    if isinstance(optimizer, ZerothOrderDPOptimizer):
-        optimizer.check_zeroth_order_state(state[ZEROTH_ORDER])
 
 
 def _tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, dict[str, Any]]:
@@ -185,27 +182,34 @@ def _tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, 
     return state
 
 
-def _zeroth_order_tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, dict[str, Tensor]]:
-    """Return mask and anchor of a zeroth-order run by name, as far as there are any; the same on all ranks."""
-    if not isinstance(optimizer, ZerothOrderDPOptimizer):
-        return {}
-    state, names = optimizer.zeroth_order_state(), named_parameters(model, optimizer.original_optimizer)[1]
-    found = {
-        f"{kind}.{name}": tensor
-        for kind in ("indices", "anchor")
-        for name, tensor in zip(names, state[kind] or [], strict=False)
-        if tensor is not None
-    }
-    return {ZEROTH_ORDER: found} if found else {}
+def _further_tensors(model: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> dict[str, dict[str, Tensor]]:
+    """Return what parts of the method hold for single parameters, by part and name; the same on all ranks."""
+    names = named_parameters(model, optimizer.original_optimizer)[1]
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, part in optimizer.further.items():
+        state = part.state_dict()
+        held = {
+            f"{kind}.{name}": tensor
+            for kind in part.by_parameter
+            for name, tensor in zip(names, state[kind] or [], strict=False)
+            if tensor is not None
+        }
+        if held:
+            found[key] = held
+    return found
 
 
-def _zeroth_order_state(
-    model: nn.Module, optimizer: AdaptiveClipDPOptimizer, plain: dict[str, Any] | None, folder: str | os.PathLike[str]
+def _further_state(
+    model: nn.Module,
+    optimizer: AdaptiveClipDPOptimizer,
+    part: str,
+    plain: dict[str, Any] | None,
+    folder: str | os.PathLike[str],
 ) -> dict[str, Any] | None:
-    """Return the state of a zeroth-order run, its tensors read into new memory; None where there is none.
+    """Return the state of a part of the method, its tensors read into new memory; None where there is none.
 
     Raises:
-        ValueError: it trained other parameters, so that mask and anchor are not those of these.
+        ValueError: If it is of a run that trained other parameters, whose tensors are not those of these.
     """
     if plain is None:
         return None
@@ -217,14 +221,14 @@ def _zeroth_order_state(
         )
     entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     found = {
-        name.removeprefix(f"{ZEROTH_ORDER}."): torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
+        name.removeprefix(f"{part}."): torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if name.startswith(f"{ZEROTH_ORDER}.") and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(f"{part}.") and isinstance(entry, TensorStorageMetadata)
     }
     if found:
-        _run(lambda: dcp.load({ZEROTH_ORDER: found}, checkpoint_id=folder))
-    held = {kind: [found.get(f"{kind}.{name}") for name in names] for kind in ("indices", "anchor")}
-    return {**plain, **held, "anchor": held["anchor"] if any(a is not None for a in held["anchor"]) else None}
+        _run(lambda: dcp.load({part: found}, checkpoint_id=folder))
+    held = {kind: [found.get(f"{kind}.{name}") for name in names] for kind in optimizer.further[part].by_parameter}
+    return {**plain, **held}
 
 
 def _like(local: Tensor, parameter: Any) -> Tensor:

@@ -23,11 +23,12 @@ def _step_options(group: argparse._ArgumentGroup) -> None:
     add_option(
         group,
         "clipping",
-        choices=("percentile", "geometric", "raw_percentile", "flat", "automatic", "zo"),
+        choices=("percentile", "geometric", "raw_percentile", "flat", "automatic"),
         default="percentile",
-        help="clip rule (default percentile); raw_percentile is the published rule, which is not private; zo: forward "
-        "passes only",
+        help="clip rule (default percentile); raw_percentile is the published rule, which is not private",
     )
+    forward = "train with forward passes only, as in this paper (default: with gradients)"
+    add_option(group, "zeroth-order", choices=("aggzo", "dpzero", "dp-zoso"), default=None, help=forward)
     add_option(group, "noise-multiplier", type=float, default=1.0, help="noise multiplier of a step (default 1)")
     add_option(group, "max-physical-batch-size", type=int, default=None, help="split batches (default: no split)")
     add_option(group, "fused-step", action="store_true", help="audit the step that applies gradients in turns")
@@ -55,6 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         "grad_sample_mode": options.mode,
         "max_physical_batch_size": options.max_physical_batch_size,
         "fused_step": options.fused_step,
+        "zeroth_order": options.zeroth_order,
     }
     settings = {name: value for name, value in settings.items() if value is not None and value is not False}
     plan = Plan(
@@ -79,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _clipping(rule: str) -> dict[str, Any]:
     """Return the arguments of ``make_private`` for a clip rule."""
-    return {"clipping": rule} if rule in ("flat", "automatic", "zo") else {"clipping": "adaptive", "clip_policy": rule}
+    return {"clipping": rule} if rule in ("flat", "automatic") else {"clipping": "adaptive", "clip_policy": rule}
 
 
 COMMANDS = (Command("audit", "try to refute what the private step claims, on a small model", _arguments, _run),)

@@ -47,6 +47,10 @@ class ClipPolicy:
     def bound(self, value: float) -> None:
         self._bound = positive(max_grad_norm=value)
 
+    def begin(self) -> None:
+        """Start from the first C, brought into its range."""
+        self.bound = min(max(self.initial_bound, self.min_norm), self.max_norm)
+
     @property
     def searching(self) -> bool:
         """Whether the last release served to find C only: its gradient was mostly noise, and no weights should move."""

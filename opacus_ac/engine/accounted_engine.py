@@ -62,10 +62,6 @@ class AccountedEngine(opacus.PrivacyEngine):
         self._undo: list[tuple[nn.Module, Callable[[], None]]] = []
         self._unknown_batches = 0
 
-    def _look_ahead(self, event: Event) -> None:
-        """Raise when ``event`` would exceed the target, before the work that leads to its release; charge nothing."""
-        self._account.look_ahead(event)
-
     # ---------------------------------------------------------------- budget
 
     def get_epsilon(self, delta: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
+from opacus_ac.engine.parts import Job
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.checks.coupled import check_records_apart
@@ -22,79 +23,92 @@ from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.sampling.users import UserRows
-from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 Undo = Callable[[], None]
+Pause = Callable[[], AbstractContextManager[None]]
 
 
-def attach(
-    module: nn.Module,
-    optimizer: AdaptiveClipDPOptimizer,
-    *,
-    mode: str,
-    batch_first: bool,
-    loss_reduction: str,
-    wrap_model: bool,
-    users: UserRows | None = None,
-) -> tuple[Any, Undo]:
-    """Attach loss, broadcast and gradient hooks to the model.
+def attach(job: Job, optimizer: AdaptiveClipDPOptimizer, users: UserRows | None) -> tuple[Any, Undo]:
+    """Attach what the optimizer needs to the model.
+
+    Args:
+        job: the arguments of ``make_private``.
+        optimizer: the private optimizer.
+        users: the rows of users; None where a record is a row.
 
     Returns:
-        The model itself in mode "bk", what Opacus returns in its modes, and a function that takes everything off again.
+        What the loop calls (the model itself, or what Opacus returns in its modes), and a function that takes everything off
+        again.
 
     Raises:
-        ValueError: a layer whose per-sample gradients cannot be exact; nothing stays attached.
+        ValueError: If the per-sample gradients of a layer cannot be exact. Nothing stays attached then.
     """
     undo: list[Undo] = []
+    wrapped: Any = job.module
 
     def take_off() -> None:
         while undo:
             undo.pop()()
 
     try:
-        check_peft(module)
-        check_records_apart(module)
-        register_rules(module)
-        check_model(module, mode=mode)
-        undo.append(use_record_loss(module, optimizer.tape, loss_reduction, users))
-        undo.append(expand_broadcast_embeddings(module).remove)
-        undo.append(lambda: _remove_opacus_hooks(module))
-        if isinstance(optimizer.source, BookKeepingSource):
-            undo.append(optimizer.source.attach())
-            wrapped: Any = module
-            pause: Callable[[], AbstractContextManager[None]] = optimizer.source.paused
-        else:
-            wrapped = (GradSampleModule if wrap_model else GradSampleHooks)(
-                module,
-                batch_first=batch_first,
-                loss_reduction=loss_reduction,
-                strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
-                force_functorch=mode == "functorch",
-            )
-            assert isinstance(optimizer.source, PerSampleSource)
-            optimizer.source.attach(module)
-            pause = partial(_hooks_off, wrapped)
-        undo.append(observe(module, optimizer, named_parameters(module, optimizer.original_optimizer)[0]))
+        if optimizer.forward_only:
+            undo.append(_observe(job.module, optimizer))
+            return wrapped, take_off
+        wrapped, pause = _attach_source(job, optimizer, users, undo)
+        undo.append(_observe(job.module, optimizer))
         undo.append(lambda: optimizer.source.clear(sums=True))
-        # The last hooks: what they see is what the model returns.
-        optimizer.alone = RecordsAlone(
-            module,
-            *named_parameters(module, optimizer.original_optimizer),
-            lambda: optimizer.steps_taken,
-            optimizer.tape,
-            mean=loss_reduction == "mean",
-            batch_first=batch_first,
-            users=users,
-            pause=pause,
-            keeps_length=lambda tensors: optimizer.plan is not None and optimizer.plan.keeps_length(tensors),
-        )
-        assert optimizer.watch is not None
-        optimizer.alone.as_before = optimizer.watch.as_before
-        undo.append(optimizer.alone.remove)
+        undo.append(_compare_alone(job, optimizer, users, pause))
     except BaseException:
         take_off()
         raise
     return wrapped, take_off
+
+
+def _attach_source(
+    job: Job, optimizer: AdaptiveClipDPOptimizer, users: UserRows | None, undo: list[Undo]
+) -> tuple[Any, Pause]:
+    """Attach losses of records, broadcast and gradient hooks; return what the loop calls, and what pauses the hooks."""
+    module = job.module
+    check_peft(module)
+    check_records_apart(module)
+    register_rules(module)
+    check_model(module, mode=job.grad_sample_mode)
+    undo.append(use_record_loss(module, optimizer.tape, job.loss_reduction, users))
+    undo.append(expand_broadcast_embeddings(module).remove)
+    undo.append(lambda: _remove_opacus_hooks(module))
+    if isinstance(optimizer.source, BookKeepingSource):
+        undo.append(optimizer.source.attach())
+        return module, optimizer.source.paused
+    wrapped = (GradSampleModule if job.wrap_model else GradSampleHooks)(
+        module,
+        batch_first=job.batch_first,
+        loss_reduction=job.loss_reduction,
+        strict=False,  # check_model has refused every buffer that is not a constant of a layer with a rule
+        force_functorch=job.grad_sample_mode == "functorch",
+    )
+    assert isinstance(optimizer.source, PerSampleSource)
+    optimizer.source.attach(module)
+    if optimizer.plan is not None and optimizer.plan.sampling != "shuffled":
+        wrapped.forbid_grad_accumulation()
+    return wrapped, partial(_hooks_off, wrapped)
+
+
+def _compare_alone(job: Job, optimizer: AdaptiveClipDPOptimizer, users: UserRows | None, pause: Pause) -> Undo:
+    """Have some records run by themselves. These are the last hooks: what they see is what the model returns."""
+    alone = optimizer.alone = RecordsAlone(
+        job.module,
+        *named_parameters(job.module, optimizer.original_optimizer),
+        lambda: optimizer.steps_taken,
+        optimizer.tape,
+        mean=job.loss_reduction == "mean",
+        batch_first=job.batch_first,
+        users=users,
+        pause=pause,
+        keeps_length=lambda tensors: optimizer.plan is not None and optimizer.plan.keeps_length(tensors),
+    )
+    assert optimizer.watch is not None
+    alone.as_before = optimizer.watch.as_before
+    return alone.remove
 
 
 class _Eyes:
@@ -128,9 +142,10 @@ class _Blind:
     def after(self, *_: Any) -> None: ...
 
 
-def observe(module: nn.Module, optimizer: AdaptiveClipDPOptimizer, trained: Sequence[nn.Parameter]) -> Undo:
+def _observe(module: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> Undo:
     """Have the optimizer see which batch goes into the model, and whether the model changes; return what undoes it."""
-    optimizer.watch = ModelWatch(module, trained, moves=isinstance(optimizer, ZerothOrderDPOptimizer))
+    trained, _ = named_parameters(module, optimizer.original_optimizer)
+    optimizer.watch = ModelWatch(module, trained, moves=optimizer.forward_only)
     eyes = _Eyes(module, optimizer)
     handles = [
         module.register_forward_pre_hook(eyes.before, prepend=True, with_kwargs=True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from opacus.accountants import IAccountant
@@ -13,14 +12,13 @@ from torch.optim import Optimizer
 
 from opacus_ac.distributed.choose import check_wrappers
 from opacus_ac.distributed.same_records import check_same_records
-from opacus_ac.engine.parts import public_settings
+from opacus_ac.engine.parts import Job, public_settings
 from opacus_ac.engine.ranks import check_alike, check_noise, parameter_layout
 from opacus_ac.grad_sample.one_backward.capture import is_captured
 from opacus_ac.grad_sample.precision import check_environment
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.sampling.loader import PrivateDataLoader
-from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
 _NO_FLOAT64 = {
@@ -67,40 +65,32 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     check_environment({p.device.type for p in trainable})
 
 
-def check_start(
-    optimizer: AdaptiveClipDPOptimizer,
-    loader: PrivateDataLoader,
-    module: nn.Module,
-    max_physical_batch_size: int | None,
-    generator: torch.Generator | None,
-) -> None:
-    """Raise ``ValueError``, on every rank, unless all ranks begin the same run; with one process there is nothing to check."""
+def check_start(optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader, job: Job) -> None:
+    """Check that all ranks begin the same run. With one process there is nothing to check.
+
+    Raises:
+        ValueError: If they do not, on every rank.
+    """
     if optimizer.reducer.world == 1:
         return
+    generator = job.noise_generator
     settings = {
         **public_settings(optimizer, loader.plan),
         "reducer": optimizer.reducer.name,
         "normalize": optimizer.normalize,
         "lr_control": optimizer.control is not None,
         "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
-        "max_physical_batch_size": max_physical_batch_size,
+        "max_physical_batch_size": job.options.performance.max_physical_batch_size,
         "loss_reduction": optimizer.loss_reduction,
         "seed of noise_generator": None if generator is None else generator.initial_seed(),
         "batches in a pass": len(loader),
         "number of records": len(loader.dataset),  # type: ignore[arg-type]
-        **_direction_seed(optimizer),
-        **parameter_layout(*named_parameters(module, optimizer.original_optimizer)),
+        **optimizer.measurement.compared_at_start(),
+        **parameter_layout(*named_parameters(job.module, optimizer.original_optimizer)),
     }
     check_alike(optimizer.reducer, settings)
     check_same_records(optimizer.reducer, loader.dataset)
     check_noise(optimizer.reducer, optimizer.mechanism.stream)
-
-
-def _direction_seed(optimizer: AdaptiveClipDPOptimizer) -> dict[str, Any]:
-    """Return the seed of the directions that the caller gave, where there are directions."""
-    if not isinstance(optimizer, ZerothOrderDPOptimizer):
-        return {}
-    return {"direction_seed": optimizer.settings.direction_seed}
 
 
 def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | None) -> None:
@@ -113,6 +103,6 @@ def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | Non
         )
     if not laplace and accountant.mechanism() == "pure":
         raise ValueError(
-            'accountant="pure" accounts for Laplace noise only: use clipping="zo" with '
+            'accountant="pure" accounts for Laplace noise only: use '
             'zeroth_order=ZerothOrderSettings(mechanism="laplace"), or the accountant "vrdp"'
         )

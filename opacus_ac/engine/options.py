@@ -170,7 +170,9 @@ class PrivateOptions:
     update: UpdateOptions = UpdateOptions()
     performance: PerformanceOptions = PerformanceOptions()
     zeroth_order: str | ZerothOrderSettings | None = option(
-        None, 'settings of clipping="zo", or those of a paper by name (default: "aggzo")'
+        None,
+        "train with forward passes only, as these ZerothOrderSettings say, or a paper by name: aggzo, dpzero, dp-zo, dp-zoso or "
+        "dp-zopo (default: train with gradients)",
     )
 
     @classmethod

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from opacus_ac._validate import one_of
+from opacus_ac._validate import not_negative, one_of
 from opacus_ac.allocation.settings import NoiseAllocation
 from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.clipping.paper import paper_policy
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.clipping.table import build_policy
-from opacus_ac.engine.options import ClippingOptions, PrivateOptions, ReleaseOptions, SamplingOptions
+from opacus_ac.engine.options import PrivateOptions, SamplingOptions
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
@@ -27,7 +27,10 @@ from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.release.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
 from opacus_ac.sampling.plan import SAMPLING, SamplingPlan
 from opacus_ac.sampling.users import UserRows
-from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
+from opacus_ac.zeroth_order.settings import ZerothOrderSettings
+
+MODES = ("bk", "hooks", "functorch")
+CLIPPING = ("adaptive", "flat", "automatic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,14 @@ class Job:
     grad_sample_mode: str
     wrap_model: bool
     options: PrivateOptions
+    zeroth_order: ZerothOrderSettings | None
+    """Settings of the forward-only method; None for training with gradients."""
+
+    def __post_init__(self) -> None:
+        one_of(MODES, grad_sample_mode=self.grad_sample_mode)
+        one_of(CLIPPING, clipping=self.clipping)
+        one_of(("mean", "sum"), loss_reduction=self.loss_reduction)
+        not_negative(noise_multiplier=self.noise_multiplier)
 
 
 def random_streams(generator: torch.Generator | None, secure: bool = False) -> tuple[RandomStream, RandomStream]:
@@ -106,69 +117,72 @@ def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> d
         "max_batch_size": plan.max_batch_size,
         "max_rows_per_user": plan.max_rows_per_user,
         **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
-        **({"zeroth_order": optimizer.public_settings()} if isinstance(optimizer, ZerothOrderDPOptimizer) else {}),
+        **{name: part.public_settings() for name, part in optimizer.further.items()},
     }
 
 
-def choose_policy(
-    clipping: str, options: ClippingOptions, max_grad_norm: float | None, expected_batch_size: float
-) -> ClipPolicy:
+def choose_policy(job: Job, expected_batch_size: float) -> ClipPolicy:
     """Return the clip policy that the arguments of ``make_private`` describe."""
+    options, clipping, settings = job.options.clipping, job.clipping, job.zeroth_order
     named, paper = options.clip_policy, options.preset is not None
     if clipping != "adaptive" and (named is not None or paper):
         raise ValueError(f"clipping={clipping!r} has no clip_policy or preset: use clipping='adaptive' with them")
     if isinstance(named, ClipPolicy):
         return named
     if paper:
-        bound = 3.0 if max_grad_norm is None else max_grad_norm
+        bound = 3.0 if job.max_grad_norm is None else job.max_grad_norm
         return paper_policy(named or "percentile", bound, expected_batch_size)
-    name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or named or "percentile"
-    bound = 1.0 if max_grad_norm is None else max_grad_norm
-    return build_policy(name, bound, options.target_clip_rate, expected_batch_size)
+    # A Laplace release has no room for a histogram.
+    usual = "percentile" if settings is None or settings.mechanism == "gaussian" else "fixed"
+    name = {"flat": "fixed", "automatic": "automatic"}.get(clipping) or named or usual
+    bound = 1.0 if job.max_grad_norm is None else job.max_grad_norm
+    policy = build_policy(name, bound, options.target_clip_rate, expected_batch_size)
+    if settings is not None:
+        policy.min_norm = max(policy.min_norm, min(settings.resolution, policy.initial_bound))
+    return policy
 
 
-def choose_control(lr_control: bool, policy: ClipPolicy, options: ClippingOptions) -> ClipRateControl | bool:
+def choose_control(job: Job, policy: ClipPolicy) -> ClipRateControl | bool:
     """Return the learning-rate control; the paper's reads each clip rate as it is."""
-    if not lr_control:
+    options = job.options.clipping
+    if not job.options.update.lr_control:
         return False
     target = getattr(policy, "target_clip_rate", options.target_clip_rate)
     return ClipRateControl(target, smoothing=0.9 if options.preset is None else 0.0)
 
 
 def choose_statistics(
-    clipping: str,
-    policy: ClipPolicy,
-    noise_multiplier: float,
-    expected_batch_size: float,
-    options: ReleaseOptions,
-    allocation: GroupWeights | None = None,
+    job: Job, policy: ClipPolicy, expected_batch_size: float, allocation: GroupWeights | None
 ) -> StepStatistics:
     """Return what a step releases beside the gradient.
 
     "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
-    is asked for; a policy that reads un-noised norms needs no histogram.
+    is asked for; a policy that reads un-noised norms needs no histogram, and neither does a forward-only step with a fixed C.
     """
+    options = job.options.release
+    shown = policy.is_private if job.zeroth_order is None else policy.needs_histogram
     weight = options.histogram_weight
+    if weight is None:
+        weight = default_histogram_weight(job.noise_multiplier, expected_batch_size)
     return StepStatistics(
-        histogram=clipping == "adaptive" and policy.is_private,
-        histogram_weight=default_histogram_weight(noise_multiplier, expected_batch_size) if weight is None else weight,
+        histogram=job.clipping == "adaptive" and shown,
+        histogram_weight=weight,
         loss_bound=options.loss_bound,
         loss_weight=DEFAULT_WEIGHT if options.loss_weight is None else options.loss_weight,
         **({} if allocation is None else allocation.statistics()),
     )
 
 
-def choose_allocation(
-    module: nn.Module, optimizer: Optimizer, noise_allocation: NoiseAllocation | None
-) -> GroupWeights | None:
+def choose_allocation(job: Job) -> GroupWeights | None:
     """Return the weights that the run starts with; None for equal ones."""
+    noise_allocation = job.options.release.noise_allocation
     if noise_allocation is None:
         return None
     if not isinstance(noise_allocation, NoiseAllocation):
         raise ValueError(
             f"noise_allocation={noise_allocation!r} is no NoiseAllocation: from opacus_ac.allocation import NoiseAllocation"
         )
-    return GroupWeights(noise_allocation, *named_parameters(module, optimizer))
+    return GroupWeights(noise_allocation, *named_parameters(job.module, job.optimizer))
 
 
 def choose_source(job: Job, users: UserRows | None = None, secure: bool = False) -> GradientSource:

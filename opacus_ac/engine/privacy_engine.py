@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,27 +12,24 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
-from opacus_ac._validate import not_negative, one_of
 from opacus_ac.budget.planning import noise_for_target, planned_events
 from opacus_ac.distributed.choose import choose_reducer
 from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.engine.accounted_engine import AccountedEngine
 from opacus_ac.engine.assemble import build_optimizer
-from opacus_ac.engine.attach import attach, observe
+from opacus_ac.engine.attach import attach
 from opacus_ac.engine.checks import check_mechanism, check_model_and_optimizer, check_start
 from opacus_ac.engine.options import OPACUS_NAMES, EngineNames, OptionNames, PrivateOptions
 from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, public_settings, random_streams
 from opacus_ac.engine.ranks import check_options, rank_streams
+from opacus_ac.engine.zeroth_order import check_unused
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
 from opacus_ac.noise.streams import RandomStream, SecretStream
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import inner_optimizer, named_parameters
 from opacus_ac.sampling.loader import PrivateDataLoader, private_loader
-from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
-from opacus_ac.zeroth_order.settings import ZerothOrderSettings, zeroth_order_settings
-
-MODES = ("bk", "hooks", "functorch")
-CLIPPING = ("adaptive", "flat", "automatic", "zo")
+from opacus_ac.zeroth_order.checks import check_not_random
+from opacus_ac.zeroth_order.settings import zeroth_order_settings
 
 
 class PrivacyEngine(AccountedEngine):
@@ -114,7 +110,7 @@ class PrivacyEngine(AccountedEngine):
             loss_reduction: "mean" or "sum" of the records' losses, as the loop computes it.
             poisson_sampling: False keeps the loader's batches and reports the bound that holds for them, without
                 amplification by sampling.
-            clipping: "adaptive", "flat" (fixed C, the noise of Opacus), "automatic" (AUTO-S), "zo" (forward passes only).
+            clipping: "adaptive", "flat" (fixed C, the noise of Opacus) or "automatic" (AUTO-S).
             noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
             grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
                 ``opacus_ac.grad_sample.explain``), or "hooks" or "functorch", as in Opacus.
@@ -133,44 +129,40 @@ class PrivacyEngine(AccountedEngine):
             opacus.validators.errors.UnsupportedModuleError: as in Opacus (BatchNorm, eval mode).
         """
         chosen = PrivateOptions.of(options, named, also=OPACUS_NAMES)
-        one_of(MODES, grad_sample_mode=grad_sample_mode)
-        one_of(CLIPPING, clipping=clipping)
-        one_of(("mean", "sum"), loss_reduction=loss_reduction)
         job = Job(
-            module=module,
-            optimizer=inner_optimizer(optimizer),
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            batch_first=batch_first,
-            loss_reduction=loss_reduction,
-            clipping=clipping,
-            noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode,
-            wrap_model=wrap_model,
-            options=chosen,
-        )
-        settings = self._prepare_model(job, data_loader)
-        ranks = choose_reducer(chosen.performance.reducer, module, named_parameters(module, job.optimizer)[0])
+            module=module, optimizer=inner_optimizer(optimizer), noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
+            batch_first=batch_first, loss_reduction=loss_reduction, clipping=clipping, noise_generator=noise_generator,
+            grad_sample_mode=grad_sample_mode, wrap_model=wrap_model, options=chosen,
+            zeroth_order=zeroth_order_settings(chosen.zeroth_order),
+        )  # fmt: skip
+        ranks = self._prepare_model(job, data_loader)
         sampling = choose_sampling(chosen.sampling.sampling, poisson_sampling, self._account.accountant)
         loader, stream = self._prepare_data_loader(job, data_loader, sampling, ranks)
-        private = build_optimizer(job, settings, loader, stream, ranks, self.secure_mode)
-        wrapped, undo = self._start(job, private, loader)
-        ranks.sync_module(module)
-        if private.ema is not None:
-            private.ema.reset()  # the weights of rank 0 are those that count
+        private = build_optimizer(job, loader, stream, ranks, self.secure_mode)
+        check_start(private, loader, job)
+        wrapped, undo = attach(job, private, loader.users)
+        try:
+            ranks.sync_module(module)
+            if private.ema is not None:
+                private.ema.reset()  # the weights of rank 0 are those that count
+            self._adopt(private, loader)
+        except BaseException:
+            undo()
+            raise
         self._undo.append((module, undo))
-        self._adopt(private, loader)
         return wrapped, private, loader
 
-    def _prepare_model(self, job: Job, data_loader: DataLoader[Any]) -> ZerothOrderSettings | None:
-        """Check the inputs; return the settings of the forward-only method, None for training with gradients."""
+    def _prepare_model(self, job: Job, data_loader: DataLoader[Any]) -> Reducer:
+        """Check model, optimizer and method; return the processes that train the model."""
         check_model_and_optimizer(job.module, job.optimizer)
-        settings = zeroth_order_settings(job.clipping, job.options.zeroth_order)
-        check_mechanism(self.accountant, settings)
-        if settings is None:
+        check_mechanism(self.accountant, job.zeroth_order)
+        if job.zeroth_order is None:
             self.validate(module=job.module, optimizer=job.optimizer, data_loader=data_loader)
-        not_negative(noise_multiplier=job.noise_multiplier)
-        return settings
+        else:
+            check_unused(job)
+            check_not_random(job.module)
+        parameters, _ = named_parameters(job.module, job.optimizer)
+        return choose_reducer(job.options.performance.reducer, job.module, parameters)
 
     def _prepare_data_loader(
         self, job: Job, data_loader: DataLoader[Any], sampling: str, ranks: Reducer
@@ -184,7 +176,7 @@ class PrivacyEngine(AccountedEngine):
                 "sampling": sampling,
                 "fused_step": options.performance.fused_step,
                 "clip_policy": getattr(options.clipping.clip_policy, "name", options.clipping.clip_policy),
-                "clipping": job.clipping,
+                "zeroth_order": job.zeroth_order is not None,
                 "max_rows_per_user": options.sampling.max_rows_per_user is not None,
                 "noise_allocation": options.release.noise_allocation is not None,
             },
@@ -201,27 +193,6 @@ class PrivacyEngine(AccountedEngine):
         self._account.check_dataset(loader.plan.sizes.dataset_size, options.sampling.max_rows_per_user)
         return loader, noise
 
-    def _start(
-        self, job: Job, private: AdaptiveClipDPOptimizer, loader: PrivateDataLoader
-    ) -> tuple[Any, Callable[[], None]]:
-        """Attach what the optimizer needs to the model, once all ranks agree; return the model for the loop, and the undo."""
-        check_start(private, loader, job.module, job.options.performance.max_physical_batch_size, job.noise_generator)
-        if isinstance(private, ZerothOrderDPOptimizer):
-            private.check_budget = self._look_ahead
-            return job.module, observe(job.module, private, private.coordinates.parameters)
-        wrapped, undo = attach(
-            job.module,
-            private,
-            mode=job.grad_sample_mode,
-            batch_first=job.batch_first,
-            loss_reduction=job.loss_reduction,
-            wrap_model=job.wrap_model,
-            users=loader.users,
-        )
-        if loader.plan.sampling != "shuffled" and job.grad_sample_mode != "bk":
-            wrapped.forbid_grad_accumulation()
-        return wrapped, undo
-
     def _adopt(self, optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader) -> None:
         """Make this engine account for the steps of ``optimizer``."""
         if self.dataset is not None and self.dataset is not loader.dataset:
@@ -230,11 +201,11 @@ class PrivacyEngine(AccountedEngine):
                 "PrivacyEngine for different people's data",
                 stacklevel=3,
             )
-        self.dataset: Any = loader.dataset
-        self._optimizer, self._loader = optimizer, loader
         self._account.begin(public_settings(optimizer, loader.plan), by_function=loader.plan.sizes.is_function)
         self._account.join(optimizer.reducer)
-        optimizer.charge = self._account.charge
+        self.dataset: Any = loader.dataset
+        self._optimizer, self._loader = optimizer, loader
+        optimizer.charge, optimizer.look_ahead = self._account.charge, self._account.look_ahead
         optimizer.on_unknown_batch = self._warn_unknown_batch
         if not optimizer.policy.is_private:
             warnings.warn(

@@ -32,7 +32,7 @@ _ONE_PROCESS: dict[tuple[str, Any], str] = {
 
 
 _WHOLE_MODEL: dict[tuple[str, Any], str] = {
-    ("clipping", "zo"): (
+    ("zeroth_order", True): (
         "each rank would move its shard along a direction of its own. Leave fully_shard out: forward passes need "
         "no gradients and no optimizer state, and every rank has the whole model"
     ),

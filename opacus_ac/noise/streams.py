@@ -330,3 +330,18 @@ class SeededStream:
         """Continue where ``state`` was taken."""
         if "generator" in state:
             self._generator.set_state(state["generator"])
+
+
+def noise_stream(generator: torch.Generator | None, secure_mode: bool = False) -> RandomStream:
+    """Return the stream of the noise: secret, in secure mode of four Gaussians a value; or seeded, for tests.
+
+    Raises:
+        ValueError: If a generator is given together with secure mode.
+    """
+    if generator is None:
+        return SecretStream(hardened=secure_mode)
+    if secure_mode:
+        raise ValueError(
+            "generator with secure_mode=True: whoever knows its seed could remove the noise. Leave one of them out"
+        )
+    return SeededStream(generator)

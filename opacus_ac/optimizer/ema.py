@@ -75,3 +75,8 @@ class WeightEMA:
         self.updates = int(state["updates"])
         for mine, theirs in zip(self._average, state["average"], strict=True):
             mine.copy_(theirs)
+
+
+def average_of(parameters: Iterable[torch.nn.Parameter], decay: float | None) -> WeightEMA | None:
+    """Return an average of the weights; None without a decay."""
+    return None if decay is None else WeightEMA(parameters, decay)

@@ -31,3 +31,17 @@ def apply_some(inner: Optimizer, parameters: list[nn.Parameter], gradients: list
         inner.param_groups = groups
         for parameter in parameters:
             parameter.grad = None
+
+
+def checked(fused_step: bool, inner: Optimizer) -> bool:
+    """Return ``fused_step``, if the inner optimizer can update one parameter at a time.
+
+    Raises:
+        ValueError: If it cannot, or is not known to.
+    """
+    if fused_step and type(inner) not in ONE_BY_ONE:
+        raise ValueError(
+            f"fused_step=True updates one parameter at a time, which is known to be the same for AdamW, Adam and SGD "
+            f"of torch.optim, not for {type(inner).__name__}: pass fused_step=False"
+        )
+    return fused_step

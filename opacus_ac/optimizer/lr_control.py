@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from opacus_ac.clipping.policy import ClipPolicy
+
 
 class ClipRateControl:
     """Multiplies the learning rate by a factor that follows the released clip rate.
@@ -69,3 +71,12 @@ class ClipRateControl:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
         self.multiplier, self._mean = float(state["multiplier"]), float(state["mean"])
+
+
+def choose_control(
+    lr_control: bool | ClipRateControl, policy: ClipPolicy, target_clip_rate: float
+) -> ClipRateControl | None:
+    """Return the control that the argument ``lr_control`` means; a policy's own target comes first."""
+    if lr_control is True:
+        return ClipRateControl(getattr(policy, "target_clip_rate", target_clip_rate))
+    return lr_control or None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opacus_ac.accounting import Event
@@ -18,19 +18,20 @@ from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.clipping.table import build_policy
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.grad_sample.alone.records import RecordsAlone
-from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
-from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
+from opacus_ac.noise.streams import RandomStream, noise_stream
 from opacus_ac.optimizer.delegated import Of
-from opacus_ac.optimizer.ema import WeightEMA
-from opacus_ac.optimizer.fused import ONE_BY_ONE
+from opacus_ac.optimizer.ema import WeightEMA, average_of
+from opacus_ac.optimizer.fused import checked
 from opacus_ac.optimizer.loss_tape import LossTape
-from opacus_ac.optimizer.lr_control import ClipRateControl
+from opacus_ac.optimizer.lr_control import ClipRateControl, choose_control
+from opacus_ac.optimizer.measurement import Measurement
+from opacus_ac.optimizer.method import Method, by_gradients
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin
 from opacus_ac.optimizer.private_side import PrivateSide
 from opacus_ac.optimizer.public_side import PublicSide
-from opacus_ac.optimizer.state import STATE_KEY, check_private_state, load_private_state, private_state
+from opacus_ac.optimizer.state import STATE_KEY, Part, check_private_state, load_private_state, private_state
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.release.values import StepRelease
@@ -58,7 +59,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         ema_decay: decay of the weight average; None for none.
         fused_step: release, apply and forget gradients in turns, so that no more of them are held at a time than the
             largest one takes; needs an inner AdamW, Adam or SGD, and leaves no ``.grad`` behind.
-        source: where per-sample gradients come from; None for Opacus's ``grad_sample``.
+        method: how records are measured and weights moved; None for Opacus's ``grad_sample`` and the inner optimizer.
         plan: sampling plan of the private loader; None for a loop that samples by itself.
         stream: random stream of the noise, instead of ``generator``.
         allocation: weights of the parameters, by which their gradients are scaled for clipping and noise; None for 1.
@@ -82,6 +83,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     statistics = Of[StepStatistics]("_private")
     mechanism = Of[GaussianMechanism]("_private")
     reducer = Of[Reducer]("_private")
+    measurement = Of[Measurement]("_private")
     source = Of[GradientSource]("_private")
     plan = Of[SamplingPlan | None]("_private")
     allocation = Of[GroupWeights | None]("_private")
@@ -92,6 +94,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
     watch = Of[ModelWatch | None]("_private")
     origin = Of[Origin]("_private")
     charge = Of[Callable[[Event | None], None] | None]("_private")
+    look_ahead = Of[Callable[[Event], None]]("_private")
     on_unknown_batch = Of[Callable[[], None]]("_private")
     current_event = Of[Event | None]("_private")
     released = Of[StepRelease | None]("_private")
@@ -123,85 +126,43 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         lr_control: bool | ClipRateControl = True,
         ema_decay: float | None = 0.999,
         fused_step: bool = False,
-        source: GradientSource | None = None,
+        method: Method | None = None,
         plan: SamplingPlan | None = None,
         stream: RandomStream | None = None,
         allocation: GroupWeights | None = None,
         reducer: Reducer | None = None,
         **kwargs: Any,
     ) -> None:
-        if secure_mode and generator is not None:
-            raise ValueError("generator with secure_mode=True: whoever knows its seed could remove the noise; give one")
-        if fused_step and type(optimizer) not in ONE_BY_ONE:
-            raise ValueError(
-                f"fused_step=True updates one parameter at a time, which is known to be the same for AdamW, Adam and SGD "
-                f"of torch.optim, not for {type(optimizer).__name__}: pass fused_step=False"
-            )
+        stream = stream or noise_stream(generator, secure_mode)
+        measurement, update = method or by_gradients(optimizer, None, loss_reduction)
         policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
-        statistics = statistics or StepStatistics(
-            histogram=policy.needs_histogram, **({} if allocation is None else allocation.statistics())
-        )
-        if policy.needs_histogram and not statistics.histogram:
-            raise ValueError(f"clip_policy={policy.name!r} needs the norm histogram: histogram=True")
-        if allocation is not None:
-            allocation.check_statistics(statistics.groups)
-        elif statistics.groups:
-            raise ValueError(
-                "statistics with groups need the noise allocation whose groups they are: pass allocation too"
-            )
-        if stream is None:
-            stream = SecretStream(hardened=secure_mode) if generator is None else SeededStream(generator)
-        target = getattr(policy, "target_clip_rate", target_clip_rate)
-        control = ClipRateControl(target) if lr_control is True else (lr_control or None)
-        reducer = reducer or LOCAL
-        self.original_optimizer = optimizer
-        self._private = self._private_side(
-            params=list(self.params),
-            source=source or PerSampleSource(self.params, loss_reduction=loss_reduction),
-            policy=policy,
-            statistics=statistics,
-            allocation=allocation,
-            mechanism=GaussianMechanism(noise_multiplier, stream),
-            reducer=reducer,
-            control=control,
-            normalize=normalize,
-            fused_step=fused_step,
-            loss_reduction=loss_reduction,
-            expected_batch_size=expected_batch_size,
-            plan=plan,
-            groups=lambda: optimizer.param_groups,
-        )
-        self._public = self._public_side(
-            policy=policy,
-            control=control,
-            ema=None if ema_decay is None else WeightEMA(self.params, ema_decay),
-            allocation=allocation,
-            reducer=reducer,
-        )
+        control = choose_control(lr_control, policy, target_clip_rate)
+        shared: Any = {"policy": policy, "control": control, "allocation": allocation, "reducer": reducer or LOCAL}
+        self._private = PrivateSide(
+            measurement, statistics=measurement.statistics(statistics, policy, allocation), normalize=normalize, plan=plan,
+            mechanism=measurement.mechanism(noise_multiplier, stream), fused_step=checked(fused_step, optimizer), **shared,
+            loss_reduction=loss_reduction, expected_batch_size=expected_batch_size, groups=lambda: optimizer.param_groups,
+        )  # fmt: skip
+        self._public = PublicSide(optimizer, update=update, ema=average_of(measurement.moved, ema_decay), **shared)
         super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=expected_batch_size,
-            loss_reduction=loss_reduction,
-            generator=generator,
-            secure_mode=False,
-            **kwargs,
-        )
-        policy.bound = min(max(policy.initial_bound, policy.min_norm), policy.max_norm)
-
-    def _private_side(self, **parts: Any) -> PrivateSide:
-        """Return the private side of the step."""
-        return PrivateSide(**parts)
-
-    def _public_side(self, **parts: Any) -> PublicSide:
-        """Return the public side of the step."""
-        return PublicSide(self.original_optimizer, **parts)
+            optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, generator=generator,
+            expected_batch_size=expected_batch_size, loss_reduction=loss_reduction, secure_mode=False, **kwargs,
+        )  # fmt: skip
+        policy.begin()
 
     def _call_step_hook(self) -> None:
         """Call the hook that accountants attach, between charge and noise."""
         if self.step_hook:
             self.step_hook(self)
+
+    def attach_step_hook(self, fn: Callable[[AdaptiveClipDPOptimizer], None]) -> None:
+        """Attach an accountant's hook, which is called between charge and noise.
+
+        Raises:
+            ValueError: If the accountant takes the noise for another than it is.
+        """
+        self.mechanism.check_hook(fn)
+        super().attach_step_hook(fn)
 
     # C and sigma have one owner each; Opacus's names (and its schedulers) read and write them through here.
 
@@ -224,11 +185,26 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self.mechanism.noise_multiplier = value
 
     @property
+    def params(self) -> list[nn.Parameter]:
+        """The trained parameters whose sums a step releases."""
+        return [p for p in self._private.params if p.requires_grad]
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether a step needs no backward pass, and calls a closure itself."""
+        return self.measurement.forward_only
+
+    @property
+    def further(self) -> Mapping[str, Part]:
+        """Parts of the method of training that have settings and a state of their own, by name."""
+        return self.measurement.further
+
+    @property
     def sum_description(self) -> str:
         """What the sum that a step releases is, for reports."""
         if self.allocation is None:
-            return "the sum of clipped gradients"
-        return f"the sum of clipped gradients, scaled by public weights ({self.allocation.allocation.source})"
+            return self.measurement.sum_description
+        return f"{self.measurement.sum_description}, scaled by public weights ({self.allocation.allocation.source})"
 
     @property
     def accumulated_iterations(self) -> int:
@@ -284,7 +260,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         """Clip and count the batch in hand; on the last physical batch of a logical one release it. Return whether it did."""
         return self._private.finish(self._call_step_hook) is not None
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> float | None:
         """Take a private step, or, on all but the last physical batch of a logical one, only accumulate.
 
         A step whose own release shows, among the first three, that C was far too large serves to find C: it is
@@ -294,9 +270,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             ValueError: gradients are missing, not per-sample, or not cleared since the last step.
             PrivacyBudgetExceeded: the step would exceed the target budget; nothing was released.
         """
-        if closure is not None:
-            with torch.enable_grad():
-                closure()
+        self._private.measure(closure)
         return self._finish_step() if self.pre_step() else None
 
     def _finish_step(self) -> float | None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from opacus_ac.accounting import Event
@@ -17,6 +16,7 @@ from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.optimizer.agreement import meet, report_failure
 from opacus_ac.optimizer.logical_batch import APPLIED, CHARGED, OPEN, RELEASED, LogicalBatch, Terms
+from opacus_ac.optimizer.measurement import Measurement
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin
 from opacus_ac.optimizer.step_checks import check_outside, check_records, more_follow
@@ -26,37 +26,41 @@ from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.sampling.plan import SamplingPlan
 
 _NOT_COPIED = (
-    "charge", "groups", "on_unknown_batch", "origin", "plan", "reducer", "source", "watch", "_batch", "_delivery",
+    "charge", "groups", "look_ahead", "on_unknown_batch", "origin", "plan", "reducer", "source", "watch", "_batch", "_delivery",
 )  # fmt: skip
 """What a copy must not have: the account, the draws, the records, the processes."""
+
+_IS_COPY = "a copy of a private optimizer takes no steps, which nobody would account for: step the original"
 
 
 class PrivateSide(SumRelease):
     """Clips, counts, charges and releases a logical batch, which is a transaction: applied as a whole or not at all.
 
     Args:
-        params: the parameters whose gradients are released.
+        measurement: measures the records of a physical batch.
         plan: sampling plan of the private loader; None for batches by hand.
         groups: returns the parameter groups of the inner optimizer.
         **release: the other arguments of :class:`SumRelease` and :class:`RecordSums`.
 
     Attributes:
         charge: pays for an event, or raises; None where nothing is accounted.
+        look_ahead: raises where :attr:`charge` would, and charges nothing; for work that should not begin in vain.
         watch: compares the model with what the last release left behind; None without a model.
         alone: runs records by themselves; None without a model.
     """
 
     def __init__(
         self,
-        params: list[nn.Parameter],
+        measurement: Measurement,
         *,
         plan: SamplingPlan | None,
         groups: Callable[[], Sequence[Mapping[str, Any]]],
         **release: Any,
     ) -> None:
-        super().__init__(params, **release)
-        self.plan, self.groups = plan, groups
+        super().__init__(measurement.parameters, source=measurement.source, **release)
+        self.measurement, self.plan, self.groups = measurement, plan, groups
         self.charge: Callable[[Event | None], None] | None = None
+        self.look_ahead: Callable[[Event], None] = lambda event: None
         self.on_unknown_batch: Callable[[], None] = lambda: None
         self.alone: RecordsAlone | None = None
         self.watch: ModelWatch | None = None
@@ -79,7 +83,7 @@ class PrivateSide(SumRelease):
 
     def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note which batch a forward pass of the model runs on; a hook before it."""
-        if not self.measures():
+        if not self.measurement.is_measuring():
             return
         if isinstance(self.source, PerSampleSource) and not all(p.requires_grad for p in self.params):
             raise ValueError(
@@ -88,7 +92,8 @@ class PrivateSide(SumRelease):
             )
         if isinstance(self.source, PerSampleSource) and self.origin.given_up():
             self.source.forget_interrupted()
-        another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
+        with self.measurement.looking():
+            another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
         if self.watch is not None:
             if another:
                 self.watch.end()  # the model was the caller's since a pass that no backward pass followed
@@ -96,12 +101,9 @@ class PrivateSide(SumRelease):
 
     def seen(self, output: Any) -> None:
         """Note the output of a forward pass; a hook after it, with None where it failed."""
-        if self.measures():
-            self.origin.leave(output)
-
-    def measures(self) -> bool:
-        """Whether a forward pass now is one whose gradients a step may use."""
-        return torch.is_grad_enabled()
+        if self.measurement.is_measuring():
+            with self.measurement.looking():
+                self.origin.leave(output)
 
     def look_away(self) -> None:
         """Forget what was seen: what comes next belongs to another physical batch."""
@@ -115,13 +117,22 @@ class PrivateSide(SumRelease):
 
     def _check_outside(self) -> None:
         """Refuse what would move weights without a release."""
-        check_outside(self.groups(), self.moved(), self.watch)
+        check_outside(self.groups(), self.measurement.moved, self.watch)
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
-        """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
-        check_records(self.plan, self.source, draw, norms)
+        """Refuse measurements that are not one per record of the batch that the loader handed out."""
+        check_records(self.plan, self.source, draw, norms, self.measurement.wrong_number)
 
     # ---------------------------------------------------------------- the transaction
+
+    def measure(self, closure: Callable[[], Any] | None) -> None:
+        """Measure the records of the batch in hand, by the closure if there is one."""
+        self._refuse_copies()
+        self.measurement.measure(closure, self)
+
+    def _refuse_copies(self) -> None:
+        if self.is_copy:
+            raise ValueError(_IS_COPY)
 
     def finish(self, charged: Callable[[], None]) -> StepRelease | None:
         """Clip and count the batch in hand; on the last physical batch account for the step, call ``charged``, and release it.
@@ -159,10 +170,7 @@ class PrivateSide(SumRelease):
 
     def clip_and_accumulate(self) -> None:
         """Add the clipped gradients and the statistics of the batch in hand to those of its logical batch."""
-        if self.is_copy:
-            raise ValueError(
-                "this is a copy of a private optimizer, whose steps nobody would account for: step the optimizer that make_private returned"
-            )
+        self._refuse_copies()
         try:
             delivery = None if self.plan is None else self.origin.delivery(self.plan)
             draw = None if delivery is None else delivery.draw
@@ -206,6 +214,7 @@ class PrivateSide(SumRelease):
         self.is_last_skipped = False
         self.statistics.finish()
         self.source.clear(sums=True)
+        self.measurement.close()
         self.reducer.clear()
 
     def _terms(self) -> Terms:
@@ -217,10 +226,6 @@ class PrivateSide(SumRelease):
             weights=None if weights is None else tuple(weights),
             trained=tuple(p.requires_grad for p in self.params),
         )
-
-    def moved(self) -> list[nn.Parameter]:
-        """The parameters that a release may move."""
-        return self.params
 
     def _settle(self) -> None:
         """Turn the physical batch into sums before the next one comes."""
@@ -264,6 +269,7 @@ class PrivateSide(SumRelease):
         self._batch = None
         self.statistics.begin(self.policy.bound, self.policy.true_share)
         self._batch = LogicalBatch(None if delivery is None else delivery.draw.batch, self._terms())
+        self.measurement.begin(self.policy.bound)
 
     def _give_up(self) -> None:
         """Kill the open logical batch before its records in hand are touched."""
@@ -309,6 +315,7 @@ class PrivateSide(SumRelease):
             "noise_multiplier": self.mechanism.noise_multiplier,
             "learning-rate multiplier": 1.0 if self.control is None else self.control.multiplier,
             "expected batch size": 0.0 if draw is None else draw.expected_batch_size,
+            **self.measurement.constants(self.steps_taken),
         }
 
     @contextmanager
@@ -323,6 +330,7 @@ class PrivateSide(SumRelease):
             raise
         finally:
             self.origin.forget()
+        self.measurement.close()
         if self.watch is not None:
             self.watch.check_applied()
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.optimizer.ema import WeightEMA
-from opacus_ac.optimizer.fused import apply_some
 from opacus_ac.optimizer.lr_control import ClipRateControl
 from opacus_ac.optimizer.released import ReleasedGradients
+from opacus_ac.optimizer.update import Update
 from opacus_ac.release.values import StepRelease
 
 
@@ -26,6 +27,7 @@ class PublicSide:
 
     Args:
         inner: the optimizer that applies released gradients.
+        update: moves the weights, with ``inner`` or by itself.
         policy: chooses the next C.
         control: chooses the multiplier of the learning rate; None for 1.
         ema: averages the weights; None for no average.
@@ -40,13 +42,14 @@ class PublicSide:
         self,
         inner: Optimizer,
         *,
+        update: Update,
         policy: ClipPolicy,
         control: ClipRateControl | None,
         ema: WeightEMA | None,
         allocation: GroupWeights | None,
         reducer: Reducer,
     ) -> None:
-        self.inner, self.policy, self.control = inner, policy, control
+        self.inner, self.update, self.policy, self.control = inner, update, policy, control
         self.ema, self.allocation, self.reducer = ema, allocation, reducer
 
     def learn(self, release: StepRelease) -> bool:
@@ -66,13 +69,8 @@ class PublicSide:
 
     def apply(self, release: StepRelease, gradients: ReleasedGradients) -> float | None:
         """Let the inner optimizer, and all that follows releases, move by what was released."""
-        result: float | None = None
         with self.controlled_learning_rate():
-            if gradients.in_turns is None:
-                self._announce(gradients, gradients.parameters, [p.grad for p in gradients.parameters])
-                result = self.inner.step()
-            else:
-                self._apply_in_turns(gradients)
+            result = self.update.apply(release, gradients, partial(self._announce, gradients))
         self.follow(release)
         if self.allocation is not None:
             self.allocation.observe_profile(release.profile)
@@ -85,16 +83,6 @@ class PublicSide:
         """Let the multiplier of the learning rate follow the clip rate."""
         if self.control is not None:
             self.control.update(self.policy.clip_rate(release))
-
-    def _apply_in_turns(self, gradients: ReleasedGradients) -> None:
-        """Apply some gradients at a time, in memory that is used again."""
-
-        def apply(parameters: list[nn.Parameter], released: list[Tensor]) -> None:
-            self._announce(gradients, parameters, released)
-            apply_some(self.inner, parameters, released)
-
-        assert gradients.in_turns is not None
-        gradients.in_turns(apply)
 
     def _announce(self, gradients: ReleasedGradients, parameters: list[nn.Parameter], released: list[Any]) -> None:
         """Show released gradients to the allocation, and tell an inner optimizer that asks the std of their noise."""

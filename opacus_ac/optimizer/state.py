@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.clipping.policy import ClipPolicy
@@ -14,6 +15,25 @@ from opacus_ac.sampling.plan import SamplingPlan
 
 STATE_KEY = "opacus_ac"
 STATE_VERSION = 1
+
+
+class Part(Protocol):
+    """What describes and saves itself."""
+
+    by_parameter: ClassVar[tuple[str, ...]]
+    """Entries of the state that have a tensor, or None, for each trained parameter; the others are plain values."""
+
+    def public_settings(self) -> dict[str, Any]:
+        """Return the settings on which the guarantee depends, for ledger and checkpoint; plain values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def check_state(self, state: dict[str, Any] | None) -> None:
+        """Raise ``ValueError`` unless ``state`` fits; None where it has no such part."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that :meth:`check_state` has accepted."""
 
 
 class PrivateParts(Protocol):
@@ -28,6 +48,10 @@ class PrivateParts(Protocol):
     plan: SamplingPlan | None
     allocation: GroupWeights | None
 
+    @property
+    def further(self) -> Mapping[str, Part]:
+        """Parts of the method of training, by the names of their states."""
+
 
 def private_state(parts: PrivateParts) -> dict[str, Any]:
     """Return the state of the private step; noise streams are in it only when they were seeded for a test."""
@@ -41,6 +65,7 @@ def private_state(parts: PrivateParts) -> dict[str, Any]:
         "ema": None if parts.ema is None else parts.ema.state_dict(),
         "plan": None if parts.plan is None else parts.plan.state_dict(),
         "allocation": None if parts.allocation is None else parts.allocation.state_dict(),
+        **{name: part.state_dict() for name, part in parts.further.items()},
     }
 
 
@@ -81,6 +106,8 @@ def check_private_state(parts: PrivateParts, state: dict[str, Any] | None) -> di
         parts.ema.check_state(state["ema"])
     if parts.allocation is not None:
         parts.allocation.check_state(state["allocation"])
+    for name, part in parts.further.items():
+        part.check_state(state.get(name))
     return state
 
 
@@ -95,5 +122,7 @@ def load_private_state(parts: PrivateParts, state: dict[str, Any]) -> None:
         parts.ema.load_state_dict(state["ema"])
     if parts.allocation is not None:
         parts.allocation.load_state_dict(state["allocation"])
+    for name, part in parts.further.items():
+        part.load_state_dict(state[name])
     if parts.plan is not None and state["plan"] is not None:
         parts.plan.load_state_dict(state["plan"])

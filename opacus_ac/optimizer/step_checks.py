@@ -39,8 +39,21 @@ def _name_of(parameter: nn.Parameter, watch: ModelWatch | None) -> str:
     return "" if name is None else f" ({name})"
 
 
-def check_records(plan: SamplingPlan | None, source: GradientSource, draw: Draw | None, norms: Tensor) -> None:
-    """Refuse per-sample gradients that are not one per record of the batch that the loader handed out."""
+def check_records(
+    plan: SamplingPlan | None, source: GradientSource, draw: Draw | None, norms: Tensor, message: str
+) -> None:
+    """Check that there is one measurement for each record of the batch that the loader handed out.
+
+    Args:
+        plan: the sampling plan; None for batches by hand.
+        source: what measured the records.
+        draw: the draw of the batch in hand; None for a batch of unknown origin.
+        norms: the norms of the measured records, ``[B]``.
+        message: what to say where their number is another one.
+
+    Raises:
+        ValueError: If it is, or if nothing tells whether a record was measured twice.
+    """
     if plan is None or draw is None:
         if source.merged_passes:
             raise ValueError(
@@ -55,11 +68,7 @@ def check_records(plan: SamplingPlan | None, source: GradientSource, draw: Draw 
             )
         return
     if draw.records and norms.shape[0] != draw.records:
-        raise ValueError(
-            "the backward pass has another number of per-sample gradients than the loader's batch has records: "
-            "records were left out, or parts of the batch went through the model one after the other, which adds "
-            "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
-        )
+        raise ValueError(message)
 
 
 def more_follow(plan: SamplingPlan | None, delivery: Delivery | None, signalled: bool) -> bool:

@@ -71,6 +71,9 @@ class GaussianMechanism:
     def noise_multiplier(self, value: float) -> None:
         self._noise_multiplier = not_negative(noise_multiplier=value)
 
+    def check_hook(self, hook: object) -> None:
+        """Take any accountant's step hook: accountants that have no bound for Gaussian noise say so themselves."""
+
     def gradient_multiplier(self, statistics: StepStatistics) -> float:
         """Return z_g: the std of the noise on every coordinate of the release, in units of C."""
         return self._noise_multiplier * statistics.sensitivity

@@ -37,6 +37,12 @@ def _weighted_sums(flat: Tensor) -> list[int]:
     return torch.stack(sums).tolist()
 
 
+def _anchor(state: dict[str, list[Tensor | None] | None]) -> list[Tensor | None] | None:
+    """Return the anchor of a state; a list without tensors is none."""
+    anchor = state["anchor"]
+    return anchor if anchor is not None and any(a is not None for a in anchor) else None
+
+
 class _Part:
     """A block of the trained coordinates of one tensor."""
 
@@ -210,7 +216,7 @@ class Coordinates:
 
     def check_state(self, state: dict[str, list[Tensor | None] | None]) -> None:
         """Raise ``ValueError`` when ``state`` does not fit these tensors."""
-        indices, anchor = state["indices"], state["anchor"]
+        indices, anchor = state["indices"], _anchor(state)
         fits = indices is not None and len(indices) == len(self.parameters)
         for parameter, index in zip(self.parameters, indices or [], strict=False):
             fits = fits and (index is None or not index.numel() or int(index.max()) < parameter.numel())
@@ -223,7 +229,7 @@ class Coordinates:
     def load_state_dict(self, state: dict[str, list[Tensor | None] | None]) -> None:
         """Continue with mask and anchor of ``state``."""
         self.check_state(state)
-        indices, anchor = state["indices"], state["anchor"]
+        indices, anchor = state["indices"], _anchor(state)
         assert indices is not None
         devices = [p.device for p in self.parameters]
         self.choose([None if i is None else i.to(d) for i, d in zip(indices, devices, strict=True)])

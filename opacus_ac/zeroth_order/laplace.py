@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from opacus_ac.clipping.table import build_policy
+from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.noise.streams import RandomStream
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
@@ -89,6 +88,18 @@ class LaplaceMechanism(GaussianMechanism):
 
     name = "laplace"
 
+    def check_hook(self, hook: object) -> None:
+        """Check that a step hook is that of the accountant of Laplace noise.
+
+        Raises:
+            ValueError: If it is of another accountant, which would take the noise for Gaussian.
+        """
+        if getattr(hook, "accountant", None) != "pure":
+            raise ValueError(
+                "this accountant takes the noise for Gaussian: with mechanism='laplace' use the accountant 'pure' "
+                "(opacus_ac.accounting.PureDPAccountant)"
+            )
+
     def gradient_multiplier(self, statistics: StepStatistics) -> float:
         """Return the noise scale in units of C; nothing else may be released with it."""
         if statistics.histogram or statistics.loss_bound is not None:
@@ -118,18 +129,12 @@ class LaplaceMechanism(GaussianMechanism):
             total.copy_((whole + noise.to(whole.device).view_as(whole)).double().mul_(unit * scale))
 
 
-def laplace_statistics(given: StepStatistics | None, max_grad_norm: float, kwargs: dict[str, Any]) -> StepStatistics:
+def laplace_statistics(given: StepStatistics | None, policy: ClipPolicy) -> StepStatistics:
     """Return the statistics of a Laplace release, which are none.
 
     Raises:
-        ValueError: a policy or a statistic that needs a histogram or a loss.
+        ValueError: If the policy, or what was given, needs a histogram or a loss.
     """
-    policy = build_policy(
-        kwargs.get("clip_policy", "percentile"),
-        max_grad_norm,
-        kwargs.get("target_clip_rate", 0.9),
-        kwargs.get("expected_batch_size"),
-    )
     if policy.needs_histogram:
         raise ValueError(
             f"clip_policy={policy.name!r} needs a norm histogram, which has no room in a Laplace release: use "

@@ -184,6 +184,15 @@ class ZerothOrderSettings:
         end = None if self.stages is None else self.stages.smoothing_end
         return self.smoothing if end is None else min(self.smoothing, end)
 
+    @property
+    def resolution(self) -> float:
+        """Norm of the differences that rounding float32 weights makes of losses around 1.
+
+        A smaller C would train on rounding errors. A percentile of records with nothing left to learn would ask for one.
+        """
+        each = torch.finfo(torch.float32).eps / (2 * self.smoothing)
+        return float(each * math.sqrt(self.num_directions))
+
     def configuration(self) -> dict[str, Any]:
         """Return the public settings on which a run depends, as plain values; without the seed and the constant input."""
         values = dataclasses.asdict(
@@ -229,21 +238,17 @@ def preset(name: str, **changes: Any) -> ZerothOrderSettings:
     return dataclasses.replace(PRESETS[name], **changes)
 
 
-def zeroth_order_settings(clipping: str, zeroth_order: str | ZerothOrderSettings | None) -> ZerothOrderSettings | None:
-    """Return the settings of ``clipping="zo"``; None for every other clipping."""
-    if clipping != "zo":
-        if zeroth_order is not None:
-            raise ValueError(f"zeroth_order belongs to clipping='zo', not to clipping={clipping!r}: leave it out")
-        return None
-    if isinstance(zeroth_order, ZerothOrderSettings):
-        return zeroth_order
-    return preset("aggzo" if zeroth_order is None else zeroth_order)
+def zeroth_order_settings(zeroth_order: str | ZerothOrderSettings | None) -> ZerothOrderSettings | None:
+    """Return the settings that ``zeroth_order=`` of ``make_private`` describes; None for training with gradients.
 
-
-def _resolution(settings: ZerothOrderSettings) -> float:
-    """Return the norm of the differences that rounding float32 weights makes of losses around 1.
-
-    A smaller C, which a percentile of records with nothing left to learn would ask for, would train on rounding errors.
+    Raises:
+        ValueError: If there is no such preset, or the value is of another type.
     """
-    each = torch.finfo(torch.float32).eps / (2 * settings.smoothing)
-    return float(each * math.sqrt(settings.num_directions))
+    if zeroth_order is None or isinstance(zeroth_order, ZerothOrderSettings):
+        return zeroth_order
+    if not isinstance(zeroth_order, str):
+        raise ValueError(
+            f"zeroth_order={zeroth_order!r} is neither ZerothOrderSettings nor the name of a paper: "
+            "from opacus_ac.zeroth_order import ZerothOrderSettings"
+        )
+    return preset(zeroth_order)

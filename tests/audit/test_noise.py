@@ -14,8 +14,8 @@ MODES = [
     {"grad_sample_mode": "hooks", "clipping": "flat"},
     {"grad_sample_mode": "functorch", "clip_policy": "geometric"},
     {"max_physical_batch_size": 20},
-    {"clipping": "zo"},
-    {"clipping": "zo", "clip_policy": "fixed"},
+    {"zeroth_order": "aggzo"},
+    {"zeroth_order": "aggzo", "clip_policy": "fixed"},
 ]
 LAGS, PAIRS, WITHIN = "noise at lags", "noise of any two", "noise within"
 
@@ -61,7 +61,7 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("settings", [{}, {"grad_sample_mode": "hooks", "clipping": "flat"}, {"clipping": "zo"}])
+@pytest.mark.parametrize("settings", [{}, {"grad_sample_mode": "hooks", "clipping": "flat"}, {"zeroth_order": "aggzo"}])
 @pytest.mark.parametrize("bug", BUGS)
 def test_noise_that_is_not_fresh(monkeypatch, bug, settings):
     change, check = BUGS[bug]
@@ -95,7 +95,7 @@ def test_half_the_noise_without_a_backward_pass(monkeypatch):
     monkeypatch.setattr(
         GaussianMechanism, "noise_in_place", lambda self, totals, std, scale=1.0: whole(self, totals, std / 2, scale)
     )
-    assert noise_audit(steps=60, seed=1, clipping="zo").finding("noise of every tensor").refuted
+    assert noise_audit(steps=60, seed=1, zeroth_order="aggzo").finding("noise of every tensor").refuted
 
 
 def test_false_alarms_are_as_rare_as_stated():

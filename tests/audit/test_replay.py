@@ -28,8 +28,8 @@ MODES = {
     "automatic": {"clipping": "automatic", "normalize": False, "loss_reduction": "sum"},
     "split": {"max_physical_batch_size": 3},
     "fused": {"fused_step": True},
-    "zo": {"clipping": "zo"},
-    "zo, fixed": {"clipping": "zo", "clip_policy": "fixed"},
+    "zo": {"zeroth_order": "aggzo"},
+    "zo, fixed": {"zeroth_order": "aggzo", "clip_policy": "fixed"},
 }
 SOURCES = {"bk": BookKeepingSource, "hooks, flat": PerSampleSource, "zo": DifferenceSource}
 FIRST = SCRIPTS[:3]

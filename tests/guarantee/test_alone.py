@@ -537,7 +537,7 @@ def test_what_cannot_be_taken_apart_is_said():
         (lambda: nn.EmbeddingBag(4, D, max_norm=1.0).requires_grad_(False).eval(), None),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"mode": "hooks"}, {"clipping": "zo"}])
+@pytest.mark.parametrize("options", [{}, {"mode": "hooks"}, {"zeroth_order": "aggzo"}])
 def test_layers_that_couple_or_write_are_refused_before_the_run(layer, inputs, options):
     model = Tagger()
     model.extra = layer()
@@ -597,7 +597,7 @@ def test_data_of_tuples_and_tensors():
 def zeroth(model, rows, **options):
     """One zeroth-order step."""
     _, net, optimizer, loader = private(
-        model, rows, clipping="zo", clip_policy="fixed", ema_decay=None, max_grad_norm=1.0, **options
+        model, rows, zeroth_order="aggzo", clip_policy="fixed", ema_decay=None, max_grad_norm=1.0, **options
     )
     (batch,) = loader
     optimizer.step(lambda: F.cross_entropy(net(batch), batch["y"], reduction="none"))
@@ -612,7 +612,7 @@ def test_zeroth_order_refuses_what_couples_outputs(name):
     model = PLANTED[name][0]()
     before = [p.detach().clone() for p in model.parameters()]
     if name == "table looked up whole":  # right: what it returns for a record is its own
-        assert zeroth(model, sequences()).outputs.compared == 3
+        assert zeroth(model, sequences()).measurement.outputs.compared == 3
         return
     with pytest.raises(ValueError, match=r"alone: |was changed"):
         zeroth(model, sequences())
@@ -622,7 +622,7 @@ def test_zeroth_order_refuses_what_couples_outputs(name):
 @pytest.mark.parametrize("kind", ["plain", "recurrent", "zero in exact arithmetic", "image", "double"])
 def test_zeroth_order_leaves_alone_what_is_right(kind):
     torch.manual_seed(0)
-    assert zeroth(CLEAN[kind][0](), sequences()).outputs.compared == 3
+    assert zeroth(CLEAN[kind][0](), sequences()).measurement.outputs.compared == 3
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -633,7 +633,7 @@ def test_zeroth_order_finds_padded_length(given):
         rows["position_ids"] = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
     data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
     _, net, optimizer, loader = private(
-        gpt2().eval(), data, clipping="zo", clip_policy="fixed", ema_decay=None, collate=to_the_longest
+        gpt2().eval(), data, zeroth_order="aggzo", clip_policy="fixed", ema_decay=None, collate=to_the_longest
     )
     (batch,) = loader
 
@@ -643,7 +643,7 @@ def test_zeroth_order_finds_padded_length(given):
 
     with contextlib.nullcontext() if given else pytest.raises(ValueError, match="pads it"):
         optimizer.step(losses)
-    assert optimizer.outputs.compared == (3 if given else 0)
+    assert optimizer.measurement.outputs.compared == (3 if given else 0)
 
 
 def test_dropout_in_a_checkpointed_part_is_said_to_hide_the_records():
@@ -867,7 +867,7 @@ def test_zeroth_order_knows_padding_of_the_dataset():
     """Padding on the left moves GPT-2's positions, by as much whatever else is in the batch."""
     rows = left(token_batch(6, 8))
     data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
-    _, net, optimizer, loader = private(gpt2().eval(), data, clipping="zo", clip_policy="fixed", ema_decay=None)
+    _, net, optimizer, loader = private(gpt2().eval(), data, zeroth_order="aggzo", clip_policy="fixed", ema_decay=None)
     (batch,) = loader
 
     def losses():
@@ -875,4 +875,4 @@ def test_zeroth_order_knows_padding_of_the_dataset():
         return per_record_causal_lm_loss(net(**inputs).logits, batch["labels"])
 
     optimizer.step(losses)
-    assert optimizer.outputs.compared == 3
+    assert optimizer.measurement.outputs.compared == 3

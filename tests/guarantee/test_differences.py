@@ -37,7 +37,7 @@ class Learned(nn.Module):
 def private(model, data, *, rate=1.0, inner=None, settings=None, **options):
     engine = PrivacyEngine(accountant=options.pop("accountant", "vrdp"))
     arguments = {
-        "noise_multiplier": 0.0, "max_grad_norm": 1.0, "clipping": "zo", "clip_policy": "fixed", "lr_control": False,
+        "noise_multiplier": 0.0, "max_grad_norm": 1.0, "clip_policy": "fixed", "lr_control": False,
         "loss_reduction": "sum", "normalize": False, "zeroth_order": ZerothOrderSettings(num_directions=1, direction_seed=1, **(settings or {})), **options,
     }  # fmt: skip
     optimizer = (inner or torch.optim.SGD)([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -106,7 +106,7 @@ def test_rounding_that_is_let_through_is_caught(attack, monkeypatch):
     """The attacks are attacks: losses in float32, without a smallest C, move the sum by more."""
     monkeypatch.setattr(Evaluation, "__init__", lambda self, module, wide: vars(self).update(module=module, wide=False))
     monkeypatch.setattr(Room, "largest_loss", lambda self, bound: float("inf"))
-    monkeypatch.setattr("opacus_ac.zeroth_order.optimizer.try_closure", lambda *a, **k: None)
+    monkeypatch.setattr("opacus_ac.zeroth_order.measurement.try_closure", lambda *a, **k: None)
     assert moved(attack, 40) > 1.05
 
 

@@ -228,7 +228,7 @@ def train(model, optimizer, loader):
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
-@pytest.mark.parametrize("options", [{}, {"clipping": "zo"}, {"grad_sample_mode": "hooks"}])
+@pytest.mark.parametrize("options", [{}, {"zeroth_order": "aggzo"}, {"grad_sample_mode": "hooks"}])
 def test_one_of_several_processes_does_not_take_itself_for_the_only_one(variable, options, monkeypatch):
     monkeypatch.setenv(variable, "2")
     with pytest.raises(
@@ -242,7 +242,9 @@ def test_one_of_several_processes_does_not_take_itself_for_the_only_one(variable
     private(**options)
 
 
-@pytest.mark.parametrize("options", [{}, {"clipping": "zo"}, {"grad_sample_mode": "hooks"}, {"reducer": "local"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"zeroth_order": "aggzo"}, {"grad_sample_mode": "hooks"}, {"reducer": "local"}]
+)
 def test_processes_that_are_joined_after_make_private_stop_before_the_first_charge(options, monkeypatch):
     engine, model, optimizer, loader = private(**options)
     before = [p.detach().clone() for p in model.parameters()]

@@ -8,10 +8,17 @@ from checkout import ROOT
 
 FILES = {
     name: (ROOT / "opacus_ac" / name).read_text()
-    for name in ("optimizer/public_side.py", "optimizer/fused.py", "zeroth_order/directional_update.py")
+    for name in (
+        "optimizer/public_side.py",
+        "optimizer/update.py",
+        "optimizer/fused.py",
+        "zeroth_order/directional_update.py",
+    )
 }
 PRIVATE_ROOMS = ("opacus_ac.grad_sample", "opacus_ac.sampling", "opacus_ac.release.statistics", "opacus_ac.loss")
-PRIVATE_FILES = ("loss_tape", "mechanism", "origin", "private_side", "records", "step_checks", "sum_release", "turns")
+PRIVATE_FILES = (
+    "loss_tape", "measurement", "mechanism", "origin", "private_side", "records", "step_checks", "sum_release", "turns",
+)  # fmt: skip
 PRIVATE_NAMES = {
     "alone",
     "factors",
@@ -27,9 +34,9 @@ PRIVATE_NAMES = {
     "watch",
 }
 RECEIVED = {
-    "None", "Any", "bool", "dict", "float", "int", "list", "str", "AbstractContextManager", "Apply", "ClipPolicy",
-    "ClipRateControl", "Coordinates", "GroupWeights", "Optimizer", "Parameter", "Reducer", "ReleasedGradients", "StepRelease",
-    "Tensor", "WeightEMA", "ZerothOrderSettings", "nn",
+    "None", "Any", "bool", "dict", "float", "int", "list", "str", "AbstractContextManager", "Announce", "Apply", "ClipPolicy",
+    "ClipRateControl", "Course", "GroupWeights", "Optimizer", "Parameter", "Reducer", "ReleasedGradients", "StepRelease",
+    "Tensor", "Update", "WeightEMA", "nn",
 }  # fmt: skip
 
 

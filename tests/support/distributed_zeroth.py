@@ -53,7 +53,7 @@ def prepare(kind: str = "plain", rank: int = 0, model: nn.Module | None = None, 
     laplace = kind == "laplace"
     engine = PrivacyEngine(accountant="pure" if laplace else "vrdp", ledger=options.pop("ledger", None))
     arguments = {
-        "noise_multiplier": 0.0, "max_grad_norm": 1.0, "max_physical_batch_size": 3, "clipping": "zo",
+        "noise_multiplier": 0.0, "max_grad_norm": 1.0, "max_physical_batch_size": 3,
         "zeroth_order": SETTINGS[kind], "noise_generator": torch.Generator().manual_seed(5),
         "loss_bound": None if laplace else 10.0, **options,
     }  # fmt: skip
@@ -63,7 +63,7 @@ def prepare(kind: str = "plain", rank: int = 0, model: nn.Module | None = None, 
         del arguments["noise_multiplier"]
         make = engine.make_private_with_epsilon
     made = make(
-        module=model.train(arguments["clipping"] != "zo"),
+        module=model.train(arguments["zeroth_order"] is None),
         optimizer=inner(model.parameters(), lr=1e-2),
         data_loader=DataLoader(data, batch_size=4),
         **arguments,
@@ -149,7 +149,6 @@ def zo_noise(rank: int, world: int, mechanism: str = "gaussian", count: int = 40
         data_loader=DataLoader(data, batch_size=BATCH),
         noise_multiplier=MULTIPLIER,
         max_grad_norm=BOUND,
-        clipping="zo",
         clip_policy="fixed",
         histogram_weight=0.0,
         zeroth_order=settings,

@@ -15,10 +15,7 @@ from opacus_ac.zeroth_order import ZerothOrderDPOptimizer, ZerothOrderSettings
 SETTINGS = {"noise_multiplier": 1.0}
 
 
-LAPLACE = {
-    "clipping": "zo",
-    "zeroth_order": ZerothOrderSettings(num_directions=2, mechanism="laplace"),
-}
+LAPLACE = {"zeroth_order": ZerothOrderSettings(num_directions=2, mechanism="laplace")}
 
 
 def make(path, records=64, mechanism="gaussian", **kwargs):

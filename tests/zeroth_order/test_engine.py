@@ -1,4 +1,4 @@
-"""``make_private(clipping="zo")``: engine, account, ledger, budget, checkpoints, dashboards, transformers models."""
+"""``make_private(zeroth_order=...)``: engine, account, ledger, budget, checkpoints, dashboards, transformers models."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ def make(engine=None, model=None, target=None, steps=8, **kwargs):
     model = classifier().eval() if model is None else model
     arguments = {
         "module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.5), "data_loader": loader(64, 16),
-        "max_grad_norm": 1.0, "clipping": "zo", "zeroth_order": SETTINGS, **kwargs,
+        "max_grad_norm": 1.0, "zeroth_order": SETTINGS, **kwargs,
     }  # fmt: skip
     if target is not None:
         made = engine.make_private_with_epsilon(target_epsilon=target, target_delta=1e-3, steps=steps, **arguments)
@@ -61,7 +61,7 @@ def test_returns_the_model_itself_and_an_optimizer_of_opacus():
     assert isinstance(optimizer, AdaptiveClipDPOptimizer)
     assert len(batches) == 4
     assert engine.detach(model) is bare
-    assert make(zeroth_order=None)[2].settings == preset("aggzo")
+    assert make(zeroth_order="aggzo")[2].settings == preset("aggzo")
     assert make(zeroth_order="dpzero")[2].settings.num_directions == 1
 
 
@@ -192,6 +192,19 @@ def test_policies_choose_c_from_the_joint_release(policy):
     assert (optimizer.max_grad_norm == 30.0) == (policy in ("fixed", "automatic"))
     assert (optimizer.released.histogram is not None) == (policy in ("geometric", "percentile"))
     assert engine.accountant.history == [(0.3, 0.25, 16)]
+
+
+@pytest.mark.parametrize(
+    ("clipping", "policy"), [("adaptive", "percentile"), ("flat", "fixed"), ("automatic", "automatic")]
+)
+def test_clipping_means_what_it_means_with_gradients(clipping, policy):
+    _, model, optimizer, batches = make(clipping=clipping, max_grad_norm=30.0)
+    take(model, optimizer, batches)
+    assert optimizer.policy.name == policy
+    assert (optimizer.released.histogram is None) == (clipping != "adaptive")
+    assert optimizer.mechanism.gradient_multiplier(optimizer.statistics) == (
+        1.0 if clipping != "adaptive" else optimizer.released.gradient_noise_multiplier
+    )
 
 
 def test_a_percentile_of_nothing_does_not_sink_into_rounding():
@@ -357,10 +370,10 @@ def test_weights_that_share_memory_or_are_not_contiguous_are_refused():
         ({"fused_step": True}, "fused_step=True means nothing"),
         ({"ema_decay": 0.5}, "give ZerothOrderSettings"),
         ({"grad_sample_mode": "hooks"}, "grad_sample_mode='hooks' means nothing"),
-        ({"noise_allocation": NoiseAllocation(source="dimension")}, "means nothing with clipping='zo'"),
+        ({"noise_allocation": NoiseAllocation(source="dimension")}, "means nothing with zeroth_order"),
         ({"zeroth_order": "mezo"}, "unknown zeroth_order preset 'mezo'"),
-        ({"clipping": "flat"}, "zeroth_order belongs to clipping='zo'"),
-        ({"clipping": "zeroth"}, "clipping='zeroth' is not available"),
+        ({"zeroth_order": 64}, "zeroth_order=64 is neither ZerothOrderSettings nor the name of a paper"),
+        ({"clipping": "zo"}, "clipping='zo' is not available: choose one of 'adaptive', 'flat', 'automatic'"),
         ({"noise_multiplier": -1.0}, "noise_multiplier"),
         ({"clip_policy": "median"}, "unknown clip_policy"),
     ],

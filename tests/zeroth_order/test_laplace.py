@@ -191,7 +191,7 @@ def engine_run(target=None, steps=8, **kwargs):
     engine = PrivacyEngine(accountant="pure")
     arguments = {
         "module": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "data_loader": loader(64, 16),
-        "clipping": "zo", "zeroth_order": ZerothOrderSettings(num_directions=K, mechanism="laplace"), **kwargs,
+        "zeroth_order": ZerothOrderSettings(num_directions=K, mechanism="laplace"), **kwargs,
     }  # fmt: skip
     if target is None:
         made = engine.make_private(noise_multiplier=2.0, **arguments)
@@ -231,7 +231,7 @@ def test_accountants_of_gaussian_noise_are_refused(accountant):
     with pytest.raises(ValueError, match="no bound for mechanism='laplace'"):
         PrivacyEngine(accountant=accountant).make_private(
             module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader(), noise_multiplier=1.0,
-            clipping="zo", zeroth_order=ZerothOrderSettings(mechanism="laplace"),
+            zeroth_order=ZerothOrderSettings(mechanism="laplace"),
         )  # fmt: skip
 
 

@@ -32,7 +32,6 @@ def prepare(kind="plain", limit=4, draws=(), inner=torch.optim.SGD):
         optimizer=inner(model.parameters(), lr=0.01),
         data_loader=DataLoader(TensorDataset(torch.zeros(64, 50)), batch_size=16),
         noise_multiplier=1.0,
-        clipping="zo",
         clip_policy="fixed",
         max_physical_batch_size=limit,
         zeroth_order=SETTINGS[kind],
@@ -72,7 +71,7 @@ def test_weights_that_round_with_every_physical_batch_are_caught(kind, monkeypat
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_copy_is_restored_to_the_last_bit(kind):
     model, optimizer, _ = prepare(kind)
-    optimizer._enter_stage()
+    optimizer.measurement.course.enter(0)
     before, kept = flat(model).clone(), optimizer.coordinates.copy()
     optimizer.coordinates.move(3, 0.1)
     assert not torch.equal(flat(model), before)
@@ -90,13 +89,13 @@ def test_a_copy_lives_as_long_as_its_logical_batch():
         optimizer.step(lambda: torch.zeros(len(inputs)))
 
     first()
-    assert optimizer._rounded is not None
+    assert optimizer.measurement._rounded is not None
     with torch.no_grad():
         model.weight.fill_(2.0)
     first()  # three records: the whole of another batch
     assert optimizer.steps_taken == 1
-    assert optimizer._rounded is None
+    assert optimizer.measurement._rounded is None
     assert float(model.weight.detach().mean()) == pytest.approx(2.0, abs=0.1)
     first()
     optimizer.load_state_dict(state)
-    assert optimizer._rounded is None
+    assert optimizer.measurement._rounded is None

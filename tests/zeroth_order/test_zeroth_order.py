@@ -12,8 +12,8 @@ from zeroth import Scripted, by_hand, direction, flat, measured, release_vector,
 
 from opacus_ac.clipping import POLICIES
 from opacus_ac.noise import SecretStream
+from opacus_ac.optimizer.private_side import PrivateSide
 from opacus_ac.release import StepStatistics
-from opacus_ac.zeroth_order.directional_private_side import DirectionalPrivateSide
 from opacus_ac.zeroth_order.directions import Directions, derived_seed
 from opacus_ac.zeroth_order.settings import DIRECTIONS
 from opacus_ac.zeroth_order.source import DifferenceSource
@@ -258,7 +258,7 @@ def test_sums_are_divided_by_the_expected_batch_size():
 
 
 def test_a_mean_over_the_realised_batch_would_be_caught(monkeypatch):
-    monkeypatch.setattr(DirectionalPrivateSide, "_denominator", lambda self: float(len(self.differences._deltas)))
+    monkeypatch.setattr(PrivateSide, "_denominator", lambda self: float(len(self.source._deltas)))
     with pytest.raises(AssertionError):
         check_public_denominator()
 

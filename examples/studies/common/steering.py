@@ -130,7 +130,6 @@ def train(
         target_epsilon=args.epsilon,
         target_delta=args.delta,
         steps=args.steps,
-        clipping="zo",
         zeroth_order=settings,
         max_grad_norm=0.1,
         max_physical_batch_size=args.physical_batch_size,
