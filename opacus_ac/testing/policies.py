@@ -58,7 +58,8 @@ def released_vector(gradients: Tensor, losses: Tensor | None = None, **kwargs: A
     """Return what one step would release of these records without noise, in units of C: ``[d + statistics]``."""
     optimizer = optimizer_by_hand(gradients, losses=losses, **kwargs)
     optimizer.clip_and_accumulate()
-    summed = torch.cat([p.summed_grad.reshape(-1) for p in optimizer.params]) / optimizer.max_grad_norm
+    sums = [p.summed_grad for p in optimizer.params]  # type: ignore[attr-defined]
+    summed = torch.cat([total.reshape(-1) for total in sums]) / optimizer.max_grad_norm
     return torch.cat([summed.double(), torch.from_numpy(optimizer.statistics.vector())])
 
 
@@ -210,7 +211,7 @@ def _run(policy: ClipPolicy, generator: torch.Generator) -> tuple[list[StepRelea
     for step in range(_STEPS):
         rows = torch.randn(_BATCH, 5, generator=generator, dtype=torch.float64) * typical * 0.9**step
         for parameter, part in zip(optimizer.params, rows.split([p.numel() for p in optimizer.params], 1), strict=True):
-            parameter.grad_sample = part
+            parameter.grad_sample = part  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
         assert optimizer.released is not None
