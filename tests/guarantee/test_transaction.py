@@ -675,12 +675,12 @@ OTHER_PASS = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "sampling"), [(0, "fixed_size"), (1, "fixed_size"), (0, "shuffled")])
 @pytest.mark.parametrize("taken", [1, 2])
 @pytest.mark.parametrize("kind", OTHER_PASS)
-def test_parts_of_a_pass_that_another_one_took_turns_with_are_refused(kind, taken, workers):
+def test_parts_of_a_pass_that_another_one_took_turns_with_are_refused(kind, taken, workers, sampling):
     """Nobody knows which of the two passes they are of, and part of a draw has other records than a draw of that size."""
-    run = Run(sampling="fixed_size", workers=workers)
+    run = Run(sampling=sampling, workers=workers)
     parts = through_manager(run, workers)
     for _ in range(taken):
         run.step(next(parts))
@@ -697,7 +697,8 @@ def test_parts_of_a_pass_that_another_one_took_turns_with_are_refused(kind, take
     for _ in range(3):
         run.step(next(parts))
     assert int((run.sums[-1] > 1e-3).sum()) == 8
-    assert run.charges[8 / N] == before[1].get(8 / N, 0) + 1
+    rate = 1.0 if sampling == "shuffled" else 8 / N
+    assert run.charges[rate] == before[1].get(rate, 0) + 1
 
 
 def test_a_whole_batch_of_another_run_is_charged_without_amplification():
