@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from opacus_ac._bytes import raw_bytes
 from opacus_ac.audit.canary import private_parts
 from opacus_ac.audit.published import Published
 from opacus_ac.audit.streams import FixedDraws, public_generators, seed_public_generators
@@ -134,7 +135,7 @@ class Run:
         trained = set(self.published.parameters)
         for name, value in self.published.bare.state_dict().items():
             if name not in trained or not self.published.parameters[name].requires_grad:
-                yield name, value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+                yield name, raw_bytes(value).tobytes()
         yield "torch's generator", torch.get_rng_state().numpy().tobytes()
         yield "numpy's generator", np.asarray(np.random.get_state(legacy=True)[1]).tobytes()  # type: ignore[index]
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_ac._bytes import raw_bytes
+
 DIGEST = "digest"
 
 
@@ -46,7 +48,7 @@ def digest(state: Mapping[str, Any]) -> str:
 def _update(total: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         total.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        total.update(raw_bytes(value))
     elif isinstance(value, Mapping):
         total.update(f"mapping {len(value)};".encode())
         for key in sorted(value, key=repr):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opacus_ac._bytes import raw_bytes
 from opacus_ac.noise.secret_state import Undo, replace_other_states, replace_torch_state
 
 _IN_PLACE = frozenset(
@@ -68,9 +69,7 @@ def record_digests(tensors: list[Tensor]) -> list[bytes]:
     for tensor in tensors:
         if tensor.shape[0] != records or not tensor.numel() or tensor.layout != torch.strided:
             continue
-        plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-        rows = plain.cpu().contiguous().reshape(records, -1).view(torch.uint8).numpy()
-        for digest, row in zip(found, rows, strict=True):
+        for digest, row in zip(found, raw_bytes(tensor).reshape(records, -1), strict=True):
             digest.update(row.data)
     return [digest.digest() for digest in found]
 

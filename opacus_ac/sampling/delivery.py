@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from opacus_ac._bytes import raw_bytes
+
 _SAMPLED = 4096
 """Largest number of values of a tensor that are hashed to recognise its content."""
 
@@ -149,7 +151,7 @@ def content_of(tensor: Tensor) -> bytes | None:
     if bool((flat == flat[0]).all()):
         return None
     known = hashlib.blake2b(repr((tuple(tensor.shape), tensor.dtype)).encode(), digest_size=16)
-    known.update(flat.view(torch.uint8).numpy().tobytes())
+    known.update(raw_bytes(flat))
     return known.digest()
 
 
@@ -276,10 +278,6 @@ def rows_repeat(tensors: list[Tensor]) -> bool:
     rows = max(set(sizes), key=sizes.count, default=0)
     if rows < 2:
         return False
-    parts = [
-        t.detach().cpu().contiguous().view(rows, -1)
-        for t in tensors
-        if t.dim() > 0 and t.shape[0] == rows and t.numel()
-    ]
-    seen = {b"|".join(part[i].contiguous().view(torch.uint8).numpy().tobytes() for part in parts) for i in range(rows)}
+    parts = [raw_bytes(t).reshape(rows, -1) for t in tensors if t.dim() > 0 and t.shape[0] == rows and t.numel()]
+    seen = {b"|".join(part[i].tobytes() for part in parts) for i in range(rows)}
     return len(seen) < rows
