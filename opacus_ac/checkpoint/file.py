@@ -48,7 +48,7 @@ def digest(state: Mapping[str, Any]) -> str:
 def _update(total: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         total.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
-        total.update(raw_bytes(value))
+        total.update(raw_bytes(value).data)
     elif isinstance(value, Mapping):
         total.update(f"mapping {len(value)};".encode())
         for key in sorted(value, key=repr):

@@ -151,7 +151,7 @@ def content_of(tensor: Tensor) -> bytes | None:
     if bool((flat == flat[0]).all()):
         return None
     known = hashlib.blake2b(repr((tuple(tensor.shape), tensor.dtype)).encode(), digest_size=16)
-    known.update(raw_bytes(flat))
+    known.update(raw_bytes(flat).data)
     return known.digest()
 
 
