@@ -43,8 +43,6 @@ TOO_LONG = {
     "audit/one_run.py::one_run_audit": "to be shortened",
     "engine/privacy_engine.py::PrivacyEngine.make_private": "to be shortened",
     "engine/privacy_engine.py::PrivacyEngine.make_private_with_epsilon": "to be shortened",
-    "grad_sample/one_backward/capture.py": "to be split",
-    "grad_sample/one_backward/outer_products.py": "to be split",
 }
 
 

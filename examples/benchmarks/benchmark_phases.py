@@ -31,7 +31,7 @@ from step_benchmark.tables import cpu_model
 from step_benchmark.variants import PLAIN, VARIANTS, Options, Trial
 from step_benchmark.workers import prepare_process
 
-from opacus_ac.grad_sample.one_backward.outer_products import ParameterBook
+from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.noise import SecretStream
 

@@ -114,8 +114,8 @@ def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
 
     Guarantees:
         Ids ``[1, ...]``: values are unchanged and the leading 1 of the output becomes B. Positions ``[T]``: the
-        output ``[T, D]`` becomes ``[B, T, D]``, which broadcasts alike where it is added to ``[B, T, D]``. The batch size is forgotten when the forward ends, also by an exception, and nested
-        calls keep their own.
+        output ``[T, D]`` becomes ``[B, T, D]``, which broadcasts alike where it is added to ``[B, T, D]``. The batch
+        size is forgotten when the forward ends, also by an exception, and nested calls keep their own.
 
     Raises:
         ValueError: (in the forward) one-dimensional consecutive ids as long as both the batch and the sequence, which

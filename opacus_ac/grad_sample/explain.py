@@ -27,8 +27,9 @@ class RuleRow:
         type: type of that module.
         rule: the rule that is applied, and who wrote it.
         route: where the norm comes from in mode "bk": ``gram`` matrices of input and output gradient, the gradient
-            that is ``kept`` because it is smaller, a ``lookup`` (both where weights are tied), materialised ``rows``, or a ``replay`` of the module. In
-            Opacus's modes always ``rows``. ``refused`` where ``make_private`` would raise.
+            that is ``kept`` because it is smaller, a ``lookup`` (both where weights are tied), materialised ``rows``,
+            or a ``replay`` of the module. In Opacus's modes always ``rows``. ``refused`` where ``make_private`` would
+            raise.
         cost: multiplications for the norm beyond ordinary training, as a share of those of the layer's forward and
             backward pass; None where that is not known.
         memory: bytes that one record holds until the step.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.one_backward.bounds import of_rows
-from opacus_ac.grad_sample.one_backward.outer_products import add_rows
+from opacus_ac.grad_sample.one_backward.weighted_sums import add_rows
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.source import Place, squares_by_parameter
 from opacus_ac.grad_sample.unchanged import Unchanged
@@ -36,7 +36,8 @@ class PerSampleSource:
         names: their names, for messages.
         loss_reduction: "mean" or "sum", as the per-sample gradients were scaled.
         users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
-        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the others add.
+        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the
+            others add.
 
     Guarantees:
         The first time that a parameter gets a gradient, its per-sample gradients must add up to what autograd
@@ -73,9 +74,10 @@ class PerSampleSource:
         self._marked = {module: len(getattr(module, "activations", None) or ()) for module in self._hooked}
 
     def forget_interrupted(self) -> None:
-        """Clear what Opacus's hooks keep of passes up to :meth:`mark`, whose backward pass an exception ended or that had none.
+        """Clear what Opacus's hooks keep of passes up to :meth:`mark` that had no backward pass, or half of one.
 
-        A complete backward pass leaves nothing. After an interrupted one, the next gradients would get rows of the batch before.
+        A complete backward pass leaves nothing. After an interrupted one, the next gradients would get rows of the
+        batch before.
         """
         for module, inputs in self._marked.items():
             if inputs:
@@ -83,8 +85,9 @@ class PerSampleSource:
             if hasattr(module, "max_batch_len"):
                 del module.max_batch_len
             for parameter in module.parameters(recurse=False):
-                if getattr(parameter, "_forward_counter", 0):
-                    parameter._forward_counter = max(parameter._forward_counter - inputs, 0)  # type: ignore[attr-defined]
+                kept = getattr(parameter, "_forward_counter", 0)
+                if kept:
+                    parameter._forward_counter = max(kept - inputs, 0)  # type: ignore[attr-defined]
         for parameter in self._parameters:
             if getattr(parameter, "_current_grad_sample", None) is not None:
                 del parameter._current_grad_sample  # type: ignore[attr-defined]
@@ -97,8 +100,8 @@ class PerSampleSource:
             return torch.cat(sample) if isinstance(sample, list) else sample
         if isinstance(sample, list):
             raise ValueError(
-                "several backward passes went through one batch, so that nothing tells which rows are of one user: call "
-                "backward() once per batch of the private loader"
+                "several backward passes went through one batch, so that nothing tells which rows are of one user: "
+                "call backward() once per batch of the private loader"
             )
         users = self._users(sample.shape[0])
         summed = sum_rows(sample, users)
@@ -192,8 +195,8 @@ class PerSampleSource:
     def _judge(self) -> None:
         """Raise ``ValueError`` where what :meth:`_verify` found is more than rounding.
 
-        A gradient that is zero in exact arithmetic (key biases of attention, biases before norms) is all rounding, which is small
-        beside the gradients of the other parameters.
+        A gradient that is zero in exact arithmetic (key biases of attention, biases before norms) is all rounding,
+        which is small beside the gradients of the other parameters.
         """
         deviations, self._deviations = self._deviations, []
         if not deviations:
@@ -203,8 +206,8 @@ class PerSampleSource:
         for name, parameter, wrong, scale in deviations:
             if wrong > _SUM_TOLERANCE * max(scale, _SMALL * whole):
                 raise ValueError(
-                    f"the per-sample gradients of {name} do not add up to its gradient (off by {wrong / scale:.0%}): it "
-                    "is used outside its own module, or its module takes inputs that the hooks do not see. Use it "
+                    f"the per-sample gradients of {name} do not add up to its gradient (off by {wrong / scale:.0%}): "
+                    "it is used outside its own module, or its module takes inputs that the hooks do not see. Use it "
                     "through its module, freeze it, or register a rule (opacus_ac.grad_sample.register_rule)"
                 )
             if scale > _SMALL * whole:
@@ -274,7 +277,7 @@ class PerSampleSource:
                 parameter.summed_grad = None  # type: ignore[attr-defined]
 
     def _forget_broken_pass(self) -> None:
-        """Take off what a backward pass that was broken off has left: Opacus would add the next one's gradients to it."""
+        """Take off what an interrupted backward pass has left: Opacus would add the next one's gradients to it."""
         for parameter in self._parameters:
             if hasattr(parameter, "_current_grad_sample"):
                 del parameter._current_grad_sample

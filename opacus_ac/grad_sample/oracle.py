@@ -35,9 +35,10 @@ def select_records(batch: Any, index: Tensor) -> Any:
 
 
 def trim_padding(batch: Any) -> Any:
-    """Return a batch without the columns that no record of it attends to, as it would have come without longer records beside it.
+    """Return a batch without the columns that no record of it attends to, as it comes without longer records.
 
-    Columns go where ``attention_mask`` ``[B, T]`` is 0 for all, in every tensor ``[B, T, ...]``, unless there are labels in them.
+    Columns go where ``attention_mask`` ``[B, T]`` is 0 for all, in every tensor ``[B, T, ...]``, unless there are
+    labels in them.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel():
@@ -54,8 +55,8 @@ def trim_padding(batch: Any) -> Any:
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if any(hasattr(p, "_forward_counter") for p in model.parameters()) or is_captured(model):
         raise ValueError(
-            "the model carries per-sample gradient hooks, which would see these passes: use copy.deepcopy(model) of the "
-            "model before make_private, or call engine.detach(model)"
+            "the model carries per-sample gradient hooks, which would see these passes: use copy.deepcopy(model) of "
+            "the model before make_private, or call engine.detach(model)"
         )
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 

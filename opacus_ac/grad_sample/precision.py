@@ -17,7 +17,8 @@ _FORCED = {
     "cuda": {"NVIDIA_TF32_OVERRIDE": ("", "0")},
     "cpu": {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "strict"), "DNNL_DEFAULT_FPMATH_MODE": ("", "strict")},
 }
-"""Variables by which a library takes another precision than torch asks for, with the harmless values, per device type."""
+"""Variables by which a library takes another precision than torch asks for, with the harmless values, per device
+type."""
 
 
 def check_environment(devices: Iterable[str]) -> None:
@@ -67,7 +68,8 @@ def _everything_off() -> Iterator[None]:
 class _FullPrecision:
     """Context in which products of float32 matrices are float32's; any number of threads may be in it at a time.
 
-    torch keeps these settings per process: the first thread to enter notes them, and the last one to leave puts them back.
+    torch keeps these settings per process: the first thread to enter notes them, and the last one to leave puts them
+    back.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
 """Parameters under ``fully_shard``: the module holds other objects while it runs than the optimizer does.
 
-Outside of a forward and backward pass a module holds its shards (DTensors, which the optimizer has); around them torch puts
-whole parameters in their place, objects of their own. What both have in common is where they stand: module and name.
+Outside of a forward and backward pass a module holds its shards (DTensors, which the optimizer has); around them torch
+puts whole parameters in their place, objects of their own. What both have in common is where they stand: module and
+name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def places_of(model: nn.Module, index: Mapping[int, int]) -> Callable[[nn.Parameter, nn.Module], int | None]:
-    """Return a function that finds a parameter by the place where it stands; for a model without shards it finds nothing.
+    """Return a function that finds a parameter by where it stands; for a model without shards it finds nothing.
 
     Args:
         model: the model, with the parameters that the optimizer has.

@@ -17,8 +17,8 @@ class GradientSource(Protocol):
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
         """Return a norm of the gradient of each record of the physical batch, ``[B]`` float64. Private.
 
-        It is an upper bound of the norm of what the record adds to the sum with the factor 1, rounding included; for a record
-        whose gradients can be computed well it is within a per cent of it.
+        It is an upper bound of the norm of what the record adds to the sum with the factor 1, rounding included; for a
+        record whose gradients can be computed well it is within a per cent of it.
 
         Args:
             weights: one factor > 0 per parameter on its gradient; None for 1. The sums are those of the gradients as
@@ -26,10 +26,10 @@ class GradientSource(Protocol):
         """
 
     def parameter_squares(self) -> Tensor:
-        """Return the squared gradient norms ``[B, P]`` of the batch that was finished, one column per parameter. Private.
+        """Return the squared gradient norms ``[B, P]`` of the finished batch, one column per parameter. Private.
 
-        They are as computed, where :meth:`finish_batch` returns upper bounds, and those of the gradients as they are, without
-        weights; float64.
+        They are as computed, where :meth:`finish_batch` returns upper bounds, and those of the gradients as they are,
+        without weights; float64.
         """
 
     @property
@@ -37,7 +37,7 @@ class GradientSource(Protocol):
         """Number of records that the last backward pass went through."""
 
     def record_gradients(self, record: int) -> Iterable[Tensor | None]:
-        """Give what a record of the last backward pass adds to each parameter's ordinary gradient; None is zero. Private."""
+        """Give what a record of the last backward pass adds to each parameter's gradient; None is zero. Private."""
 
     def accumulate(self, factors: Tensor) -> None:
         """Add ``sum_i factors[i] * g_i`` to the sums of the logical batch; records with factor 0 are left out."""

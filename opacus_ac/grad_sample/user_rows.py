@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows, Term, wide
+from opacus_ac.grad_sample.one_backward.bounds import wide
+from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows, Term
 
 CountUsers = Callable[[int], int]
-"""From the number of rows of a batch, each user's one after the other, to the number of users; it raises when in doubt."""
+"""From the number of rows of a batch, each user's one after the other, to the number of users; it raises when in
+doubt."""
 
 
 def sum_rows(values: Tensor, users: int) -> Tensor:
@@ -22,8 +24,8 @@ def sum_rows(values: Tensor, users: int) -> Tensor:
 def regroup(term: Term, users: int) -> Term:
     """Return what a use of a parameter adds to the gradients of ``users`` users, from the same of their rows.
 
-    In a sum of outer products a user's rows are more positions of one record, so nothing is computed: ``[U K, T, d]`` is read
-    as ``[U, K T, d]``.
+    In a sum of outer products a user's rows are more positions of one record, so nothing is computed: ``[U K, T, d]``
+    is read as ``[U, K T, d]``.
     """
     if isinstance(term, Dense):
         if term.left.shape[0] == users:

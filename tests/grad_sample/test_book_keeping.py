@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, explain, register_rules, register_ste_linear
 from opacus_ac.grad_sample.one_backward import layer_terms as term_rules
 from opacus_ac.grad_sample.one_backward import outer_products as terms
+from opacus_ac.grad_sample.one_backward import parameter_book
 from opacus_ac.grad_sample.rules import bitlinear, embedding, normalization
 from opacus_ac.testing import check_norms, per_sample_gradients
 
@@ -191,7 +192,9 @@ def broken_parity(name: str, batch: dict[str, Tensor] | None = None) -> None:
 def test_without_the_tied_cross_term_parity_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
     monkeypatch.setattr(
-        terms, "_cross", lambda dense, lookup: dense.left.new_zeros(dense.left.shape[0], dtype=torch.float64)
+        parameter_book,
+        "dense_lookup_cross",
+        lambda dense, lookup: dense.left.new_zeros(dense.left.shape[0], dtype=torch.float64),
     )
     broken_parity(name)
 

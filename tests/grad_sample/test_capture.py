@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.grad_sample import register_rules
-from opacus_ac.grad_sample.one_backward.capture import Use, is_captured
+from opacus_ac.grad_sample.one_backward.capture import is_captured
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
+from opacus_ac.grad_sample.one_backward.use import Use
 from opacus_ac.testing import check_norms, check_records_independent, per_sample_gradients
 
 X = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

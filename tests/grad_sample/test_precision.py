@@ -155,12 +155,13 @@ def test_norms_of_lowered_products_would_be_off_by_more_than_is_allowed(bits, bo
     from opacus_ac.grad_sample.one_backward import outer_products as terms
     from opacus_ac.grad_sample.one_backward.certified import certified
     from opacus_ac.grad_sample.one_backward.gram import GramCache
+    from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 
     monkeypatch.setattr(terms, "KEEP_FACTOR", 0.0)
     left, right = torch.full((3, 4, 8), 1 + 2**-8 - 2**-11), torch.full((3, 4, 9), 1 + 2**-8 - 2**-11)
     errors = []
     for change in (lambda x: x, lambda x: lowered(x, bits)):
-        book = terms.ParameterBook(torch.Size([8, 9]))
+        book = ParameterBook(torch.Size([8, 9]))
         book.add(terms.Dense(change(left), change(right)), GramCache())
         want = torch.einsum("nti,ntj->nij", left.double(), right.double()).flatten(1).norm(dim=1)
         errors.append(float((certified([book], [1.0])[1][0].sqrt() / want - 1).abs().max()))

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward import certified as certification
-from opacus_ac.grad_sample.one_backward import gram
+from opacus_ac.grad_sample.one_backward import gram, norm_sums
 from opacus_ac.grad_sample.one_backward import outer_products as terms
 from opacus_ac.grad_sample.one_backward.bounds import squared_norms
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
-from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, ParameterBook, Rows, Weights
+from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows
+from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
+from opacus_ac.grad_sample.one_backward.weighted_sums import Weights
 
 B, T, V, D = 5, 6, 23, 11
 
@@ -115,7 +117,7 @@ def test_the_kept_route_is_taken_where_it_is_cheaper():
 @pytest.mark.parametrize("limit", [1, 300])
 def test_long_sequences_are_taken_in_slices_of_records(name, limit, monkeypatch):
     whole = squares_of(book_of(CASES[name](torch.float64)))
-    monkeypatch.setattr(terms, "_GRAM_BYTES", limit)
+    monkeypatch.setattr(norm_sums, "_GRAM_BYTES", limit)
     torch.testing.assert_close(squares_of(book_of(CASES[name](torch.float64))), whole, rtol=1e-13, atol=0)
 
 

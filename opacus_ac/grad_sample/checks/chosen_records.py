@@ -19,8 +19,8 @@ _RANDOM = secrets.SystemRandom()
 def choose_records(dataset: Any, most: int = 4, usable: Callable[[Any], bool] = lambda record: True) -> list[Any]:
     """Return up to ``most`` records that differ in length and in label, out of some tens of places drawn in secret.
 
-    The largest and the smallest come first, then one of each further label. Size is the number of entries that are not ignored; of a
-    user, the number of rows.
+    The largest and the smallest come first, then one of each further label. Size is the number of entries that are not
+    ignored; of a user, the number of rows.
     """
     count = len(dataset)
     seen = [dataset[place] for place in _RANDOM.sample(range(count), min(_PLACES, count))]

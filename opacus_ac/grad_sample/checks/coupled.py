@@ -11,7 +11,8 @@ def coupling(module: nn.Module) -> str | None:
     """Return what is wrong with a layer, with the remedy; None where its records stay apart."""
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         return (
-            "it normalises by the mean and variance of the batch, so that every record moves all others, frozen and without weights too"
+            "it normalises by the mean and variance of the batch, so that every record moves all others, frozen and "
+            "without weights too"
             + ("" if module.running_mean is None else ", and saves running statistics of private batches")
             + ". Replace it by GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix)"
             + ("" if module.running_mean is None else ", or keep it in evaluation mode while training: layer.eval()")
@@ -20,8 +21,8 @@ def coupling(module: nn.Module) -> str | None:
         return "it saves running statistics of private batches: use track_running_stats=False"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return (
-            "max_norm rewrites the rows that a batch looks up in the forward pass, frozen or not, so that the weights tell which tokens "
-            "occur. Set max_norm=None; rows may be rescaled once, before make_private"
+            "max_norm rewrites the rows that a batch looks up in the forward pass, frozen or not, so that the weights "
+            "tell which tokens occur. Set max_norm=None; rows may be rescaled once, before make_private"
         )
     return None
 

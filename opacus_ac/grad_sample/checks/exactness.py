@@ -70,8 +70,8 @@ class _Examiner:
         if not constant_buffers_ok(module):
             return (
                 "it is a trainable layer with buffers, which Opacus does not support because they may hold "
-                "statistics of the data. Call opacus_ac.grad_sample.register_rules(model), which knows some such layers, "
-                f"or register_rule(..., constant_buffers=True) with an exact rule, {_FREEZE}"
+                "statistics of the data. Call opacus_ac.grad_sample.register_rules(model), which knows some such "
+                f"layers, or register_rule(..., constant_buffers=True) with an exact rule, {_FREEZE}"
             )
         sampler = sampler_of(module)
         if self._mode == "bk" and replays_lookup(module):

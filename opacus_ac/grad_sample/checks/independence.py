@@ -45,7 +45,8 @@ def _alone(
         loss = loss_fn(model, trim_padding(select_records(batch, torch.tensor([record])))).sum()
     except (ValueError, RuntimeError) as error:
         raise AssertionError(
-            f"record {record} cannot be computed without the other records of the batch, as batch normalisation cannot: {error}"
+            f"record {record} cannot be computed without the other records of the batch, as batch normalisation "
+            f"cannot: {error}"
         ) from error
     return _gradient(loss, params)
 
@@ -113,15 +114,17 @@ def check_losses_add_up(
 ) -> None:
     """Check, by forward passes alone, that the loss of a batch is the mean of the losses of its records.
 
-    Cheaper than :func:`check_records_independent`, and also good for a model with hooks: it finds losses that are averaged over
-    the batch's tokens, class weights, batch normalisation, in-batch negatives, load-balancing terms of mixtures of experts, what
-    depends on the padded length (a record alone comes without padding, where the batch has an ``attention_mask``) or on the order.
+    Cheaper than :func:`check_records_independent`, and also good for a model with hooks: it finds losses that are
+    averaged over the batch's tokens, class weights, batch normalisation, in-batch negatives, load-balancing terms of
+    mixtures of experts, what depends on the padded length (a record alone comes without padding, where the batch has an
+    ``attention_mask``) or on the order.
 
     Args:
         loss_fn: ``loss_fn(batch)`` gives a scalar; without dropout. It may change the batch that it is given.
-        batch: at least two records, as for :func:`per_sample_gradients`, different in what could couple them (length, class).
-        rtol: largest tolerance relative to the losses. A difference of more than 2 % of how much the losses of the records differ
-            is not tolerated either, unless it is below a tenth of ``rtol``.
+        batch: at least two records, as for :func:`per_sample_gradients`, different in what could couple them (length,
+            class).
+        rtol: largest tolerance relative to the losses. A difference of more than 2 % of how much the losses of the
+            records differ is not tolerated either, unless it is below a tenth of ``rtol``.
         rows_per_record: number of rows of each record, one record after the other, where a record is a user.
 
     Raises:
@@ -152,7 +155,10 @@ def check_losses_add_up(
 
 
 def _orders(size: int) -> list[list[int]]:
-    """Return which records are put together, in which order: all, all the other way round, and every other one of three or more."""
+    """Return which records are put together, in which order.
+
+    All, all the other way round, and every other one of three or more.
+    """
     whole = list(range(size))
     return [whole, whole[::-1], *([whole[::2]] if size > 2 else [])]
 
@@ -177,6 +183,7 @@ def expect_mean(together: float, alone: list[float], rtol: float, floor: float) 
     tolerance = min(max(0.02 * (max(alone) - min(alone)), floor * scale), rtol * scale)
     if not abs(together - mean) <= tolerance:
         raise AssertionError(
-            f"the loss of a batch ({together:.6g}) is not the mean of the losses of its records alone ({mean:.6g}): the loss "
-            "or the model couples records, so clipping would not bound what one of them does. Make it a mean over records"
+            f"the loss of a batch ({together:.6g}) is not the mean of the losses of its records alone ({mean:.6g}): "
+            "the loss or the model couples records, so clipping would not bound what one of them does. Make it a mean "
+            "over records"
         )

@@ -1,22 +1,24 @@
 """Norms that are upper bounds: what rounding may have taken from a norm, and what it may add to a sum.
 
-A record is clipped by a computed norm of ``G = sum_t l_t (x) r_t``, and what it adds to the sum is a computed ``c G``. With
-``D = sum_t |l_t| |r_t|`` and the unit roundoff u of the arithmetic, whatever the order in which a library adds up::
+A record is clipped by a computed norm of ``G = sum_t l_t (x) r_t``, and what it adds to the sum is a computed ``c G``.
+With ``D = sum_t |l_t| |r_t|`` and the unit roundoff u of the arithmetic, whatever the order in which a library adds
+up::
 
     | ||G||^2 - S |        <=  e D^2       S: the computed sum over Gram matrices
     || added - c G ||      <=  eta c D     added: the computed contribution
 
-so that ``N = sqrt(sum_p ((1 + rho) sqrt(max(S_p, 0) + e_p D_p^2) + eta_p D_p)^2)`` is a norm by which every record adds at most C,
-cancelling ones included; rho is what computing and adding up a gradient that is written down costs. A sum of n terms is off by at
-most n u of the sum of their sizes, so sums are computed in pieces. D is about ``sqrt(T) ||G||`` for ordinary records, whose norm is then
-too large by about ``e T / 2 + eta sqrt(T)`` of itself.
+so that ``N = sqrt(sum_p ((1 + rho) sqrt(max(S_p, 0) + e_p D_p^2) + eta_p D_p)^2)`` is a norm by which every record adds
+at most C, cancelling ones included; rho is what computing and adding up a gradient that is written down costs. A sum of
+n terms is off by at most n u of the sum of their sizes, so sums are computed in pieces. D is about ``sqrt(T) ||G||``
+for ordinary records, whose norm is then too large by about ``e T / 2 + eta sqrt(T)`` of itself.
 
-The errors are constants of the layer: they depend neither on the size of the batch nor on its length, of which a record more or less
-is a part, because the norms of the others would move with them. For the same reason a gradient that is written down because that
-is cheaper for long batches has the bound that it would have otherwise.
+The errors are constants of the layer: they depend neither on the size of the batch nor on its length, of which a record
+more or less is a part, because the norms of the others would move with them. For the same reason a gradient that is
+written down because that is cheaper for long batches has the bound that it would have otherwise.
 
-What is bounded is the record's own contribution, including what its size does to the partial sums that it goes through. Not in the
-bound is how the others' contributions are rounded beside it, which is a property of the whole sum (``secure_mode=True``).
+What is bounded is the record's own contribution, including what its size does to the partial sums that it goes through.
+Not in the bound is how the others' contributions are rounded beside it, which is a property of the whole sum
+(``secure_mode=True``).
 
 References:
     Higham, Accuracy and Stability of Numerical Algorithms, chapter 3; Casacuberta et al., arXiv 2207.10635 (sums).
@@ -31,8 +33,8 @@ import torch
 from torch import Tensor
 
 CHUNKS = ((384, 384), (640, 256), (1 << 60, 192))
-"""Terms of an inner product that are added up at a time, by the smaller dimension of the matrix: Gram matrices are for batches no
-longer than that, and the longer they are, the more e counts."""
+"""Terms of an inner product that are added up at a time, by the smaller dimension of the matrix: Gram matrices are for
+batches no longer than that, and the longer they are, the more e counts."""
 
 ROWS = 2048
 """Rows of a weighted sum of outer products that are added up at a time."""
@@ -47,7 +49,8 @@ DOUBLINGS = 32
 """Parts of a sum are added up in pairs: how often that is allowed for."""
 
 EXTREME = 1e16
-"""Squared norm of one side of an outer product above which the other's square, or a factor times it, may be lost to underflow."""
+"""Squared norm of one side of an outer product above which the other's square, or a factor times it, may be lost to
+underflow."""
 
 WORTHWHILE = 0.05
 """Share of a record's norm by which the bound of one parameter may exceed its norm before it is computed in float64."""
@@ -64,7 +67,8 @@ def unit(dtype: torch.dtype, device: torch.device) -> float:
 
 def chunk(width: int, other: int) -> int:
     """Return how many terms of inner products of one side are added up at a time, beside a side of another width."""
-    # Of a model's own width, whatever the other side is: the inputs of several layers are the same, and so are their matrices.
+    # Of a model's own width, whatever the other side is: the inputs of several layers are the same, and so are their
+    # matrices.
     smaller = width if width <= _COMMON else min(width, other)
     return next(size for limit, size in CHUNKS if smaller <= limit)
 
@@ -90,7 +94,9 @@ def sum_terms(limit: int) -> int:
 
 
 def in_pairs(count: int, limit: int, part: Callable[[slice], Tensor]) -> Tensor:
-    """Return the sum of ``part`` over stretches of ``limit`` of ``count`` terms; the error grows with ``log2(count / limit)``.
+    """Return the sum of ``part`` over stretches of ``limit`` of ``count`` terms.
+
+    The error grows with ``log2(count / limit)``.
 
     Args:
         count: number of terms, at least 1.
@@ -116,8 +122,8 @@ def wide(tensor: Tensor) -> Tensor:
 def squared_norms(rows: Tensor) -> Tensor:
     """Return the squared L2 norm of each row of ``[B, ...]`` in float64.
 
-    Norms of ``BLOCK`` entries in the native type, then float64: a flat float32 norm over ten million elements is wrong by 6e-3
-    on CPU, which would let clipped records exceed C.
+    Norms of ``BLOCK`` entries in the native type, then float64: a flat float32 norm over ten million elements is wrong
+    by 6e-3 on CPU, which would let clipped records exceed C.
     """
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     if rows.numel() == 0:
@@ -158,7 +164,7 @@ class Certificate:
         return (1 + self.relative) * inexact + self.sum_error * self.reach + self.tiny
 
     def bounds_written_down(self) -> Tensor:
-        """Return the same for gradients that are written down, which are what is added, whatever rounding there was before."""
+        """Return the same for gradients that are written down: they are what is added, whatever was rounded before."""
         return (1 + self.relative) * self.squares.sqrt() + self.tiny
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward.bounds import EXTREME, NEGLIGIBLE, WORTHWHILE, stacked
-from opacus_ac.grad_sample.one_backward.outer_products import ParameterBook
+from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 
 
 def certified(books: Sequence[ParameterBook], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """Return for each record an upper bound of the norm of what it adds, and its squared norms by parameter as computed.
+    """Return each record's upper bound of the norm of what it adds, and its squared norms by parameter as computed.
 
-    A record for which the bound is far above its norm, because its terms cancel, or whose sides are too large to be squared in
-    float32, is computed in float64, for the norm and for the sum.
+    A record for which the bound is far above its norm, because its terms cancel, or whose sides are too large to be
+    squared in float32, is computed in float64, for the norm and for the sum.
 
     Args:
         books: of the parameters that took part in one backward pass.

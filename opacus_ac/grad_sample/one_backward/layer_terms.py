@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from opacus_ac.grad_sample.module_replay import bare_twin, written_type
-from opacus_ac.grad_sample.one_backward.capture import Tracked, Use
-from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term, wide
+from opacus_ac.grad_sample.one_backward.bounds import wide
+from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
+from opacus_ac.grad_sample.one_backward.use import Tracked, Use
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.registry import STOCK, GradSampler, has_own_trainable, sampler_of
 from opacus_ac.grad_sample.rules.bitlinear import (
@@ -233,7 +234,7 @@ def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
 
 
 def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], QuantizedInputs]:
-    """What :class:`~opacus_ac.grad_sample.one_backward.capture.Capture` has to watch in ``model``, and the rule for each path."""
+    """What a :class:`Capture` has to watch in ``model``, and the rule for each path."""
     shared = QuantizedInputs()
     items, rules = [], {}
     for path, module in watched_modules(model):

@@ -1,8 +1,8 @@
 """Float32 products of matrices on the processor, by the faster of the two libraries that torch has for them.
 
-torch multiplies with MKL. On processors of AMD with AVX-512, oneDNN, which torch has for convolutions and for compiled models, took
-little more than half its time (``examples/benchmarks/benchmark_products.py``). Elsewhere, and where little is to be done, the products are torch's
-own.
+torch multiplies with MKL. On processors of AMD with AVX-512, oneDNN, which torch has for convolutions and for compiled
+models, took little more than half its time (``examples/benchmarks/benchmark_products.py``). Elsewhere, and where little
+is to be done, the products are torch's own.
 """
 
 from __future__ import annotations

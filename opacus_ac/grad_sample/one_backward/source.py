@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.one_backward.capture import Capture, Use, by_record
+from opacus_ac.grad_sample.one_backward.capture import Capture
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.layer_terms import flattening_modules, tracked
-from opacus_ac.grad_sample.one_backward.outer_products import ParameterBook, Weights
+from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
+from opacus_ac.grad_sample.one_backward.use import Use, by_record
+from opacus_ac.grad_sample.one_backward.weighted_sums import Weights
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import places_of
 from opacus_ac.grad_sample.source import Place, squares_by_parameter
@@ -48,11 +50,12 @@ class BookKeepingSource:
         names: their names, for messages.
         loss_reduction: "mean" or "sum" over the records, as the loop computes the loss.
         users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
-        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the others add.
+        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the
+            others add.
 
     Guarantees:
-        Norms are in float32 or better whatever the type of the activations, and upper bounds of what each record adds, rounding
-        included. Tensors that change between norm and sum are refused. A trained parameter
+        Norms are in float32 or better whatever the type of the activations, and upper bounds of what each record adds,
+        rounding included. Tensors that change between norm and sum are refused. A trained parameter
         that is also used where no rule sees it gets an ordinary gradient in the backward pass, and the step is refused.
         Two backward passes before a step are records of their own.
 
@@ -150,7 +153,8 @@ class BookKeepingSource:
 
         Raises:
             ValueError: there was no backward pass, a part of the model was used outside of its rule, a backward pass
-                failed half-way, gradients of the step before were not cleared, or inputs or gradients were written to since.
+                failed half-way, gradients of the step before were not cleared, or inputs or gradients were written to
+                since.
         """
         if self._capture is not None:
             self._capture.restore()
@@ -170,7 +174,8 @@ class BookKeepingSource:
             )
         if self._failed:
             raise ValueError(
-                "the last backward pass or step failed half-way: call optimizer.zero_grad() and run forward and backward again"
+                "the last backward pass or step failed half-way: call optimizer.zero_grad() and run forward and "
+                "backward again"
             )
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if parameter.grad is not None:
@@ -203,7 +208,7 @@ class BookKeepingSource:
         return self._chunks[-1].records
 
     def record_gradients(self, record: int) -> Iterator[Tensor | None]:
-        """Yield what a record of the last backward pass adds to each parameter's ordinary gradient; nothing is used up."""
+        """Yield what a record of the last backward pass adds to each parameter's gradient; nothing is used up."""
         chunk = self._chunks[-1]
         chosen = torch.zeros(chunk.records, dtype=torch.float64, device=self._parameters[0].device)
         chosen[record] = 1.0

@@ -1,7 +1,8 @@
-"""Gradients of single records written down in float64, some rows at a time: the expensive way, for records that need it.
+"""Gradients of single records written down in float64, some rows at a time: expensive, for records that need it.
 
-They do when a norm from float32 products cannot be told from rounding (terms that cancel), or when a side is so large that the
-square of the other one, or a clip factor times it, is lost to underflow. The same numbers then go into norm and sum.
+They do when a norm from float32 products cannot be told from rounding (terms that cancel), or when a side is so large
+that the square of the other one, or a clip factor times it, is lost to underflow. The same numbers then go into norm
+and sum.
 """
 
 from __future__ import annotations

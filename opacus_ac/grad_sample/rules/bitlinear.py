@@ -236,7 +236,8 @@ def _factors_of(replay: _Replay, backprops: Tensor) -> tuple[Factors, Tensor]:
 
 
 _ORDINARY = 1e15
-"""Products of inputs and gradients beyond this say nothing about a layer: sums of them overflow, or drown all others."""
+"""Products of inputs and gradients beyond this say nothing about a layer: sums of them overflow, or drown all
+others."""
 
 
 def _ordinary_records(factors: Factors) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.one_backward.outer_products import Dense, Rows, Term, wide
+from opacus_ac.grad_sample.one_backward.bounds import wide
+from opacus_ac.grad_sample.one_backward.outer_products import Dense, Rows, Term
 
 
 def outer_products(left: Tensor, right: Tensor) -> Tensor:

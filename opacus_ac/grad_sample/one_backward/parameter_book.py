@@ -1,0 +1,182 @@
+"""Per-sample gradients of one parameter without ever writing them down: the uses of it, their norms and weighted sums.
+
+Norms come from ``[T, T]`` Gram matrices (:mod:`norm_sums`) or, where that is cheaper, from the materialised gradient,
+which is then kept. What rounding can do to either is known (:mod:`bounds`); a record for which it is too much is
+computed in float64 (:mod:`written_down`).
+
+References:
+    Bu et al., arXiv 2210.00038 (book-keeping).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from opacus_ac.grad_sample.one_backward import written_down
+from opacus_ac.grad_sample.one_backward.bounds import Certificate, of_rows, unit, wide
+from opacus_ac.grad_sample.one_backward.gram import GramCache
+from opacus_ac.grad_sample.one_backward.matmul import inner
+from opacus_ac.grad_sample.one_backward.norm_sums import (
+    NormSums,
+    dense_cross,
+    dense_lookup_cross,
+    dense_sizes,
+    dense_sums,
+    lookup_cross,
+    lookup_sums,
+)
+from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows, Term
+from opacus_ac.grad_sample.one_backward.weighted_sums import Weights, add_lookups, add_product, add_rows
+from opacus_ac.grad_sample.unchanged import Unchanged
+
+
+@dataclass
+class ParameterBook:
+    """What the records of one backward pass contribute to the gradient of one parameter.
+
+    Squared norms are added up as the terms arrive, while what they are computed from is still in the processor's cache.
+    """
+
+    shape: torch.Size
+    dense: list[Dense] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    rows: Tensor | None = None
+    apart: list[int] = field(default_factory=list)
+    """Records whose gradients are computed in float64, for their norm and for the sum."""
+    _found: NormSums | None = None
+    """Meaningless once there are rows."""
+    _used: Unchanged = field(default_factory=Unchanged)
+
+    def add(self, term: Term, cache: GramCache, path: str = "") -> None:
+        """Add one use of the parameter, by the module ``path``."""
+        if isinstance(term, Rows):
+            self._add_rows(term.values, path)
+        elif isinstance(term, Dense) and (self.rows is not None or (not self.dense and term.worth_keeping)):
+            self._keep(term)
+            self._count(dense_sizes(term, cache), [])
+        elif isinstance(term, Dense):
+            crosses = [dense_cross(term, other) for other in self.dense]
+            crosses += [dense_lookup_cross(term, other) for other in self.lookups]
+            self._count(dense_sums(term, cache), crosses)
+            self.dense.append(term)
+            self._used.note(_described(path), term.left, term.right)
+        else:
+            crosses = [] if self.rows is not None else [lookup_cross(term, other) for other in self.lookups]
+            crosses += [] if self.rows is not None else [dense_lookup_cross(other, term) for other in self.dense]
+            self._count(lookup_sums(term, written_down=self.rows is not None), crosses)
+            self.lookups.append(term)
+            self._used.note(_described(path), term.ids, term.right)
+
+    def _count(self, own: NormSums, crosses: list[Tensor]) -> None:
+        for cross in crosses:
+            own.squares = own.squares + 2 * cross
+        self._found = own if self._found is None else self._found.plus(own)
+
+    def _add_rows(self, values: Tensor, path: str) -> None:
+        values = wide(values)
+        if self.rows is None:
+            self.rows = values
+            self._used.note(_described(path), values)
+        else:
+            # Not in place: a rule may have returned a view of something that is still needed.
+            self.rows = self.rows + values
+
+    def _keep(self, term: Dense) -> None:
+        rows = inner(wide(term.left).transpose(1, 2), wide(term.right).transpose(1, 2))
+        self.rows = rows if self.rows is None else self.rows + rows.view(self.rows.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise ``ValueError`` when what the norms were computed from was written to since."""
+        self._used.check()
+
+    def certificate(self) -> Certificate:
+        """What is known of each record's norm.
+
+        Raises:
+            ValueError: what it was computed from was written to since.
+        """
+        self.check_unchanged()
+        if self.rows is not None:
+            self._materialise()
+            alone = of_rows(self.rows)
+            if self._found is None:
+                return alone
+            found = self._found.certify(alone.squares, self.rows, self.shape.numel())
+            return replace(found, tiny=found.tiny + alone.tiny)
+        assert self._found is not None
+        held = self.dense[0].left if self.dense else self.lookups[0].right
+        return self._found.certify(self._found.squares, held, self.shape.numel())
+
+    def write_down(self, record: int) -> tuple[float, float]:
+        """Compute one record's gradient in float64 from now on; return a bound of its norm, and the squared norm."""
+        self.apart.append(record)
+        held = self.dense[0].left if self.dense else self.lookups[0].right
+        return written_down.bound(self.shape, self.dense, self.lookups, record, unit(held.dtype, held.device))
+
+    def is_zero(self, record: int) -> bool:
+        """Whether nothing but zeros was added up for a record."""
+        if self.rows is not None:
+            return not bool(self.rows[record].any())
+        sides = [(d.left[record], d.right[record]) for d in self.dense]
+        whole = all(not bool(left.any()) or not bool(right.any()) for left, right in sides)
+        return whole and not any(bool(entry.right[record].any()) for entry in self.lookups)
+
+    def _materialise(self) -> None:
+        """Fold everything into ``rows``: once part of the gradient is written down, the rest is added to it."""
+        assert self.rows is not None
+        batch = self.rows.shape[0]
+        for term in self.dense:
+            self._keep(term)
+        for lookup in self.lookups:
+            rows, width = self.shape
+            first = torch.arange(batch, device=lookup.ids.device).unsqueeze(1) * rows
+            flat = self.rows.reshape(batch * rows, width).clone()
+            flat.index_add_(0, (lookup.ids + first).reshape(-1), wide(lookup.right).reshape(-1, width).to(flat.dtype))
+            self.rows = flat.view(batch, rows, width)
+        self.dense, self.lookups = [], []
+
+    def weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous.
+
+        In float64 where ``out`` is.
+
+        Raises:
+            ValueError: what the norms were computed from was written to since.
+        """
+        self.check_unchanged()
+        if self.rows is not None:
+            add_rows(weights.pick(self.rows), weights.values, out.zero_(), first=True)
+            return
+        together = weights.without(self.apart)
+        factors = together.values.to(device=out.device, dtype=out.dtype)
+        self._add_terms(together, out, factors.view(-1, 1, 1))
+        for record in self.apart:
+            if weights.of(record) != 0:
+                for part, block in written_down.blocks(self.shape, self.dense, self.lookups, record):
+                    out[part] += block.mul_(weights.of(record)).to(out)
+
+    def _add_terms(self, weights: Weights, out: Tensor, factors: Tensor) -> None:
+        """Write the weighted sum of all outer products into ``out``; factors ``[kept, 1, 1]`` in its type."""
+        first = True
+        for d in self.dense if len(factors) else []:
+            left, right = wide(weights.pick(d.left)).to(out.dtype), wide(weights.pick(d.right)).to(out.dtype)
+            add_product(out, left, right, factors, first=first)
+            first = False
+        if first:
+            out.zero_()
+        for entry in self.lookups if len(factors) else []:
+            values = weights.pick(entry.right).double() * factors.double()
+            add_lookups(weights.pick(entry.ids).reshape(-1), values.flatten(0, 1), out)
+
+    @property
+    def routes(self) -> str:
+        """How the norm is computed, for tests and reports."""
+        names = ["kept"] * (self.rows is not None) + ["gram"] * bool(self.dense) + ["lookup"] * bool(self.lookups)
+        return "+".join(names)
+
+
+def _described(path: str) -> str:
+    return f"the input of {path or 'the model'}, or the gradient at its output,"

@@ -1,0 +1,110 @@
+"""Weighted sums over records, which are the clipped gradients: added up in pieces, as :mod:`bounds` has it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs
+from opacus_ac.grad_sample.one_backward.matmul import add_outer, may_be_faster
+
+_PIECE = 1 << 20
+"""Numbers of a result that are computed at once where it is added to another."""
+
+
+class Weights:
+    """One weight per record, ready for many sums.
+
+    Records of weight 0 are left out, not multiplied by zero: one that is not finite must leave no trace.
+
+    Args:
+        values: ``[B]``, on the device of the records.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._all = values
+        kept = values.nonzero().reshape(-1)
+        self._kept = None if kept.numel() == values.numel() else kept
+        self.values = values if self._kept is None else values[kept]
+
+    def pick(self, records: Tensor) -> Tensor:
+        """The records ``[B, ...]`` that have a weight."""
+        return records if self._kept is None else records[self._kept]
+
+    def of(self, record: int) -> float:
+        """The weight of one record."""
+        return float(self._all[record])
+
+    def without(self, records: list[int]) -> Weights:
+        """The same, but for some records, which have no weight."""
+        if not records:
+            return self
+        values = self._all.clone()
+        values[records] = 0
+        return Weights(values)
+
+
+def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
+    """Add ``sum_i factors[i] rows[i]`` to ``out``, in its type; rows ``[B, ...]``; ``first``: it is zero."""
+    flat, total, factors = rows.unsqueeze(-1).flatten(1), out.view(-1), factors.to(out)
+    if out.dtype != flat.dtype:  # no copy of all of them in another type
+        for row, factor in zip(flat, factors.tolist(), strict=True):
+            total.add_(row.to(out.dtype), alpha=factor)
+    elif len(flat) <= RECORDS and first:
+        torch.mv(flat.t(), factors, out=total)
+    elif len(flat):
+        for start in range(0, len(total), _PIECE):
+            entries = slice(start, start + _PIECE)
+            product = partial(_weighted, flat[:, entries], factors)
+            total[entries] += in_pairs(len(flat), RECORDS, product)
+
+
+def _weighted(rows: Tensor, factors: Tensor, records: slice) -> Tensor:
+    return torch.mv(rows[records].t(), factors[records])
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, first: bool) -> None:
+    """Add ``sum_i scale[i] left_i^T right_i`` to ``out``, or write it there when ``first``; scale ``[B, 1, 1]``."""
+    # The weights go into the narrower side: the other may be as wide as the vocabulary.
+    if left.shape[2] < right.shape[2]:
+        left = left * scale
+    else:
+        right = right * scale
+    rows = left.shape[0] * left.shape[1]
+    if rows <= ROWS and first:
+        add_outer(left, right, out, first=True)
+        return
+    if not rows:
+        return
+    left, right = left.flatten(0, 1), right.flatten(0, 1)
+    step = max(1, _PIECE // max(out.shape[1], 1))
+    for start in range(0, out.shape[0], step):
+        part = slice(start, start + step)
+        product = in_pairs(rows, ROWS, partial(_product, left[:, part], right))
+        # Added after it was computed: a product that starts from what is there rounds as often as it has rows.
+        out[part] = product if first else product.add_(out[part])
+
+
+def _product(left: Tensor, right: Tensor, rows: slice) -> Tensor:
+    left, right = left[rows], right[rows]
+    left = left.contiguous() if may_be_faster(left) else left
+    out = left.new_empty(left.shape[1], right.shape[1])
+    add_outer(left.unsqueeze(0), right.unsqueeze(0), out, first=True)
+    return out
+
+
+def add_lookups(ids: Tensor, values: Tensor, out: Tensor) -> None:
+    """Add ``values`` ``[R, D]`` (float64) to the rows ``ids`` ``[R]`` of ``out``.
+
+    Each row is added up in float64 and rounded once.
+    """
+    if not len(ids):
+        return
+    order = ids.argsort()
+    ids = ids[order]
+    # Numbers of the stretches of equal ids: there are fewer than rows, and those that are not used add zeros to row 0.
+    stretch = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
+    sums = torch.zeros_like(values).index_add_(0, stretch, values[order])
+    out.index_add_(0, torch.zeros_like(ids).scatter_(0, stretch, ids), sums.to(out.dtype))
