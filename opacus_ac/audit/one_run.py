@@ -11,6 +11,7 @@ import torch
 
 from opacus_ac.audit.bounds import guess_epsilon
 from opacus_ac.audit.canary import describe
+from opacus_ac.audit.neighbours import new_engine
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.streams import WithoutRecords
 from opacus_ac.audit.task import CanaryTask
@@ -18,6 +19,9 @@ from opacus_ac.audit.usage import account_finding
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
 from opacus_ac.release.values import FloatArray
+
+Coins = np.ndarray[Any, np.dtype[np.bool_]]
+"""``[m]``, whether a canary is in the dataset."""
 
 
 def one_run_audit(
@@ -71,30 +75,19 @@ def one_run_audit(
         Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), algorithm 1 and theorem 5.2.
     """
     alpha = check_confidence(confidence)
-    guesses = canaries // 8 * 2 if guesses is None else guesses
-    if not 2 <= guesses <= canaries or guesses % 2:
-        raise ValueError(f"guesses must be an even number from 2 to the number of canaries {canaries}, got {guesses!r}")
+    guesses = _number_of_guesses(guesses, canaries)
     if not settings.get("poisson_sampling", True):
         raise ValueError("the audit needs poisson_sampling=True: absent canaries are records that are never drawn")
-    if engine is None:
-        from opacus_ac.engine.privacy_engine import PrivacyEngine
-
-        engine = PrivacyEngine()
-    coins: RandomStream = SecretStream() if seed is None else SeededStream(torch.Generator().manual_seed(seed + 1))
-    inside = coins.uniform(canaries).numpy() < 0.5
+    engine = new_engine() if engine is None else engine
+    inside = _tossed(canaries, seed)
     settings = {"target_epsilon": target_epsilon, "target_delta": delta, "epochs": epochs, **settings}
     task = CanaryTask(records, canaries, strength=30.0)
     scores, optimizer, releases = _train(engine, task, inside, batch_size, learning_rate, seed, settings)
     rate = min(1.0, batch_size / task.size)
     due = Counter({(optimizer.mechanism.noise_multiplier, rate): releases})
-    order = np.argsort(scores)
-    half = guesses // 2
-    correct = int(inside[order[-half:]].sum() + (~inside[order[:half]]).sum())
-    claim = float(engine.get_epsilon(delta))
+    correct = _right_guesses(scores, inside, guesses)
     # The claim is (epsilon, delta); with delta 0 the same count would rule out more, but nobody claims that.
     epsilon = guess_epsilon(canaries, guesses, correct, delta, alpha)
-    shown = f"epsilon >= {epsilon:.3f} ({correct} of {guesses} guesses right)"
-    promised = f"epsilon <= {claim:.3f} after {optimizer.steps_taken} steps"
     return AuditResult(
         audit="one training run",
         subject=describe(optimizer.mechanism.noise_multiplier, settings),
@@ -102,17 +95,44 @@ def one_run_audit(
         confidence=confidence,
         delta=delta,
         findings=(
-            Finding("guessing the canaries", promised, shown, epsilon > claim, claim, epsilon),
+            _finding(epsilon, f"{correct} of {guesses}", float(engine.get_epsilon(delta)), optimizer.steps_taken),
             account_finding("charges of the steps seen", engine, due, rate, delta),
         ),
         notes=(f"a perfect guesser could show epsilon {guess_epsilon(canaries, guesses, guesses, delta, alpha):.2f}",),
     )
 
 
+def _number_of_guesses(guesses: int | None, canaries: int) -> int:
+    """Return the number of canaries to guess, a quarter of them by default; half of the guesses are "in"."""
+    guesses = canaries // 8 * 2 if guesses is None else guesses
+    if not 2 <= guesses <= canaries or guesses % 2:
+        raise ValueError(f"guesses must be an even number from 2 to the number of canaries {canaries}, got {guesses!r}")
+    return guesses
+
+
+def _tossed(canaries: int, seed: int | None) -> Coins:
+    coins: RandomStream = SecretStream() if seed is None else SeededStream(torch.Generator().manual_seed(seed + 1))
+    tossed: Coins = coins.uniform(canaries).numpy() < 0.5
+    return tossed
+
+
+def _right_guesses(scores: FloatArray, inside: Coins, guesses: int) -> int:
+    """Guess canaries of the highest scores in and of the lowest out, and return how many guesses are right."""
+    order = np.argsort(scores)
+    half = guesses // 2
+    return int(inside[order[-half:]].sum() + (~inside[order[:half]]).sum())
+
+
+def _finding(epsilon: float, right: str, claim: float, steps: int) -> Finding:
+    shown = f"epsilon >= {epsilon:.3f} ({right} guesses right)"
+    promised = f"epsilon <= {claim:.3f} after {steps} steps"
+    return Finding("guessing the canaries", promised, shown, epsilon > claim, claim, epsilon)
+
+
 def _train(
     engine: Any,
     task: CanaryTask,
-    inside: np.ndarray[Any, np.dtype[np.bool_]],
+    inside: Coins,
     batch_size: int,
     learning_rate: float,
     seed: int | None,

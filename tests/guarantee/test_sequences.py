@@ -63,6 +63,13 @@ BATTERY = {
 """Faults that few random sequences meet (the first are numbers 268, 563 and 667), and the tests of the battery that find them."""
 
 
+def test_every_fault_can_be_planted():
+    """What a fault changes is where it was: this is seen at once, not only in the long runs."""
+    for fault in FAULTS:
+        with fault.planted():
+            pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", [f for f in FAULTS if f.name not in BATTERY], ids=lambda fault: fault.name)
 def test_every_planted_fault_is_found_within_the_sequences(planted):
