@@ -18,7 +18,7 @@ PLACES = (PACKAGE, PACKAGE / "engine", PACKAGE / "grad_sample", PACKAGE / "integ
 #: Rooms and single modules from the bottom up; a room imports rooms of lower layers only.
 LAYERS = (
     {"_lazy", "_version", "errors"},
-    {"_bytes", "_validate", "loss"},
+    {"_bytes", "_validate", "loss", "protocols"},
     {"accounting", "noise"},
     {"grad_sample"},
     {"distributed", "sampling"},

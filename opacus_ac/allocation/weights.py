@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opacus_ac.allocation.rule import group_of, optimal_weights
 from opacus_ac.allocation.settings import FOLLOWING, NoiseAllocation
+from opacus_ac.protocols.part import Part
 from opacus_ac.release.values import FloatArray, NoisyProfile
 
 MAX_CHANGE = 1.25
@@ -22,7 +23,7 @@ SMALLEST_IMPORTANCE = 1e-3
 """Least importance of a group, as a share of the largest: the second factor of LoRA starts at zero."""
 
 
-class GroupWeights:
+class GroupWeights(Part):
     """The public weights of a run's parameters, and the history of releases that moves them.
 
     Args:
@@ -172,6 +173,10 @@ class GroupWeights:
             **({"statistic_weight": a.statistic_weight} if a.source == "paid" else {}),
         }
 
+    def public_settings(self) -> dict[str, Any]:
+        """Return the settings of the allocation."""
+        return {"noise_allocation": self.configuration()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return settings, weights and history; public numbers all."""
         return {
@@ -191,6 +196,11 @@ class GroupWeights:
             )
         if self.allocation.source not in FOLLOWING and state["weights"] != self.by_group:
             raise ValueError("the state was written with other weights of noise_allocation: give the same ones")
+        int(state["updates"])
+        if not len(state["signal"]) == len(state["variance"]) == len(self.groups):
+            raise ValueError(
+                "the state's history of noise_allocation is damaged: it does not have a value for each group"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; refuses one that does not fit before changing anything."""

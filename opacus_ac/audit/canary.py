@@ -19,7 +19,7 @@ from opacus_ac.audit.bounds import (
     mu_from_means,
 )
 from opacus_ac.audit.noise import spread_finding
-from opacus_ac.audit.published import Published, entry_weights
+from opacus_ac.audit.published import Published
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.task import CanaryTask, Task, endless
 from opacus_ac.errors import NotPrivateWarning
@@ -163,7 +163,7 @@ class _Auditor:
         histogram = release.histogram
         if histogram is None:
             return None
-        weights = entry_weights(release)
+        weights = release.histogram_weights
         groups = histogram.window.groups(self.norms[others])
         exact = self.sum_over_ranks(np.bincount(groups, minlength=weights.size).astype(np.float64))
         group = int(histogram.window.groups(np.array([np.linalg.norm(self.canary)]))[0])

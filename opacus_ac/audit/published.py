@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
-from opacus_ac.release.values import FloatArray, StepRelease
+from opacus_ac.release.values import FloatArray
 from opacus_ac.zeroth_order.optimizer import ZerothOrderDPOptimizer
 
 
@@ -77,22 +77,6 @@ class Published:
 
         In its units, a record adds at most ``sqrt(a^2 + b^2 + c^2)``.
         """
-        release, own = self.optimizer.released, self.optimizer.statistics
+        release = self.optimizer.released
         assert release is not None
-        parts = [np.zeros(0)]
-        if release.histogram is not None:
-            parts.append(release.histogram.counts * entry_weights(release))
-        if release.loss is not None and own.loss_bound is not None:
-            parts.append(np.array([release.loss * release.expected_batch_size / own.loss_bound * own.loss_weight]))
-        if release.profile is not None:
-            parts.append(release.profile.energies * release.expected_batch_size * own.group_weight)
-        return np.concatenate(parts)
-
-
-def entry_weights(release: StepRelease) -> FloatArray:
-    """Return the weight of each entry of a released histogram.
-
-    The release shows it, because the noise was divided by it.
-    """
-    assert release.histogram is not None
-    return np.asarray(release.gradient_noise_multiplier / np.sqrt(release.histogram.variances))
+        return self.optimizer.statistics.published(release)

@@ -1,4 +1,4 @@
-"""Files that hold a run: written atomically, read without running code, checked as a whole before anything is loaded."""
+"""Files that hold a run: written atomically, read without running code, checked as a whole before they are loaded."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def load(
     """Continue from :func:`save`, and return the further entries; the arguments are those of there.
 
     Raises:
-        ValueError: If the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
+        ValueError: If the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was
+            loaded.
     """
     needed = [_MODULE, *(f"{name}_state_dict" for name in schedulers), *([] if optimizer is None else [_OPTIMIZER])]
     state = read_account(path, account, *needed, **load_options)

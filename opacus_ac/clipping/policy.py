@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from opacus_ac._validate import fraction, positive
+from opacus_ac.protocols.part import Part
 from opacus_ac.release.values import FloatArray, StepRelease
 
 
-class ClipPolicy:
+class ClipPolicy(Part):
     """Keeps the clipping norm fixed; base of the adaptive policies.
 
     Args:
@@ -96,6 +97,20 @@ class ClipPolicy:
 
     def observe_private(self, norms: torch.Tensor) -> None:
         """Read un-noised norms; only a policy with ``is_private = False`` may."""
+
+    def public_settings(self) -> dict[str, Any]:
+        """Return C0 and the name of the rule."""
+        return {"max_grad_norm": self.initial_bound, "clip_policy": self.name}
+
+    def released(self) -> list[str]:
+        """Return in words that C is released un-noised, where it is."""
+        return [] if self.is_private else ["a clipping norm computed from un-noised gradient norms"]
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the report must know."""
+        if self.is_private:
+            return []
+        return ["the clip policy reads un-noised gradient norms: no finite epsilon holds"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the policy (plain numbers and lists)."""

@@ -136,6 +136,10 @@ class AccountedEngine(opacus.PrivacyEngine):
             ledger=None if account.ledger is None else account.ledger.summary,
         )
 
+    def accounts_for(self, optimizer: DPOptimizer | None) -> bool:
+        """Return whether this engine accounts for an optimizer: for the one that it made private last."""
+        return optimizer is not None and optimizer is self._optimizer
+
     # ---------------------------------------------------------------- taking hooks off
 
     def detach(self, model: nn.Module) -> nn.Module:
@@ -276,7 +280,7 @@ class AccountedEngine(opacus.PrivacyEngine):
                 f"a checkpoint in a folder has no place for {', '.join(given)}: leave it out, or save with one process and "
                 "without folder=True"
             )
-        if not isinstance(optimizer, AdaptiveClipDPOptimizer) or optimizer is not self._optimizer:
+        if not isinstance(optimizer, AdaptiveClipDPOptimizer) or not self.accounts_for(optimizer):
             raise ValueError(
                 "the optimizer is not the one that this engine made private last: pass model and optimizer of one make_private"
             )

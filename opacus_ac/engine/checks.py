@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 
 import torch
-from opacus.accountants import IAccountant
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.optim import Optimizer
 
+from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.distributed.choose import check_wrappers
 from opacus_ac.distributed.same_records import check_same_records
-from opacus_ac.engine.parts import Job, public_settings
+from opacus_ac.engine.parts import Job
 from opacus_ac.engine.ranks import check_alike, check_noise, parameter_layout
 from opacus_ac.grad_sample.one_backward.capture import is_captured
 from opacus_ac.grad_sample.precision import check_environment
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
+from opacus_ac.optimizer.state import public_settings
 from opacus_ac.sampling.loader import PrivateDataLoader
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
@@ -75,7 +76,7 @@ def check_start(optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader, j
         return
     generator = job.noise_generator
     settings = {
-        **public_settings(optimizer, loader.plan),
+        **public_settings(optimizer),
         "reducer": optimizer.reducer.name,
         "normalize": optimizer.normalize,
         "lr_control": optimizer.control is not None,
@@ -93,16 +94,17 @@ def check_start(optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader, j
     check_noise(optimizer.reducer, optimizer.mechanism.stream)
 
 
-def check_mechanism(accountant: IAccountant, settings: ZerothOrderSettings | None) -> None:
+def check_mechanism(accountant: AccountantAdapter, settings: ZerothOrderSettings | None) -> None:
     """Raise ``ValueError`` when the accountant takes the noise for another than it is."""
-    laplace = settings is not None and settings.mechanism == "laplace"
-    if laplace and accountant.mechanism() != "pure":
+    noise = "gaussian" if settings is None else settings.mechanism
+    if noise == accountant.noise:
+        return
+    if noise == "laplace":
         raise ValueError(
-            f"the accountant {accountant.mechanism()!r} has no bound for mechanism='laplace': use "
+            f"the accountant {accountant.name!r} has no bound for mechanism='laplace': use "
             'PrivacyEngine(accountant="pure")'
         )
-    if not laplace and accountant.mechanism() == "pure":
-        raise ValueError(
-            'accountant="pure" accounts for Laplace noise only: use '
-            'zeroth_order=ZerothOrderSettings(mechanism="laplace"), or the accountant "vrdp"'
-        )
+    raise ValueError(
+        'accountant="pure" accounts for Laplace noise only: use '
+        'zeroth_order=ZerothOrderSettings(mechanism="laplace"), or the accountant "vrdp"'
+    )

@@ -22,10 +22,9 @@ from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
 from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
 from opacus_ac.optimizer.lr_control import ClipRateControl
-from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.release.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
-from opacus_ac.sampling.plan import SAMPLING, SamplingPlan
+from opacus_ac.sampling.plan import SAMPLING
 from opacus_ac.sampling.users import UserRows
 from opacus_ac.zeroth_order.settings import ZerothOrderSettings
 
@@ -100,24 +99,6 @@ def loader_settings(options: SamplingOptions) -> dict[str, Any]:
         "max_batch_size": options.max_batch_size,
         "dataset_size": options.dataset_size,
         "max_rows_per_user": options.max_rows_per_user,
-    }
-
-
-def public_settings(optimizer: AdaptiveClipDPOptimizer, plan: SamplingPlan) -> dict[str, Any]:
-    """Return the settings of a run on which its guarantee depends, for ledger and checkpoint; plain values only."""
-    return {
-        "noise_multiplier": optimizer.mechanism.noise_multiplier,
-        "max_grad_norm": optimizer.policy.initial_bound,
-        "clip_policy": optimizer.policy.name,
-        "inner_optimizer": type(optimizer.original_optimizer).__name__,
-        "statistics": optimizer.statistics.configuration(),
-        "sampling": plan.sampling,
-        "dataset_size": plan.sizes.dataset_size,
-        "expected_batch_size": plan.sizes.expected(0),
-        "max_batch_size": plan.max_batch_size,
-        "max_rows_per_user": plan.max_rows_per_user,
-        **({} if optimizer.allocation is None else {"noise_allocation": optimizer.allocation.configuration()}),
-        **{name: part.public_settings() for name, part in optimizer.further.items()},
     }
 
 

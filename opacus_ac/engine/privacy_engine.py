@@ -20,13 +20,14 @@ from opacus_ac.engine.assemble import build_optimizer
 from opacus_ac.engine.attach import attach
 from opacus_ac.engine.checks import check_mechanism, check_model_and_optimizer, check_start
 from opacus_ac.engine.options import OPACUS_NAMES, EngineNames, OptionNames, PrivateOptions
-from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, public_settings, random_streams
+from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, random_streams
 from opacus_ac.engine.ranks import check_options, rank_streams
 from opacus_ac.engine.zeroth_order import check_unused
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
 from opacus_ac.noise.streams import RandomStream, SecretStream
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import inner_optimizer, named_parameters
+from opacus_ac.optimizer.state import public_settings
 from opacus_ac.sampling.loader import PrivateDataLoader, private_loader
 from opacus_ac.zeroth_order.checks import check_not_random
 from opacus_ac.zeroth_order.settings import zeroth_order_settings
@@ -155,7 +156,7 @@ class PrivacyEngine(AccountedEngine):
     def _prepare_model(self, job: Job, data_loader: DataLoader[Any]) -> Reducer:
         """Check model, optimizer and method; return the processes that train the model."""
         check_model_and_optimizer(job.module, job.optimizer)
-        check_mechanism(self.accountant, job.zeroth_order)
+        check_mechanism(self._account.accountant, job.zeroth_order)
         if job.zeroth_order is None:
             self.validate(module=job.module, optimizer=job.optimizer, data_loader=data_loader)
         else:
@@ -201,7 +202,7 @@ class PrivacyEngine(AccountedEngine):
                 "PrivacyEngine for different people's data",
                 stacklevel=3,
             )
-        self._account.begin(public_settings(optimizer, loader.plan), by_function=loader.plan.sizes.is_function)
+        self._account.begin(public_settings(optimizer), by_function=loader.plan.sizes.is_function)
         self._account.join(optimizer.reducer)
         self.dataset: Any = loader.dataset
         self._optimizer, self._loader = optimizer, loader

@@ -149,32 +149,15 @@ def make_report(
 
 def _released(optimizer: AdaptiveClipDPOptimizer) -> list[str]:
     """Say in words what every step releases."""
-    statistics = optimizer.statistics
-    released = [optimizer.sum_description]
-    if statistics.histogram:
-        released.append(f"a histogram of gradient norms (weight a = {statistics.histogram_weight:.3f})")
-    if statistics.loss_bound is not None:
-        weight = f"weight b = {statistics.loss_weight:.3f}"
-        released.append(f"the mean loss, each record's clipped to {statistics.loss_bound:g} ({weight})")
-    if statistics.groups:
-        weight = f"weight c = {statistics.group_weight:.3f}"
-        released.append(f"the mean profile of gradient energy over {statistics.groups} groups of parameters ({weight})")
-    if not optimizer.policy.is_private:
-        released.append("a clipping norm computed from un-noised gradient norms")
-    return released
+    parts = [part for part in optimizer.parts.values() if part is not None]
+    return [optimizer.sum_description, *(line for part in parts for line in part.released())]
 
 
 def _warnings(
     optimizer: AdaptiveClipDPOptimizer, delta: float, records: int, unknown_batches: int, notes: Sequence[str]
 ) -> list[str]:
     """Say what a reader of the claim must know."""
-    found = []
-    if not optimizer.policy.is_private:
-        found.append("the clip policy reads un-noised gradient norms: no finite epsilon holds")
-    if not optimizer.mechanism.stream.secret:
-        found.append("the noise comes from a seeded generator: whoever knows the seed can remove it")
-    if optimizer.mechanism.noise_multiplier == 0:
-        found.append("the noise multiplier is 0: nothing is protected")
+    found = [line for part in optimizer.parts.values() if part is not None for line in part.warnings()]
     if delta >= 1 / records:
         found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
     found += notes

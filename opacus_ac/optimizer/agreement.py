@@ -59,7 +59,7 @@ def report_failure(reducer: Reducer, statistics: StepStatistics, constants: int)
         statistics: the sums of this rank, for their number.
         constants: number of values that all ranks compare.
     """
-    reducer.gather(np.array([1] + [0] * (2 + constants + statistics.bins + 3), dtype=np.int64))
+    reducer.gather(np.array([1] + [0] * (2 + constants + statistics.tally_size), dtype=np.int64))
 
 
 def _bits(value: float | int) -> int:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from opacus_ac.protocols.part import Part
 
-class WeightEMA:
+
+class WeightEMA(Part):
     """Exponential moving average of the trainable weights, with a warm-up so that short runs are not stuck at the start.
 
     The decay of update ``t`` (from 0) is ``min(decay, (1 + t) / (10 + t))``.
@@ -17,6 +19,8 @@ class WeightEMA:
     References:
         arXiv 2510.05288, section 3 (EMA smoothing).
     """
+
+    by_parameter = ("average",)
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
@@ -65,6 +69,7 @@ class WeightEMA:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ``ValueError`` when ``state`` does not fit these parameters."""
+        int(state["updates"])
         shapes = [tuple(a.shape) for a in state["average"]]
         if shapes != [tuple(a.shape) for a in self._average]:
             raise ValueError("the checkpoint's EMA weights have other shapes than this optimizer's parameters")

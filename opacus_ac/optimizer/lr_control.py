@@ -1,6 +1,6 @@
-"""Learning-rate control from the released clip rate, and exponential moving averages of the weights.
+"""Learning-rate control from the released clip rate.
 
-Both read released values and public constants only, so they cost no privacy (post-processing).
+It reads released values and public constants only, so it costs no privacy (post-processing).
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from opacus_ac.clipping.policy import ClipPolicy
+from opacus_ac.protocols.part import Part
 
 
-class ClipRateControl:
+class ClipRateControl(Part):
     """Multiplies the learning rate by a factor that follows the released clip rate.
 
     Above ``target + band`` the factor shrinks by ``down``, below ``target - band`` it grows by ``up``; inside the

@@ -14,7 +14,7 @@ from opacus_ac.allocation.weights import GroupWeights
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.grad_sample.source import GradientSource
 from opacus_ac.noise.streams import RandomStream
-from opacus_ac.optimizer.state import Part
+from opacus_ac.protocols.part import Part
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
 

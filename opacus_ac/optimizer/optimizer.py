@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,11 +31,14 @@ from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin
 from opacus_ac.optimizer.private_side import PrivateSide
 from opacus_ac.optimizer.public_side import PublicSide
-from opacus_ac.optimizer.state import STATE_KEY, Part, check_private_state, load_private_state, private_state
+from opacus_ac.optimizer.state import STATE_KEY, check_private_state, load_private_state, private_state
+from opacus_ac.protocols.part import Part
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.release.values import StepRelease
 from opacus_ac.sampling.plan import SamplingPlan
+
+_PARTS = ("policy", "mechanism", "statistics", "control", "ema", "plan", "allocation")
 
 
 class AdaptiveClipDPOptimizer(DPOptimizer):
@@ -195,9 +198,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         return self.measurement.forward_only
 
     @property
-    def further(self) -> Mapping[str, Part]:
-        """Parts of the method of training that have settings and a state of their own, by name."""
-        return self.measurement.further
+    def parts(self) -> dict[str, Part | None]:
+        """What the step is made of, by the names of the parts in a checkpoint; None for what was not asked for."""
+        return {**{name: getattr(self, name) for name in _PARTS}, **self.measurement.further}
 
     @property
     def sum_description(self) -> str:

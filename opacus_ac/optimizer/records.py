@@ -51,7 +51,7 @@ class RecordSums:
             # The stand-in for an empty batch: it must leave no trace in any sum.
             self.source.accumulate(torch.zeros_like(norms))
             return
-        if self.statistics.loss_bound is None:
+        if not self.statistics.needs_losses:
             losses = None
         self.private_nonfinite_records += int((~torch.isfinite(norms)).sum())
         squares = None

@@ -51,7 +51,6 @@ class SumRelease(RecordSums):
     ) -> None:
         super().__init__(params, **sums)
         self.mechanism, self.reducer, self.control = mechanism, reducer, control
-        self.mechanism.reducer = reducer
         self.normalize, self.fused_step = normalize, fused_step
         self.loss_reduction, self.expected_batch_size = loss_reduction, expected_batch_size
         self.released: StepRelease | None = None
@@ -88,7 +87,7 @@ class SumRelease(RecordSums):
             trained, source = self._trained()
             own = std if weights is None else [self._noise[0][id(p)] for p in trained]
             self.reducer.release(source, self.mechanism.noise(trained, own, scale))
-        histogram, loss, profile = self.mechanism.release_statistics(statistics, self._denominator())
+        decoded = self.mechanism.release_statistics(statistics, self._denominator(), self.reducer)
         statistics.finish()
         self.steps_taken += 1
         self.released = StepRelease(
@@ -98,11 +97,9 @@ class SumRelease(RecordSums):
             gradient_noise_multiplier=multiplier,
             sample_rate=1.0 if self._draw is None else self._draw.sample_rate,
             expected_batch_size=self._denominator(),
-            clip_rate=None if histogram is None else histogram.fraction_above(bound),
-            loss=loss,
+            clip_rate=None if decoded.histogram is None else decoded.histogram.fraction_above(bound),
             lr_multiplier=1.0 if self.control is None else self.control.multiplier,
-            histogram=histogram,
-            profile=profile,
+            **decoded._asdict(),
         )
 
     def _gradient_scale(self) -> float:

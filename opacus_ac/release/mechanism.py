@@ -12,6 +12,7 @@ import torch
 from opacus_ac._validate import not_negative
 from opacus_ac.distributed.reducers import LOCAL, Reducer
 from opacus_ac.noise.streams import RandomStream
+from opacus_ac.protocols.part import Part
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.release.values import Decoded
 
@@ -34,15 +35,12 @@ class GradientNoise:
         self.mechanism.noise_in_place(totals, self.std, self.scale)
 
 
-class GaussianMechanism:
+class GaussianMechanism(Part):
     """Adds Gaussian noise to (gradient sum / C, statistics), one draw per logical step.
 
     Args:
         noise_multiplier: ratio of the noise std to the joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)``.
         stream: random stream of the noise; with several processes each has its own.
-
-    Attributes:
-        reducer: the processes that take the step; rank 0 draws the noise of the statistics.
 
     Guarantees:
         One step on a Poisson sample of rate q is one Poisson-subsampled Gaussian mechanism with this noise
@@ -55,10 +53,11 @@ class GaussianMechanism:
     name = "gaussian"
     """Of :data:`opacus_ac.accounting.events.MECHANISMS`: what is charged."""
 
+    of_one_process = ("stream", "statistics_stream")
+
     def __init__(self, noise_multiplier: float, stream: RandomStream) -> None:
         self.noise_multiplier = noise_multiplier
         self.stream = stream
-        self.reducer: Reducer = LOCAL
         # A stream of their own: runs with the same test seed share the gradient's noise whatever else they release.
         self._statistics_stream = stream.fork(2)
 
@@ -134,15 +133,36 @@ class GaussianMechanism:
         """Return the noise of one release, for a reducer to add."""
         return GradientNoise(self, list(parameters), std, scale)
 
-    def release_statistics(self, statistics: StepStatistics, expected_batch_size: float) -> Decoded:
-        """Noise the statistics and return histogram, mean loss and mean profile."""
+    def release_statistics(
+        self, statistics: StepStatistics, expected_batch_size: float, reducer: Reducer = LOCAL
+    ) -> Decoded:
+        """Noise the statistics and return histogram, mean loss and mean profile.
+
+        Args:
+            statistics: the sums of all processes.
+            expected_batch_size: public denominator of the means.
+            reducer: the processes that take the step; rank 0 draws the noise, and all have its values.
+        """
         std = self.gradient_multiplier(statistics)
         vector = statistics.vector()
-        if std > 0 and vector.size and self.reducer.rank == 0:
+        if std > 0 and vector.size and reducer.rank == 0:
             vector = vector + std * self._statistics_stream.normal(vector.size).numpy()
         if vector.size:
-            vector = self.reducer.agree(vector)
+            vector = reducer.agree(vector)
         return statistics.decode(vector, std, expected_batch_size)
+
+    def public_settings(self) -> dict[str, Any]:
+        """Return the noise multiplier."""
+        return {"noise_multiplier": self._noise_multiplier}
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the report must know."""
+        found = []
+        if not self.stream.secret:
+            found.append("the noise comes from a seeded generator: whoever knows the seed can remove it")
+        if self._noise_multiplier == 0:
+            found.append("the noise multiplier is 0: nothing is protected")
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return noise multiplier and, for seeded test streams only, their states."""
@@ -151,6 +171,11 @@ class GaussianMechanism:
             "stream": self.stream.state_dict(),
             "statistics_stream": self._statistics_stream.state_dict(),
         }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` unless the noise multiplier is one; streams are not looked into."""
+        not_negative(noise_multiplier=state["noise_multiplier"])
+        _ = state["stream"], state["statistics_stream"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""

@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from opacus_ac._validate import not_negative
-from opacus_ac.release.values import Decoded, FloatArray, NoisyHistogram, NoisyProfile, NormWindow
+from opacus_ac.protocols.part import Part
+from opacus_ac.release.values import Decoded, FloatArray, NoisyHistogram, NoisyProfile, NormWindow, StepRelease
 
 DEFAULT_WEIGHT = math.sqrt(0.0412)
+"""Weight of a statistic that leaves 98 % of the noise multiplier to the gradient."""
 SMALLEST_WEIGHT = 0.02
 WANTED_ERROR = 0.05
 """Std of the released clip rate of one step that is precise enough: the policies average over 10 steps and more."""
-"""Weight of a statistic that leaves 98 % of the noise multiplier to the gradient."""
 
 
 def energy_profiles(squares: FloatArray) -> FloatArray:
@@ -60,7 +61,7 @@ def default_histogram_weight(noise_multiplier: float, expected_batch_size: float
     return min(max(wanted / math.sqrt(max(1 - wanted**2, 0.5)), SMALLEST_WEIGHT), DEFAULT_WEIGHT)
 
 
-class StepStatistics:
+class StepStatistics(Part):
     """Sums over the records of one logical batch of what is released beside the gradient.
 
     Args:
@@ -110,6 +111,11 @@ class StepStatistics:
     def sensitivity(self) -> float:
         """Joint L2 sensitivity ``sqrt(1 + a^2 + b^2 + c^2)`` in units of C, gradient included."""
         return math.sqrt(1 + self.histogram_weight**2 + self.loss_weight**2 + self.group_weight**2)
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether :meth:`observe` needs the losses of the records."""
+        return self.loss_bound is not None
 
     def begin(self, bound: float, gradient_share: Callable[[FloatArray], FloatArray]) -> None:
         """Start a logical batch at clipping norm ``bound``.
@@ -191,6 +197,11 @@ class StepStatistics:
         counts, self._loss_sum, profile = sums
         self._counts, self._profile_sum = counts.copy(), profile.copy()
 
+    @property
+    def tally_size(self) -> int:
+        """Number of integers in :meth:`tally`."""
+        return self.bins + 3
+
     def tally(self) -> npt.NDArray[np.int64]:
         """Return the sums of this process as integers ``[bins + 3]``: counts, and the bits of the loss sum. Private."""
         if self.groups:
@@ -235,12 +246,51 @@ class StepStatistics:
             profile = NoisyProfile(noisy[-self.groups :] / unit, std / unit)
         return Decoded(histogram, loss, profile)
 
+    def published(self, release: StepRelease) -> FloatArray:
+        """Return the noised vector that a release shows, as :meth:`vector` has it: what :meth:`decode` was made from.
+
+        In its units a record adds at most ``sqrt(a^2 + b^2 + c^2)``.
+        """
+        parts = [np.zeros(0)]
+        if release.histogram is not None:
+            parts.append(np.asarray(release.histogram.counts * release.histogram_weights))
+        if release.loss is not None and self.loss_bound is not None:
+            parts.append(np.array([release.loss * release.expected_batch_size / self.loss_bound * self.loss_weight]))
+        if release.profile is not None:
+            parts.append(np.asarray(release.profile.energies * release.expected_batch_size * self.group_weight))
+        return np.concatenate(parts)
+
     def finish(self) -> None:
         """Forget the sums of the logical batch."""
         self._window = None
 
-    def configuration(self) -> dict[str, Any]:
-        """Return the public settings, for reports and checkpoints."""
+    def released(self) -> list[str]:
+        """Return in words what every step releases beside the sum of gradients."""
+        found = []
+        if self.histogram:
+            found.append(f"a histogram of gradient norms (weight a = {self.histogram_weight:.3f})")
+        if self.loss_bound is not None:
+            weight = f"weight b = {self.loss_weight:.3f}"
+            found.append(f"the mean loss, each record's clipped to {self.loss_bound:g} ({weight})")
+        if self.groups:
+            weight = f"weight c = {self.group_weight:.3f}"
+            found.append(f"the mean profile of gradient energy over {self.groups} groups of parameters ({weight})")
+        return found
+
+    def public_settings(self) -> dict[str, Any]:
+        """Return what is released, with its weights."""
+        return {"statistics": self.state_dict()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` when ``state`` is of a run that released something else."""
+        if state != self.state_dict():
+            raise ValueError(
+                f"the state was written with other statistics ({state}) than this optimizer's ({self.state_dict()}): "
+                "build it with the same settings"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the public settings; an entry that is new stands there only where it is used."""
         return {
             "histogram": self.histogram,
             "histogram_weight": self.histogram_weight,

@@ -40,6 +40,12 @@ class StepRelease:
     histogram: NoisyHistogram | None
     profile: NoisyProfile | None = None
 
+    @property
+    def histogram_weights(self) -> FloatArray:
+        """Weight of each entry of the histogram, which the release shows, because the noise was divided by it."""
+        assert self.histogram is not None
+        return np.asarray(self.gradient_noise_multiplier / np.sqrt(self.histogram.variances))
+
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -131,7 +137,7 @@ class NoisyProfile:
 
 
 class Decoded(NamedTuple):
-    """What the noised statistics of a step say; None for what was not released."""
+    """What the noised statistics of a step say, as fields of :class:`StepRelease`; None for what was not released."""
 
     histogram: NoisyHistogram | None
     loss: float | None

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from opacus_ac.accounting import Event, ShuffledEpochs
+from opacus_ac.protocols.part import Part
 from opacus_ac.sampling.delivery import RECOGNITION, Delivery, Draw, Sight, content_of, unknown
 from opacus_ac.sampling.passes import Pass, Worker
 
@@ -83,7 +84,7 @@ class BatchSizes:
         return self.expected(step) / self.dataset_size
 
 
-class SamplingPlan:
+class SamplingPlan(Part):
     """Connects sampler, loader and optimizer: the draw of the current batch, and the cost of its step.
 
     Args:
@@ -288,9 +289,24 @@ class SamplingPlan:
             return Event(noise_multiplier, sample_rate, self.sampling, *sizes)
         return Event(noise_multiplier, sample_rate, self.sampling)
 
+    def public_settings(self) -> dict[str, Any]:
+        """Return how batches are drawn, and from how many records."""
+        return {
+            "sampling": self.sampling,
+            "dataset_size": self.sizes.dataset_size,
+            "expected_batch_size": self.sizes.expected(0),
+            "max_batch_size": self.max_batch_size,
+            "max_rows_per_user": self.max_rows_per_user,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return the public counters."""
         return {"step": self.step, "passes": self.passes, "epochs": self._epochs.state_dict()}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ``ValueError`` unless ``state`` has the counters of a plan."""
+        int(state["step"]), int(state["passes"])
+        ShuffledEpochs().load_state_dict(state["epochs"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting from ``state``."""

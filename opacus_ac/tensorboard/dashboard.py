@@ -129,7 +129,7 @@ class PrivacyDashboard:
     ) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of steps >= 1, got {every!r}")
-        if engine._optimizer is not optimizer or optimizer is None:
+        if not engine.accounts_for(optimizer):
             raise ValueError(
                 "this engine does not account for this optimizer: pass the engine and the optimizer that its last "
                 "make_private returned"

@@ -80,20 +80,19 @@ class Course:
             **self.coordinates.state_dict(),
         }
 
-    def check_state(self, state: dict[str, Any] | None) -> None:
+    def check_state(self, state: dict[str, Any]) -> None:
         """Check that ``state`` is that of a zeroth-order run with these settings and tensors.
 
         Raises:
             ValueError: If it is not.
         """
-        if state is None:
-            raise ValueError("the state was not written by a zeroth-order run: build the optimizer as it was then")
         settings = {**ADDED_SETTINGS, **state["settings"]}
         if settings != self.settings.configuration():
             changed = [k for k, v in self.settings.configuration().items() if settings.get(k) != v]
             raise ValueError(
                 f"the state was written with other zeroth-order settings ({', '.join(changed)}): use the same settings"
             )
+        _ = int(state["direction_seed"]), state["stage"]
         self.coordinates.check_state({"indices": state["indices"], "anchor": state["anchor"]})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.grad_sample.alone.outputs import OutputsAlone
 from opacus_ac.noise.streams import RandomStream
 from opacus_ac.optimizer.measurement import Measurement
-from opacus_ac.optimizer.state import Part
+from opacus_ac.protocols.part import Part
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
 from opacus_ac.sampling.delivery import Delivery
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from opacus_ac.optimizer.private_side import PrivateSide
 
 
-class DirectionalMeasurement(Measurement):
+class DirectionalMeasurement(Measurement, Part):
     """Has a closure compute the losses of the records along the directions of a step.
 
     The parameters of the step are the K coefficients of its directions, and what a record adds to their "gradient" are the
@@ -55,8 +55,7 @@ class DirectionalMeasurement(Measurement):
         "the closure returned another number of losses than the loader's batch has records: return one loss for every "
         "record of the batch, and split batches with max_physical_batch_size only"
     )
-    by_parameter: ClassVar[tuple[str, ...]] = ("indices", "anchor")
-    """Entries of the state that have a tensor, or None, for each trained parameter."""
+    by_parameter = ("indices", "anchor")
 
     def __init__(self, course: Course, coefficients: nn.Parameter, plan: SamplingPlan | None, single: bool) -> None:
         settings, module = course.settings, course.module
@@ -213,13 +212,13 @@ class DirectionalMeasurement(Measurement):
 
     def public_settings(self) -> dict[str, Any]:
         """Return the public settings of directions, stages and pruning, for ledger and checkpoint."""
-        return self.course.settings.configuration()
+        return {"zeroth_order": self.course.settings.configuration()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, seed, stage, mask and anchor."""
         return self.course.state_dict()
 
-    def check_state(self, state: dict[str, Any] | None) -> None:
+    def check_state(self, state: dict[str, Any]) -> None:
         """Check that ``state`` is that of a zeroth-order run with these settings and tensors.
 
         Raises:

@@ -375,7 +375,7 @@ def test_a_state_of_another_allocation_is_refused(other):
 @pytest.mark.parametrize("other", [HISTORY, NoiseAllocation("paid", statistic_weight=0.4)])
 def test_a_state_with_another_release_is_refused(other):
     state = make(PAID)[1].state_dict()
-    with pytest.raises(ValueError, match="another statistics"):
+    with pytest.raises(ValueError, match="other statistics"):
         make(other)[1].load_state_dict(state)
 
 

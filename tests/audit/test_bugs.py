@@ -179,7 +179,7 @@ def test_clipping_norm_from_raw_norms_under_a_private_name(monkeypatch):
 
 
 def test_statistics_without_noise(monkeypatch):
-    def bare(self, statistics, size):
+    def bare(self, statistics, size, *ranks):
         return statistics.decode(statistics.vector(), self.gradient_multiplier(statistics), size)
 
     monkeypatch.setattr(GaussianMechanism, "release_statistics", bare)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from distributed_cases import difference
 from distributed_launch import run
 from helpers import classifier, dataset, loss_of
@@ -16,7 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
-from opacus_ac.checkpoint.many_processes import _read_text
+from opacus_ac.checkpoint.file import digest
+from opacus_ac.checkpoint.many_processes import _read_text, _tensors
+from opacus_ac.zeroth_order import Pruning, Stages, ZerothOrderSettings
 
 SAVES = ["2:save_fsdp", "2:save_ddp"]
 RESUMES = ["1:resume_ddp", "2:resume_fsdp", "2:resume_fsdp_of_ddp", "3:resume_fsdp", "3:resume_ddp"]
@@ -47,14 +51,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(results, case):
 def made(model: nn.Module | None = None, ledger: Path | None = None, **options: Any) -> tuple[Any, ...]:
     model = classifier() if model is None else model
     engine = PrivacyEngine(ledger=ledger, accountant=options.pop("accountant", "vrdp"))
+    inner = options.pop("inner", torch.optim.AdamW)
     arguments = {"noise_multiplier": 1.0, "noise_generator": torch.Generator().manual_seed(2), **options}
     private = engine.make_private(
         module=model,
-        optimizer=torch.optim.AdamW(model.parameters()),
+        optimizer=inner(model.parameters(), lr=1e-3),
         data_loader=DataLoader(dataset(), batch_size=16),
         **arguments,
     )
     return engine, *private
+
+
+def losses_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    inputs, targets = batch
+    return nn.functional.cross_entropy(model(inputs), targets, reduction="none")
 
 
 def trained(folder: Path, **options: Any) -> tuple[Any, ...]:
@@ -70,7 +80,7 @@ def trained(folder: Path, **options: Any) -> tuple[Any, ...]:
 def test_a_checkpoint_is_one_text_and_tensors_and_holds_no_stream(tmp_path):
     engine, _, optimizer, _ = trained(tmp_path / "run")
     saved = _read_text(tmp_path / "run")
-    assert saved["version"] == 1
+    assert saved["version"] == 2
     assert saved["step"]["mechanism"] == {"noise_multiplier": 1.0, "stream": {}, "statistics_stream": {}}
     assert saved["step"]["policy"]["bound"] == optimizer.max_grad_norm
     assert saved["accountant"]["history"] == engine.accountant.history
@@ -134,6 +144,8 @@ def test_folders_and_optimizers_that_do_not_fit_are_refused(tmp_path):
             other.save_checkpoint(path=tmp_path / "other", folder=True, **{**run, **changed})
         with pytest.raises(ValueError, match=r"not the one that this engine made private last"):
             other.load_checkpoint(path=tmp_path / "run", **{**run, **changed})
+    with pytest.raises(ValueError, match=r"trains parameters that are not in this model"):
+        engine.save_checkpoint(path=tmp_path / "other", folder=True, module=classifier(), optimizer=optimizer)
     assert not (tmp_path / "other").exists()
 
 
@@ -169,10 +181,78 @@ def test_what_cannot_be_read_from_a_folder_is_refused_and_nothing_is_loaded(tmp_
     assert optimizer.steps_taken == len(engine.accountant) == 0
 
 
+def as_version_1(folder: Path, model: nn.Module, optimizer: Any) -> Path:
+    """Write what a folder holds as the first version of this package did, under another name."""
+    saved = _read_text(folder)
+    names = saved.pop("trained")
+    step, tensors = saved["step"], {}
+    if step["ema"] is not None:
+        step["ema"] = step["ema"]["updates"]
+        tensors["ema"] = dict(zip(names, optimizer.ema.average, strict=True))
+    if "zeroth_order" in step:
+        step["zeroth_order"] |= {"indices": None, "anchor": None, "trained": names}
+        kept = optimizer.coordinates.state_dict()
+        tensors["zeroth_order"] = {
+            f"{kind}.{name}": tensor
+            for kind, values in kept.items()
+            for name, tensor in zip(names, values or [None] * len(names), strict=True)
+            if tensor is not None
+        }
+    text = json.dumps({**saved, "version": 1})
+    state = {**_tensors(model, optimizer), **tensors, "privacy": text}
+    dcp.save(state, checkpoint_id=folder.parent / "old")
+    return folder.parent / "old"
+
+
+STAGES = ZerothOrderSettings(
+    num_directions=3, pruning=Pruning(ratio=0.5, score="magnitude"), stages=Stages(first=2, proximal=0.1)
+)
+OF_VERSION_1 = {
+    "gradients": {},
+    "no average": {"ema_decay": None, "lr_control": False},
+    "forward only": {"zeroth_order": STAGES, "clip_policy": "fixed", "inner": torch.optim.SGD},
+    "forward only, all coordinates": {"zeroth_order": ZerothOrderSettings(ema_decay=0.9), "clip_policy": "fixed"},
+}
+
+
+@pytest.mark.parametrize("run", OF_VERSION_1)
+def test_a_folder_of_version_1_is_read(tmp_path, run):
+    engine, model, optimizer, loader = made(**OF_VERSION_1[run])
+    for batch in loader:
+        optimizer.zero_grad()
+        losses = partial(losses_of, model, batch)
+        if optimizer.forward_only:
+            optimizer.step(losses)
+        else:
+            losses().mean().backward()
+            optimizer.step()
+    engine.save_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer, folder=True)
+    other, copy, resumed, _ = made(classifier(seed=9), **OF_VERSION_1[run])
+    other.load_checkpoint(path=as_version_1(tmp_path / "run", model, optimizer), module=copy, optimizer=resumed)
+    assert difference(dict(copy.named_parameters()), dict(model.named_parameters())) == 0
+    assert other.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+    of_streams = {"stream", "statistics_stream"}
+    mine, theirs = ({**o.state_dict()["opacus_ac"]} for o in (resumed, optimizer))
+    for state in (mine, theirs):
+        state["mechanism"] = {k: v for k, v in state["mechanism"].items() if k not in of_streams}
+    assert digest(mine) == digest(theirs)
+
+
+def test_a_folder_of_version_1_with_other_trained_weights_is_refused(tmp_path):
+    _, model, optimizer, _ = trained(tmp_path / "run")
+    old = as_version_1(tmp_path / "run", model, optimizer)
+    partly = classifier()
+    partly[0].requires_grad_(False)
+    engine, _, frozen, _ = made(partly)
+    with pytest.raises(ValueError, match=r"trained other parameters \(4, this one 2\)"):
+        engine.load_checkpoint(path=old, module=partly, optimizer=frozen)
+    assert frozen.steps_taken == 0
+
+
 def test_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("opacus_ac.checkpoint.many_processes.VERSION", 2)
+    monkeypatch.setattr("opacus_ac.checkpoint.many_processes.VERSION", 3)
     trained(tmp_path / "run")
     monkeypatch.undo()
     engine, model, optimizer, _ = made()
-    with pytest.raises(ValueError, match=r"version 2 of the checkpoint, this package reads 1"):
+    with pytest.raises(ValueError, match=r"version 3 of the checkpoint, this package reads 1 and 2"):
         engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)

@@ -294,7 +294,7 @@ fault(
 
 
 def _raw_statistics(original: Any) -> Any:
-    def release_statistics(self: Any, statistics: Any, size: float) -> Any:
+    def release_statistics(self: Any, statistics: Any, size: float, *ranks: Any) -> Any:
         return statistics.decode(statistics.vector(), self.gradient_multiplier(statistics), size)
 
     return release_statistics

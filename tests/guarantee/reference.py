@@ -516,14 +516,14 @@ def _watch_noise(reference: Reference, original: Any) -> Any:
 
 
 def _watch_statistics(reference: Reference, original: Any) -> Any:
-    def release_statistics(self: Any, statistics: Any, expected_batch_size: float) -> Any:
+    def release_statistics(self: Any, statistics: Any, expected_batch_size: float, *ranks: Any) -> Any:
         reference.statistics(self, statistics, self.gradient_multiplier(statistics))
         fail(reference, "in statistics")
         place = len(reference.releases) - 1
         if reference.frozen is not None:
             return reference.frozen.decoded[place]
         with _noise_of_statistics(reference, statistics):
-            decoded = original(self, statistics, expected_batch_size)
+            decoded = original(self, statistics, expected_batch_size, *ranks)
         reference.decoded += [None] * (place - len(reference.decoded)) + [decoded]
         return decoded
 

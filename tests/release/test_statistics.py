@@ -1,6 +1,7 @@
 """The norm histogram and noisy loss: unbiased, aligned on the global grid, and refused when ill-posed."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.noise import SeededStream
 from opacus_ac.release import GaussianMechanism, NormWindow, StepStatistics, default_histogram_weight
 from opacus_ac.release.statistics import DEFAULT_WEIGHT, SMALLEST_WEIGHT, WANTED_ERROR, energy_profiles
-from opacus_ac.release.values import GRID_RATIO, monotone
+from opacus_ac.release.values import GRID_RATIO, Decoded, StepRelease, monotone
 
 
 def clipped_share(ratio):
@@ -195,3 +196,34 @@ def test_a_run_is_given_the_weight_that_its_batch_needs():
             data_loader=loader(4096, size), noise_multiplier=1.0,
         )  # fmt: skip
         assert optimizer.statistics.histogram_weight == wanted
+
+
+PUBLISHED = {
+    "histogram": {},
+    "histogram and loss": {"loss_bound": 5.0},
+    "all": {"loss_bound": 5.0, "groups": 3, "bins": 7},
+    "loss": {"histogram": False, "loss_bound": 5.0},
+    "nothing": {"histogram": False},
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED)
+def test_a_release_shows_the_vector_that_it_was_decoded_from(case):
+    """So that an audit reads from a release what a record did to each entry; entries with infinite noise aside."""
+    statistics = StepStatistics(**PUBLISHED[case])
+    statistics.begin(1.0, clipped_share)
+    squares = np.ones((3, statistics.groups)) if statistics.groups else None
+    statistics.observe(np.array([0.1, 2.0, 9.0]), np.array([1.0, 2.0, 7.0]), squares)
+    noisy = statistics.vector() + np.linspace(-1, 1, statistics.vector().size)
+    decoded = statistics.decode(noisy, 0.8, 16.0)
+    release = StepRelease(1, 1.0, 0.7, 0.8, 0.25, 16.0, None, lr_multiplier=1.0, **decoded._asdict())
+    np.testing.assert_allclose(statistics.published(release), noisy, rtol=1e-12)
+
+
+def test_what_statistics_say_are_fields_of_a_release():
+    assert set(Decoded._fields) <= {field.name for field in fields(StepRelease)}
+
+
+def test_every_statistic_is_named_in_the_report():
+    named = {case: len(StepStatistics(**options).released()) for case, options in PUBLISHED.items()}
+    assert named == {"histogram": 1, "histogram and loss": 2, "all": 3, "loss": 1, "nothing": 0}

@@ -69,7 +69,6 @@ def exchanges(model: nn.Module) -> list[tuple[str, int, bool]]:
         optimizer.reducer.gather, optimizer.reducer.agree = (
             getattr(optimizer.reducer.group, name) for name in ("gather", "agree")
         )
-        optimizer.mechanism.reducer = optimizer.reducer
         steps(model, optimizer, loader, DRAWS[:1])
         log.clear()
         steps(model, optimizer, loader, DRAWS[3:4])

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from opacus_ac.engine.parts import public_settings
 from opacus_ac.integrations.trainer import checkpoint as trainer_checkpoint
 from opacus_ac.integrations.trainer.prepared import PreparedTrainer
 from opacus_ac.integrations.trainer.released import ReleasedLog
+from opacus_ac.optimizer.state import public_settings
 
 PRIVACY_REPORT = "privacy_report.json"
 
@@ -65,9 +65,8 @@ class SavingTrainer(PreparedTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the weights after a check that the folder is one whole checkpoint of this run."""
-        optimizer, loader = self._make_private()
-        settings = public_settings(optimizer, loader.plan)
-        trainer_checkpoint.verify(self.engine, Path(resume_from_checkpoint), settings)
+        optimizer, _ = self._make_private()
+        trainer_checkpoint.verify(self.engine, Path(resume_from_checkpoint), public_settings(optimizer))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
