@@ -1,6 +1,6 @@
-"""Per-sample gradients: rules per layer family, their registry, and the check that they are exact.
+"""Per-sample gradients: rules for kinds of layers, their registry, and checks that the gradients are exact.
 
-Importing registers nothing; ``register_rules(model)`` does.
+Importing this package registers no rule. ``register_rules(model)`` does.
 """
 
 from opacus_ac.grad_sample.broadcast import expand_broadcast_embeddings

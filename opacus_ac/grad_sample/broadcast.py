@@ -1,7 +1,7 @@
-"""Position ids that stand for the whole batch.
+"""Position embeddings that are looked up once for the whole batch.
 
-GPT-2 and BERT look positions up once, with ids ``[1, T]``, and let the sum with the word embeddings broadcast. The
-gradient at that lookup is already summed over the batch, so a per-sample rule would take a batch for one record.
+GPT-2 and BERT look up positions once, with ids ``[1, T]``, and broadcast the result when they add it to the word
+embeddings. The gradient at that lookup is already summed over the batch, so a rule would take the batch for one record.
 Expanding the ids to ``[B, T]`` changes no value and keeps the records apart.
 """
 
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Tensors with at least one dimension, in the order of the arguments."""
+    """Return the tensors with at least one dimension, in the order of the arguments."""
     if isinstance(value, Tensor):
         return [value] if value.dim() else []
     if isinstance(value, Mapping):
@@ -27,7 +27,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class BroadcastHandle:
-    """Holds the hooks of :func:`expand_broadcast_embeddings`; ``remove()`` takes them off. A context manager too."""
+    """Holds the hooks of :func:`expand_broadcast_embeddings`. It is also a context manager that removes them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._running: list[torch.Size] = []
@@ -36,14 +36,14 @@ class BroadcastHandle:
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         self._known = {id(m) for m in embeddings}
         self._hooks: list[RemovableHandle] = [
-            # First in, last out: whatever else a hook of the model raises, the batch is noted and forgotten.
+            # First in, last out: the batch is noted and forgotten even if another hook of the model raises.
             model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._leave, always_call=True),
             *(m.register_forward_pre_hook(self._expand) for m in embeddings),
         ]
 
     def remove(self) -> None:
-        """Take all hooks off; doing so twice is harmless."""
+        """Remove all hooks. A second call does nothing."""
         while self._hooks:
             self._hooks.pop().remove()
         self._running.clear()
@@ -66,12 +66,12 @@ class BroadcastHandle:
     def _batch(self) -> torch.Size | None:
         if self._running:
             return self._running[-1]
-        # No forward is running, but a backward is: this call is a recomputation of a checkpointed block.
+        # A backward pass is running and no forward pass, so this call recomputes a checkpointed block.
         return self._last if torch._C._current_graph_task_id() != -1 else None
 
     def _expand(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         shape = self._batch()
-        # Opacus's functorch path runs copies of a module, which carry its hooks, on single records.
+        # Opacus's functorch path runs copies of a module on single records, and copies have its hooks.
         if not shape or id(module) not in self._known or not module.training or not torch.is_grad_enabled():
             return None
         if not args or not isinstance(args[0], Tensor) or not any(p.requires_grad for p in module.parameters()):
@@ -84,7 +84,7 @@ class BroadcastHandle:
         return (ids.expand(batch, *ids.shape[1:]).contiguous(), *args[1:])
 
     def _is_positions(self, module: nn.Module, ids: Tensor, shape: torch.Size) -> bool:
-        """Whether one-dimensional ids count positions (all records share them) or records (one id each)."""
+        """Say whether one-dimensional ids are positions, which all records share. Otherwise each record has one id."""
         if ids.shape[0] != shape[0]:
             self._positional[id(module)] = True
         elif ids.shape[0] not in shape[1:]:
@@ -93,18 +93,18 @@ class BroadcastHandle:
             if ids.shape[0] == 1 or not bool((ids.diff() == 1).all()):
                 return False
             raise ValueError(
-                f"{type(module).__name__}: the batch size equals the sequence length ({ids.shape[0]}), so that ids of "
-                "one dimension may be positions or records; pass ids of shape [B, T]"
+                f"{type(module).__name__}: the batch size equals the sequence length ({ids.shape[0]}), so ids of one "
+                "dimension may be positions or records: pass ids of shape [B, T]"
             )
         return self._positional[id(module)]
 
 
 def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
-    """Make embeddings that are looked up once for the whole batch look up once per record.
+    """Make embeddings that a model looks up once per batch look up once per record.
 
-    A hook on ``model`` notes the batch size B, the first dimension of its first tensor argument. Hooks on trainable
-    embeddings expand ids ``[1, ...]`` to ``[B, ...]`` and positions ``[T]`` to ``[B, T]``, in training mode with
-    gradients enabled only. Ids whose first dimension is neither 1 nor B are left alone.
+    A hook on ``model`` notes the batch size B, which is the first dimension of its first tensor argument. Hooks on
+    trainable embeddings expand ids ``[1, ...]`` to ``[B, ...]`` and positions ``[T]`` to ``[B, T]``. They do so only in
+    training mode with gradients enabled. Ids whose first dimension is neither 1 nor B stay as they are.
 
     Args:
         model: the model that is called; for a wrapped model, the inner one.
@@ -113,12 +113,12 @@ def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
         A handle with ``remove()``.
 
     Guarantees:
-        Ids ``[1, ...]``: values are unchanged and the leading 1 of the output becomes B. Positions ``[T]``: the
-        output ``[T, D]`` becomes ``[B, T, D]``, which broadcasts alike where it is added to ``[B, T, D]``. The batch
-        size is forgotten when the forward ends, also by an exception, and nested calls keep their own.
+        For ids ``[1, ...]``, values are unchanged, and the leading 1 of the output becomes B. For positions ``[T]``,
+        the output ``[T, D]`` becomes ``[B, T, D]``, which gives the same sum with another ``[B, T, D]``. The batch size
+        is forgotten when the forward pass ends, even by an exception. Nested calls each have their own batch size.
 
     Raises:
-        ValueError: (in the forward) one-dimensional consecutive ids as long as both the batch and the sequence, which
-            could be either, before another batch has settled it.
+        ValueError: In the forward pass, if consecutive one-dimensional ids are as many as both the records and the
+            positions of the batch, and no earlier batch has shown which of them they count.
     """
     return BroadcastHandle(model)

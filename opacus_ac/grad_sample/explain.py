@@ -1,4 +1,4 @@
-"""A readable answer to: how does each parameter get its per-sample gradients, and at what price?"""
+"""A readable table: how each parameter gets its per-sample gradients, and at what cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opacus_ac.grad_sample.one_backward.outer_products import keeps
 from opacus_ac.grad_sample.registry import OWN_RULES, GradSampler, UserRule, hooked_modules, sampler_of
 from opacus_ac.grad_sample.rules.bitlinear import QuantizedInputs
 
-_BYTES = 4  # records are held in float32
+_BYTES = 4  # values of records are kept in float32
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class RuleRow:
     """How one trainable parameter gets its per-sample gradients.
 
     Attributes:
-        parameter: its name; a tied parameter goes by its first one.
+        parameter: name of the parameter; of a tied parameter its first name.
         module: path of the module that holds it under that name.
         type: type of that module.
-        rule: the rule that is applied, and who wrote it.
-        route: where the norm comes from in mode "bk": ``gram`` matrices of input and output gradient, the gradient
-            that is ``kept`` because it is smaller, a ``lookup`` (both where weights are tied), materialised ``rows``,
-            or a ``replay`` of the module. In Opacus's modes always ``rows``. ``refused`` where ``make_private`` would
-            raise.
+        rule: the rule for it, and who wrote the rule.
+        route: how mode "bk" computes the norm. ``gram``: from Gram matrices of input and output gradient. ``kept``:
+            from the gradient itself, which is smaller than these. ``lookup``: from an embedding's ids; several routes
+            are joined by + for tied weights. ``rows``: from gradients per record. ``replay``: from a second run of the
+            module. Opacus's modes always have ``rows``. ``refused``: ``make_private`` would raise.
         cost: multiplications for the norm beyond ordinary training, as a share of those of the layer's forward and
-            backward pass; None where that is not known.
-        memory: bytes that one record holds until the step.
-        note: what else there is to say; for ``refused`` the reason and the remedy.
+            backward pass; None if that is unknown.
+        memory: bytes per record that are kept until the step.
+        note: further remarks; for ``refused`` the reason and the remedy.
     """
 
     parameter: str
@@ -50,7 +50,7 @@ class RuleRow:
         return f"{self.parameter}: {self.rule}, {self.route}{note}"
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text."""
+        """Return the row as text, one string per column."""
         cost = "?" if self.cost is None else f"{self.cost:.1%}"
         memory = f"{self.memory / 1024:,.1f}"
         return (self.parameter, self.module, self.type, self.rule, self.route, cost, memory, self.note)
@@ -60,14 +60,14 @@ _HEADER = ("parameter", "module", "type", "rule", "route", "cost", "KiB/record",
 
 
 class RuleTable(list[RuleRow]):
-    """The rows of ``explain``; printing it prints the table."""
+    """The rows of ``explain``. Printing it prints the table."""
 
     def __str__(self) -> str:
         return format_table(self)
 
 
 def format_table(rows: list[RuleRow]) -> str:
-    """The rows as text with aligned columns, one line each, under a header."""
+    """Return the rows as text with aligned columns, one line each, under a header."""
     cells = [_HEADER, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADER))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
@@ -87,7 +87,7 @@ def _rule_name(module: nn.Module) -> str:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
-    """For each parameter every place that holds it: (its full name there, module path, module)."""
+    """Return for each parameter all places that hold it, as (full name, module path, module)."""
     owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -96,7 +96,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
 
 
 def _handlers(model: nn.Module, mode: str) -> dict[int, tuple[str, nn.Module]]:
-    """For each module the one that answers for its parameters: itself, or the root above it that is run again."""
+    """Return for each module the one that gives its gradients: itself, or the module above it that is run again."""
     handlers: dict[int, tuple[str, nn.Module]] = {}
     modules: Iterator[tuple[str, nn.Module]] = watched_modules(model) if mode == "bk" else hooked_modules(model)
     for path, hooked in modules:
@@ -121,11 +121,11 @@ def _note(model_path: str, root: tuple[str, nn.Module], tied: list[str]) -> str:
 
 @dataclass
 class _Price:
-    """Route, extra multiplications and numbers held of one parameter, for one record of ``length`` positions."""
+    """Route, cost and memory of one parameter, for one record of ``length`` positions."""
 
     length: int
     kinds: dict[str, int]
-    """Which kinds of use it has, and how many."""
+    """Number of uses of the parameter, for each kind of use."""
 
     def __call__(self, parameter: nn.Parameter) -> tuple[str, float | None, int]:
         numel, length = parameter.numel(), self.length
@@ -155,15 +155,15 @@ def _kinds(places: list[tuple[str, str, nn.Module]], handlers: dict[int, tuple[s
 
 
 def explain(model: nn.Module, *, mode: str = "bk", length: int = 128) -> RuleTable:
-    """One row per trainable parameter: which rule computes its per-sample gradients, what that costs, what is refused.
+    """Return a table of the trainable parameters: the rule for each, its cost, and what is refused.
 
     Args:
-        model: any model; call ``register_rules(model)`` first to see what ``make_private`` would use.
+        model: any model. Call ``register_rules(model)`` first to see the rules that ``make_private`` would use.
         mode: ``grad_sample_mode``.
-        length: positions per record, for cost and memory; every module is taken to be used once per place.
+        length: positions per record, for cost and memory. Each place of a module is counted as one use.
 
     Returns:
-        A list of :class:`RuleRow` that prints as a table. A tied parameter has one row, which names the other places.
+        A list of :class:`RuleRow` that prints as a table. A tied parameter has one row, which names its other places.
 
     Example:
         >>> from torch import nn

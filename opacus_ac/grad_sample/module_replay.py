@@ -1,7 +1,7 @@
-"""Calling a module again without its hooks, on its own or on substitute parameters.
+"""Calls a module again without its hooks, with its own parameters or with others.
 
-A rule runs inside a backward hook. Calling the module there would fire the very hooks that called the rule, and the
-hooks of every child; a bare twin shares the tensors and has no hooks.
+A rule runs inside a backward hook. A call of the module there would run the hooks that called the rule, and those of
+every child. A bare twin shares the tensors of the module and has no hooks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def written_type(module: ModuleT) -> type[ModuleT]:
-    """The class of a module as it was written: ``fully_shard`` puts one of its own under it, with the same forward."""
+    """Return the class of a module as it was written. ``fully_shard`` puts a subclass in its place."""
     cls = type(module)
     if cls.__bases__[0] is FSDPModule:
         original: type[ModuleT] = cls.__bases__[1]
@@ -27,7 +27,7 @@ def written_type(module: ModuleT) -> type[ModuleT]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded parameter gathered from all ranks (which all have to ask for it); any other tensor as it is."""
+    """Return a sharded parameter gathered from all ranks, or any other tensor as it is. All ranks must call this."""
     gather = getattr(tensor, "full_tensor", None)
     if gather is None:
         return tensor
@@ -37,10 +37,12 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def bare_twin(module: ModuleT, _seen: dict[int, nn.Module] | None = None) -> ModuleT:
-    """A shallow copy of ``module`` and its children: same parameters (gathered, where sharded) and buffers, no hooks.
+    """Return a shallow copy of ``module`` and its children, with the same parameters and buffers and without hooks.
+
+    Sharded parameters are gathered.
 
     Guarantees:
-        Replacing an entry of the twin's parameters, buffers or attributes leaves ``module`` as it was.
+        Replacing a parameter, a buffer or an attribute of the twin leaves ``module`` as it was.
     """
     seen: dict[int, nn.Module] = {} if _seen is None else _seen
     known = seen.get(id(module))
@@ -61,7 +63,7 @@ def bare_twin(module: ModuleT, _seen: dict[int, nn.Module] | None = None) -> Mod
 
 
 def map_tensors(twin: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Replace every parameter and buffer of a bare twin by ``change`` of it; tied tensors stay tied."""
+    """Replace every parameter and buffer of a bare twin by the result of ``change``. Tied tensors stay tied."""
     new: dict[int, Tensor] = {}
 
     def changed(tensor: Tensor) -> Tensor:
@@ -79,19 +81,19 @@ def map_tensors(twin: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def call_forward(module: nn.Module, *inputs: Any) -> Any:
-    """``forward`` as the class defines it, on a twin without hooks; tensors are shared with ``module``."""
+    """Call the ``forward`` of the class on a twin without hooks, which shares its tensors with ``module``."""
     return written_type(module).forward(bare_twin(module), *inputs)
 
 
 def call_with(module: nn.Module, parameters: dict[str, Tensor], *inputs: Any) -> Any:
-    """As :func:`call_forward`, with some of the module's own parameters replaced for this call."""
+    """Do the same as :func:`call_forward`, with some of the module's own parameters replaced for this call."""
     twin = bare_twin(module)
-    # Not nn.Parameter: a plain tensor is enough for forward, and may require grad or not.
+    # A plain tensor is enough for forward, and may require a gradient or not.
     twin._parameters.update(parameters)  # type: ignore[arg-type]
     return written_type(module).forward(twin, *inputs)
 
 
 def to_double(tensor: Tensor) -> Tensor:
-    """A copy in float64 (integers keep their type), on the CPU where the device has no float64."""
+    """Return a copy in float64 (integers keep their type), on the CPU if the device has no float64."""
     device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
     return tensor.to(device, torch.float64, copy=True) if tensor.is_floating_point() else tensor.to(device, copy=True)

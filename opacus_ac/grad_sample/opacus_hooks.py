@@ -1,8 +1,9 @@
-"""Sources of per-sample gradients: what the optimizer asks for norms and clipped sums.
+"""The source of per-sample gradients for Opacus's modes "hooks" and "functorch".
 
-A source answers two questions about the physical batch just run backward: the norm of each record's gradient, and,
-given one factor per record, the weighted sum. It knows nothing of clipping rules, noise or accounting. The source
-here reads the ``grad_sample`` tensors of Opacus's modes "hooks" and "functorch"; :mod:`book_keeping` has the other.
+A source answers two questions of the optimizer about the last physical batch: the norm of each record's gradient and,
+for one factor per record, the weighted sum of the gradients. It knows nothing about clipping rules, noise or
+accounting. The source in this file reads the ``grad_sample`` tensors of Opacus. The source of mode "bk" is in
+:mod:`opacus_ac.grad_sample.one_backward.source`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from opacus_ac.grad_sample.unchanged import Unchanged
 from opacus_ac.grad_sample.user_rows import CountUsers, sum_rows
 
 _SUM_TOLERANCE = 0.01
-"""Bfloat16 autocast stays well below; a use that the hooks miss is far above."""
+"""Relative error of sums above which a parameter is refused. bfloat16 autocast stays well below, a missed use above."""
 
 
 _SMALL = 1e-3
-"""Share of the gradients of all parameters below which one may be nothing but rounding."""
+"""Share of the norm of all gradients below which the gradient of one parameter may be rounding only."""
 
 
 class PerSampleSource:
@@ -34,14 +35,14 @@ class PerSampleSource:
     Args:
         parameters: trainable parameters of the optimizer.
         names: their names, for messages.
-        loss_reduction: "mean" or "sum", as the per-sample gradients were scaled.
-        users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
-        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the
-            others add.
+        loss_reduction: "mean" or "sum": how the loss combines the records.
+        users: counts the users of a batch, if a record is a user with several rows; None if a record is a row.
+        exact_sums: whether sums are computed and kept in float64, so that one more record does not change how the
+            gradients of the others are rounded.
 
     Guarantees:
-        The first time that a parameter gets a gradient, its per-sample gradients must add up to what autograd
-        computed; a weight that is also used behind the hooks' back is found then, and refused.
+        The first time that a parameter gets a gradient, its per-sample gradients must add up to the gradient of
+        autograd. So a weight that is also used where the hooks do not see it is found, and refused.
     """
 
     def __init__(
@@ -66,18 +67,18 @@ class PerSampleSource:
         self._marked: dict[nn.Module, int] = {}
 
     def attach(self, module: nn.Module) -> None:
-        """Note the model whose layers Opacus's hooks keep their inputs on."""
+        """Note the model. Opacus's hooks keep inputs of layers on its modules."""
         self._hooked = list(module.modules())
 
     def mark(self) -> None:
-        """Note which inputs of layers Opacus's hooks keep now."""
+        """Note which inputs of layers Opacus's hooks keep at this moment."""
         self._marked = {module: len(getattr(module, "activations", None) or ()) for module in self._hooked}
 
     def forget_interrupted(self) -> None:
-        """Clear what Opacus's hooks keep of passes up to :meth:`mark` that had no backward pass, or half of one.
+        """Remove inputs that Opacus's hooks keep of passes before :meth:`mark` that had no complete backward pass.
 
-        A complete backward pass leaves nothing. After an interrupted one, the next gradients would get rows of the
-        batch before.
+        A complete backward pass leaves nothing behind. After an interrupted one, the next gradients would get rows of
+        the batch before.
         """
         for module, inputs in self._marked.items():
             if inputs:
@@ -94,26 +95,26 @@ class PerSampleSource:
         self._marked = {}
 
     def _rows(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the gradients of the records ``[B, *shape]`` of ``parameter``, or None when it took no part."""
+        """Return the per-sample gradients ``[B, *shape]`` of ``parameter``; None if it was not used."""
         sample: Any = getattr(parameter, "grad_sample", None)
         if self._users is None or sample is None:
             return torch.cat(sample) if isinstance(sample, list) else sample
         if isinstance(sample, list):
             raise ValueError(
-                "several backward passes went through one batch, so that nothing tells which rows are of one user: "
-                "call backward() once per batch of the private loader"
+                "several backward passes went through one batch, so it is unknown which rows are of one user: call "
+                "backward() once per batch of the private loader"
             )
         users = self._users(sample.shape[0])
         summed = sum_rows(sample, users)
-        # Opacus has multiplied by the number of rows, and the loss is a mean over users.
+        # Opacus has multiplied by the number of rows, although the loss is a mean over users.
         return summed * (users / sample.shape[0]) if self._mean else summed
 
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return the norm by which each record is clipped, ``[B]`` float64; as in :class:`GradientSource`.
+        """Return the norm by which each record is clipped, ``[B]`` float64 (see :class:`GradientSource`).
 
         Raises:
-            ValueError: no parameter has per-sample gradients, a parameter received an ordinary gradient without
-                one, batch sizes differ between parameters, or the gradients were not cleared.
+            ValueError: If no parameter has per-sample gradients, if a parameter has an ordinary gradient only, if batch
+                sizes differ between parameters, or if gradients were not cleared after the last step.
         """
         total: Tensor | None = None
         self._squares, self._deviations, self._used = {}, [], Unchanged()
@@ -125,7 +126,7 @@ class PerSampleSource:
             certificate = of_rows(rows)
             squares, bound = certificate.squares.cpu(), certificate.bounds().square().cpu()
             for record in (squares == 0).nonzero().reshape(-1).tolist():
-                if not bool(rows[record].any()):  # nothing that underflow could have taken
+                if not bool(rows[record].any()):  # all entries are zero, so nothing was lost to underflow
                     bound[record] = 0.0
             self._verify(name, parameter, rows, squares)
             sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
@@ -161,7 +162,7 @@ class PerSampleSource:
         return sample[-1] if isinstance(sample, list) else self._rows(parameter)
 
     def record_gradients(self, record: int) -> Iterator[Tensor | None]:
-        """Yield what a record of the last backward pass adds to each parameter's ordinary gradient."""
+        """Yield the part of each parameter's ordinary gradient that is from one record of the last backward pass."""
         for parameter in self._parameters:
             rows = self._last(parameter)
             yield None if rows is None else rows[record] / (len(rows) if self._mean else 1)
@@ -193,10 +194,13 @@ class PerSampleSource:
         self._deviations.append((name, id(parameter), wrong, scale))
 
     def _judge(self) -> None:
-        """Raise ``ValueError`` where what :meth:`_verify` found is more than rounding.
+        """Refuse a deviation of :meth:`_verify` that is larger than rounding.
 
-        A gradient that is zero in exact arithmetic (key biases of attention, biases before norms) is all rounding,
-        which is small beside the gradients of the other parameters.
+        A gradient that is zero in exact arithmetic (key biases of attention, biases before norms) consists of rounding
+        only, and is small compared with the gradients of the other parameters.
+
+        Raises:
+            ValueError: If the deviation of a parameter is too large.
         """
         deviations, self._deviations = self._deviations, []
         if not deviations:
@@ -214,10 +218,10 @@ class PerSampleSource:
                 self._verified.add(parameter)
 
     def accumulate(self, factors: Tensor) -> None:
-        """Add the weighted sum of the records to each parameter's ``summed_grad``.
+        """Add the weighted sum of the per-sample gradients to each parameter's ``summed_grad``.
 
         Raises:
-            ValueError: per-sample gradients were written to after their norms were taken.
+            ValueError: If per-sample gradients were written after their norms were computed.
         """
         self._used.check()
         kept = factors.nonzero().reshape(-1)
@@ -227,27 +231,27 @@ class PerSampleSource:
             rows = self._rows(parameter)
             if rows is None:
                 continue
-            # Dropped, not multiplied by zero: a record with a non-finite gradient must leave no trace.
+            # Left out, not multiplied by zero, because a record's gradient may have entries that are not finite.
             chosen = rows if everything else rows[kept.to(rows.device)]
             dtype = torch.float64 if self._exact_sums else parameter.dtype
             added = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
             with exact():
                 add_rows(chosen if self._exact_sums else chosen.to(dtype), factors[kept], added, first=True)
             summed = getattr(parameter, "summed_grad", None)
-            # Not in place: what was there before is wanted again where the step fails.
+            # Not in place, because the sum before is needed again if the step fails.
             parameter.summed_grad = added if summed is None else summed + added  # type: ignore[attr-defined]
             sample: Any = parameter.grad_sample  # type: ignore[attr-defined]
             for part in sample if isinstance(sample, list) else [sample]:
                 part._processed = True  # Opacus's mark against using gradients twice
 
     def withdraw(self) -> None:
-        """Take back :meth:`accumulate`."""
+        """Undo :meth:`accumulate`."""
         for parameter, before in zip(self._parameters, self._before, strict=False):
             parameter.summed_grad = before  # type: ignore[attr-defined]
         self._before = []
 
     def settle(self) -> None:
-        """Let go of the sums before: the physical batch is in them for good."""
+        """Forget the sums from before :meth:`accumulate`, which can no longer be undone."""
         self._before = []
 
     @property
@@ -258,7 +262,7 @@ class PerSampleSource:
 
     @property
     def merged_passes(self) -> bool:
-        """Unknown here: Opacus's hooks do not tell."""
+        """False, because Opacus's hooks do not show it."""
         return False
 
     def sums(self, place: Place | None = None) -> list[Tensor | None]:
@@ -266,7 +270,7 @@ class PerSampleSource:
         return [getattr(parameter, "summed_grad", None) for parameter in self._parameters]
 
     def clear(self, *, sums: bool) -> None:
-        """Forget per-sample gradients and ordinary gradients, and with ``sums`` the clipped sums."""
+        """Forget per-sample gradients and ordinary gradients; with ``sums`` also the clipped sums."""
         self._squares, self._before, self._used = {}, [], Unchanged()
         if any(hasattr(parameter, "_current_grad_sample") for parameter in self._parameters):
             self._forget_broken_pass()
@@ -277,7 +281,7 @@ class PerSampleSource:
                 parameter.summed_grad = None  # type: ignore[attr-defined]
 
     def _forget_broken_pass(self) -> None:
-        """Take off what an interrupted backward pass has left: Opacus would add the next one's gradients to it."""
+        """Remove remains of an interrupted backward pass, to which Opacus would add the next gradients."""
         for parameter in self._parameters:
             if hasattr(parameter, "_current_grad_sample"):
                 del parameter._current_grad_sample

@@ -1,4 +1,4 @@
-"""Per-sample gradients by a loop of batch size one: the oracle that everything else is compared with."""
+"""Per-sample gradients from a loop over single records, with which all other ways are compared."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ LossFn = Callable[[Any, Any], Tensor]
 def _batch_size(batch: Any) -> int:
     sizes = {len(rows) for _, rows in named_rows(batch)}
     if len(sizes) != 1:
-        raise ValueError(f"every tensor of the batch must have the records first; found sizes {sorted(sizes)}")
+        raise ValueError(
+            f"the tensors of the batch have first dimensions {sorted(sizes)}: give every tensor the records as its "
+            "first dimension"
+        )
     return sizes.pop()
 
 
 def select_records(batch: Any, index: Tensor) -> Any:
-    """The records ``index`` of a batch: a tensor, or tuples, lists and mappings of tensors, records first."""
+    """Return the records ``index`` of a batch.
+
+    Args:
+        batch: a tensor, or tuples, lists and mappings of tensors, with the records as first dimension.
+        index: numbers of the records, ``[n]``.
+    """
     if isinstance(batch, Tensor):
         return batch[index.to(batch.device)] if batch.dim() else batch
     if isinstance(batch, Mapping):
@@ -35,10 +43,10 @@ def select_records(batch: Any, index: Tensor) -> Any:
 
 
 def trim_padding(batch: Any) -> Any:
-    """Return a batch without the columns that no record of it attends to, as it comes without longer records.
+    """Return a batch without the padding that none of its records needs.
 
-    Columns go where ``attention_mask`` ``[B, T]`` is 0 for all, in every tensor ``[B, T, ...]``, unless there are
-    labels in them.
+    Columns in which ``attention_mask`` ``[B, T]`` is 0 for all records are removed from every tensor ``[B, T, ...]``,
+    unless one of them has a label. So the batch is as the collate function would make it of these records alone.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel():
@@ -55,8 +63,8 @@ def trim_padding(batch: Any) -> Any:
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if any(hasattr(p, "_forward_counter") for p in model.parameters()) or is_captured(model):
         raise ValueError(
-            "the model carries per-sample gradient hooks, which would see these passes: use copy.deepcopy(model) of "
-            "the model before make_private, or call engine.detach(model)"
+            "the model has per-sample gradient hooks, which would see these passes: use a copy.deepcopy of the model "
+            "from before make_private, or call engine.detach(model)"
         )
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -69,22 +77,23 @@ def _gradient(loss: Tensor, params: Mapping[str, nn.Parameter]) -> dict[str, Ten
 
 
 def per_sample_gradients(model: nn.Module, batch: Any, loss_fn: LossFn) -> dict[str, Tensor]:
-    """Per-sample gradients by a loop of batch size one.
+    """Return per-sample gradients from a loop over single records.
 
     Args:
-        model: a model without Opacus's hooks, in the mode it is to be trained in.
-        batch: a tensor, or tuples, lists and mappings of tensors, records first. Other values are passed on.
-        loss_fn: ``loss_fn(model, batch_of_one)`` gives the record's loss, a scalar.
+        model: a model without Opacus's hooks, in the mode (train or eval) in which it will be trained.
+        batch: a tensor, or tuples, lists and mappings of tensors, with the records as first dimension. Other values are
+            passed on as they are.
+        loss_fn: ``loss_fn(model, batch_of_one)`` returns the record's loss, a scalar.
 
     Returns:
-        ``{name: [B, *shape]}`` for every trainable parameter; zeros where a parameter was not used. A tied parameter
+        ``{name: [B, *shape]}`` for every trainable parameter. A parameter that was not used has zeros. A tied parameter
         appears once, under its first name.
 
     Guarantees:
-        ``.grad`` and the training mode are left as they were.
+        ``.grad`` and the training mode stay as they were.
 
     Raises:
-        ValueError: batch sizes disagree, or the model carries Opacus's hooks.
+        ValueError: If first dimensions of the batch differ, or if the model has per-sample gradient hooks.
 
     Example:
         >>> import torch
@@ -103,7 +112,7 @@ def per_sample_gradients(model: nn.Module, batch: Any, loss_fn: LossFn) -> dict[
 
 
 def _norms(value: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """``[B]`` norms in float64, over all parameters where per-sample gradients are given."""
+    """Return the norms ``[B]`` in float64; of per-sample gradients, over all parameters together."""
     if isinstance(value, Tensor):
         return value.detach().double().cpu()
     squares = [g.detach().double().cpu().unsqueeze(-1).flatten(1).pow(2).sum(1) for g in value.values()]
@@ -113,15 +122,15 @@ def _norms(value: Tensor | Mapping[str, Tensor]) -> Tensor:
 def check_norms(
     norms_or_grads: Tensor | Mapping[str, Tensor], expected: Tensor | Mapping[str, Tensor], *, rtol: float = 1e-5
 ) -> None:
-    """Compare the gradient norm of each record, over all parameters, with what it should be.
+    """Check the gradient norm of each record, over all parameters together.
 
     Args:
         norms_or_grads: norms ``[B]``, or per-sample gradients ``{name: [B, *shape]}``.
-        expected: the same, for instance from :func:`per_sample_gradients`.
+        expected: the expected norms or gradients, for instance from :func:`per_sample_gradients`.
         rtol: relative tolerance, per record.
 
     Raises:
-        AssertionError: names the worst record; also where a value is not finite.
+        AssertionError: If a norm differs or is not finite. The message names the record with the largest error.
 
     Example:
         >>> import torch

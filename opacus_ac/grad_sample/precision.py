@@ -1,4 +1,4 @@
-"""The arithmetic that norms and clipped sums are computed in, whatever the program around them asks for."""
+"""Full float32 precision for norms and clipped sums, whatever precision the program has chosen for its model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from typing import Any
 import torch
 
 _FULL = ("none", "ieee")
-"""Settings of torch under which products of float32 matrices have float32's precision."""
+"""Settings of torch under which products of float32 matrices have the precision of float32."""
 
 _FORCED = {
     "cuda": {"NVIDIA_TF32_OVERRIDE": ("", "0")},
     "cpu": {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "strict"), "DNNL_DEFAULT_FPMATH_MODE": ("", "strict")},
 }
-"""Variables by which a library takes another precision than torch asks for, with the harmless values, per device
-type."""
+"""Environment variables that lower a library's precision despite torch's settings, with their harmless values."""
 
 
 def check_environment(devices: Iterable[str]) -> None:
-    """Raise ``ValueError`` where an environment variable takes precision away that :func:`exact` could not give back.
+    """Refuse environment variables that lower the precision in a way that :func:`exact` cannot undo.
 
     Args:
-        devices: types of the devices that are computed on.
+        devices: types of the devices of the computation.
+
+    Raises:
+        ValueError: If such a variable is set.
     """
     for device in devices:
         for variable, harmless in _FORCED.get(device, {}).items():
@@ -33,17 +35,17 @@ def check_environment(devices: Iterable[str]) -> None:
             if value.lower() not in harmless:
                 raise ValueError(
                     f"{variable}={value} in the environment lowers the precision of matrix products below float32, so "
-                    "that norms would be wrong and a clipped record could exceed C: start the program without it"
+                    "norms would be wrong and a clipped record could exceed C: start the program without it"
                 )
 
 
 def exact() -> AbstractContextManager[Any]:
-    """No graph, no autocast, and no TF32 or bfloat16 inside products of float32 matrices, for all threads.
+    """Return a context without autograd graph, without autocast, and with full precision in float32 matrix products.
 
-    ``backward()`` and ``step()`` may be called inside an autocast block, and a program may have asked for faster
-    products (``torch.set_float32_matmul_precision``, ``allow_tf32``, ``tf32=True`` in Hugging Face's arguments). A norm
-    from such products is wrong by up to 1e-3 (TF32) or 8e-3 (bfloat16), and a clipped record could exceed C by as much.
-    What was set before is set again afterwards, and holds for the model's own products.
+    ``backward()`` and ``step()`` may be called inside an autocast block, and a program may ask for faster products
+    (``torch.set_float32_matmul_precision``, ``allow_tf32``, ``tf32=True`` in ``TrainingArguments``). A norm from such
+    products is wrong by up to 1e-3 (TF32) or 8e-3 (bfloat16), and a clipped record could exceed C by as much. The
+    precision holds for all threads. The settings from before are restored afterwards, for the model's own products.
     """
     autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     if autocast or _PRODUCTS.reduced:
@@ -52,7 +54,7 @@ def exact() -> AbstractContextManager[Any]:
 
 
 def less_was_asked() -> bool:
-    """Whether the program asks for less than float32 in products, as the model's own are then computed."""
+    """Say whether the program asks for less than float32 precision in matrix products, for its model."""
     return _PRODUCTS.asked
 
 
@@ -66,10 +68,10 @@ def _everything_off() -> Iterator[None]:
 
 
 class _FullPrecision:
-    """Context in which products of float32 matrices are float32's; any number of threads may be in it at a time.
+    """A context with full precision in products of float32 matrices. Several threads may be in it at the same time.
 
-    torch keeps these settings per process: the first thread to enter notes them, and the last one to leave puts them
-    back.
+    The settings of torch are per process. The first thread to enter notes them, and the last one to leave restores
+    them.
     """
 
     def __init__(self) -> None:
@@ -79,13 +81,13 @@ class _FullPrecision:
 
     @property
     def reduced(self) -> bool:
-        """Whether this has to be entered: something is set to less, perhaps only until another thread leaves."""
-        with self._lock:  # not between another thread's entering and its being counted
+        """Whether this context must be entered, because a setting is lower or another thread is inside."""
+        with self._lock:  # waits for a thread that is just entering
             return self._inside > 0 or any(value not in _FULL for value in _read())
 
     @property
     def asked(self) -> bool:
-        """Whether something was set to less before the first thread entered."""
+        """Whether a setting was lower before the first thread entered."""
         with self._lock:
             return any(value not in _FULL for value in (self._before if self._inside else _read()))
 
@@ -107,7 +109,7 @@ _PRODUCTS = _FullPrecision()
 
 
 def _settings() -> list[Any]:
-    """What holds ``fp32_precision`` of products, on GPUs and in oneDNN; empty where torch has one setting for all."""
+    """Return the objects with ``fp32_precision``, for GPUs and oneDNN; none if torch has one setting for all."""
     onednn: Any = torch.backends.mkldnn
     return [torch.backends.cuda.matmul, onednn.matmul, onednn.conv] if hasattr(onednn, "matmul") else []
 
@@ -127,7 +129,7 @@ def _write(values: list[str]) -> None:
     for setting, value in zip(settings, values, strict=True):
         if setting.fp32_precision == value:
             continue
-        # What was inherited from torch.backends.fp32_precision is inherited again, not pinned.
+        # "none" inherits from torch.backends.fp32_precision, as the setting may have done before.
         setting.fp32_precision = "none"
         if setting.fp32_precision != value:
             setting.fp32_precision = value

@@ -1,7 +1,7 @@
-"""Which rule computes the per-sample gradients of which module type.
+"""The registry: which rule computes the per-sample gradients of which type of module.
 
-Opacus's own table, looked up by exact type, is the only store: a rule registered here serves Opacus's modes "hooks"
-and "ghost" too, and whatever was registered through Opacus is seen here.
+Opacus's own table, which is looked up by exact type, is the only store. So a rule that is registered here also serves
+Opacus's modes "hooks" and "ghost", and a rule that was registered through Opacus is found here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ClassT = TypeVar("ClassT", bound=type[nn.Module])
 
 _DP_RNN = (DPRNN, DPLSTM, DPGRU)
 
-# What Opacus itself registers. A pair outside of this table has to prove itself by a probe.
+# The rules that Opacus registers itself. A rule for any other type is compared with autograd before it is used.
 STOCK: dict[type[nn.Module], GradSampler] = {
     nn.Linear: _linear.compute_linear_grad_sample,
     nn.Embedding: _embedding.compute_embedding_grad_sample,
@@ -67,7 +67,7 @@ OWN_RULES: tuple[GradSampler, ...] = (
 
 @dataclass(frozen=True)
 class UserRule:
-    """A rule that the user wrote, with what the check needs to know about it. Callable as a grad sampler."""
+    """A rule of the user, with the settings for its check. It can be called like a grad sampler of Opacus."""
 
     rule: GradSampler
     probe_input: Callable[[nn.Module], Tensor] | None = None
@@ -79,21 +79,21 @@ class UserRule:
 
 
 def sampler_of(module: nn.Module) -> GradSampler | None:
-    """The sampler registered for exactly the class of ``module``; None means that Opacus falls back to functorch."""
+    """Return the sampler for exactly the class of ``module``. With None, Opacus falls back to functorch."""
     sampler: GradSampler | None = GradSampleHooks.GRAD_SAMPLERS.get(written_type(module))
     return sampler
 
 
 def has_own_trainable(module: nn.Module) -> bool:
-    """Whether the module itself, not a child, holds a parameter that requires a gradient."""
+    """Say whether the module itself, not a child, has a parameter that requires a gradient."""
     return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def hooked_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that Opacus hangs its hooks on, in its order, with their paths.
+    """Yield the modules to which Opacus adds its hooks, in its order, with their paths.
 
-    Below a module with trainable parameters of its own and without a sampler nothing is hooked: functorch replays it
-    as a whole.
+    Modules inside a module with trainable parameters of its own and without a sampler get no hooks, because functorch
+    runs that module again as a whole.
     """
     own = has_own_trainable(module)
     if own:
@@ -105,19 +105,19 @@ def hooked_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.
 
 
 def is_dp_rnn(module: nn.Module) -> bool:
-    """Whether Opacus treats the module through its recurrent cells and not by hooks of its own."""
+    """Say whether Opacus hooks the recurrent cells of the module, and not the module itself."""
     return type(module) in _DP_RNN
 
 
 def _replace(cls: type[nn.Module], rule: GradSampler) -> None:
-    """Register a rule of this package, over Opacus's own and over strangers, never over ``register_rule``."""
+    """Register a rule of this package. It replaces any rule but one of :func:`register_rule`."""
     present = GradSampleHooks.GRAD_SAMPLERS.get(cls)
     if present is rule or present is ste_linear or isinstance(present, UserRule):
         return
     if present is not None and present is not STOCK.get(cls):
         warnings.warn(
             f"the grad sampler {getattr(present, '__name__', present)!r} registered for {cls.__name__} is replaced "
-            f"by {rule.__name__!r}; to keep a rule of your own, pass it to register_rule",
+            f"by {rule.__name__!r}: to keep a rule of your own, pass it to register_rule",
             stacklevel=4,
         )
     register_grad_sampler(cls)(rule)
@@ -126,7 +126,7 @@ def _replace(cls: type[nn.Module], rule: GradSampler) -> None:
 def _register_fixed_types() -> None:
     _replace(nn.Embedding, embedding)
     _replace(nn.LayerNorm, layer_norm)
-    # A model made of transformers' layers exists only once their modules are imported: no need to import them here.
+    # If a model has layers of transformers, their modules are imported already. So they need no import here.
     for source, name, rule in (
         ("transformers.integrations.bitnet", "AutoBitLinear", auto_bitlinear),
         ("transformers.pytorch_utils", "Conv1D", conv1d),
@@ -137,7 +137,7 @@ def _register_fixed_types() -> None:
 
 
 def _recognised(modules: list[nn.Module]) -> GradSampler | None:
-    """The rule that fits every one of these modules of one type, found by probing their behaviour."""
+    """Return the rule that fits all of these modules of one type, found by tests of their behaviour; else None."""
     if all(is_scaled_lookup(m) for m in modules):
         return embedding
     offsets = {rms_norm_offset(m) for m in modules}
@@ -147,18 +147,18 @@ def _recognised(modules: list[nn.Module]) -> GradSampler | None:
 
 
 def register_rules(model: nn.Module | None = None) -> None:
-    """Fill Opacus's table with the rules of this package. Explicit and idempotent; importing registers nothing.
+    """Add the rules of this package to Opacus's table. A second call changes nothing.
 
-    Without a model: ``nn.Embedding`` (corrected for ``padding_idx``), ``nn.LayerNorm`` (``bias=False`` allowed) and,
-    if transformers is imported, ``AutoBitLinear`` and ``Conv1D``. With a model also the RMSNorm and scaled-embedding
-    types found in it; these are recognised by a numerical probe, not by name. Types with a sampler are left as they
-    are, apart from those four.
+    Without a model, these are rules for ``nn.Embedding`` (correct for ``padding_idx``), ``nn.LayerNorm`` (also with
+    ``bias=False``) and, if transformers is imported, ``AutoBitLinear`` and ``Conv1D``. With a model, rules for the
+    types of RMSNorm and scaled embedding in it are added. They are recognised by a numerical test, not by name. Apart
+    from the four types above, a type that has a rule keeps it.
 
     Args:
-        model: the model about to be made private.
+        model: the model that will be made private.
 
     Guarantees:
-        A type that no rule fits keeps Opacus's functorch path, which is exact, or is refused by ``check_model``.
+        A type that no rule fits uses Opacus's functorch path, which is exact, or is refused by ``check_model``.
     """
     _register_fixed_types()
     found: dict[type[nn.Module], list[nn.Module]] = {}
@@ -172,10 +172,11 @@ def register_rules(model: nn.Module | None = None) -> None:
 
 
 def register_ste_linear(cls: ClassT) -> ClassT:
-    """Register a hand-written straight-through linear layer (a BitLinear, say). Also usable as a decorator.
+    """Register your own linear layer with quantised weights and a straight-through gradient, such as a BitLinear.
 
-    The rule runs the layer's forward again and finds its one ``F.linear`` call; nothing about the quantisers has to
-    be told. The layer must hand weight gradients through unchanged; this is verified in the backward pass.
+    The rule runs the layer's forward again and finds its one call of ``F.linear``, so it needs to know nothing about
+    the quantisation. The layer must pass the gradient of the quantised weight to the weight unchanged, which is checked
+    in the backward pass. The function can also be used as a decorator.
 
     Args:
         cls: a module class with ``weight`` and optionally ``bias``, whose forward takes one tensor.
@@ -184,7 +185,7 @@ def register_ste_linear(cls: ClassT) -> ClassT:
         ``cls``.
 
     Raises:
-        TypeError: ``cls`` is no module class.
+        TypeError: If ``cls`` is not a module class.
 
     Example:
         >>> import torch
@@ -209,17 +210,18 @@ def register_rule(
 ) -> None:
     """Register a rule of your own for exactly the class ``cls``.
 
-    ``check_model`` compares it with autograd on every model that has such a module, wherever it can make an input.
+    ``check_model`` compares the rule with autograd on every model that has such a module, if it can make an input.
 
     Args:
         cls: the module class.
-        rule: ``(module, [input], backprops) -> {parameter: [B, *parameter.shape]}``, trainable own parameters only.
-        probe_input: makes a batch of three different records ``[3, ...]`` for a module; needed where the class is
-            neither linear-like, an embedding nor a normalisation.
-        constant_buffers: the rule vouches that the module's buffers are constants, not statistics of the data.
+        rule: ``(module, [input], backprops) -> {parameter: [B, *parameter.shape]}``, for the module's own trainable
+            parameters only.
+        probe_input: returns three different records ``[3, ...]`` for a module. It is needed if the class is not like a
+            linear layer, an embedding or a normalisation layer.
+        constant_buffers: whether, by your word, the module's buffers are constants and not statistics of the data.
 
     Raises:
-        TypeError: ``cls`` is no module class or ``rule`` is not callable.
+        TypeError: If ``cls`` is not a module class, or ``rule`` is not callable.
     """
     _require_module_class(cls)
     if not callable(rule):

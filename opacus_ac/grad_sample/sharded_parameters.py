@@ -1,7 +1,7 @@
-"""Parameters under ``fully_shard``: the module holds other objects while it runs than the optimizer does.
+"""Parameters under ``fully_shard``: while a module runs, it holds other objects than the optimizer.
 
-Outside of a forward and backward pass a module holds its shards (DTensors, which the optimizer has); around them torch
-puts whole parameters in their place, objects of their own. What both have in common is where they stand: module and
+Outside of a forward and backward pass, a module holds shards of its parameters (DTensors), as the optimizer does.
+During a pass, torch replaces them by whole parameters, which are other objects. Both have the same place: module and
 name.
 """
 
@@ -24,16 +24,16 @@ class _Watched(Protocol):
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a rank holds only its part of the tensor."""
+    """Say whether a rank holds only a part of the tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def places_of(model: nn.Module, index: Mapping[int, int]) -> Callable[[nn.Parameter, nn.Module], int | None]:
-    """Return a function that finds a parameter by where it stands; for a model without shards it finds nothing.
+    """Return a function that finds a parameter by its place. For a model without shards it always returns None.
 
     Args:
         model: the model, with the parameters that the optimizer has.
-        index: number of each of these, by ``id``.
+        index: number of each of these parameters, by ``id``.
     """
     places: dict[tuple[int, str], int] = {}
     for module in model.modules():
@@ -54,7 +54,7 @@ def places_of(model: nn.Module, index: Mapping[int, int]) -> Callable[[nn.Parame
 
 
 class ShardedParameters:
-    """Finds the parameters of watched modules as they stand now, and has them gathered where they are needed.
+    """Finds the current parameters of watched modules, and gathers them when they are needed.
 
     Args:
         model: the model.
@@ -75,7 +75,7 @@ class ShardedParameters:
         self._units = _units(model) if self._places else {}
 
     def now(self, item: _Watched) -> Iterable[nn.Parameter]:
-        """Return the parameters of a watched module, as they stand in it now."""
+        """Return the parameters that a watched module holds at this moment."""
         places = self._places.get(id(item.module))
         if places is None:
             return item.parameters
@@ -83,9 +83,9 @@ class ShardedParameters:
         return [parameter for parameter in held if parameter is not None]
 
     def gather(self, module: nn.Module) -> None:
-        """Gather the parameters of a watched module, should its backward pass have begun before torch did so.
+        """Gather the parameters of a watched module, if torch has not done so yet in its backward pass.
 
-        The gradient at the output of a module that is sharded by itself arrives here first.
+        For a module that is sharded by itself, the gradient at its output arrives here before torch gathers.
         """
         if any(
             is_sharded(p)
@@ -96,7 +96,7 @@ class ShardedParameters:
 
 
 def _units(model: nn.Module) -> dict[int, Any]:
-    """Return for each module the innermost sharded module around it, or itself."""
+    """Return for each module the innermost sharded module that contains it, which may be itself."""
     units: dict[int, Any] = {}
 
     def walk(module: nn.Module, unit: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether tensors still hold what they held: torch counts changes in place of a tensor, its views included."""
+"""Checks that tensors were not written in place. torch counts such changes of every tensor and its views."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ from torch import Tensor
 
 
 class Unchanged:
-    """Remembers tensors and their versions, with what they are.
+    """Remembers tensors and their versions, each with a description.
 
     Guarantees:
-        A change through any operator or view is seen. One that goes past torch's counter is not: through ``.data``,
-        through numpy or another library that shares the memory, or by a kernel of one's own that does not announce it.
+        A change by any operator of torch, also through a view, is found. A change that torch does not count is not
+        found: through ``.data``, by numpy or another library that shares the memory, or by a user's own kernel.
     """
 
     def __init__(self) -> None:
         self._noted: list[tuple[str, Tensor, int]] = []
 
     def note(self, what: str, *tensors: Tensor) -> None:
-        """Remember tensors, and what they are, for the message."""
+        """Remember tensors, with a description for the message."""
         self._noted += [(what, tensor, tensor._version) for tensor in tensors]
 
     def check(self) -> None:
-        """Raise ``ValueError`` when one was written to."""
+        """Check that no tensor was written.
+
+        Raises:
+            ValueError: If one was written.
+        """
         for what, tensor, version in self._noted:
             if tensor._version != version:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Gradients of users from those of their rows: a user's gradient is the sum over its rows, clipped as one."""
+"""Gradients of users: the gradient of a user is the sum of the gradients of its rows, and is clipped as one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows, Term
 
 CountUsers = Callable[[int], int]
-"""From the number of rows of a batch, each user's one after the other, to the number of users; it raises when in
-doubt."""
+"""Returns the number of users in a batch with so many rows. It raises if that number is not certain."""
 
 
 def sum_rows(values: Tensor, users: int) -> Tensor:
-    """Sum per-row gradients ``[U K, *shape]`` over each user's rows: ``[U, *shape]``, in float32 or better."""
+    """Return the sums ``[U, *shape]`` of gradients ``[U K, *shape]`` over each user's rows, in float32 or float64."""
     if values.shape[0] == users:
         return values
     return wide(values).reshape(users, values.shape[0] // users, *values.shape[1:]).sum(1)
 
 
 def regroup(term: Term, users: int) -> Term:
-    """Return what a use of a parameter adds to the gradients of ``users`` users, from the same of their rows.
+    """Return the term that a use of a parameter adds to the gradients of users, from the term for their rows.
 
-    In a sum of outer products a user's rows are more positions of one record, so nothing is computed: ``[U K, T, d]``
-    is read as ``[U, K T, d]``.
+    In a sum of outer products, the rows of a user are further positions of one record. So ``[U K, T, d]`` is read as
+    ``[U, K T, d]``, without computation.
+
+    Args:
+        term: the term for rows.
+        users: number of users U.
     """
     if isinstance(term, Dense):
         if term.left.shape[0] == users:

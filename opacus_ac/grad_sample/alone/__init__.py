@@ -1,1 +1,1 @@
-"""Whether a record's gradient is what it would be if the record were alone."""
+"""Checks that the gradient of a record in a batch is the same as for the record alone."""

@@ -1,4 +1,4 @@
-"""One call of a model in a forward pass, and the records of its batch that are run by themselves."""
+"""One call of a model in a forward pass, with the records of its batch that are run alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opacus_ac.noise.forward_randomness import RecordMasks
 
 @dataclass
 class Run:
-    """One record that went through the model alone."""
+    """One record that was run alone."""
 
     cut: Cut
     outputs: Paths
@@ -31,9 +31,9 @@ class Call:
     cuts: list[Cut]
     runs: list[Run] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
-    """What each record is run on; empty once it was."""
+    """Inputs of each record that is to be run alone; empty afterwards."""
     padded_inputs: list[Any] = field(default_factory=list)
-    """The same with their padding, of the records that ``inputs`` has without."""
+    """Inputs with padding, of the records whose ``inputs`` are without padding."""
     gradients: Paths = field(default_factory=dict)
     outputs: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     masks: RecordMasks | None = None
@@ -43,7 +43,7 @@ class Call:
 
     @property
     def reached(self) -> bool:
-        """Whether a gradient arrived from outside."""
+        """Whether the output of the call got a gradient."""
         return bool(self.gradients)
 
     @property
@@ -52,13 +52,13 @@ class Call:
         return any(cut.positions for cut in self.cuts)
 
     def take_records(self) -> None:
-        """Copy the records that are to be run out of the arguments, to which the model may write."""
+        """Copy the records that are to be run alone. The model may change its arguments later."""
         self.runs = [Run(cut, {}) for cut in self.cuts]
         self.inputs = [cut.take(self.arguments) for cut in self.cuts]
         self.padded_inputs = [cut.padded().take(self.arguments) for cut in self.cuts if cut.positions]
 
     def keep_padding(self) -> None:
-        """Have all records run with their padding."""
+        """Let all records be run with their padding."""
         padded = iter(self.padded_inputs)
         self.inputs = [
             next(padded) if cut.positions else given for cut, given in zip(self.cuts, self.inputs, strict=True)
@@ -66,17 +66,17 @@ class Call:
         self.cuts = [cut.padded() for cut in self.cuts]
 
     def give_up(self, why: str) -> None:
-        """Run no records, for a reason that completes "it cannot be checked, because"."""
+        """Run no record alone, for a reason that the warning will state."""
         self.cuts, self.runs, self.inputs, self.padded_inputs = [], [], [], []
         self.why = why
 
     def loss_of(self, cut: Cut, outputs: Paths, mean: bool) -> Any:
-        """Return what has the gradients of a record's loss: its outputs times the gradients that came for them.
+        """Return a scalar with the gradient of a record's loss: its outputs times the gradients of the outputs.
 
         Args:
-            cut: which rows the record is.
-            outputs: what the model returned for it alone.
-            mean: whether a loss that the model returned is a mean over records.
+            cut: the rows of the record.
+            outputs: outputs of the model for the record alone.
+            mean: whether a loss that the model returns is a mean over records.
         """
         total: Any = 0.0
         for path, gradient in self.gradients.items():
@@ -95,7 +95,7 @@ class Call:
 
 
 def _part_of(gradient: Tensor, cut: Cut, rows: int) -> Tensor | None:
-    """Return a record's part of the gradient of an output ``[B, ...]`` or ``[B T, ...]``; None where it has none."""
+    """Return a record's part of the gradient of an output ``[B, ...]`` or ``[B T, ...]``; None if it has no part."""
     if gradient.dim() <= cut.dim or gradient.shape[cut.dim] % rows:
         return None
     if gradient.shape[cut.dim] == rows:

@@ -1,4 +1,4 @@
-"""Whether a record got the gradient in its batch that it gets alone, up to rounding."""
+"""Compares the gradients of a record in its batch with those of the record alone, up to rounding."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_recor
 from opacus_ac.grad_sample.source import GradientSource
 
 _TOLERANCE = (1e-3, 1e-2)
-"""Largest difference of a parameter's gradients over its norm, and the smallest such norm over that of all parameters.
+"""Tolerances in float32: largest relative difference, and smallest norm of a gradient relative to the whole gradient.
 
-Clean models in float32 stay below 1e-5, faults begin at 0.08; where a gradient is zero in exact arithmetic (key biases
-of attention, biases before norms), what is compared is rounding, which is small beside the whole gradient.
+Correct models in float32 stay below 1e-5, and faults begin at 0.08. The second number is for gradients that are zero in
+exact arithmetic (key biases of attention, biases before norms). They consist of rounding, which is small compared with
+the whole gradient.
 """
 _COARSE = (6e-2, 0.1)
-"""The same under bfloat16 autocast. Rounding alone may exceed it, as with a frozen base in bfloat16 of many layers."""
+"""Tolerances under bfloat16 autocast. Rounding may exceed them, as with many frozen layers in bfloat16."""
 _OWN_ROUNDING = 3.0
-"""How much farther from float64 than the record run alone the batch's gradient may be, where both are rounded to
+"""Largest ratio of two distances from float64: of the gradient in the batch, and of the gradient alone, both rounded to
 bfloat16."""
 _MOST_ROUNDING = 0.15
-"""Difference from float64 over the norm beyond which nothing passes for rounding."""
+"""Largest difference from float64, relative to the norm, that can be rounding."""
 
 Gradients = Mapping[int, Tensor | None]
 """A record's gradients, by the ``id`` of the parameter."""
@@ -38,14 +39,14 @@ class Comparison:
     """Compares the gradients of one record.
 
     Attributes:
-        calls: the calls of the model in the forward pass, whose gradients add up.
-        place: which of the records that were run alone.
+        calls: the calls of the model in the forward pass, whose gradients are added up.
+        place: number of the record among those that were run alone.
         source: has the gradients of the batch, not yet summed.
         parameters: the trained parameters.
         names: their names.
         mean: whether the loss is a mean over records.
-        runner: runs the record once more.
-        own_lengths: knows lengths that records have by themselves.
+        runner: runs the record again.
+        own_lengths: knows the lengths to which the loader pads every record.
     """
 
     calls: list[Call]
@@ -68,17 +69,16 @@ class Comparison:
         return any(call.coarse for call in self.calls)
 
     def told(self) -> bool:
-        """Compare, and return whether that told anything: whether the gradients are finite, and not zero.
+        """Compare the gradients, and return whether that was conclusive (finite gradients that are not zero).
 
         Raises:
-            ValueError: If the record's gradients in the batch are others. The first layer that does not see the records
-                is named.
+            ValueError: If the gradients differ. The message names the first layer that does not see the records.
         """
         alone = self._gradients_alone()
         tolerance, floor = _COARSE if self._coarse else _TOLERANCE
         errors, norms, whole = [], [], [0.0, 0.0]
         for parameter, given in zip(self.parameters, self.source.record_gradients(self._record), strict=True):
-            if not parameter.requires_grad:  # frozen since: it is left out of the release
+            if not parameter.requires_grad:  # a parameter that was frozen since is not released
                 given = None
             own = alone.get(id(parameter))
             mine, theirs = _norm(own), _norm(given)
@@ -100,7 +100,7 @@ class Comparison:
         return size > 0
 
     def _gradients_alone(self) -> Gradients:
-        """Return the gradients of the record that was run alone, of the parameters that are trained."""
+        """Return the gradients of the record alone, for the trained parameters."""
         total: Any = 0.0
         for call in self.calls:
             run = call.runs[self.place]
@@ -112,7 +112,7 @@ class Comparison:
         return {id(p): g for p, g in zip(trained, alone, strict=True)}
 
     def _agrees_with_padding(self, size: float) -> bool:
-        """Whether the record has this gradient with its own padding, and no layer mixes it with other records."""
+        """Say whether the gradients agree with the record's own padding, while no layer mixes it with other records."""
         padded = [call for call in self.calls if call.runs[self.place].cut.positions is not None]
         if not padded or not all(self.own_lengths.accept(call) for call in padded):
             return False
@@ -123,18 +123,18 @@ class Comparison:
                 for call in self.calls
             )
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-            return False  # it cannot be run again
+            return False  # the record cannot be run again
 
     def _agrees(
         self, size: float, *, padded: bool = False, wide: bool = True, rounded: Gradients | None = None
     ) -> bool:
-        """Whether the record run once more, with its padding or in float64, has the gradients that the source gave.
+        """Run the record again, and say whether its gradients agree with those of the source.
 
         Args:
             size: norm of the whole gradient.
             padded: run the record with its padding.
-            wide: run it in float64, so that a difference was but the rounding of terms that cancel each other.
-            rounded: what the record alone gave in bfloat16. Its distance from float64 tells how much rounding there is.
+            wide: run it in float64. If the gradients then agree, the difference was rounding of terms that cancel.
+            rounded: gradients of the record alone in bfloat16. Their distance from float64 is the size of rounding.
         """
         alone = self._gradients_again(padded, wide)
         if alone is None:
@@ -152,7 +152,7 @@ class Comparison:
         return True
 
     def _gradients_again(self, padded: bool, wide: bool) -> Gradients | None:
-        """Run the record once more and return its gradients; None where there are none to be had."""
+        """Run the record again and return its gradients; None if it cannot be run or has none."""
         total: Any = 0.0
         found: dict[str, nn.Parameter] = {}
         for call in self.calls:

@@ -1,4 +1,4 @@
-"""Running a model again, on single records, without leaving a trace in it."""
+"""Copies of modules that run single records without a change in the model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.module_replay import bare_twin
 
 _LARGE = 1 << 24
-"""Elements of a buffer that is not copied: quantised weights, which no forward pass writes to."""
+"""Number of elements above which a buffer is not copied, as for quantised weights, which no forward pass changes."""
 
 
 def isolated_twin(module: nn.Module) -> nn.Module:
-    """Return a twin of ``module`` that shares its parameters and nothing that a forward pass might write to.
+    """Return a twin of ``module`` that shares its parameters, and nothing that a forward pass may change.
 
     Hooks are left out but those marked ``of_records``, gradient checkpointing is switched off, buffers, tensors and
     containers held as attributes are copied.
@@ -32,7 +32,7 @@ def isolated_twin(module: nn.Module) -> nn.Module:
         _copy_state(inner, twins)
         _rebind(inner, original)
         for key, hook in original._forward_hooks.items():
-            if getattr(hook, "of_records", False):  # makes the loss that the model returns one of records
+            if getattr(hook, "of_records", False):  # this hook makes the model return a loss per record
                 inner._forward_hooks[key] = hook
                 inner._forward_hooks_with_kwargs[key] = True
         if getattr(inner, "gradient_checkpointing", False) is True:
@@ -65,14 +65,14 @@ def _copied(value: Any, twins: dict[int, nn.Module]) -> Any:
 
 
 def _rebind(twin: nn.Module, original: nn.Module) -> None:
-    """Give methods that an instance has of its own, such as a forward that was wrapped, the twin for ``self``."""
+    """Bind methods that were set on the instance, such as a wrapped forward, to the twin."""
     for key, value in twin.__dict__.items():
         if isinstance(value, types.MethodType) and value.__self__ is original:
             twin.__dict__[key] = types.MethodType(value.__func__, twin)
 
 
 class _NotCheckpointed:
-    """Stands in for torch's checkpoints with re-entry, whose backward pass writes ordinary gradients."""
+    """Replaces torch's reentrant checkpoints, whose backward pass would write ordinary gradients."""
 
     @staticmethod
     def apply(run: Any, _preserve: Any, *args: Any) -> Any:
@@ -81,7 +81,7 @@ class _NotCheckpointed:
 
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Return a context in which checkpointing with re-entry does nothing."""
+    """Return a context in which reentrant checkpointing does nothing."""
     module: Any = torch.utils.checkpoint
     before = module.CheckpointFunction
     module.CheckpointFunction = _NotCheckpointed
@@ -92,7 +92,7 @@ def without_checkpoints() -> Iterator[None]:
 
 
 def shapes_of(twin: nn.Module) -> set[int]:
-    """Return a set that fills with the dimensions of what the layers of a twin take and return."""
+    """Return a set to which layers of a twin add the dimensions of their inputs and outputs when they run."""
     seen: set[int] = set()
 
     def note(_module: nn.Module, args: Any, output: Any) -> None:
@@ -106,14 +106,14 @@ def shapes_of(twin: nn.Module) -> set[int]:
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
-    """Whether a parameter lies in parts on several processes."""
+    """Say whether a parameter is sharded over several processes."""
     return any(hasattr(p, "full_tensor") for p in parameters)
 
 
 def is_coarse(module: nn.Module, tensors: Iterable[Tensor]) -> bool:
-    """Whether anything is computed in less than float32 now."""
+    """Say whether a value is computed in lower precision than float32 at present."""
     low = (torch.bfloat16, torch.float16)
     asked = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    # accelerate puts autocast inside of the forward that it wraps.
+    # accelerate wraps the forward and uses autocast inside of it.
     asked = asked or any(hasattr(inner, "_original_forward") for inner in module.modules())
     return asked or any(t.dtype in low for t in (*module.parameters(), *tensors))

@@ -1,4 +1,4 @@
-"""A record is alone, without gradients: the model returns for it in a batch what it returns for it by itself."""
+"""Compares outputs of a few records in a batch with outputs for each of them alone, for training without gradients."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.noise.secret_state import replace_torch_state
 
 _TOLERANCE, _COARSE = 1e-3, 6e-2
-"""Largest difference of a record's outputs over the largest of them; rotary embeddings of shifted positions differ by
-1e-5."""
+"""Largest difference of a record's outputs, relative to the largest output: in float32, and in lower precision.
+
+Rotary embeddings of shifted positions differ by 1e-5.
+"""
 
 Losses = Callable[[], Tensor]
 
 
 class OutputsAlone:
-    """Compares what a model returns for a few records of a batch with what it returns for them by themselves.
+    """Compares the outputs of a model for a few records of a batch with its outputs for each of them alone.
 
     Args:
-        model: the model; every part of it may be called.
-        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding
-            included.
+        model: the model. The loop may call it or parts of it.
+        keeps_length: says whether inputs are from a loader that gives every record the same length, with padding.
 
     Attributes:
         compared: number of records that were compared so far.
 
     Guarantees:
-        The first evaluation is compared, and the first after training flags changed, or when a batch has as many
-        records as some layer has features, positions or constants. The model, its buffers and the random states are
-        what they were.
+        The first evaluation is compared. Another one is compared after a change of training flags, and if a batch has
+        as many records as some layer has features, positions or constants. The model, its buffers and the random states
+        stay as they were.
     """
 
     def __init__(self, model: nn.Module, keeps_length: KeepsLength = lambda tensors: False) -> None:
@@ -62,7 +63,7 @@ class OutputsAlone:
         """Return a closure whose first evaluation is compared.
 
         Raises:
-            ValueError: (in the evaluation) a record's output depends on the others of its batch.
+            ValueError: In the evaluation, if the output for a record depends on the other records of its batch.
         """
         fresh = [True]
 
@@ -93,7 +94,7 @@ class OutputsAlone:
 
     @contextmanager
     def _watching(self, calls: list[Call]) -> Iterator[None]:
-        """Note the calls of the model, not of parts by themselves: their inputs may hold other things than records."""
+        """Note the calls of the model. Calls of its parts are not noted, because their inputs may not be records."""
         running: list[Call | int] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -131,7 +132,7 @@ class OutputsAlone:
                 handle.remove()
 
     def undisturbed(self, _rows: int) -> ExitStack:
-        """Return a context in which a run leaves no trace in random states."""
+        """Return a context in which a run does not change random states."""
         stack = ExitStack()
         stack.callback(replace_torch_state())
         stack.enter_context(without_checkpoints())

@@ -1,4 +1,4 @@
-"""Lengths that records have by themselves: padding to them is a part of the record, and couples it with no other."""
+"""Lengths to which a loader pads every record. Such padding is a part of the record and couples no records."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.alone.single import inputs_in, mask_in
 
 KeepsLength = Callable[[list[Tensor]], bool]
-"""Whether tensors are those that a loader delivered which gives every record one length."""
+"""Says whether tensors are as they were delivered by a loader that gives every record the same length."""
 
 
 class OwnLengths:
-    """Remembers to which lengths records are padded by themselves, and refuses batches of another length from then on.
+    """Remembers the lengths to which every record is padded, and then refuses batches of another length.
 
     Args:
-        keeps_length: whether tensors come as they are from a loader that gives every record one length.
+        keeps_length: says whether tensors are as they were delivered by a loader that gives every record one length.
     """
 
     def __init__(self, keeps_length: KeepsLength) -> None:
@@ -26,9 +26,9 @@ class OwnLengths:
         self._other: int | None = None
 
     def accept(self, call: Any) -> bool:
-        """Accept the length of what a call was given if it is that of the records by themselves; whether it is.
+        """Accept the length of the inputs of a call, if the loader pads every record to it. Returns whether it does.
 
-        A view may be a batch that the loop has cut to its longest record, so it is not accepted.
+        A view is not accepted, because it may be a batch that the loop has cut to its longest record.
         """
         tensors = list(inputs_in(call.arguments))
         if any(t._is_view() for t in tensors) or not self._keeps_length(tensors):
@@ -37,11 +37,18 @@ class OwnLengths:
         return True
 
     def hold(self, runs: Any) -> None:
-        """Take it that all batches have the length of those that runs of single records were cut from."""
+        """Require that all batches have the padded length of these runs."""
         self._accepted.update(run.cut.positions[2] for run in runs if run.cut.positions is not None)
 
     def see(self, module: nn.Module, arguments: Any, rows: int, whole: bool) -> None:
-        """Look at the length of a batch that the model, or with ``whole`` False a part of it, is given."""
+        """Note the length of a batch.
+
+        Args:
+            module: the module that gets the batch.
+            arguments: its arguments.
+            rows: number of rows of the batch.
+            whole: whether the module is the whole model, and not a part of it.
+        """
         if not self._accepted:
             return
         mask = mask_in(module, arguments[0], arguments[1], rows)
@@ -52,10 +59,10 @@ class OwnLengths:
             self._other = max(lengths)
 
     def check(self) -> None:
-        """Raise for a batch of another length that was seen.
+        """Check the lengths that were noted.
 
         Raises:
-            ValueError: a batch is padded to another length than those before.
+            ValueError: If a batch is padded to another length than those before.
         """
         other, self._other = self._other, None
         if other is not None:

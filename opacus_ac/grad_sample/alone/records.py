@@ -1,10 +1,9 @@
-"""A record is alone: what the records of a batch are given is what each gets when it is run by itself.
+"""Compares gradients of a few records in a batch with their gradients when the model runs them alone.
 
-Rules for the gradients of single records take the first dimension of what a layer is given for the records, in their
-order, and a layer's output for one record to depend on that record. A model that sorts its batch, that mixes it, that
-feeds a layer constants, or whose layer is called in a way that its rule was not written for, breaks that silently. So
-on the first batch, and again when anything changed, a few records go through the model by themselves, and their
-gradients are compared.
+Rules for per-sample gradients assume that the first dimension of a layer's input is the records, in their order, and
+that the output for a record depends on that record only. This fails without an error for a model that sorts or mixes
+its batch or that gives constants to a layer, and for a layer that is called in a way for which its rule was not
+written. So a few records are run alone on the first batch, and again after changes, and their gradients are compared.
 """
 
 from __future__ import annotations
@@ -38,36 +37,35 @@ from opacus_ac.grad_sample.source import GradientSource
 from opacus_ac.noise.forward_randomness import ForwardRandomness
 
 _COPIED = 1 << 24
-"""Elements of an output up to which it is copied, so that what the loop does to it in place does not matter."""
+"""Largest number of elements of an output that is copied, so that changes in place by the loop do no harm."""
 
 _PATIENCE = 3
-"""Batches that may pass without a comparison that tells anything, before it is said that there was none."""
+"""Number of batches without a conclusive comparison after which a warning says so."""
 
 
 class RecordsAlone:
-    """Compares gradients of single records with those of the batch, and keeps what is random in them apart.
+    """Compares gradients of single records with those of the batch, and gives each record its own random draws.
 
     Args:
-        model: the model that is trained; every part of it may be called.
+        model: the model that is trained. The loop may call it or parts of it.
         parameters: the trained parameters.
         names: their names.
-        step: tells the number of the logical step in hand.
-        tape: where losses of records are noted; those of single runs are not.
+        step: returns the number of the current logical step.
+        tape: keeps losses of records. It is paused while records run alone.
         mean: whether the loss is a mean over records.
-        batch_first: whether the records come first in the inputs.
-        users: counts the users of a batch, where a record is a user of several rows.
-        pause: a context in which what takes gradients of records apart looks away.
-        keeps_length: whether what goes into the model comes from a loader that gives every record one length, padding
-            included.
+        batch_first: whether records are the first dimension of the inputs.
+        users: counts the users of a batch, if a record is a user with several rows.
+        pause: returns a context in which the source of per-sample gradients keeps nothing.
+        keeps_length: says whether inputs are from a loader that gives every record the same length, with padding.
 
     Attributes:
-        compared: number of records that were compared so far, with gradients that tell.
+        compared: number of records with a conclusive comparison so far.
 
     Guarantees:
-        On the first physical batch with a gradient, and again after training flags or the trained set changed, or when
-        a batch has as many records as some layer has features, positions or constants, up to three records are
-        compared, without the padding that other records may bring. The model, its buffers, the tape and the random
-        states are what they were.
+        Up to three records are compared, without padding that other records may have caused. This happens on the first
+        physical batch with a gradient, after a change of training flags or of the trained parameters, and if a batch
+        has as many records as some layer has features, positions or constants. The model, its buffers, the tape and the
+        random states stay as they were.
     """
 
     def __init__(
@@ -108,7 +106,7 @@ class RecordsAlone:
 
     @property
     def as_before(self) -> Callable[[], AbstractContextManager[None]]:
-        """A context in which the model has the plain attributes that it had before the forward pass."""
+        """Returns a context in which the model has the plain attributes that it had before the forward pass."""
         return self._runner.as_before
 
     @as_before.setter
@@ -122,13 +120,13 @@ class RecordsAlone:
         ]
 
     def _watch_parts(self) -> None:
-        """Watch calls of parts of the model, which matter where the loop calls these and not the model."""
+        """Watch calls of parts of the model, for loops that call these instead of the model."""
         for _, module in self._modules.values():
             if module is not self._model:
                 self._part_handles += self._watch(module)
 
     def remove(self) -> None:
-        """Take all hooks off; doing so twice is harmless."""
+        """Remove all hooks. A second call does nothing."""
         self._handles += self._part_handles
         self._part_handles = []
         while self._handles:
@@ -137,7 +135,7 @@ class RecordsAlone:
         self.randomness.remove()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecordsAlone:
-        # A copy of the model carries the hooks, which do not know its modules and leave them alone.
+        # A copy of the model has the hooks, too. They do not know its modules, and do nothing.
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -146,7 +144,7 @@ class RecordsAlone:
     # ---------------------------------------------------------------- when
 
     def _state(self) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-        """Return what decides how gradients are computed, and may change while training."""
+        """Return the settings that change how gradients are computed, and that may change during training."""
         modes = tuple(module.training for _, module in self._modules.values())
         return modes, tuple(p.requires_grad for p in self._parameters)
 
@@ -155,7 +153,7 @@ class RecordsAlone:
             return True
         if rows in self._checked:
             return False
-        alone = max(self._checked, default=0) <= 1  # what couples records shows where there are several
+        alone = max(self._checked, default=0) <= 1  # a coupling of records shows only with several records
         return alone or rows in self._runner.sizes or any(rows in t.shape[1:] for t in inputs_in(arguments))
 
     # ---------------------------------------------------------------- in the forward pass
@@ -168,7 +166,7 @@ class RecordsAlone:
         if known is None or not torch.is_grad_enabled() or not module.training or _is_traced():
             return
         self._whole_calls += module is self._model
-        self._open, self._depth = (id(module), None), 1  # what is called inside is not looked at
+        self._open, self._depth = (id(module), None), 1  # calls inside of this one are not watched
         arguments = (args, kwargs)
         rows = count_rows(arguments, self._dim)
         self._own_lengths.see(module, arguments, rows, module is self._model)
@@ -185,20 +183,20 @@ class RecordsAlone:
             try:
                 users = self._users.count(rows)
             except ValueError:
-                rows = 0  # not a batch of the loader: nothing tells whose the rows are
+                rows = 0  # not a batch of the loader, so it is unknown whose rows they are
         each = rows // max(users, 1)
         call = Call(path, module, arguments, rows, users, [])
         if rows:
             mask = mask_in(module, args, kwargs, rows) if each == 1 and self._dim == 0 else None
             before = self._calls[0] if self._calls and not any(c.reached for c in self._calls) else None
             chosen = choose_records(arguments, users, self._dim, mask)
-            if before is not None and before.rows == rows:  # their gradients will be added up
+            if before is not None and before.rows == rows:  # gradients of both calls are added up
                 chosen = [cut.first // cut.count for cut in before.cuts]
             for record in chosen:
                 positions = None if mask is None else own_positions(mask, record)
                 call.cuts.append(Cut(rows, record * each, each, self._dim, positions))
         if not call.cuts:
-            call.why = "its inputs cannot be taken apart into records"
+            call.why = "its inputs cannot be split into records"
         call.take_records()
         return call
 
@@ -222,16 +220,16 @@ class RecordsAlone:
         call.autocast = _autocast_now(next(iter(floats.values())).device.type)
         self._runner.run(call, batch_first=self._dim == 0)
         if any(c.reached for c in self._calls):
-            self._calls = []  # a forward pass after a backward pass: other records
+            self._calls = []  # a forward pass after a backward pass is of other records
         self._calls.append(call)
         return replace_floats(output, lambda path, tensor: self._outside(call, path, tensor, floats))
 
     def _outside(self, call: Call, path: tuple[Any, ...], tensor: Tensor, floats: Paths) -> Tensor:
-        """Return a stand-in for an output, whose gradient is what comes from outside of the model alone."""
+        """Return a copy of an output that gets the gradient from outside of the model only."""
         if path not in floats:
             return tensor
         stand_in = tensor.clone() if tensor.numel() <= _COPIED else tensor.view_as(tensor)
-        for name in vars(tensor):  # marks that others have left
+        for name in vars(tensor):  # attributes that other code has set
             setattr(stand_in, name, getattr(tensor, name))
 
         def arrive(gradient: Tensor) -> None:
@@ -244,21 +242,21 @@ class RecordsAlone:
     # ---------------------------------------------------------------- after the backward pass
 
     def check(self, source: GradientSource) -> None:
-        """Compare the records of the physical batch that was finished with what they get alone, if that is due.
+        """Compare records of the finished physical batch with the same records alone, if a comparison is due.
 
         Args:
             source: has the gradients of the batch, not yet summed.
 
         Raises:
-            ValueError: a record's gradients in the batch are others; the first layer that does not see the records is
-                named.
+            ValueError: If the gradients of a record differ. The message names the first layer that does not see the
+                records.
         """
         self.randomness.next_batch()
         self._own_lengths.check()
         calls, self._calls = [c for c in self._calls if c.reached], []
         whole, self._whole_calls = self._whole_calls, 0
         self._open = None
-        if not whole and not self._off and not self._part_handles:  # the loop calls parts of the model from now on
+        if not whole and not self._off and not self._part_handles:  # from now on the loop calls parts of the model
             self._verified = None
             self._watch_parts()
         why = self._obstacle(calls, source)
@@ -284,7 +282,7 @@ class RecordsAlone:
         )
 
     def _obstacle(self, calls: list[Call], source: GradientSource) -> str | None:
-        """Return why the records cannot be compared; None where they can, or need not."""
+        """Return why the records cannot be compared; None if they can, or need not be."""
         if not calls:
             unseen = self._verified is None and not self._off
             return "no gradient came through what the model, or a part of it, returned" if unseen else None
@@ -304,7 +302,7 @@ class RecordsAlone:
 
 
 def _is_traced() -> bool:
-    """Whether what runs is a recomputation, or runs under torch.func, which takes the batch apart itself."""
+    """Say whether this is a recomputation, or runs under torch.func, which splits the batch itself."""
     return torch._C._current_graph_task_id() != -1 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -315,7 +313,7 @@ def _autocast_now(device: str) -> Any:
 
 
 def _inert() -> Any:
-    """What a hook becomes in a pickled model; see ``RecordsAlone.__reduce__``."""
+    """Return the object that replaces a hook in a pickled model; see ``RecordsAlone.__reduce__``."""
     return _Inert()
 
 

@@ -1,4 +1,4 @@
-"""Runs records of a batch through the model by themselves, leaving no trace in it."""
+"""Runs records of a batch alone through the model, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _JOINT_MASKS = (
 
 
 class Users(Protocol):
-    """Knows which rows of a batch are of one user."""
+    """Counts the users of a batch."""
 
     def count(self, rows: int) -> int:
-        """Return the number of users of ``rows`` rows."""
+        """Return the number of users with ``rows`` rows in total."""
 
     def suppose(self, rows_per_user: int) -> AbstractContextManager[None]:
-        """Return a context in which batches have users of so many rows each."""
+        """Return a context in which each user counts as having so many rows."""
 
 
 class Tape(Protocol):
-    """Takes down the losses of records as they are computed."""
+    """Keeps the losses of records as they are computed."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing is taken down."""
+        """Return a context in which no losses are kept."""
 
 
 class Runner:
-    """Runs records by themselves on a twin of what was called, which shares its parameters and nothing else.
+    """Runs records alone on a twin of the called module. The twin shares the parameters and nothing else.
 
     Args:
-        tape: where losses of records are noted; those of single runs are not.
-        users: counts the users of a batch, where a record is a user of several rows.
-        pause: a context in which what takes gradients of records apart looks away.
-        own_lengths: remembers for which lengths a model is made.
+        tape: keeps losses of records. It is paused while records run alone.
+        users: counts the users of a batch, if a record is a user with several rows.
+        pause: returns a context in which the source of per-sample gradients keeps nothing.
+        own_lengths: remembers the lengths that a model requires.
 
     Attributes:
-        as_before: a context in which the model has the plain attributes that it had before the forward pass.
-        sizes: dimensions of what layers took and returned.
+        as_before: returns a context in which the model has the plain attributes from before the forward pass.
+        sizes: dimensions of inputs and outputs of layers.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class Runner:
         self.sizes: set[int] = set()
 
     def run(self, call: Call, batch_first: bool) -> None:
-        """Run the chosen records of a call through the model as it is now, after the batch.
+        """Run the chosen records of a call, right after the batch.
 
-        The call has the outputs in ``runs`` then, or none and the reason why.
+        Afterwards the call has the outputs in ``runs``, or no runs and the reason why.
         """
         if call.masks is not None and call.masks.used:
             if call.masks.joint or not batch_first:
                 call.give_up(_JOINT_MASKS)
             else:
-                call.keep_padding()  # it belongs to what masks are made from
+                call.keep_padding()  # the masks are drawn for the padded length
         try:
             outputs = self._outputs(call)
         except (RuntimeError, ValueError, TypeError, IndexError):
             if not call.is_trimmed:
                 raise
-            # A model that is made for one length: it is held to it.
+            # The model accepts one length only, so all batches must have this length.
             self._own_lengths.hold(call.runs)
             call.keep_padding()
             outputs = self._outputs(call)
@@ -103,15 +103,15 @@ class Runner:
         return _trained(output)
 
     def run_again(self, call: Call, cut: Cut, wide: bool) -> tuple[nn.Module, Paths] | None:
-        """Run a record of a call once more, later.
+        """Run a record of a call again, later.
 
         Args:
             call: the call.
-            cut: which rows the record is.
+            cut: the rows of the record.
             wide: run it in float64.
 
         Returns:
-            The module that ran, whose parameters are copies with ``wide``, and the outputs; None where it cannot run in
+            The module that was run and its outputs. With ``wide`` its parameters are copies. None if it cannot run in
             float64.
         """
         with self.as_before():
@@ -125,12 +125,12 @@ class Runner:
         with self.undisturbed(cut.count), _masks_of(call, cut), autocast, torch.enable_grad():
             try:
                 output = twin(*args, **kwargs)
-            except RuntimeError:  # something in it is of one type
+            except RuntimeError:  # a part of the module works in one type only
                 return None
         return twin, _trained(output)
 
     def undisturbed(self, rows: int) -> ExitStack:
-        """Return a context in which a run leaves no trace in random states and records of losses."""
+        """Return a context in which a run changes neither random states nor the tape of losses."""
         stack = ExitStack()
         stack.callback(replace_torch_state())
         stack.enter_context(self._pause())
@@ -142,7 +142,7 @@ class Runner:
 
 
 def _masks_of(call: Call, cut: Cut) -> AbstractContextManager[Any]:
-    """Return a context in which a record is dropped out as it was in the batch."""
+    """Return a context in which a record gets the dropout masks that it had in the batch."""
     return nullcontext() if call.masks is None else call.masks.of(cut.first, cut.count)
 
 

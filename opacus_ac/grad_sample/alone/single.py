@@ -1,4 +1,4 @@
-"""Taking one record out of the arguments of a model, and finding tensors in what it returns."""
+"""Takes one record out of the arguments of a model, and finds tensors in its outputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Paths = dict[tuple[Any, ...], Tensor]
 
 @dataclass(frozen=True)
 class Cut:
-    """Which part of a batch is taken.
+    """The part of a batch that is taken.
 
     Attributes:
         rows: number of rows of the batch.
-        first: first row that is taken.
-        count: number of rows that are taken.
+        first: first row of the part.
+        count: number of rows of the part.
         dim: dimension of the rows.
         positions: first position, end, and number of positions ``[B, T, ...]`` where padding is cut off; None where it
             is not.
@@ -40,7 +40,7 @@ class Cut:
         return dataclasses.replace(self, positions=None)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the part of a tensor, copied; one without rows as it is."""
+        """Return a copy of the part of a tensor. A tensor without rows is returned as it is."""
         if tensor.dim() <= self.dim or tensor.shape[self.dim] != self.rows:
             return tensor.detach()
         return self.trimmed(tensor.detach().narrow(self.dim, self.first, self.count)).clone()
@@ -57,7 +57,7 @@ class Cut:
         return tensor
 
     def take(self, value: Any) -> Any:
-        """Return arguments with the part of every tensor in them that has rows."""
+        """Return arguments in which every tensor with rows is replaced by its part."""
         if isinstance(value, Tensor):
             return self.of(value)
         if isinstance(value, PackedSequence):
@@ -93,7 +93,7 @@ class Cut:
 
 
 def _is_holder(value: Any) -> bool:
-    """Whether a value is a plain object that may hold tensors as attributes."""
+    """Say whether a value is a plain object with tensors as attributes."""
     if isinstance(value, nn.Module | type) or callable(value):
         return False
     plain = dataclasses.is_dataclass(value) or type(value).__module__ not in ("builtins", "torch")
@@ -105,7 +105,7 @@ def _has_rows(value: Any, rows: int, dim: int) -> bool:
 
 
 def inputs_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors with at least one dimension in arguments, in their order."""
+    """Yield the tensors with at least one dimension in some arguments, in their order."""
     if isinstance(value, Tensor):
         if value.dim():
             yield value
@@ -122,7 +122,7 @@ def inputs_in(value: Any) -> Iterator[Tensor]:
 
 
 def count_rows(arguments: Any, dim: int) -> int:
-    """Return the number of rows that most tensors in arguments have, in a tie the first one's; 0 without tensors."""
+    """Return the number of rows that most tensors in arguments have, the first number in a tie; 0 without tensors."""
     sizes = [t.shape[dim] for t in inputs_in(arguments) if t.dim() > dim]
     if not sizes:
         lists = [a for a in _flat(arguments) if isinstance(a, list)]
@@ -141,7 +141,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def floats_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Yield (path, tensor) of the floating-point tensors in what a model returned."""
+    """Yield (path, tensor) for the floating-point tensors in the output of a model."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield path, value
@@ -157,7 +157,7 @@ def floats_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[An
 
 
 def replace_floats(value: Any, new: Callable[[tuple[Any, ...], Tensor], Tensor], path: tuple[Any, ...] = ()) -> Any:
-    """Return what a model returned with other floating-point tensors; mutable containers stay the objects they are."""
+    """Return the output of a model with other floating-point tensors. Mutable containers are changed in place."""
     if isinstance(value, Tensor):
         return new(path, value) if value.is_floating_point() else value
     if isinstance(value, MutableMapping):
@@ -178,7 +178,7 @@ def replace_floats(value: Any, new: Callable[[tuple[Any, ...], Tensor], Tensor],
 
 
 def mask_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Tensor | None:
-    """Return the attention mask ``[B, T]`` among the arguments of a call; None where there is none."""
+    """Return the attention mask ``[B, T]`` among the arguments of a call; None without a mask."""
     named = dict(kwargs)
     with contextlib.suppress(TypeError, ValueError):
         named.update(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
@@ -191,7 +191,7 @@ def mask_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ro
 
 
 def own_positions(mask: Tensor, record: int) -> tuple[int, int, int] | None:
-    """Return where a record of a mask ``[B, T]`` begins, where it ends, and T; None where nothing is cut off."""
+    """Return first position, end and T of a record of a mask ``[B, T]``; None if it has no padding to cut off."""
     used = mask != 0
     length = mask.shape[1]
     own = used[record].nonzero().reshape(-1)
@@ -202,7 +202,7 @@ def own_positions(mask: Tensor, record: int) -> tuple[int, int, int] | None:
 
 
 def choose_records(arguments: Any, rows: int, dim: int, mask: Tensor | None, limit: int = 3) -> list[int]:
-    """Return up to ``limit`` records that differ: the shortest, the longest, one with another label, the middle.
+    """Return up to ``limit`` records that differ: the shortest, the longest, one with another label, the middle one.
 
     >>> import torch
     >>> choose_records((torch.arange(5.0),), 5, 0, None)

@@ -1,4 +1,4 @@
-"""Why a record alone gets another gradient than in its batch: which layer is the first that does not see the record."""
+"""Finds out why a record has another gradient alone than in its batch: the first layer that does not see the record."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _CARRIED = (
 
 @dataclass
 class _Seen:
-    """What a layer was given and what it returned."""
+    """Inputs and outputs of a layer."""
 
     name: str
     kind: str
@@ -53,7 +53,7 @@ class _Seen:
 
 
 def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float, runner: Any) -> str:
-    """Return the message of a refusal: the first layer that does not see the record, or the parameters that are off."""
+    """Return the message of a refusal. It names the first layer that does not see the record, or the parameters."""
     cut: Cut = call.runs[place].cut
     loose = max(tolerance, 1e-3)
     try:
@@ -72,13 +72,13 @@ def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float
         if found is not None:
             return _INTRO + found[1].format(name=found[0].name, kind=found[0].kind)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-        pass  # the second run serves the message only
+        pass  # the second run is for the message only
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     return _INTRO + _RULE.format(name=f"{wrong[0]}{more}")
 
 
 def sees_the_record(call: Any, place: int, tolerance: float, runner: Any) -> bool:
-    """Say whether every layer gets and makes of a record with its padding, alone, what it does in the batch."""
+    """Say whether every layer has the same inputs and outputs for a padded record alone as in the batch."""
     cut: Cut = call.runs[place].cut
     full = cut.padded()
     batch, _ = _trace(call, Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments), 0, call.rows, runner)
@@ -87,7 +87,7 @@ def sees_the_record(call: Any, place: int, tolerance: float, runner: Any) -> boo
 
 
 def _trace(call: Any, arguments: Any, first: int, count: int, runner: Any) -> tuple[list[_Seen], Any]:
-    """Run records and note what each layer saw, in the order in which layers finish."""
+    """Run records, and note inputs and outputs of each layer, in the order in which layers finish."""
     with getattr(runner, "as_before", nullcontext)():
         twin = isolated_twin(call.module)
     seen: list[_Seen] = []
@@ -127,7 +127,7 @@ def _same_outputs(call: Any, output: Any, tolerance: float) -> bool:
 
 
 def _first(batch: list[_Seen], alone: list[_Seen], cut: Cut, tolerance: float) -> tuple[_Seen, str] | None:
-    """Return the first layer that saw, or made, something else of the record than in the batch, and which of both."""
+    """Return the first layer with another input or output for the record than in the batch, and the message for it."""
     for one, other in zip(batch, alone, strict=False):
         if one.name != other.name:
             return one, _INPUT
@@ -139,7 +139,7 @@ def _first(batch: list[_Seen], alone: list[_Seen], cut: Cut, tolerance: float) -
 
 
 def _is_record(whole: Tensor, own: Tensor, cut: Cut, tolerance: float) -> bool:
-    """Whether ``own`` is a record's part of ``whole``, or both are the same for all records."""
+    """Say whether ``own`` is the record's part of ``whole``, or the same constant for all records."""
     if whole.dim() == 0 or whole.shape == own.shape:
         return whole.dim() == 0 or (_close(whole, own, tolerance) and whole.shape[0] in (1, cut.count))
     if whole.dim() <= cut.dim or whole.shape[cut.dim] % cut.rows:

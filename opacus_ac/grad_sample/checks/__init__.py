@@ -1,1 +1,1 @@
-"""Checks that per-sample gradients are exact and that records do not couple."""
+"""Checks that per-sample gradients are exact, and that no record changes the gradient of another."""

@@ -1,4 +1,4 @@
-"""A few records of a dataset that differ from each other, for checks of what could couple them."""
+"""Chooses a few records of a dataset that differ from each other, for checks whether records couple."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ _RANDOM = secrets.SystemRandom()
 
 
 def choose_records(dataset: Any, most: int = 4, usable: Callable[[Any], bool] = lambda record: True) -> list[Any]:
-    """Return up to ``most`` records that differ in length and in label, out of some tens of places drawn in secret.
+    """Return up to ``most`` records that differ in length and in label, out of some tens that are drawn in secret.
 
-    The largest and the smallest come first, then one of each further label. Size is the number of entries that are not
-    ignored; of a user, the number of rows.
+    The largest and the smallest record come first, then one record of each further label. The size of a record is its
+    number of entries that are not ignored; the size of a user is its number of rows.
+
+    Args:
+        dataset: the dataset.
+        most: largest number of records.
+        usable: says whether a record may be chosen.
     """
     count = len(dataset)
     seen = [dataset[place] for place in _RANDOM.sample(range(count), min(_PLACES, count))]
@@ -41,7 +46,7 @@ def choose_records(dataset: Any, most: int = 4, usable: Callable[[Any], bool] = 
 
 
 def fresh(value: Any) -> Any:
-    """Return a copy of a record or batch that may be changed: new containers of the same kinds and new tensors."""
+    """Return a copy of a record or batch that may be changed, with new containers of the same kinds and new tensors."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, Mapping):
@@ -54,7 +59,7 @@ def fresh(value: Any) -> Any:
 
 
 def remade(like: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
-    """Return a mapping of the kind of ``like``, as ``defaultdict`` or ``BatchEncoding``, with ``items`` in it."""
+    """Return a mapping with ``items``, of the kind of ``like`` (such as ``defaultdict`` or ``BatchEncoding``)."""
     if type(like) is dict:
         return dict(items)
     try:
@@ -63,13 +68,13 @@ def remade(like: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
             if key not in items:
                 del made[key]
         made.update(items)
-    except Exception:  # it cannot be copied or written to
+    except Exception:  # it cannot be copied or changed
         return dict(items)
     return made
 
 
 def same(one: Any, other: Any) -> bool:
-    """Say whether two batches have the same contents."""
+    """Say whether two batches have the same content."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return (
             one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
@@ -82,7 +87,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def named_rows(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a batch that have rows, each with a name."""
+    """Yield the tensors of a batch that have at least one dimension, each with a name."""
     if isinstance(batch, Tensor):
         if batch.dim():
             yield name, batch
@@ -95,7 +100,7 @@ def named_rows(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _size(record: Any) -> tuple[int, int]:
-    """Return the number of rows of a user, else 1, and of entries that are not ignored."""
+    """Return the number of rows of a user (1 for a row), and the number of entries that are not ignored."""
     rows = len(record) if isinstance(record, list | tuple) and all(isinstance(row, Mapping) for row in record) else 1
     return rows, _entries(record)
 
@@ -113,7 +118,7 @@ def _entries(value: Any) -> int:
 
 
 def _label(record: Any) -> str | None:
-    """Return the class of a record, if it has one."""
+    """Return the class label of a record, or None."""
     if isinstance(record, Mapping):
         found = next((record[name] for name in _LABELS if name in record), None)
     else:

@@ -1,4 +1,4 @@
-"""Layers whose forward pass couples the records of a batch, or writes to weights and buffers, trained or not."""
+"""Finds layers whose forward pass couples records or writes to weights and buffers, trained or frozen."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def coupling(module: nn.Module) -> str | None:
-    """Return what is wrong with a layer, with the remedy; None where its records stay apart."""
+    """Return why a layer must not be used, with the remedy; None if it does not couple records."""
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         return (
-            "it normalises by the mean and variance of the batch, so that every record moves all others, frozen and "
-            "without weights too"
+            "it normalises by the mean and variance of the batch, so that every record changes the others, even if it "
+            "is frozen or has no weights"
             + ("" if module.running_mean is None else ", and saves running statistics of private batches")
             + ". Replace it by GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix)"
             + ("" if module.running_mean is None else ", or keep it in evaluation mode while training: layer.eval()")
@@ -28,7 +28,11 @@ def coupling(module: nn.Module) -> str | None:
 
 
 def check_records_apart(model: nn.Module) -> None:
-    """Raise ``ValueError`` for a model with a layer whose forward pass couples records or writes statistics of them."""
+    """Refuse a model with a layer whose forward pass couples records or saves statistics of them.
+
+    Raises:
+        ValueError: If there is such a layer. The message has all of them, with remedies.
+    """
     found = [
         f"{name or 'the model itself'} ({type(m).__name__}): {problem}"
         for name, m in model.named_modules()

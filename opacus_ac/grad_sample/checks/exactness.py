@@ -1,4 +1,4 @@
-"""Exact or refused: what is looked at before a model is made private."""
+"""Checks before a model is made private: per-sample gradients of all its layers are exact, or the model is refused."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ _FREEZE = "or freeze it with requires_grad_(False)"
 
 
 def constant_buffers_ok(module: nn.Module) -> bool:
-    """Whether the module's buffers, if any, are constants that its rule takes into account.
+    """Say whether the module's buffers, if any, are constants that its rule takes into account.
 
-    Opacus refuses every trainable layer with buffers unless told ``strict=False``; where this holds for all of
-    them, that is safe to say. Examples: ``weight_scale`` of an offline ``AutoBitLinear``, ``embed_scale`` of Gemma.
+    Opacus refuses every trainable layer with buffers, unless it gets ``strict=False``. That is safe if this function
+    returns True for all of them. Examples are ``weight_scale`` of an offline ``AutoBitLinear`` and ``embed_scale`` of
+    Gemma.
     """
     if next(module.buffers(), None) is None:
         return True
@@ -40,26 +41,26 @@ def constant_buffers_ok(module: nn.Module) -> bool:
 
 
 def _signature(module: nn.Module, sampler: GradSampler | None) -> Hashable:
-    """Modules that share this behave alike, so one probe answers for all of them."""
+    """Return a key. Modules with the same key behave alike, so one of them is tested for all."""
     tensors = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters())
     return (sampler, tensors, tuple((n, written_type(m), _settings(m)) for n, m in module.named_modules()))
 
 
 def _settings(module: nn.Module) -> Hashable:
-    """Attributes by value where they are plain, by identity where they are objects (a configuration, a function)."""
+    """Return the attributes of a module: plain ones by value, objects such as a configuration by identity."""
     state = ((k, v) for k, v in sorted(vars(module).items()) if not (k.startswith("_") or isinstance(v, torch.Tensor)))
     return tuple((k, v if isinstance(v, bool | int | float | str | type(None)) else id(v)) for k, v in state)
 
 
 class _Examiner:
-    """Looks at hooked modules one by one, probing each distinct kind once."""
+    """Checks hooked modules one by one. Each distinct kind of module is tested once."""
 
     def __init__(self, mode: str) -> None:
         self._mode, self._force_functorch = mode, mode == "functorch"
         self._verdicts: dict[Hashable, Verdict] = {}
 
     def problem(self, module: nn.Module) -> str | None:
-        """What is wrong with the per-sample gradients of ``module``, with the remedy; None if nothing is."""
+        """Return why the per-sample gradients of ``module`` would not be exact, with the remedy; None if they are."""
         if isinstance(module, nn.ParameterList | nn.ParameterDict):
             return (
                 "it is a container whose forward is never called, so no hook sees its parameters. Put them on a "
@@ -75,7 +76,7 @@ class _Examiner:
             )
         sampler = sampler_of(module)
         if self._mode == "bk" and replays_lookup(module):
-            return None  # its ids are read from a second run, which is compared with the first one, at every use
+            return None  # each use is run a second time and compared with the first run
         if sampler is None or self._force_functorch:
             return self._functorch_problem(module)
         return self._sampler_problem(module, sampler)
@@ -85,7 +86,8 @@ class _Examiner:
     ) -> Verdict:
         key = _signature(module, sampler)
         if "forward" in module.__dict__ or key not in self._verdicts:
-            self._verdicts[key] = probe(module, sampler, recurse=recurse, make_input=make_input)  # type: ignore[arg-type]
+            verdict = probe(module, sampler, recurse=recurse, make_input=make_input)  # type: ignore[arg-type]
+            self._verdicts[key] = verdict
         return self._verdicts[key]
 
     def _sampler_problem(self, module: nn.Module, sampler: GradSampler) -> str | None:
@@ -141,7 +143,7 @@ def _short(reason: str) -> str:
 
 
 def _stock_problem(module: nn.Module) -> str | None:
-    """Where Opacus's own pair does not fit: a layer that keeps its parameters under other names."""
+    """Return why Opacus's own rule does not fit a layer of its own type, such as other parameter names; else None."""
     if is_dp_rnn(module):
         return None
     extra = [n for n, p in module._parameters.items() if p is not None and p.requires_grad and n not in _STOCK_NAMES]
@@ -185,31 +187,31 @@ def _shared_modules(hooked: list[tuple[str, nn.Module]]) -> list[str]:
 
 
 def module_problem(mode: str) -> Callable[[nn.Module], str | None]:
-    """A function that says what is wrong with the per-sample gradients of one module in ``mode``, or None."""
+    """Return a function that returns why the per-sample gradients of a module would not be exact, or None."""
     examiner = _Examiner(mode)
     return lambda module: None if is_dp_rnn(module) else examiner.problem(module)
 
 
 def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
-    """Refuse a model whose per-sample gradients would not be exact. Changes nothing.
+    """Refuse a model whose per-sample gradients would not be exact. The model is not changed.
 
-    Every distinct kind of layer whose sampler is not Opacus's own for exactly that class is compared with a loop of
-    autograd over single records, on a float64 copy. Layers without trainable parameters are not looked at.
+    Each distinct kind of layer is compared with a loop of autograd over single records, on a float64 copy. Layers
+    whose rule is Opacus's own for exactly their class, and layers without trainable parameters, are left out.
 
     Args:
-        model: the model about to be made private.
-        mode: ``grad_sample_mode``: "bk", "hooks", or "functorch", which ignores all registered samplers.
+        model: the model that will be made private.
+        mode: ``grad_sample_mode``: "bk", "hooks", or "functorch", which ignores all registered rules.
 
     Guarantees:
-        A layer whose rule disagrees with autograd on the probe, whose output for a record depends on other records,
-        or whose buffers change in the forward pass does not get past this. A user's rule for a module whose input
-        cannot be guessed is trusted; ``explain`` says so.
+        A layer is refused if its rule disagrees with autograd on the test input, if its output for a record depends on
+        other records, or if its forward pass changes its buffers. A user's rule is trusted if no test input is known
+        for its module; ``explain`` says so.
 
     Raises:
-        ValueError: names the modules, their types and the remedies.
+        ValueError: If a layer is refused. The message names all such modules, their types and the remedies.
     """
     problem_of = module_problem(mode)
-    # Mode "bk" watches a module object once, however many places it has.
+    # Mode "bk" watches each module object once, even if it is in several places.
     hooked = list(watched_modules(model) if mode == "bk" else hooked_modules(model))
     problems = [] if mode == "bk" else _shared_modules(hooked)
     by_problem: dict[tuple[str, str], list[str]] = {}

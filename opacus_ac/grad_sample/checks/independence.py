@@ -1,6 +1,6 @@
-"""The oracle of per-sample gradients, and whether the records of a batch couple.
+"""Checks that the records of a batch are independent: the gradient of a record is the same in a batch and alone.
 
-The oracle is a loop of batch size one with plain autograd. It is slow and has nothing that could be wrong.
+Gradients of records alone are from a loop over single records with plain autograd, which is slow and simple.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from opacus_ac.grad_sample.oracle import LossFn, _batch_size, _gradient, _traina
 def _scaled_gradient(
     model: nn.Module, batch: Any, loss_fn: LossFn, params: Mapping[str, nn.Parameter], reduction: str
 ) -> dict[str, Tensor]:
-    """Gradient of the sum of the records' losses."""
+    """Return the gradient of the sum of the records' losses."""
     factor = _batch_size(batch) if reduction == "mean" else 1
     return {n: factor * g for n, g in _gradient(loss_fn(model, fresh(batch)), params).items()}
 
@@ -26,7 +26,7 @@ def _scaled_gradient(
 def _share_of(
     model: nn.Module, batch: Any, loss_fn: LossFn, params: Mapping[str, nn.Parameter], reduction: str, record: int
 ) -> dict[str, Tensor]:
-    """What ``record`` adds to the gradient of the batch."""
+    """Return the part of the gradient of the batch that is from ``record``."""
     losses = loss_fn(model, fresh(batch))
     if losses.dim() == 1:
         return _gradient(losses[record], params)
@@ -40,13 +40,17 @@ def _share_of(
 def _alone(
     model: nn.Module, batch: Any, loss_fn: LossFn, params: Mapping[str, nn.Parameter], record: int
 ) -> dict[str, Tensor]:
-    """Gradient of ``record`` in a batch of its own, which must be possible where the whole batch was."""
+    """Return the gradient of ``record`` in a batch of its own.
+
+    Raises:
+        AssertionError: If the model or the loss does not accept a batch of one record.
+    """
     try:
         loss = loss_fn(model, trim_padding(select_records(batch, torch.tensor([record])))).sum()
     except (ValueError, RuntimeError) as error:
         raise AssertionError(
-            f"record {record} cannot be computed without the other records of the batch, as batch normalisation "
-            f"cannot: {error}"
+            f"record {record} cannot be computed without the other records of the batch, as with batch normalisation: "
+            f"{error}"
         ) from error
     return _gradient(loss, params)
 
@@ -58,7 +62,7 @@ def _compare_share(share: dict[str, Tensor], alone: dict[str, Tensor], record: i
             continue
         tolerance = rtol if rtol is not None else (1e-6 if want.dtype == torch.float64 else 1e-3)
         difference = (share[name] - want).abs().max()
-        # A gradient that is zero but for rounding has no relative error; the rest of the model gives the measure.
+        # A gradient that is zero but for rounding has no relative error, so it is compared with the whole gradient.
         if difference <= 1e-2 * tolerance * overall:
             continue
         error = float(difference / torch.maximum(want.abs().max(), share[name].abs().max()).clamp_min(1e-30))
@@ -72,22 +76,22 @@ def _compare_share(share: dict[str, Tensor], alone: dict[str, Tensor], record: i
 def check_records_independent(
     model: nn.Module, batch: Any, loss_fn: LossFn, *, loss_reduction: str = "mean", rtol: float | None = None
 ) -> None:
-    """Check that a record's gradient does not change when the other records of its batch do.
+    """Check that a record's gradient does not change when the other records of its batch change.
 
-    What makes clipping bound one record's influence is that its gradient depends on no other record. A loss that is
-    normalised by the tokens of the batch, batch normalisation, or a quantiser whose scale is shared by the batch
-    break that.
+    Clipping bounds the influence of a record only if no gradient depends on other records. This is not so for a loss
+    that is divided by the number of tokens in the batch, for batch normalisation, and for a quantiser with one scale
+    per batch.
 
     Args:
-        model: a model without Opacus's hooks, without dropout or in eval mode.
-        batch: at least two records, as for :func:`per_sample_gradients`; of different lengths, if the data have them.
-        loss_fn: ``loss_fn(model, batch)`` gives one loss per record ``[B]`` (the sharper check), or a scalar.
-        loss_reduction: of a scalar loss, "mean" or "sum".
-        rtol: tolerance relative to the parameter's largest entry; 1e-6 in float64, 1e-3 otherwise.
+        model: a model without Opacus's hooks, and without dropout or in eval mode.
+        batch: at least two records, as for :func:`per_sample_gradients`, with different lengths if the data have them.
+        loss_fn: ``loss_fn(model, batch)`` returns one loss per record ``[B]``, for the stricter check, or a scalar.
+        loss_reduction: how a scalar loss combines the records, "mean" or "sum".
+        rtol: tolerance relative to the parameter's largest entry; by default 1e-6 in float64 and 1e-3 otherwise.
 
     Raises:
-        AssertionError: names the parameter, the record and the relative error.
-        ValueError: fewer than two records, or an unknown reduction.
+        AssertionError: If a gradient changes. The message names the parameter, the record and the relative error.
+        ValueError: If there are fewer than two records, or the reduction is unknown.
 
     Example:
         >>> import torch
@@ -112,24 +116,23 @@ def check_records_independent(
 def check_losses_add_up(
     loss_fn: Callable[[Any], Any], batch: Any, *, rtol: float = 1e-3, rows_per_record: int = 1
 ) -> None:
-    """Check, by forward passes alone, that the loss of a batch is the mean of the losses of its records.
+    """Check with forward passes only that the loss of a batch is the mean of the losses of its records.
 
-    Cheaper than :func:`check_records_independent`, and also good for a model with hooks: it finds losses that are
-    averaged over the batch's tokens, class weights, batch normalisation, in-batch negatives, load-balancing terms of
-    mixtures of experts, what depends on the padded length (a record alone comes without padding, where the batch has an
-    ``attention_mask``) or on the order.
+    This is cheaper than :func:`check_records_independent`, and the model may have hooks. The check finds losses that
+    are averaged over the tokens of the batch, class weights, batch normalisation, in-batch negatives, and
+    load-balancing terms of mixtures of experts. It also finds losses that depend on the order of records, or on the
+    padded length: if the batch has an ``attention_mask``, a record alone has no padding.
 
     Args:
-        loss_fn: ``loss_fn(batch)`` gives a scalar; without dropout. It may change the batch that it is given.
-        batch: at least two records, as for :func:`per_sample_gradients`, different in what could couple them (length,
-            class).
-        rtol: largest tolerance relative to the losses. A difference of more than 2 % of how much the losses of the
-            records differ is not tolerated either, unless it is below a tenth of ``rtol``.
-        rows_per_record: number of rows of each record, one record after the other, where a record is a user.
+        loss_fn: ``loss_fn(batch)`` returns a scalar, without dropout. It may change the batch that it gets.
+        batch: at least two records, as for :func:`per_sample_gradients`, that differ in length, class and so on.
+        rtol: largest tolerance relative to the losses. In addition, a difference must not exceed 2 % of the range of
+            the records' losses, unless it is below a tenth of ``rtol``.
+        rows_per_record: number of rows of each record, if a record is a user. The rows of a record stand together.
 
     Raises:
-        AssertionError: the loss of the batch is another than the mean of the losses of each record alone.
-        ValueError: fewer than two records, or rows that are not as many for each.
+        AssertionError: If the loss of the batch is not the mean of the losses of each record alone.
+        ValueError: If there are fewer than two records, or the number of rows is not a multiple of ``rows_per_record``.
 
     Example:
         >>> import torch
@@ -141,13 +144,16 @@ def check_losses_add_up(
     """
     rows = _batch_size(batch)
     if rows_per_record < 1 or rows % rows_per_record:
-        raise ValueError(f"the batch has {rows} rows, which are no records of rows_per_record={rows_per_record} each")
+        raise ValueError(
+            f"the batch has {rows} rows, which is not a multiple of rows_per_record={rows_per_record}: give every "
+            "record the same number of rows"
+        )
     size = rows // rows_per_record
     if size < 2:
         raise ValueError(f"independence needs at least two records, not {size}")
     parts = torch.arange(rows).split(rows_per_record)
     alone = [select_records(batch, part) for part in parts]
-    # A user's rows keep their padding: rows that fill up may have nothing else.
+    # The rows of a user keep their padding, because a filler row may have nothing else.
     losses = _losses(loss_fn, alone if rows_per_record > 1 else [trim_padding(part) for part in alone])
     for order in _orders(size):
         chosen = select_records(batch, torch.cat([parts[i] for i in order]))
@@ -155,28 +161,30 @@ def check_losses_add_up(
 
 
 def _orders(size: int) -> list[list[int]]:
-    """Return which records are put together, in which order.
-
-    All, all the other way round, and every other one of three or more.
-    """
+    """Return the batches to try: all records, all in reverse order, and every second of three or more."""
     whole = list(range(size))
     return [whole, whole[::-1], *([whole[::2]] if size > 2 else [])]
 
 
 def _losses(loss_fn: Callable[[Any], Any], batches: list[Any]) -> list[float]:
-    """Return the losses of batches, of which ``loss_fn`` gets copies."""
+    """Return the losses of batches. ``loss_fn`` gets copies."""
     with torch.no_grad():
         return [float(loss_fn(fresh(batch))) for batch in batches]
 
 
 def expect_mean(together: float, alone: list[float], rtol: float, floor: float) -> None:
-    """Raise ``AssertionError`` unless the loss of a batch is the mean of the losses of its records alone.
+    """Check that the loss of a batch is the mean of the losses of its records alone.
+
+    The tolerance is 2 % of the range of the losses, but at least ``floor`` and at most ``rtol``.
 
     Args:
         together: loss of the batch.
         alone: loss of each record.
         rtol: largest tolerance, relative to the losses.
-        floor: smallest one: what rounding may make of a loss. In between it is 2 % of how much the losses differ.
+        floor: smallest tolerance, relative to the losses, for rounding.
+
+    Raises:
+        AssertionError: If the losses differ by more.
     """
     mean = sum(alone) / len(alone)
     scale = max(abs(together), abs(mean))

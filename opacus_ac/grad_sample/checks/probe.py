@@ -1,7 +1,7 @@
-"""The question put to every rule that is not Opacus's own: does it agree with autograd, record by record?
+"""Tests a rule for per-sample gradients: compares it with autograd, record by record.
 
-The probe runs on a float64 twin of the module (a shrunken one where the module is large) on three records of very
-different size, so that a scale shared by the batch or a quantiser on the input cannot hide.
+The test runs on a float64 copy of the module (a smaller one if the module is large). Its three records have very
+different sizes, so that a scale that is shared by the batch, or a quantiser on the input, is found.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.module_replay import bare_twin, map_tensors, to_double
 from opacus_ac.grad_sample.registry import GradSampler
 
-#: Above this many parameters the probe runs on a shrunken twin.
+#: Number of parameters above which the test runs on a smaller copy of the module.
 LARGE = 4_000_000
 _SMALL_DIMENSION = 64
 _SIZES = ("in_features", "out_features", "nx", "nf", "num_embeddings")
-# Own parameters may be quantised or normalised in float32 inside a float64 twin, hence not 1e-12.
+# A float64 copy may still quantise or normalise in float32, so the tolerance is not 1e-12.
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _LOW_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a probe found; ``unknown`` where no input could be made or the forward did not accept it."""
+    """Result of a test. ``unknown`` means that no input could be made, or that the forward did not accept it."""
 
     status: Literal["exact", "wrong", "unknown"]
     reason: str = ""
 
 
 def required_inputs(module: nn.Module) -> int | None:
-    """How many inputs the forward cannot do without; 0 where it takes none at all; None where it does not say."""
+    """Return the number of inputs that the forward requires; 0 if it takes none, None if that is unknown."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):
@@ -58,7 +58,7 @@ def _width(module: nn.Module) -> int | None:
 
 
 def guess_input(module: nn.Module) -> Tensor | None:
-    """Three records for a linear-like layer, an embedding or a normalisation; None for anything else."""
+    """Return three records for a layer like a linear layer, an embedding or a normalisation; None for others."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, nn.Embedding):
         ids = torch.randint(module.num_embeddings, (3, 4), generator=generator)
@@ -76,7 +76,7 @@ def guess_input(module: nn.Module) -> Tensor | None:
 
 
 def _shrink(module: nn.Module) -> nn.Module:
-    """A float64 twin of a large layer with its feature sizes cut down."""
+    """Return a float64 copy of a large layer with smaller feature sizes."""
     sizes = {n: s for n in _SIZES if isinstance(s := getattr(module, n, None), int) and s > _SMALL_DIMENSION}
     cut = set(sizes.values())
 
@@ -102,9 +102,9 @@ def _double(module: nn.Module) -> nn.Module:
 
 
 def _twins(module: nn.Module) -> Iterator[nn.Module]:
-    """Stand-ins to try, the sharpest first; the last one shares the module's tensors."""
+    """Yield copies to test, the most exact one first. The last one shares the module's tensors."""
     large = sum(p.numel() for p in module.parameters()) > LARGE
-    # A forward set on the instance is bound to the module itself and would not see a twin's tensors.
+    # A forward that was set on the instance is bound to the module, and would not use the copy's tensors.
     if "forward" not in module.__dict__:
         yield _shrink(module) if large else _double(module)
     yield bare_twin(module)
@@ -180,13 +180,13 @@ def probe(
     recurse: bool = False,
     make_input: Callable[[nn.Module], Tensor] | None = None,
 ) -> Verdict:
-    """Compare ``sampler`` with a loop of autograd over single records. ``module`` is left as it was.
+    """Compare ``sampler`` with a loop of autograd over single records. ``module`` is not changed.
 
     Args:
-        module: the module in question.
-        sampler: a grad sampler in Opacus's signature.
-        recurse: whether the sampler answers for the children's parameters too, as functorch does.
-        make_input: makes a batch ``[3, ...]`` of records; by default guessed from the module.
+        module: the module.
+        sampler: a grad sampler with Opacus's signature.
+        recurse: whether the sampler returns gradients for parameters of children, too, as functorch does.
+        make_input: returns a batch ``[3, ...]`` of records for a module; by default the input is guessed.
     """
     verdict = Verdict("unknown", "no input is known for it")
     if any(p.is_meta for p in module.parameters()):

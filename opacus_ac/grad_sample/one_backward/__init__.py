@@ -1,1 +1,1 @@
-"""Per-sample norms and weighted sums from one backward pass: mode "bk"."""
+"""Mode "bk": norms of per-sample gradients and their weighted sum from one backward pass."""

@@ -1,24 +1,25 @@
-"""Norms that are upper bounds: what rounding may have taken from a norm, and what it may add to a sum.
+"""Upper bounds of gradient norms, which include the rounding of the norm and of the sum.
 
-A record is clipped by a computed norm of ``G = sum_t l_t (x) r_t``, and what it adds to the sum is a computed ``c G``.
-With ``D = sum_t |l_t| |r_t|`` and the unit roundoff u of the arithmetic, whatever the order in which a library adds
-up::
+A record is clipped by the computed norm of its gradient ``G = sum_t l_t (x) r_t``. It then adds a computed ``c G`` to
+the sum, where c is its factor. Let u be the unit roundoff of the arithmetic and ``D = sum_t |l_t| |r_t|``. In whatever
+order a library adds up::
 
     | ||G||^2 - S |        <=  e D^2       S: the computed sum over Gram matrices
     || added - c G ||      <=  eta c D     added: the computed contribution
 
-so that ``N = sqrt(sum_p ((1 + rho) sqrt(max(S_p, 0) + e_p D_p^2) + eta_p D_p)^2)`` is a norm by which every record adds
-at most C, cancelling ones included; rho is what computing and adding up a gradient that is written down costs. A sum of
-n terms is off by at most n u of the sum of their sizes, so sums are computed in pieces. D is about ``sqrt(T) ||G||``
-for ordinary records, whose norm is then too large by about ``e T / 2 + eta sqrt(T)`` of itself.
+Then ``N = sqrt(sum_p ((1 + rho) sqrt(max(S_p, 0) + e_p D_p^2) + eta_p D_p)^2)`` is an upper bound: a record that is
+clipped by N adds at most C, even if its terms cancel. The sum is over parameters p, and rho is the relative error of
+computing and adding up a gradient that is written down. The error of a sum of n terms is at most n u times the sum of
+their sizes, so sums are computed in pieces. For ordinary records D is about ``sqrt(T) ||G||``, and N exceeds the norm
+by a share of about ``e T / 2 + eta sqrt(T)``.
 
-The errors are constants of the layer: they depend neither on the size of the batch nor on its length, of which a record
-more or less is a part, because the norms of the others would move with them. For the same reason a gradient that is
-written down because that is cheaper for long batches has the bound that it would have otherwise.
+The errors are constants of a layer. They depend neither on the size of the batch nor on its length: both may change
+with one more record, and the norms of the other records would change with them. For the same reason, a gradient that is
+written down because that is cheaper for long batches has the same bound as if it were not.
 
-What is bounded is the record's own contribution, including what its size does to the partial sums that it goes through.
-Not in the bound is how the others' contributions are rounded beside it, which is a property of the whole sum
-(``secure_mode=True``).
+The bound is for the record's own contribution, including the effect of its size on the partial sums that it is added
+to. The rounding of the other records' contributions is not in the bound. It is a property of the whole sum, for which
+there is ``secure_mode=True``.
 
 References:
     Higham, Accuracy and Stability of Numerical Algorithms, chapter 3; Casacuberta et al., arXiv 2207.10635 (sums).
@@ -33,42 +34,47 @@ import torch
 from torch import Tensor
 
 CHUNKS = ((384, 384), (640, 256), (1 << 60, 192))
-"""Terms of an inner product that are added up at a time, by the smaller dimension of the matrix: Gram matrices are for
-batches no longer than that, and the longer they are, the more e counts."""
+"""Pairs: largest smaller dimension of the matrix, and number of terms of an inner product that are added up at a time.
+
+Gram matrices are used for batches that are no longer than that dimension, and e matters more the longer they are.
+"""
 
 ROWS = 2048
-"""Rows of a weighted sum of outer products that are added up at a time."""
+"""Number of rows of a weighted sum of outer products that are added up at a time."""
 
 RECORDS = 64
-"""Gradients that are written down, of a weighted sum, that are added up at a time."""
+"""Number of written-down gradients of a weighted sum that are added up at a time."""
 
 BLOCK = 1024
-"""Squares that are added up in the native type; from there on it is float64."""
+"""Number of squares that are added up in the native type. Their sums are added up in float64."""
 
 DOUBLINGS = 32
-"""Parts of a sum are added up in pairs: how often that is allowed for."""
+"""Number of levels of pairwise sums that the bounds allow for."""
 
 EXTREME = 1e16
-"""Squared norm of one side of an outer product above which the other's square, or a factor times it, may be lost to
-underflow."""
+"""Squared norm of one side of an outer product above which values of the other side may be lost to underflow."""
 
 WORTHWHILE = 0.05
-"""Share of a record's norm by which the bound of one parameter may exceed its norm before it is computed in float64."""
+"""Share of a record's norm above which the slack of one parameter's bound makes its gradient be computed in float64."""
 
 NEGLIGIBLE = 1e-12
-"""Norm of a record below which a bound is not worth a better one: no clipping norm is so small."""
+"""Norm below which a bound is not improved, because no clipping norm is so small."""
 
 
 def unit(dtype: torch.dtype, device: torch.device) -> float:
-    """Unit roundoff of sums in ``dtype`` or better; doubled where the device may truncate instead of rounding."""
+    """Return the unit roundoff of sums in ``dtype``, at least float32. It is doubled if the device may truncate."""
     u = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     return u if device.type == "cpu" else 2 * u
 
 
 def chunk(width: int, other: int) -> int:
-    """Return how many terms of inner products of one side are added up at a time, beside a side of another width."""
-    # Of a model's own width, whatever the other side is: the inputs of several layers are the same, and so are their
-    # matrices.
+    """Return the number of terms of an inner product that are added up at a time.
+
+    Args:
+        width: width of the side.
+        other: width of the other side of the outer product.
+    """
+    # Several layers share an input and its Gram matrix, so the number depends only on the width of that input.
     smaller = width if width <= _COMMON else min(width, other)
     return next(size for limit, size in CHUNKS if smaller <= limit)
 
@@ -77,13 +83,13 @@ _COMMON = 1024
 
 
 def stretches(width: int, size: int) -> list[slice]:
-    """Return stretches of nearly the same length, of at most ``size`` terms."""
+    """Return slices of ``width`` terms of nearly the same length, with at most ``size`` terms each."""
     step = -(-width // max(1, -(-width // size)))
     return [slice(first, first + step) for first in range(0, width, step)] if width else [slice(0, 0)]
 
 
 def inner_terms(width: int, other: int) -> int:
-    """Return the error of an inner product in units of u: terms of one stretch, and the stretches."""
+    """Return the error of an inner product in units of u: the terms of one slice plus the number of slices."""
     parts = stretches(width, chunk(width, other))
     return parts[0].stop + len(parts)
 
@@ -94,14 +100,12 @@ def sum_terms(limit: int) -> int:
 
 
 def in_pairs(count: int, limit: int, part: Callable[[slice], Tensor]) -> Tensor:
-    """Return the sum of ``part`` over stretches of ``limit`` of ``count`` terms.
-
-    The error grows with ``log2(count / limit)``.
+    """Return the sum of ``count`` terms by pairwise sums. The error grows with ``log2(count / limit)``.
 
     Args:
         count: number of terms, at least 1.
-        limit: terms of a part.
-        part: computes a part in memory of its own.
+        limit: number of terms of a part.
+        part: returns the sum of the terms of a slice, in memory of its own.
     """
 
     def total(first: int, last: int) -> Tensor:
@@ -115,15 +119,15 @@ def in_pairs(count: int, limit: int, part: Callable[[slice], Tensor]) -> Tensor:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` in float32 or better: squares and sums of bfloat16 numbers are not kept in bfloat16."""
+    """Return ``tensor`` in float32 or float64, because squares and sums need more than bfloat16."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Return the squared L2 norm of each row of ``[B, ...]`` in float64.
 
-    Norms of ``BLOCK`` entries in the native type, then float64: a flat float32 norm over ten million elements is wrong
-    by 6e-3 on CPU, which would let clipped records exceed C.
+    Norms of ``BLOCK`` entries are computed in the native type, and their squares are added up in float64. A float32
+    norm over ten million entries is wrong by 6e-3 on CPU, and clipped records could exceed C.
     """
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     if rows.numel() == 0:
@@ -138,9 +142,9 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 @dataclass
 class Certificate:
-    """What is known of the norms of one parameter's gradients, record by record.
+    """Norms of one parameter's gradients and their errors, record by record.
 
-    Values are ``[B]`` in float64, on the device of the records until :func:`stacked`.
+    Values are ``[B]`` in float64, on the device of the records before :func:`stacked`.
     """
 
     squares: Tensor
@@ -148,9 +152,9 @@ class Certificate:
     reach: Tensor
     """D, the sum of the norms of the outer products."""
     tiny: Tensor
-    """What underflow may have taken from the norm."""
+    """Part of the norm that may have been lost to underflow."""
     largest: Tensor
-    """Largest squared norm of a side of an outer product; 0 where there is none."""
+    """Largest squared norm of a side of an outer product; 0 without outer products."""
     relative: float
     """rho."""
     norm_error: float
@@ -159,17 +163,17 @@ class Certificate:
     """eta."""
 
     def bounds(self) -> Tensor:
-        """Return N_p: what clipping has to count for this parameter, ``[B]``."""
+        """Return N_p, the bound for this parameter, ``[B]``."""
         inexact = (self.squares.clamp(min=0) + self.norm_error * self.reach.square()).sqrt()
         return (1 + self.relative) * inexact + self.sum_error * self.reach + self.tiny
 
     def bounds_written_down(self) -> Tensor:
-        """Return the same for gradients that are written down: they are what is added, whatever was rounded before."""
+        """Return the bound for written-down gradients, ``[B]``. They are added as they are, so they have less error."""
         return (1 + self.relative) * self.squares.sqrt() + self.tiny
 
 
 def of_rows(rows: Tensor) -> Certificate:
-    """Of gradients ``[B, ...]`` that are written down and no sums of outer products."""
+    """Return the certificate of written-down gradients ``[B, ...]`` that are not sums of outer products."""
     squares = squared_norms(rows)
     nothing = torch.zeros_like(squares)
     entries = rows[0].numel() if len(rows) else 0
@@ -178,17 +182,17 @@ def of_rows(rows: Tensor) -> Certificate:
 
 
 def relative_error(held: Tensor, entries: int) -> float:
-    """Return rho of gradients of so many entries that are written down in the type of ``held``."""
+    """Return rho of written-down gradients with so many entries, in the type of ``held``."""
     return (min(entries, BLOCK) // 2 + sum_terms(RECORDS) + 8) * unit(held.dtype, held.device)
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Square root of the smallest normal number: what is smaller may have a square of zero."""
+    """Return the square root of the smallest normal number. A smaller number may have a square of zero."""
     return float(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny ** 0.5)
 
 
 def stacked(certificates: list[Certificate]) -> list[Certificate]:
-    """Return the same on the CPU, in one transfer for each device."""
+    """Return the certificates on the CPU, with one transfer if all are on one device."""
     values = [torch.stack([c.squares, c.reach, c.tiny, c.largest]) for c in certificates]
     if len({v.device for v in values}) == 1:
         values = list(torch.stack(values).cpu())

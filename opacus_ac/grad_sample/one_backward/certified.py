@@ -1,4 +1,4 @@
-"""From what is known of each parameter to one norm per record by which it is clipped."""
+"""Computes the norm by which each record is clipped from the certificates of all parameters."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 
 
 def certified(books: Sequence[ParameterBook], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """Return each record's upper bound of the norm of what it adds, and its squared norms by parameter as computed.
+    """Return for each record a bound of the norm of its contribution, and its squared norm for each parameter.
 
-    A record for which the bound is far above its norm, because its terms cancel, or whose sides are too large to be
-    squared in float32, is computed in float64, for the norm and for the sum.
+    If the bound is far above the norm, because terms cancel, or if values are too large to be squared in float32, the
+    gradient of the record is computed in float64, both for the norm and for the sum.
 
     Args:
-        books: of the parameters that took part in one backward pass.
-        weights: of these parameters.
+        books: the books of the parameters that one backward pass has used.
+        weights: weights of these parameters.
 
     Returns:
-        ``[B]`` and, for each book, ``[B]``; float64 on the CPU.
+        The bounds ``[B]`` and, for each book, the squared norms ``[B]``, in float64 on the CPU.
 
     Raises:
-        ValueError: what a norm was computed from was written to since.
+        ValueError: If a tensor was written after a norm was computed from it.
     """
     found = stacked([book.certificate() for book in books])
     bounds = [certificate.bounds() for certificate in found]
@@ -39,7 +39,7 @@ def certified(books: Sequence[ParameterBook], weights: Sequence[float]) -> tuple
             continue
         for record in doubtful.nonzero().reshape(-1).tolist():
             bound[record], square[record] = book.write_down(record)
-    for record in (norm == 0).nonzero().reshape(-1).tolist():  # a record without labels, say
+    for record in (norm == 0).nonzero().reshape(-1).tolist():  # such as a record without labels
         for book, bound in zip(books, bounds, strict=True):
             if book.is_zero(record):
                 bound[record] = 0.0

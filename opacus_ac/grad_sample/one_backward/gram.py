@@ -1,4 +1,4 @@
-"""Gram matrices of positions, and what the norms of sums of outer products take from them."""
+"""Gram matrices of positions, from which norms of sums of outer products are computed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from opacus_ac.grad_sample.one_backward.matmul import inner, inner_is_faster, ma
 T = TypeVar("T")
 
 _WIDE = 1 << 13
-"""Width from which on a norm in float32 may be wrong by more than a thousandth."""
+"""Width above which a float32 norm may be wrong by more than a thousandth."""
 
 _HALVED = (64, 4096)
-"""Fewest positions and greatest width for which computing a Gram matrix by halves is faster, as measured."""
+"""Smallest number of positions and largest width for which a Gram matrix in halves is faster, as measured."""
 
 
 def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
-    """Return ``a_i b_i^T`` for every record, in float32 or better, with the error of :func:`bounds.inner_terms`.
+    """Return ``a_i b_i^T`` for every record ``[B, M, N]`` in float32 or float64.
+
+    The error is that of :func:`bounds.inner_terms`.
 
     Args:
         a: ``[B, M, K]``.
         b: ``[B, N, K]``.
-        size: terms that are added up at a time.
+        size: number of terms that are added up at a time.
     """
     a, b = wide(a), wide(b)
     parts = stretches(a.shape[2], size)
@@ -44,26 +46,31 @@ def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
 
 
 def _cut(x: Tensor, part: slice) -> Tensor:
-    # oneDNN is slow at matrices with gaps between their rows.
+    # oneDNN is slow with matrices that have gaps between their rows.
     return x[:, :, part].contiguous() if may_be_faster(x) else x[:, :, part]
 
 
 @dataclass
 class Gram:
-    """The inner products of all pairs of positions, of which those below the diagonal need not be computed.
+    """The inner products of all pairs of positions. The matrix is symmetric, so one half of it is enough.
 
-    For an even number of positions the matrix is kept as its two diagonal blocks and the one above them, which saves
+    For an even number of positions, the matrix is kept as its two diagonal blocks and the block above them, which saves
     a quarter of the work.
     """
 
     blocks: Tensor
-    """``[B, T, T]``, or ``[2 B, T / 2, T / 2]``."""
+    """The matrix ``[B, T, T]``, or its diagonal blocks ``[2 B, T / 2, T / 2]``."""
     above: Tensor | None
-    """``[B, T / 2, T / 2]``, or None where ``blocks`` is everything."""
+    """The block above the diagonal blocks ``[B, T / 2, T / 2]``; None if ``blocks`` is the matrix."""
 
     @classmethod
     def of(cls, x: Tensor, size: int = 1 << 60) -> Gram:
-        """Of ``x`` ``[B, T, d]``; ``size``: terms that are added up at a time."""
+        """Return the Gram matrix of ``x``.
+
+        Args:
+            x: ``[B, T, d]``.
+            size: number of terms that are added up at a time.
+        """
         x = wide(x)
         positions, width = x.shape[1:]
         halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
@@ -83,7 +90,7 @@ class Gram:
         return torch.bmm(halves, halves.transpose(1, 2)), torch.bmm(x[:, :half], x[:, half:].transpose(1, 2))
 
     def whole(self) -> Tensor:
-        """``[B, T, T]``."""
+        """Return the whole matrix ``[B, T, T]``."""
         if self.above is None:
             return self.blocks
         batch, half = self.above.shape[:2]
@@ -91,22 +98,22 @@ class Gram:
         return torch.cat([torch.cat([first, self.above], 2), torch.cat([self.above.transpose(1, 2), second], 2)], 1)
 
     def squares(self) -> Tensor:
-        """Squared norms of the positions, ``[B, T]``, in float64."""
+        """Return the squared norms of the positions, ``[B, T]`` in float64."""
         diagonal = self.blocks.diagonal(dim1=1, dim2=2).double()
         return diagonal if self.above is None else diagonal.reshape(self.above.shape[0], -1)
 
 
 def sizes(x: Tensor) -> Tensor:
-    """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64; right to a thousandth."""
+    """Return the norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64, exact to a thousandth."""
     if x.shape[2] > _WIDE:
         return squared_norms(x.flatten(0, 1)).sqrt_().view(x.shape[:2])
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).double()
 
 
 class GramCache:
-    """Gram matrices, and norms of positions, of the last few inputs: the projections of one input share theirs.
+    """Gram matrices and norms of positions of the last few inputs, which the projections of one input share.
 
-    Keyed by storage address; the tensors are held, so that an address cannot come back as another tensor.
+    The key is the storage address. The tensors are held, so that an address cannot become that of another tensor.
     """
 
     def __init__(self, size: int = 4) -> None:
@@ -114,11 +121,11 @@ class GramCache:
         self._held: OrderedDict[tuple[object, ...], tuple[Tensor, Any]] = OrderedDict()
 
     def gram(self, x: Tensor, size: int = 1 << 60) -> Gram:
-        """As :meth:`Gram.of`; not to be written to."""
+        """Return the result of :meth:`Gram.of`, which must not be written to."""
         return self._get(Gram.of, x, size)
 
     def sizes(self, x: Tensor) -> Tensor:
-        """Norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]``; not to be written to."""
+        """Return the norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]``, which must not be written to."""
         return self._get(sizes, x)
 
     def _get(self, compute: Callable[..., T], x: Tensor, *settings: int) -> T:
@@ -133,10 +140,15 @@ class GramCache:
 
 
 def products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two Gram matrices ``[B, T, T]``: what the norm of ``sum_t left_t (x) right_t`` is made of, float64 ``[B]``.
+    """Return the values from which the norm of ``sum_t left_t (x) right_t`` is computed.
+
+    Args:
+        left: Gram matrix ``[B, T, T]`` of the left sides.
+        right: Gram matrix ``[B, T, T]`` of the right sides.
 
     Returns:
-        sum of their elementwise product; sum of ``|left_t| |right_t|``; largest square on the diagonal of either.
+        The sum of the elementwise product, the sum of ``|left_t| |right_t|``, and the largest square on the diagonal of
+        either matrix, ``[B]`` in float64 each.
     """
     if (left.above is None) != (right.above is None):
         left, right = Gram(left.whole(), None), Gram(right.whole(), None)

@@ -1,8 +1,8 @@
-"""From one use of a module and the gradient at its output to terms of its parameters' gradients.
+"""Terms of the parameters' gradients, from one use of a module and the gradient at its output.
 
-The table of grad samplers stays the one place where rules are registered. Where the registered sampler belongs to a
-family that is a sum of outer products, its terms take its place; any other sampler is asked for its rows; a module
-without a sampler is run again record by record, and what it returns is compared with what it had returned.
+Rules are registered in one place only, the table of grad samplers. If the rule of a module is of a family whose
+gradients are sums of outer products, the terms of the family are used instead of it. Any other rule is called for its
+rows. A module without a rule is run again record by record, and its output is compared with that of the first run.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _rows_of(sampler: GradSampler) -> TermRule:
 
 
 def _replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    """An embedding that makes its ids itself (OPT's positions): they are taken from a second run."""
+    """Return the terms of an embedding that computes its ids itself (OPT's positions), from a second run."""
     assert isinstance(use.module, nn.Embedding)
     args, kwargs = use.call.arguments(tensors[:-1])
     return lookup_terms(use.module, replayed_ids(use.module, args, kwargs, tensors[-1]), backprops)
@@ -88,12 +88,11 @@ def _replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -
 def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
     """Run the module again on each record, with ``torch.func``, and differentiate it.
 
-    Every argument whose first dimension is the batch is taken apart, all others are passed on whole. That this was the
-    right way to take the call apart, and that the module is not random, shows in its output, which must be the one
-    that it returned in the forward pass.
+    Arguments whose first dimension is the batch are split into records. All others are passed as they are. The output
+    must be the same as in the forward pass. This shows that the split was right, and that the module is not random.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: If the output differs.
     """
     module, inputs, output = use.module, tensors[:-1], tensors[-1]
     batch = backprops.shape[0]
@@ -117,12 +116,12 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> T
 
 
 _ORDINARY = 1e15
-"""Beyond this, up to where numbers stand for minus infinity in a mask, two runs of one record may differ in any way."""
+"""Size of values beyond which two runs of a record may differ, unless they are masks (at least ``_MASK``)."""
 _MASK = 1e37
 
 
 def _ordinary_records(inputs: Sequence[Tensor], want: Tensor) -> Tensor:
-    """Which records ``[B]`` have values for which a second run must give what the first one gave."""
+    """Return which records ``[B]`` have no extreme values, so that a second run must return the same."""
     ordinary = torch.ones(want.shape[0], dtype=torch.bool, device=want.device)
     for tensor in (want, *(t for t in inputs if t.dim() > 0 and t.shape[0] == want.shape[0])):
         if tensor.is_floating_point() and tensor.numel():
@@ -133,7 +132,7 @@ def _ordinary_records(inputs: Sequence[Tensor], want: Tensor) -> Tensor:
 
 
 def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
-    """Whether a second run returned what the first one did, record by record; poisonous ones are not looked at."""
+    """Say whether a second run returned the same, for each record without extreme values."""
     if got.shape != want.shape:
         return False
     got, want = (t[ordinary].flatten(1) if t.dim() > 1 else t[ordinary].unsqueeze(1) for t in (got, want))
@@ -143,9 +142,9 @@ def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
     difference = torch.where(finite, (got - want).abs(), 0).amax(1)
     size = torch.where(finite, want.abs(), 0).amax(1)
     tolerance = _REPLAY_TOLERANCE.get(want.dtype, _LOW_TOLERANCE)
-    if want.dtype == torch.float32 and less_was_asked():  # for the batch, not for this run
+    if want.dtype == torch.float32 and less_was_asked():  # in the first run only
         tolerance = _LOW_TOLERANCE
-    # A record of small outputs may round as the others do; one of large outputs excuses nobody but itself.
+    # A record with small outputs gets the tolerance of a median one, and one with large outputs its own.
     return bool((difference <= tolerance * torch.maximum(size, size.median())).all())
 
 
@@ -155,27 +154,28 @@ def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor)
         raise ValueError(
             f"{use.path or 'the model'} ({type(use.module).__name__}) has no rule, and run again on single records it "
             "does not return what it returned on the batch: it is random (dropout inside it?), or its arguments do not "
-            "have the records first. Set its dropout to 0, register a rule with register_rule, or freeze it"
+            "have the records as first dimension. Set its dropout to 0, register a rule with register_rule, or freeze "
+            "it"
         )
 
 
 def replays_lookup(module: nn.Module) -> bool:
-    """Whether the module is an embedding with a forward of its own that no registered rule covers."""
+    """Say whether the module is an embedding with a forward of its own and without a registered rule."""
     return isinstance(module, nn.Embedding) and sampler_of(module) is None
 
 
 def delegates(module: nn.Module) -> bool:
-    """Whether all trainable parameters of the module are also held by layers inside it, as a head's tied bias is.
+    """Say whether layers inside the module hold all of its trainable parameters, such as the tied bias of a head.
 
-    Then the layers answer for them. Should the module's own forward use one directly, it would get an ordinary
-    gradient, which is refused.
+    The gradients are then computed in these layers. If the module's own forward uses such a parameter, the parameter
+    gets an ordinary gradient, and the step is refused.
     """
     own = [p for p in module.parameters(recurse=False) if p.requires_grad]
     inner = {id(p) for child in module.modules() if child is not module for p in child.parameters(recurse=False)}
     return bool(own) and all(id(p) in inner for p in own)
 
 
-# Their source has been read: states [B, T, d] go through some of their layers as [B T, d], record after record.
+# In the source of these classes, some layers get the states [B, T, d] as [B T, d], record after record.
 _FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
 
 
@@ -185,14 +185,15 @@ def _written(module: nn.Module) -> tuple[str, str]:
 
 
 def flattening_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that are known to take ``[B, T, d]`` and to hand ``[B T, d]`` to layers inside them."""
+    """Return the modules that are known to take ``[B, T, d]`` and to pass ``[B T, d]`` to layers inside them."""
     return [m for m in model.modules() if _written(m) in _FLATTENING]
 
 
 def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that answer for the trainable parameters of a model, each once, with their paths.
+    """Yield the modules in which the gradients of trainable parameters are computed, each once, with their paths.
 
-    Below a module with trainable parameters of its own and without a rule nothing is watched: it is run again whole.
+    Modules inside a module with trainable parameters of its own and without a rule are not yielded, because that module
+    is run again as a whole.
     """
     seen: set[int] = set()
 
@@ -222,7 +223,7 @@ _KINDS: dict[GradSampler, str] = {embedding: "lookup", rms_norm: "rows", offset_
 
 
 def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
-    """The rule for a module and its name: ``dense``, ``lookup``, ``rows`` or ``replay``."""
+    """Return the rule for a module, and its kind: ``dense``, ``lookup``, ``rows`` or ``replay``."""
     sampler = sampler_of(module)
     if sampler is None:
         return (_replayed_lookup, "lookup") if replays_lookup(module) else (replayed_rows, "replay")
@@ -234,7 +235,7 @@ def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
 
 
 def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], QuantizedInputs]:
-    """What a :class:`Capture` has to watch in ``model``, and the rule for each path."""
+    """Return the modules that ``Capture`` must watch, the rule for each path, and the inputs that rules share."""
     shared = QuantizedInputs()
     items, rules = [], {}
     for path, module in watched_modules(model):

@@ -1,8 +1,8 @@
-"""Float32 products of matrices on the processor, by the faster of the two libraries that torch has for them.
+"""Products of float32 matrices on the CPU, by the faster of two libraries of torch.
 
-torch multiplies with MKL. On processors of AMD with AVX-512, oneDNN, which torch has for convolutions and for compiled
-models, took little more than half its time (``examples/benchmarks/benchmark_products.py``). Elsewhere, and where little
-is to be done, the products are torch's own.
+torch multiplies matrices with MKL, and has oneDNN for convolutions and for compiled models. On AMD processors with
+AVX-512, oneDNN took little more than half the time (``examples/benchmarks/benchmark_products.py``). On others, and for
+small products, torch's own functions are used.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 _WORTH = 1 << 22
-"""Multiplications below which a call of the other library is not worth it."""
+"""Number of multiplications below which oneDNN is not used."""
 _WORTH_A_RECORD = 1 << 23
-"""The same for each record of a batch, which take a call each."""
+"""The same number for each record, where each record needs a call of its own."""
 _WHOLE = 1 << 20
-"""Numbers of a result that are computed at once."""
+"""Largest number of entries of a result that is computed in one piece."""
 _ROWS = 512
-"""Rows of a larger one that are: it is written twice, and the second time from the cache."""
+"""Number of rows of a piece of a larger result. A piece is copied into the result while it is in the cache."""
 _MANY = 512
-"""Rows of the factors from which on transposing them costs more than oneDNN's own layout of the result."""
+"""Number of rows of the factors above which a transposition costs more than oneDNN's own layout of the result."""
 
 
 def add_outer(left: Tensor, right: Tensor, out: Tensor, *, first: bool) -> None:
-    """Add ``sum_i left_i^T right_i`` to ``out``, or write it there when ``first``.
+    """Add ``sum_i left_i^T right_i`` to ``out``; with ``first``, overwrite ``out``.
 
     Args:
         left: ``[B, T, I]``.
         right: ``[B, T, J]``, of the same type and device as ``left`` and ``out``.
         out: ``[I, J]``.
-        first: whether what ``out`` holds is to be overwritten.
+        first: whether ``out`` is overwritten.
     """
     worth = left.numel() * right.shape[2] >= _WORTH
     if worth and left.is_contiguous() and right.is_contiguous() and may_be_faster(left):
@@ -57,21 +57,21 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def inner_is_faster(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN is faster at :func:`inner`."""
+    """Say whether oneDNN is faster for :func:`inner`."""
     worth = a.shape[1] * a.shape[2] * b.shape[1] >= _WORTH_A_RECORD
     return worth and all(_is_plain(x) for x in (a, b)) and may_be_faster(a)
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether every record is a matrix that lies in memory as it is, or transposed.
+    """Say whether every record is a contiguous matrix, or the transpose of one.
 
-    oneDNN has fast code for these layouts only: of a transposed slice it may take a thousand times longer.
+    oneDNN has fast code for these layouts only. For a transposed slice it may take a thousand times longer.
     """
     return x.is_contiguous() or x.transpose(1, 2).is_contiguous()
 
 
 def may_be_faster(x: Tensor) -> bool:
-    """Whether oneDNN's products may be faster for tensors of this kind, where there is enough to be done."""
+    """Say whether oneDNN may be faster for tensors of this type and device, if the product is large enough."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster()
 
 
@@ -83,7 +83,7 @@ def _inner_by_onednn(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_outer_by_onednn(left: Tensor, right: Tensor, out: Tensor, *, first: bool) -> None:
-    """As :func:`add_outer`, of contiguous factors."""
+    """Do the same as :func:`add_outer` with oneDNN, for contiguous factors."""
     height, width = out.shape
     pieces = 1 if height * width <= _WHOLE else -(-height // _ROWS)
     rows = -(-height // pieces)
@@ -99,7 +99,7 @@ def _add_outer_by_onednn(left: Tensor, right: Tensor, out: Tensor, *, first: boo
 def _outer(left: Tensor, right: Tensor) -> Tensor:
     """Return ``sum_i left_i^T right_i``, ``[I, J]``.
 
-    The weight gradient of a convolution over one pixel, whose input is ``right`` with its channels last.
+    This is the weight gradient of a convolution with a 1 x 1 kernel, whose input is ``right`` with channels last.
     """
     if left.shape[0] * left.shape[1] < _MANY:
         return _multiply(left.flatten(0, 1).t(), right.flatten(0, 1).t())
@@ -109,16 +109,16 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a b^T`` of ``[M, K]`` and ``[N, K]``, by the operator that torch's own compiler has for it."""
+    """Return ``a b^T`` of ``[M, K]`` and ``[N, K]``, with the operator that torch's compiler uses."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return product
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN is there, faster than MKL (AVX-512 on a processor of AMD), and right, for which it is tried once.
+    """Say whether oneDNN is available, faster than MKL (on AMD processors with AVX-512), and right in a trial.
 
-    The choice depends on the machine alone, so that a run can be repeated to the last digit.
+    The choice depends on the machine only, so a run can be repeated exactly.
     """
     if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
@@ -131,7 +131,7 @@ def _made_by_amd() -> bool:
 
 
 def onednn_is_right() -> bool:
-    """Whether this build of torch has oneDNN's products and they have float32's precision."""
+    """Say whether this build of torch has oneDNN's products, with the precision of float32."""
     generator = torch.Generator().manual_seed(0)
     for positions in (_MANY // 4, _MANY):
         left, right = (torch.randn(2, positions, width, generator=generator) for width in (260, 200))
@@ -140,7 +140,7 @@ def onednn_is_right() -> bool:
             got = _outer(left, right)
         except (AttributeError, RuntimeError):  # another build of torch
             return False
-        # A sum of a thousand roundings at size 30 is right to 1e-4; factors in bfloat16 would be off by 0.1.
+        # With a thousand roundings at size 30, float32 is right to 1e-4. Factors in bfloat16 would be wrong by 0.1.
         if not float((got - want).abs().max()) < 1e-3:
             return False
     return True

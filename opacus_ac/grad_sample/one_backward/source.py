@@ -1,4 +1,6 @@
-"""Mode "bk": per-record norms and clipped sums from one ordinary backward pass, without per-sample gradients.
+"""Mode "bk": gradient norms of records and clipped sums from one ordinary backward pass.
+
+Per-sample gradients are not written down.
 
 References:
     Bu et al., arXiv 2210.00038 (book-keeping: one backward pass); arXiv 2110.05679 (ghost norms for language models).
@@ -28,7 +30,7 @@ from opacus_ac.grad_sample.user_rows import CountUsers, regroup
 
 @dataclass
 class _Chunk:
-    """What one backward pass left: a book per parameter (by its position), and the forward passes it went through."""
+    """The results of one backward pass: a book for each parameter, by its number, and the forward passes it used."""
 
     books: dict[int, ParameterBook] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
@@ -38,26 +40,26 @@ class _Chunk:
 
 
 class BookKeepingSource:
-    """Norms and weighted sums of per-sample gradients from one backward pass.
+    """Computes norms and weighted sums of per-sample gradients from one backward pass.
 
-    Around each trained layer the forward pass keeps the input, and the backward pass brings the gradient at the output;
-    from these the norms are computed, and after clipping one weighted product per layer gives the sum. Weights that
-    are tied, or used several times, are one parameter with one norm.
+    Hooks keep the input of each trained layer in the forward pass, and get the gradient at its output in the backward
+    pass. The norms are computed from both. After clipping, one weighted product per layer is the sum. A weight that is
+    tied, or used several times, is one parameter with one norm.
 
     Args:
-        model: the model; nothing happens to it before :meth:`attach`.
-        parameters: the parameters that are trained, with a norm over all of them.
+        model: the model; it is not changed before :meth:`attach`.
+        parameters: the trained parameters. Norms are over all of them.
         names: their names, for messages.
-        loss_reduction: "mean" or "sum" over the records, as the loop computes the loss.
-        users: counts the users of a batch, where a record is a user of several rows; None where it is a row.
-        exact_sums: whether sums are formed and kept in float64, so that a record more or less does not change what the
-            others add.
+        loss_reduction: "mean" or "sum": how the loss of the training loop combines the records.
+        users: counts the users of a batch, if a record is a user with several rows; None if a record is a row.
+        exact_sums: whether sums are computed and kept in float64, so that one more record does not change how the
+            gradients of the others are rounded.
 
     Guarantees:
-        Norms are in float32 or better whatever the type of the activations, and upper bounds of what each record adds,
-        rounding included. Tensors that change between norm and sum are refused. A trained parameter
-        that is also used where no rule sees it gets an ordinary gradient in the backward pass, and the step is refused.
-        Two backward passes before a step are records of their own.
+        Norms are computed in float32 or float64, whatever the type of the activations. They are upper bounds of the
+        contribution of each record, rounding included. Tensors that change between norm and sum are refused. If a
+        trained parameter is also used where no rule sees it, it gets an ordinary gradient, and the step is refused.
+        Records of two backward passes before a step are different records.
 
     References:
         arXiv 2210.00038.
@@ -90,7 +92,7 @@ class BookKeepingSource:
         self._released = False
 
     def attach(self) -> Callable[[], None]:
-        """Put the hooks on the model and return the function that takes them off."""
+        """Add the hooks to the model, and return a function that removes them."""
         items, self._rules, quantized = tracked(self._model)
         self._places = places_of(self._model, self._index)
         self._shared = quantized.clear
@@ -99,7 +101,7 @@ class BookKeepingSource:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context in which forward passes leave no records."""
+        """Return a context in which the hooks keep nothing of forward passes."""
         capture = self._capture
         if capture is not None:
             capture.paused = True
@@ -112,12 +114,12 @@ class BookKeepingSource:
     # ---------------------------------------------------------------- in forward and backward passes
 
     def _on_forward(self) -> None:
-        """A forward pass after a backward pass: what comes now belongs to other records."""
+        """Note a forward pass. After a backward pass, it is of other records."""
         if self._chunks[-1].books:
             self._chunks.append(_Chunk())
 
     def _deliver(self, use: Use, gradient: Tensor) -> None:
-        """Take in the gradient at the output of one use of a module."""
+        """Take the gradient at the output of one use of a module."""
         try:
             tensors, gradient = by_record(use, use.tensors(), gradient)
             chunk = self._chunks[-1]
@@ -149,12 +151,11 @@ class BookKeepingSource:
     # ---------------------------------------------------------------- GradientSource
 
     def finish_batch(self, weights: Sequence[float] | None = None) -> Tensor:
-        """Return the norm by which each record is clipped, ``[B]`` float64; as in ``GradientSource``.
+        """Return the norm by which each record is clipped, ``[B]`` float64 (see ``GradientSource``).
 
         Raises:
-            ValueError: there was no backward pass, a part of the model was used outside of its rule, a backward pass
-                failed half-way, gradients of the step before were not cleared, or inputs or gradients were written to
-                since.
+            ValueError: If there was no backward pass or an interrupted one, if a parameter was used where no rule sees
+                it, if gradients of the last step were not cleared, or if inputs or gradients were written in between.
         """
         if self._capture is not None:
             self._capture.restore()
@@ -197,18 +198,18 @@ class BookKeepingSource:
         return norms * (chunk.records if self._mean else 1)
 
     def parameter_squares(self) -> Tensor:
-        """Return the squared gradient norms ``[B, P]`` of the batch that was finished."""
+        """Return the squared gradient norms of the finished batch, ``[B, P]``."""
         scales = [chunk.records**2 if self._mean else 1 for chunk in self._chunks]
         parts = [squares_by_parameter(chunk.squares, len(self._parameters)) for chunk in self._chunks]
         return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)])
 
     @property
     def records(self) -> int:
-        """Number of records that the last backward pass went through."""
+        """Number of records of the last backward pass."""
         return self._chunks[-1].records
 
     def record_gradients(self, record: int) -> Iterator[Tensor | None]:
-        """Yield what a record of the last backward pass adds to each parameter's gradient; nothing is used up."""
+        """Yield the part of each parameter's ordinary gradient that is from one record of the last backward pass."""
         chunk = self._chunks[-1]
         chosen = torch.zeros(chunk.records, dtype=torch.float64, device=self._parameters[0].device)
         chosen[record] = 1.0
@@ -218,29 +219,29 @@ class BookKeepingSource:
             yield None if book is None else self._add(parameter, book, weights, None, None)
 
     def accumulate(self, factors: Tensor) -> None:
-        """Note the factors; the sums are formed parameter by parameter when they are needed."""
+        """Note the factors. The sums are computed later, parameter by parameter."""
         sizes = [chunk.records for chunk in self._chunks]
         scales = [size if self._mean else 1 for size in sizes]
         factors = factors.to(self._parameters[0].device)
         self._weights = [Weights(f * scale) for f, scale in zip(factors.split(sizes), scales, strict=True)]
 
     def withdraw(self) -> None:
-        """Take back :meth:`accumulate`."""
+        """Undo :meth:`accumulate`."""
         self._weights = None
-        self._failed = True  # the records stay until they are cleared, but no step may use them
+        self._failed = True  # the records stay until they are cleared, and no step may use them
 
     def settle(self) -> None:
-        """Form the sums now and let go of the records: another physical batch of the logical one follows."""
+        """Compute the sums now and forget the records, because another physical batch follows."""
         if self._weights is None:
             return
         for parameter, total in zip(self._parameters, self.sums(), strict=True):
             parameter.summed_grad = total  # type: ignore[attr-defined]
 
     def sums(self, place: Place | None = None) -> Iterator[Tensor | None]:
-        """Yield the summed clipped gradient of each parameter; None is zero. The records go as the sums come.
+        """Yield the summed clipped gradient of each parameter (None for zero), and forget its records.
 
         Args:
-            place: gives the memory for a parameter's sum, or None for memory of its own.
+            place: returns the memory for a parameter's sum, or None for new memory.
         """
         weights = self._weights or []
         for index, parameter in enumerate(self._parameters):
@@ -259,7 +260,7 @@ class BookKeepingSource:
         """Return ``total`` plus the weighted sum of a book."""
         out = place(parameter) if total is None and place is not None and not self._exact_sums else None
         if out is None:
-            # Of the whole parameter, also where a rank holds a shard of it.
+            # The sum has the shape of the whole parameter, even if this rank holds a shard of it.
             dtype = torch.float64 if self._exact_sums else parameter.dtype
             out = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
         with exact():
@@ -267,7 +268,7 @@ class BookKeepingSource:
             return out if total is None else total.add_(out)
 
     def clear(self, *, sums: bool) -> None:
-        """Forget the records and ordinary gradients, and with ``sums`` the clipped sums too."""
+        """Forget the records and the ordinary gradients; with ``sums`` also the clipped sums."""
         if self._capture is not None:
             self._capture.restore()
         self._reset()
@@ -284,8 +285,9 @@ class BookKeepingSource:
 
     @property
     def merged_passes(self) -> bool:
-        """Whether one backward pass went through several forward passes of the model.
+        """Whether one backward pass used several forward passes of the model.
 
-        Record i of each is then one record. Whether that is so, only the number of records drawn can tell.
+        Record i of each forward pass then counts as one record. Only the number of drawn records shows whether that is
+        right.
         """
         return any(len(chunk.model_passes) > 1 for chunk in self._chunks)

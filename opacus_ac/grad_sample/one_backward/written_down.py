@@ -1,8 +1,8 @@
-"""Gradients of single records written down in float64, some rows at a time: expensive, for records that need it.
+"""Gradients of single records, written down in float64 some rows at a time. This is expensive and seldom needed.
 
-They do when a norm from float32 products cannot be told from rounding (terms that cancel), or when a side is so large
-that the square of the other one, or a clip factor times it, is lost to underflow. The same numbers then go into norm
-and sum.
+It is needed if the norm from float32 products is as small as its rounding error, because terms cancel. It is also
+needed if one side of an outer product is so large that the square of the other side, or a clip factor times it, is lost
+to underflow. The norm and the sum then use the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 1 << 22
-"""Numbers that are written down at a time."""
+"""Number of entries that are written down at a time."""
 
 _UNIT = 2.0**-53
 
@@ -32,7 +32,7 @@ class _Lookup(Protocol):
 def blocks(
     shape: torch.Size, dense: Sequence[_Dense], lookups: Sequence[_Lookup], record: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield stretches of rows of one record's gradient, ``[rows, J]`` float64 each."""
+    """Yield slices of rows of one record's gradient, each ``[rows, J]`` in float64."""
     height, width = shape
     step = max(1, _BLOCK // max(width, 1))
     device = (dense[0].right if dense else lookups[0].right).device
@@ -50,14 +50,14 @@ def blocks(
 def bound(
     shape: torch.Size, dense: Sequence[_Dense], lookups: Sequence[_Lookup], record: int, unit: float
 ) -> tuple[float, float]:
-    """Return an upper bound of the norm of what one record adds, and its squared norm as computed.
+    """Return an upper bound of the norm of one record's contribution, and its squared norm as computed.
 
     Args:
-        shape: of the parameter, ``[I, J]``.
+        shape: shape of the parameter, ``[I, J]``.
         dense: uses of the parameter by dense layers.
-        lookups: uses by lookups.
+        lookups: uses of the parameter by embeddings.
         record: number of the record.
-        unit: roundoff of the type in which it is added to the sum.
+        unit: unit roundoff of the type of the sum.
     """
     reach, positions = 0.0, 0
     for d in dense:

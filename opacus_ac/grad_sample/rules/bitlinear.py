@@ -1,8 +1,8 @@
-"""Ternary linear layers: straight-through estimators around one matrix product.
+"""Linear layers with quantised weights (ternary, say) and a straight-through gradient.
 
-With a straight-through estimator the weight gradient is an outer product of *quantised* inputs with the gradient at
-the output of the matrix product. ``nn.Linear``'s rule, which takes the layer's own input and output, is therefore
-silently wrong for such a layer.
+With a straight-through estimator, the weight gradient is an outer product of the *quantised* inputs with the gradient
+at the output of the matrix product. The rule of ``nn.Linear`` uses the layer's own input and output, and is wrong for
+such a layer, without an error.
 
 References:
     arXiv 2402.17764 (BitNet b1.58); arXiv 1308.3432 (straight-through estimators).
@@ -25,12 +25,12 @@ from opacus_ac.grad_sample.rules.linear import outer_products, sum_positions
 
 
 class Factors(NamedTuple):
-    """The two sides of a dense layer's weight gradient, sum_t backprop_t (x) input_t."""
+    """The two factors of a dense layer's weight gradient, sum_t backprop_t (x) input_t."""
 
     inputs: Tensor
-    """``[B, ..., in]``: what the matrix product was fed, in the type of ``backprops``."""
+    """Input of the matrix product ``[B, ..., in]``, in the type of ``backprops``."""
     backprops: Tensor
-    """``[B, ..., out]``: the gradient at the output of the matrix product."""
+    """Gradient at the output of the matrix product, ``[B, ..., out]``."""
 
 
 def _dense_grads(module: nn.Module, factors: Factors) -> dict[nn.Parameter, Tensor]:
@@ -44,18 +44,18 @@ def _dense_grads(module: nn.Module, factors: Factors) -> dict[nn.Parameter, Tens
 
 
 class QuantizedInputs:
-    """The quantised form of the last input: the projections of one input share it, and its memory."""
+    """Holds the quantised form of the last input, which the projections of that input share."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of the tensors."""
+        """Forget the tensors."""
         self._key: tuple[Any, ...] | None = None
         self._held: tuple[Tensor, Tensor] | None = None
 
     def get(self, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        """``quantize(x)``, computed once for tensors that share memory, shape and version."""
+        """Return ``quantize(x)``, computed once for tensors with the same memory, shape and version."""
         key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype)
         if self._held is None or self._key != key:
             self._key, self._held = key, (x, quantize(x))
@@ -64,16 +64,16 @@ class QuantizedInputs:
 
 @torch.no_grad()
 def auto_bitlinear_factors(module: Any, x: Tensor, backprops: Tensor, shared: QuantizedInputs | None = None) -> Factors:
-    """Factors of ``transformers``' ``AutoBitLinear``, online or offline, with or without its inner norm.
+    """Return the factors of an ``AutoBitLinear`` of transformers, online or offline, with or without its inner norm.
 
     Args:
         module: the layer.
         x: its input ``[B, ..., in]``.
         backprops: the gradient at its output ``[B, ..., out]``.
-        shared: quantised inputs of the layers before, for layers that share an input.
+        shared: quantised inputs of the layers before, for layers with the same input.
 
     Returns:
-        The dequantised activations (codes over their per-token scale) and the gradient before ``weight_scale``.
+        The quantised activations (codes divided by the scale of their token) and the gradient before ``weight_scale``.
     """
     from transformers.integrations.bitnet import ActQuant
 
@@ -86,9 +86,9 @@ def auto_bitlinear_factors(module: Any, x: Tensor, backprops: Tensor, shared: Qu
 
 
 def auto_bitlinear(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-sample gradients of ``transformers.integrations.bitnet.AutoBitLinear``.
+    """Return per-sample gradients of ``transformers.integrations.bitnet.AutoBitLinear``.
 
-    The inner norm, where there is one, is a module of its own with its own rule and is not returned here.
+    An inner norm is a module with a rule of its own. Its gradients are not returned here.
 
     Args:
         module: the layer.
@@ -111,7 +111,7 @@ class _Product(NamedTuple):
 
 
 class _RecordLinear(TorchFunctionMode):
-    """Notes every ``F.linear`` that runs under it."""
+    """Notes every call of ``F.linear`` in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def _refuse(module: nn.Module, reason: str) -> ValueError:
 def _replay(module: nn.Module, x: Tensor, dtype: torch.dtype) -> _Replay:
     """Run the layer's forward again with a graph, and find its one matrix product."""
     for attempt in (False, True):
-        # Under autocast the output was in the low type; outside of it, as in a backward pass, it has to be asked for.
+        # Under autocast the output had the lower precision. The backward pass is outside of that context.
         autocast: AbstractContextManager[Any] = torch.autocast(x.device.type, dtype=dtype) if attempt else nullcontext()
         with torch.enable_grad(), autocast, _RecordLinear() as recorder:
             output = call_forward(module, x)
@@ -157,7 +157,7 @@ def _replay(module: nn.Module, x: Tensor, dtype: torch.dtype) -> _Replay:
 
 _DENSE = ("weight", "bias")
 
-# Layers whose structure has been looked at; what may change from step to step is checked at every call.
+# Layers whose structure has been checked. Properties that may change from step to step are checked at every call.
 _STRUCTURE_CHECKED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -171,18 +171,18 @@ def _check_parameters(module: nn.Module, product: _Product) -> None:
 
 
 def _same(got: Tensor, want: Tensor) -> bool:
-    """Equal entry by entry up to a cast, so that one masked entry among millions is seen."""
+    """Say whether all entries are equal up to a cast, so that one masked entry among millions is found."""
     return bool(((got - want).abs() <= 4 * torch.finfo(got.dtype).eps * want.abs()).all())
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
-    """Equal up to the order of a long sum."""
+    """Say whether two tensors are equal up to the rounding of a long sum."""
     slack = min(max(1e3 * torch.finfo(want.dtype).eps, 1e-9), 0.05)
     return bool((got - want).abs().max() <= slack * want.abs().max())
 
 
 def _check_identity(module: nn.Module, product: _Product, cotangent: Tensor) -> None:
-    """The weight path must hand a gradient back unchanged."""
+    """Check that the gradient of the quantised weight reaches the weight unchanged."""
     weight = module._parameters["weight"]
     assert weight is not None
     same: tuple[Tensor | None, ...] = (cotangent,)
@@ -196,7 +196,7 @@ def _check_identity(module: nn.Module, product: _Product, cotangent: Tensor) -> 
 
 
 def _check_structure(module: nn.Module, replay: _Replay, backprops: Tensor, total: Tensor) -> None:
-    """Once per layer: the weight acts through the one product only."""
+    """Check, once per layer, that the weight acts on the output only through the one product."""
     weight = module._parameters["weight"]
     assert weight is not None
     generator = torch.Generator().manual_seed(0)
@@ -207,16 +207,16 @@ def _check_structure(module: nn.Module, replay: _Replay, backprops: Tensor, tota
 
 
 def ste_linear_factors(module: nn.Module, x: Tensor, backprops: Tensor) -> Factors:
-    """Factors of a hand-written straight-through linear layer, found by running its forward again.
+    """Return the factors of a user's straight-through linear layer, from a second run of its forward.
 
     Args:
-        module: the layer; its forward takes one tensor and calls ``F.linear`` exactly once.
+        module: the layer. Its forward takes one tensor and calls ``F.linear`` exactly once.
         x: its input ``[B, ..., in]``.
         backprops: the gradient at its output ``[B, ..., out]``.
 
     Raises:
-        ValueError: where the layer is no straight-through linear layer. The weight path is checked at every call
-            against the gradient at hand, because a clipping mask may set in only after some steps.
+        ValueError: If the layer is not a straight-through linear layer. The path to the weight is checked at every
+            call, because a mask that clips weights may appear only after some steps.
     """
     replay = _replay(module, x.detach(), backprops.dtype)
     _check_parameters(module, replay.product)
@@ -228,28 +228,27 @@ def ste_linear_factors(module: nn.Module, x: Tensor, backprops: Tensor) -> Facto
 
 
 def _factors_of(replay: _Replay, backprops: Tensor) -> tuple[Factors, Tensor]:
-    """Factors of a layer that was run again, and ``backprops`` in the type of its output."""
+    """Return the factors of a layer from its second run, and ``backprops`` in the type of its output."""
     backprops = backprops.to(replay.output.dtype)
-    # retain_graph: the checks walk the same graph once more; it dies with their caller.
+    # The checks use the same graph again, so it is retained.
     at_product = torch.autograd.grad(replay.output, replay.product.output, backprops, retain_graph=True)[0]
     return Factors(replay.product.inputs.detach().to(at_product.dtype), at_product), backprops
 
 
 _ORDINARY = 1e15
-"""Products of inputs and gradients beyond this say nothing about a layer: sums of them overflow, or drown all
-others."""
+"""Size of products of inputs and gradients beyond which a record is left out of the check: their sums may overflow."""
 
 
 def _ordinary_records(factors: Factors) -> Tensor:
-    """Which records the layer can be judged by ``[B]``: what one record holds must not stop the run of all others."""
+    """Return which records the check can use, ``[B]``. Extreme values of one record must not stop the run."""
     if factors.inputs.shape[0] == 0:
         return torch.zeros(0, dtype=torch.bool, device=factors.inputs.device)
     inputs, backprops = (part.detach().abs().flatten(1).amax(1).double() for part in factors)
-    return inputs * backprops < _ORDINARY  # False for NaN, and for what became infinite
+    return inputs * backprops < _ORDINARY  # False for NaN and infinity
 
 
 def _check_weight_path(module: nn.Module, replay: _Replay, factors: Factors, x: Tensor, backprops: Tensor) -> None:
-    """Compare what the factors say with autograd, on the records that are not poisonous."""
+    """Compare the factors with autograd, for records without extreme values."""
     ordinary = _ordinary_records(factors)
     if not bool(ordinary.any()):
         return
@@ -266,7 +265,7 @@ def _check_weight_path(module: nn.Module, replay: _Replay, factors: Factors, x: 
 
 
 def ste_linear(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-sample gradients of a hand-written straight-through linear layer.
+    """Return per-sample gradients of a user's straight-through linear layer.
 
     Args:
         module: a layer with parameters ``weight`` (and ``bias``) whose forward calls ``F.linear`` once.
@@ -277,6 +276,6 @@ def ste_linear(module: nn.Module, activations: list[Tensor], backprops: Tensor) 
         ``[B, out, in]`` for the weight, ``[B, out]`` for the bias, trainable ones only.
 
     Raises:
-        ValueError: as :func:`ste_linear_factors`.
+        ValueError: If the layer is not a straight-through linear layer (see :func:`ste_linear_factors`).
     """
     return _dense_grads(module, ste_linear_factors(module, activations[0], backprops))

@@ -1,4 +1,4 @@
-"""Embeddings: a lookup, optionally multiplied by a constant."""
+"""Embeddings: a lookup, which may be multiplied by a constant."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from opacus_ac.grad_sample.one_backward.outer_products import Lookup, Term
 
 
 def unsupported(module: nn.Embedding) -> str | None:
-    """Why no per-sample gradient of this embedding can be private, or None."""
+    """Return the reason why this embedding cannot be trained privately; None if it can."""
     if module.max_norm is not None:
-        return "max_norm rewrites rows of the weight in the forward pass, outside the noised release"
+        return "max_norm rewrites rows of the weight in the forward pass, without noise"
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq divides by counts over the whole batch, so records are coupled"
     return None
 
 
 def scale_of(module: nn.Module) -> Tensor | float:
-    """The constant that the looked-up rows are multiplied by (``embed_scale``; 1 where there is none)."""
+    """Return the constant by which the rows are multiplied (``embed_scale``, or 1)."""
     scale = getattr(module, "embed_scale", 1.0)
     if isinstance(scale, Tensor):
         weight = module._parameters["weight"]
@@ -33,9 +33,14 @@ def scale_of(module: nn.Module) -> Tensor | float:
 
 
 def lookup_terms(module: nn.Module, ids: Tensor, backprops: Tensor) -> list[tuple[nn.Parameter, Term]]:
-    """What one lookup adds to the gradient of the table; ids ``[B, ...]``, backprops ``[B, ..., D]``.
+    """Return the term that one lookup adds to the gradient of the table.
 
-    As in autograd the row ``padding_idx`` gets no gradient.
+    As in autograd, the row ``padding_idx`` gets no gradient.
+
+    Args:
+        module: the layer.
+        ids: ``[B, ...]``.
+        backprops: ``[B, ..., D]``.
     """
     assert isinstance(module, nn.Embedding)
     weight = module._parameters["weight"]
@@ -50,13 +55,13 @@ def lookup_terms(module: nn.Module, ids: Tensor, backprops: Tensor) -> list[tupl
 
 
 def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-sample gradients of ``nn.Embedding`` and of scaled word embeddings.
+    """Return per-sample gradients of ``nn.Embedding`` and of scaled word embeddings.
 
-    As autograd does and Opacus's own sampler does not, the row ``padding_idx`` gets no gradient, also where that id
-    occurs as an ordinary token.
+    As in autograd, and unlike in Opacus's own sampler, the row ``padding_idx`` gets no gradient, even where that id is
+    an ordinary token.
 
     Args:
-        module: the layer; ``embed_scale``, where present, multiplies its output.
+        module: the layer; ``embed_scale``, if present, multiplies its output.
         activations: one integer tensor of ids ``[B, ...]``.
         backprops: ``[B, ..., D]``.
 
@@ -64,7 +69,7 @@ def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor
         ``[B, V, D]`` for the weight.
 
     Raises:
-        ValueError: for ``max_norm`` or ``scale_grad_by_freq``.
+        ValueError: If the layer has ``max_norm`` or ``scale_grad_by_freq``.
     """
     reason = unsupported(module)
     if reason is not None:
@@ -78,7 +83,7 @@ def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor
     if module.padding_idx is not None:
         values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
     batch, (rows, width) = ids.shape[0], weight.shape
-    # One flat index_add over B*V rows: no [B, T, D] index tensor, and a batch of none needs no special case.
+    # One flat index_add over B * V rows needs no index tensor [B, T, D], and no special case for an empty batch.
     first = torch.arange(batch, device=ids.device) * rows
     flat = ids.reshape(batch, -1 if ids.numel() else 0) + first.unsqueeze(1)
     grad = torch.zeros(batch * rows, width, device=values.device, dtype=values.dtype)
@@ -103,16 +108,16 @@ class _RecordLookup(TorchFunctionMode):
 
 
 def replayed_ids(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """The ids ``[B, ...]`` that an embedding with a forward of its own looks up, found by running it again.
+    """Return the ids ``[B, ...]`` that an embedding with its own forward looks up, from a second run.
 
     Args:
         module: the layer.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        output: what it returned, ``[B, ..., D]``.
+        output: its output in the first run, ``[B, ..., D]``.
 
     Raises:
-        ValueError: it does not return the rows of one lookup, unchanged.
+        ValueError: If its output is not the unchanged rows of one lookup.
     """
     with torch.no_grad(), _RecordLookup() as recorder:
         written_type(module).forward(bare_twin(module), *args, **kwargs)
@@ -126,7 +131,7 @@ def replayed_ids(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def is_scaled_lookup(module: nn.Module) -> bool:
-    """Whether ``module`` behaves as ``embed_scale * weight[ids]``, by a float64 probe on eight of its rows."""
+    """Say whether ``module`` computes ``embed_scale * weight[ids]``, from a float64 test with eight of its rows."""
     if not isinstance(module, nn.Embedding) or module.weight.is_meta or unsupported(module) is not None:
         return False
     rows = min(8, module.weight.shape[0])
@@ -140,7 +145,7 @@ def is_scaled_lookup(module: nn.Module) -> bool:
         with torch.no_grad():
             output = call_forward(twin, ids)
             expected = twin.weight[ids] * scale_of(twin)
-    except Exception:  # a forward that wants something else is simply not this family
+    except Exception:  # a forward with other arguments is not of this family
         return False
     same_shape = isinstance(output, Tensor) and output.shape == expected.shape
     return same_shape and torch.allclose(output.double(), expected, rtol=1e-6, atol=1e-9)

@@ -10,18 +10,23 @@ from opacus_ac.grad_sample.one_backward.outer_products import Dense, Rows, Term
 
 
 def outer_products(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over positions of left_t (x) right_t, per record: ``[B, ..., i]`` and ``[B, ..., j]`` to ``[B, i, j]``."""
+    """Return for each record the sum over positions of outer products, ``[B, i, j]``.
+
+    Args:
+        left: ``[B, ..., i]``.
+        right: ``[B, ..., j]``.
+    """
     return torch.einsum("n...i,n...j->nij", left, right)
 
 
 def sum_positions(values: Tensor, last: int = 1) -> Tensor:
-    """Sum over all but the first and the ``last`` trailing dimensions: ``[B, ..., d]`` to ``[B, d]``."""
+    """Return the sum ``[B, d]`` of ``[B, ..., d]`` over all dimensions but the first and the ``last`` ones."""
     positions = tuple(range(1, values.dim() - last))
     return values.sum(dim=positions) if positions else values
 
 
 def by_position(values: Tensor) -> Tensor:
-    """``[B, ..., d]`` as ``[B, T, d]``; ``[B, d]`` has one position."""
+    """Return ``[B, ..., d]`` as ``[B, T, d]``. ``[B, d]`` has one position."""
     if values.dim() == 3:
         return values
     return values.unsqueeze(1) if values.dim() == 2 else values.reshape(values.shape[0], -1, values.shape[-1])
@@ -30,15 +35,15 @@ def by_position(values: Tensor) -> Tensor:
 def dense_terms(
     module: nn.Module, inputs: Tensor, backprops: Tensor, *, transposed: bool = False
 ) -> list[tuple[nn.Parameter, Term]]:
-    """What one use of a dense layer adds to the gradients of its ``weight`` and ``bias``.
+    """Return the terms that one use of a dense layer adds to the gradients of its ``weight`` and ``bias``.
 
     Args:
         module: the layer, for its parameters.
-        inputs: what the matrix product was fed, ``[B, ..., in]``.
-        backprops: the gradient at its output, ``[B, ..., out]``.
-        transposed: whether the weight is stored ``[in, out]``.
+        inputs: input of the matrix product, ``[B, ..., in]``.
+        backprops: gradient at the output of the product, ``[B, ..., out]``.
+        transposed: whether the weight is stored as ``[in, out]``.
     """
-    # Under autocast the product saw the input rounded to its own type.
+    # Under autocast the input of the product was rounded to the type of the product.
     right, left = by_position(inputs.to(backprops.dtype)), by_position(backprops)
     terms: list[tuple[nn.Parameter, Term]] = []
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
@@ -50,7 +55,7 @@ def dense_terms(
 
 
 def conv1d(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-sample gradients of ``transformers.pytorch_utils.Conv1D`` (y = x W + b, W is ``[in, out]``).
+    """Return per-sample gradients of ``transformers.pytorch_utils.Conv1D`` (y = x W + b, W is ``[in, out]``).
 
     Args:
         module: the layer.
@@ -58,7 +63,7 @@ def conv1d(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> d
         backprops: ``[B, ..., out]``.
 
     Returns:
-        ``[B, in, out]`` for the weight and ``[B, out]`` for the bias, trainable ones only.
+        ``[B, in, out]`` for the weight and ``[B, out]`` for the bias, if they are trainable.
     """
     grads: dict[nn.Parameter, Tensor] = {}
     weight, bias = module._parameters["weight"], module._parameters.get("bias")

@@ -1,4 +1,4 @@
-"""Normalisation layers: RMSNorm in both of its spellings, and LayerNorm with or without a bias."""
+"""Normalisation layers: RMSNorm with weight or 1 + weight, and LayerNorm with or without a bias."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from opacus_ac.grad_sample.module_replay import bare_twin, call_with, map_tensor
 from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.rules.linear import sum_positions
 
-# Module -> (epsilon that it names, whether it computes with it).
+# Module -> (its epsilon attribute, whether it computes with this epsilon).
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[float, bool]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
 def rms_epsilon(module: nn.Module) -> float | None:
-    """The epsilon of an RMSNorm that computes x_hat = x / sqrt(mean(x^2) + epsilon); None where it computes another.
+    """Return the epsilon of an RMSNorm that computes x_hat = x / sqrt(mean(x^2) + epsilon); None for another formula.
 
-    Read from the module and held against what the module does, in float64, on inputs of the size at which it shows.
+    Epsilon is read from the module. It is then checked in float64 against the module's output, for inputs so small
+    that epsilon matters.
     """
     named = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
     epsilon = next((value for value in named if isinstance(value, float) and value > 0), None)
@@ -48,10 +49,11 @@ def _computes_with(module: nn.Module, epsilon: float) -> bool:
 
 
 def rms_norm_rows(module: nn.Module, x: Tensor, backprops: Tensor) -> Tensor | None:
-    """Per-sample gradient ``[B, d]`` of an RMSNorm's weight in three passes over the input, or None.
+    """Return the per-sample gradient ``[B, d]`` of an RMSNorm's weight, in three passes over the input.
 
-    None is for other types than float32, whose rounding inside the module this would not repeat, and for modules that
-    compute something else.
+    Returns:
+        None if the type is not float32, because rounding inside the module would not be repeated exactly, or if the
+        module computes another formula.
     """
     epsilon = rms_epsilon(module) if x.dtype == backprops.dtype == torch.float32 else None
     if epsilon is None:
@@ -63,9 +65,9 @@ def rms_norm_rows(module: nn.Module, x: Tensor, backprops: Tensor) -> Tensor | N
 
 @torch.no_grad()
 def normalized(module: nn.Module, x: Tensor, offset: float) -> Tensor:
-    """x_hat of a layer that computes ``(offset + weight) * x_hat``: its own forward at weight = 1 - offset.
+    """Return x_hat of a layer that computes ``(offset + weight) * x_hat``, from its own forward at weight = 1 - offset.
 
-    Asking the module, rather than repeating its formula, keeps its epsilon and its internal casts.
+    The module's own forward has the right epsilon and the right internal casts.
     """
     weight = module._parameters["weight"]
     assert weight is not None
@@ -81,7 +83,7 @@ def _scale_gradient(module: nn.Module, x: Tensor, backprops: Tensor, offset: flo
 
 
 def rms_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-sample gradient of an RMSNorm that computes ``weight * x_hat`` (Llama, Qwen, Mistral, BitNet, T5).
+    """Return the per-sample gradient of an RMSNorm that computes ``weight * x_hat`` (Llama, Qwen, Mistral, BitNet, T5).
 
     Args:
         module: the layer.
@@ -95,12 +97,12 @@ def rms_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) ->
 
 
 def offset_rms_norm(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """As :func:`rms_norm`, for a layer that computes ``(1 + weight) * x_hat`` (Gemma)."""
+    """Return the same as :func:`rms_norm`, for a layer that computes ``(1 + weight) * x_hat`` (Gemma)."""
     return _scale_gradient(module, activations[0], backprops, offset=1.0)
 
 
 def layer_norm(module: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """Per-sample gradients of ``nn.LayerNorm``; unlike Opacus's own sampler it allows ``bias=False``.
+    """Return per-sample gradients of ``nn.LayerNorm``. Unlike Opacus's sampler, this rule allows ``bias=False``.
 
     Args:
         module: the layer.
@@ -108,7 +110,7 @@ def layer_norm(module: nn.LayerNorm, activations: list[Tensor], backprops: Tenso
         backprops: the same shape.
 
     Returns:
-        ``[B, *normalized_shape]`` for weight and bias, trainable ones only.
+        ``[B, *normalized_shape]`` for weight and bias, if they are trainable.
     """
     grads: dict[nn.Parameter, Tensor] = {}
     last = len(module.normalized_shape)
@@ -128,11 +130,13 @@ def _shape_fits(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def rms_norm_offset(module: nn.Module) -> float | None:
-    """0.0 where ``module`` computes ``weight * x_hat``, 1.0 for ``(1 + weight) * x_hat``, None where it is no RMSNorm.
+    """Find out whether a module is an RMSNorm, by its behaviour and not by its name.
 
-    The question is put to the module, not to its name: on a float64 copy the output must be affine in the weight,
-    position by position; its x_hat must be a positive multiple of the input with mean square one; and each record
-    must be treated alone.
+    On a float64 copy, the output must be affine in the weight for each position, x_hat must be a positive multiple of
+    the input with mean square one, and the output for a record must not depend on other records.
+
+    Returns:
+        0.0 if the module computes ``weight * x_hat``, 1.0 for ``(1 + weight) * x_hat``, None if it is not an RMSNorm.
     """
     if not _shape_fits(module):
         return None
@@ -155,12 +159,12 @@ def rms_norm_offset(module: nn.Module) -> float | None:
         checks = (
             (at_trial, at_zero + trial * x_hat, 1e-5),
             (at_trial[1:2], alone, 1e-5),
-            # The loosest one: it must allow for any usual epsilon, which only matters at the first record's scale.
+            # This tolerance allows for any usual epsilon, which matters only at the scale of the first record.
             (x_hat, expected, 1e-3),
         )
         if not all(torch.allclose(a.double(), b.double(), rtol=tol, atol=tol) for a, b, tol in checks):
             return None
-    except Exception:  # a forward that wants something else is simply not this family
+    except Exception:  # a forward with other arguments is not of this family
         return None
     for offset in (0.0, 1.0):
         if torch.allclose(at_zero, offset * x_hat, rtol=1e-5, atol=1e-5):
