@@ -91,7 +91,7 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "max_grad_norm",
         lambda v: v not in (None, 0, _DEFAULT_MAX_GRAD_NORM),
-        "it clips the noised sum, not the records: set PrivacyArguments.per_sample_max_grad_norm, and this to 0",
+        "it clips the noisy sum, not the records: set PrivacyArguments.per_sample_max_grad_norm, and this to 0",
     ),
 )
 
