@@ -1,9 +1,9 @@
-"""Hooks that note, for every use of a trainable parameter, the module's input and the gradient at its output.
+"""Hooks that keep the input of a module and the gradient at its output, for every use of a trainable parameter.
 
-While a module with trainable parameters of its own runs, these parameters do not require a gradient, so autograd skips
-their weight gradients (the larger half of the backward pass's memory, a third of its work) and only carries the
-gradient on to the input. The input is kept by autograd's own means, so gradient checkpointing, offloading and the
-check against in-place changes apply to it as to anything else that a backward pass needs.
+While a module with trainable parameters of its own runs, its parameters do not require a gradient. So autograd skips
+their weight gradients (the larger half of the memory of a backward pass, and a third of its work), and computes only
+the gradient at the input. Autograd itself keeps the input. So gradient checkpointing, offloading and the check for
+changes in place work for it as for any other saved tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 
 
 class _Keep(torch.autograd.Function):
-    """Holds tensors as a node of the graph would: through saved-tensor hooks, with their versions."""
+    """Saves tensors as any node of the graph does, with saved-tensor hooks and version checks."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ class _Keep(torch.autograd.Function):
 
 
 class _AskForGradient(torch.autograd.Function):
-    """Connects an output that needs no gradient to the graph, so that its gradient is computed all the same."""
+    """Connects an output that needs no gradient to the graph, so that its gradient is computed nevertheless."""
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, output: Tensor) -> Tensor:
-        # The same memory under a tensor of its own: a view could not be changed in place by the layers that follow.
+        # A new tensor with the same memory. The layers that follow could not change a view in place.
         return output.new_empty(0).set_(
             output.untyped_storage(), output.storage_offset(), output.size(), output.stride()
         )
@@ -50,7 +50,7 @@ class _AskForGradient(torch.autograd.Function):
 
 
 class _Pass(torch.autograd.Function):
-    """Hands a view on; autograd refuses to change what comes out in place, which would go past its hooks."""
+    """Returns a view. Autograd refuses to change it in place, which would bypass its hooks."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor) -> Tensor:
@@ -62,29 +62,29 @@ class _Pass(torch.autograd.Function):
 
 
 def _autocast_of(device: str) -> AbstractContextManager[Any]:
-    """A context in which what ran here runs again as it did."""
+    """Return a context with the present autocast settings, for a second run."""
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return torch.autocast(device, dtype=torch.get_autocast_dtype(device))
     return nullcontext()
 
 
 class Capture:
-    """Attaches to a model and hands over every (use, output gradient) of its training passes.
+    """Adds hooks to a model, and delivers each use of a module with the gradient at its output.
 
     Args:
-        model: the model; it is changed by nothing but hooks.
-        tracked: the modules to watch; one object is watched once, wherever it stands.
+        model: the model. Only hooks are added to it.
+        tracked: the modules to watch. A module object is watched once, even if it is in several places.
         deliver: called in the backward pass with each use and the gradient at its output.
         on_forward: called when a tracked module starts in a forward pass (not in a recomputation).
-        flattening: modules that take ``[B, T, d]`` and hand ``[B T, d]``, record after record, to modules inside.
+        flattening: modules that take ``[B, T, d]`` and pass ``[B T, d]``, record after record, to modules inside.
 
     Attributes:
-        paused: while true, forward passes are not noted.
+        paused: whether forward passes are ignored.
 
     Guarantees:
-        A module in evaluation mode, or run without gradients, is not watched: nothing is held for it. ``requires_grad``
-        is what it was before whenever no forward pass is running, also after an exception. A parameter that is used
-        otherwise than through the modules watched gets an ordinary ``.grad``, which is how that is found.
+        Nothing is kept for a module that is in evaluation mode or runs without gradients. ``requires_grad`` has its
+        original value whenever no forward pass is running, even after an exception. A parameter that is used outside of
+        the watched modules gets an ordinary ``.grad``, by which such a use is found.
     """
 
     def __init__(
@@ -119,31 +119,31 @@ class Capture:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for item in self._tracked.values():
             self._handles.append(item.module.register_forward_pre_hook(self._before))
-            # First of the module's hooks: what others do to the output comes after what the rule describes.
+            # The first hook of the module, because a rule describes the output before other hooks change it.
             self._handles.append(
                 item.module.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
-        # A copy of the model carries the hooks, which do not know its modules and leave them alone.
+        # A copy of the model has the hooks, too. They do not know its modules, and do nothing.
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled model is a plain model: its hooks do nothing.
+        # The hooks of a pickled model do nothing.
         return _inert, ()
 
     def remove(self) -> None:
-        """Take all hooks off and put ``requires_grad`` back; doing so twice is harmless."""
+        """Remove all hooks and restore ``requires_grad``. A second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
         self.restore()
 
     def watches(self, module: nn.Module) -> bool:
-        """Whether the calls of exactly this module object are noted."""
+        """Say whether calls of exactly this module object are watched."""
         return id(module) in self._tracked
 
     def restore(self) -> None:
-        """Undo what an interrupted forward pass left behind."""
+        """Restore ``requires_grad`` after an interrupted forward pass."""
         while self._running:
             self._switch_on(self._running.pop()[1])
 
@@ -164,7 +164,7 @@ class Capture:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else next(iter(kwargs.values()), None)
         shape = states.shape if isinstance(states, Tensor) and states.dim() == 3 else None
-        # Kept after the call: a recomputation may run what is inside without running the module's hooks.
+        # Kept after the call, because a recomputation may run modules inside without the hooks of this module.
         self._shapes[id(module)] = None if shape is None else (shape[0], shape[1])
 
     def _before(self, module: nn.Module, _args: Any) -> None:
@@ -179,7 +179,7 @@ class Capture:
         self._running.append((id(module), off))
 
     def _leave(self, module: nn.Module) -> bool:
-        """Switch the module's parameters on again; whether it was watched and any of them is trained."""
+        """Restore the module's parameters. Returns whether it was watched and any of them is trained."""
         own = id(module)
         off: list[nn.Parameter] = []
         if self._running and self._running[-1][0] != own and all(key != own for key, _ in self._running):
@@ -196,32 +196,35 @@ class Capture:
         return any(id(p) in switched for p in self._shards.now(self._tracked[own]))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._leave(module) or output is None:  # None: the forward raised
+        if not self._leave(module) or output is None:  # the output is None if the forward raised
             return None
         tracked = self._tracked[id(module)]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ValueError(
                 f"{tracked.path or 'the model'} ({type(module).__name__}) returns {type(output).__name__}, and a "
                 "per-sample gradient needs one floating-point tensor with the records first. Split the module so that "
-                "its parameters stand in layers that return one, or freeze it"
+                "its parameters are in layers that return one, or freeze it"
             )
         call, tensors = Call.of(args, kwargs)
         if tracked.keep_output:
             tensors = [*tensors, output]
-        # Detached: the graph must not be held by what it holds.
+        # Detached, because the graph must not hold itself.
         kept = _Keep.apply(self._token, *(t.detach() for t in tensors))
         flattened = self._shapes.get(self._outer.get(id(module), 0))
         use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes, flattened)
         return self._watch(output, lambda gradient: self._arrive(use, gradient))
 
     def _watch(self, output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor | None:
-        """Have ``arrive`` called with the gradient at ``output``; return what takes its place, if anything."""
+        """Let ``arrive`` be called with the gradient at ``output``.
+
+        Returns:
+            A tensor that replaces the output; None if the output stays.
+        """
         if not output.requires_grad:
             asked: Tensor = _AskForGradient.apply(self._token, output)
             asked.register_hook(arrive)
             return asked
-        # A change in place gives a view another place in the graph, and its hooks are never called; those of the
-        # tensor under it are.
+        # If a view is changed in place, its hooks are never called, but those of its base are.
         base = output._base
         if base is None:
             output.register_hook(arrive)
@@ -237,8 +240,8 @@ class Capture:
     def _arrive(self, use: Use, gradient: Tensor) -> None:
         if use.kept is None:
             raise ValueError(
-                f"two backward passes ran through one use of {use.path}: the records would count twice. Add the losses "
-                "and call backward() once"
+                f"two backward passes ran through one use of {use.path}, so its records would count twice: add the "
+                "losses and call backward() once"
             )
         self._shards.gather(use.module)
         with exact():
@@ -246,14 +249,14 @@ class Capture:
 
 
 def is_captured(model: nn.Module) -> bool:
-    """Whether the uses of ``model``, or of a part of it, are being captured."""
+    """Say whether ``model``, or a part of it, has hooks of a :class:`Capture`."""
     owners = (getattr(h, "__self__", None) for m in model.modules() for h in m._forward_pre_hooks.values())
     watched = [o for o in owners if isinstance(o, Capture)]
     return any(capture.watches(m) for capture in watched for m in model.modules())
 
 
 def _inert() -> Any:
-    """What a hook becomes in a pickled model; see ``Capture.__reduce__``."""
+    """Return the object that replaces a hook in a pickled model; see ``Capture.__reduce__``."""
     return _Inert()
 
 

@@ -1,7 +1,7 @@
-"""What squared norms are made of: sums over the uses of a parameter and over pairs of uses, from Gram matrices.
+"""Squared norms from Gram matrices: sums over the uses of a parameter, and over pairs of uses.
 
-Using a parameter again is concatenation along t, so that the squared norm is a sum over pairs of uses. Tying an
-embedding to a head adds the cross term between the two kinds.
+A second use of a parameter adds further positions t, so the squared norm is a sum over pairs of uses. An embedding that
+is tied to a head adds a cross term between the two kinds of use.
 
 References:
     Lee and Kifer, arXiv 2009.03106 (Gram norms); Li et al., arXiv 2110.05679.
@@ -30,25 +30,25 @@ from opacus_ac.grad_sample.one_backward.gram import Gram, GramCache, inner_by_pi
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup
 
 _GRAM_BYTES = 1 << 26
-"""Memory for the ``[T, T]`` matrices of as many records as are worked on at once."""
+"""Memory for the ``[T, T]`` matrices of the records that are computed together, in bytes."""
 
 
 @dataclass
 class NormSums:
-    """Sums over the uses of a parameter so far, as in :class:`Certificate`; ``[B]`` float64."""
+    """Sums over the uses of a parameter so far, ``[B]`` in float64 each. See :class:`Certificate` for their meaning."""
 
     squares: Tensor
-    """Meaningless where the gradients are written down."""
+    """Not used if the gradients are written down."""
     reach: Tensor
     largest: Tensor
     uses: int
     terms: int
     """Error of the inner products, in units of u."""
     underflow: float
-    """What underflow may take from a norm, beside sides of length 1."""
+    """Part of a norm that may be lost to underflow, if the other side has length 1."""
 
     def plus(self, other: NormSums) -> NormSums:
-        """The same for the uses of both; the cross terms are in one of them."""
+        """Return the sums for the uses of both. One of them has the cross terms."""
         return NormSums(
             self.squares + other.squares,
             self.reach + other.reach,
@@ -59,7 +59,13 @@ class NormSums:
         )
 
     def certify(self, squares: Tensor, held: Tensor, entries: int) -> Certificate:
-        """The certificate for known squared norms, where ``held`` ``[B, ...]`` has the type that is computed in."""
+        """Return the certificate.
+
+        Args:
+            squares: squared norms ``[B]``.
+            held: a tensor ``[B, ...]`` with the type of the computation.
+            entries: number of entries of the parameter.
+        """
         u = unit(held.dtype, held.device)
         return Certificate(
             squares,
@@ -67,14 +73,14 @@ class NormSums:
             smallest(held.dtype) * self.underflow * (1 + self.largest.sqrt()),
             self.largest,
             relative_error(held, entries),
-            # A little more, because D itself is computed.
+            # One per cent more, because D is a computed value itself.
             1.01 * (self.terms + 8) * u,
             1.01 * (sum_terms(ROWS) + self.uses + 8) * u,
         )
 
 
 def _slices(batch: int, *positions: int) -> list[slice]:
-    """Stretches of records whose ``[T, T']`` matrices fit into the memory set aside for them."""
+    """Return slices of records whose ``[T, T']`` matrices fit into ``_GRAM_BYTES``."""
     step = max(1, _GRAM_BYTES // max(1, 4 * math.prod(positions)))
     return [slice(start, start + step) for start in range(0, batch, step)]
 
@@ -86,13 +92,13 @@ def dense_sums(term: Dense, cache: GramCache) -> NormSums:
     terms = _chunks(term)
     if len(slices) == 1:
         return _dense_norm_sums(term, *products(cache.gram(term.left, terms[0]), cache.gram(term.right, terms[1])))
-    # Slices of long sequences: too large to hold, and nobody shares them.
+    # Matrices of long sequences are too large for the cache, and no other layer uses the same slices.
     parts = [products(Gram.of(term.left[i], terms[0]), Gram.of(term.right[i], terms[1])) for i in slices]
     return _dense_norm_sums(term, *(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def _chunks(term: Dense) -> tuple[int, int]:
-    """Terms of the inner products of each side that are added up at a time."""
+    """Return for each side the number of terms of an inner product that are added up at a time."""
     height, width = term.left.shape[2], term.right.shape[2]
     return chunk(height, width), chunk(width, height)
 
@@ -100,7 +106,7 @@ def _chunks(term: Dense) -> tuple[int, int]:
 def dense_sizes(term: Dense, cache: GramCache) -> NormSums:
     """Return the sums without squared norms, for gradients that are written down.
 
-    The bounds of these must not depend on the route.
+    Bounds must not depend on whether gradients are written down.
     """
     left, right = cache.sizes(term.left), cache.sizes(term.right)
     reach = (left * right).sum(1)
@@ -115,7 +121,7 @@ def _dense_norm_sums(term: Dense, squares: Tensor, reach: Tensor, largest: Tenso
 
 
 def lookup_sums(term: Lookup, *, written_down: bool) -> NormSums:
-    """Return the sums of one use by an embedding, without squared norms where gradients are ``written_down``."""
+    """Return the sums of one use by an embedding; without squared norms if gradients are ``written_down``."""
     lengths = sizes(term.right)
     squares = torch.zeros_like(lengths[:, 0]) if written_down else lookup_cross(term, term)
     largest = torch.zeros_like(squares) if written_down else lengths.amax(1).square()
@@ -124,7 +130,7 @@ def lookup_sums(term: Lookup, *, written_down: bool) -> NormSums:
 
 
 def lookup_cross(one: Lookup, other: Lookup) -> Tensor:
-    """``sum_{s,t} [ids_s = ids'_t] <right_s, right'_t>`` per record, ``[B]`` float64."""
+    """Return ``sum_{s,t} [ids_s = ids'_t] <right_s, right'_t>`` for each record, ``[B]`` in float64."""
     parts = []
     for i in _slices(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
         same = one.ids[i].unsqueeze(2) == other.ids[i].unsqueeze(1)
@@ -134,7 +140,7 @@ def lookup_cross(one: Lookup, other: Lookup) -> Tensor:
 
 
 def dense_cross(one: Dense, other: Dense) -> Tensor:
-    """``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` per record, ``[B]`` float64."""
+    """Return ``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` for each record, ``[B]`` in float64."""
     parts = []
     for i in _slices(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
         left = inner_by_pieces(one.left[i], other.left[i], _chunks(one)[0])
@@ -144,7 +150,7 @@ def dense_cross(one: Dense, other: Dense) -> Tensor:
 
 
 def dense_lookup_cross(dense: Dense, lookup: Lookup) -> Tensor:
-    """``<G_dense, G_lookup>`` per record: ``sum_{s,t} left_s[ids_t] <right_s, e_t>``, ``[B]`` float64."""
+    """Return ``<G_dense, G_lookup> = sum_{s,t} left_s[ids_t] <right_s, e_t>`` for each record, ``[B]`` in float64."""
     parts = []
     for i in _slices(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
         ids, right = lookup.ids[i], wide(dense.right[i])

@@ -1,8 +1,8 @@
-"""One use of a parameter, as a sum of outer products for each record.
+"""Terms: the contribution of one use of a parameter, as a sum of outer products for each record.
 
-Every use of a matrix parameter adds ``sum_t left_t (x) right_t`` to a record's gradient. For a dense layer both sides
-are dense (output gradient and input), for an embedding the left side is one-hot (the token id). A layer whose gradients
-have another form hands them over as they are.
+Each use of a matrix parameter adds ``sum_t left_t (x) right_t`` to the gradient of a record. For a dense layer, both
+sides are dense (output gradient and input). For an embedding, the left side is one-hot (the token id). A layer whose
+gradients have another form gives them as rows.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 KEEP_FACTOR = 1.0
-"""A dense gradient ``[I, J]`` is materialised when ``I J <= KEEP_FACTOR T (I + J)``.
+"""Dense gradients ``[I, J]`` are written down if ``I J <= KEEP_FACTOR T (I + J)``.
 
-``T (I + J)`` numbers is what book-keeping has to hold until the clip factors are known. Materialising costs the one
-product that the weight gradient needs anyway, and afterwards the two factors can go; the Gram route needs the two Grams
-and then that product. A factor of 2 would save a few percent of time on small models and cost more memory than
-ordinary training has.
+Otherwise ``T (I + J)`` numbers per record are kept until the clip factors are known. Writing down costs one product,
+which the weight gradient needs anyway, and afterwards the two factors are not needed. With Gram matrices, two Gram
+matrices and that product are computed. A factor of 2 would save a few per cent of time on small models, and would need
+more memory than ordinary training.
 """
 
 
@@ -32,7 +32,7 @@ class Dense:
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether the materialised gradient is cheaper than its factors."""
+        """Whether the written-down gradient needs less memory than its factors."""
         positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
         return keeps(positions, rows, columns)
 
@@ -49,7 +49,7 @@ class Lookup:
 
 @dataclass
 class Rows:
-    """Materialised per-sample gradients."""
+    """Per-sample gradients that are written down."""
 
     values: Tensor
     """``[B, *shape]``."""
@@ -59,5 +59,5 @@ Term = Dense | Lookup | Rows
 
 
 def keeps(positions: int, rows: int, columns: int) -> bool:
-    """Whether a dense gradient ``[rows, columns]`` of ``positions`` outer products is materialised."""
+    """Say whether a dense gradient ``[rows, columns]`` of ``positions`` outer products is written down."""
     return rows * columns <= KEEP_FACTOR * positions * (rows + columns)

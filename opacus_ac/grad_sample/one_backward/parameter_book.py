@@ -1,8 +1,8 @@
-"""Per-sample gradients of one parameter without ever writing them down: the uses of it, their norms and weighted sums.
+"""Book-keeping for one parameter: its uses, from which norms and weighted sums of per-sample gradients are computed.
 
-Norms come from ``[T, T]`` Gram matrices (:mod:`norm_sums`) or, where that is cheaper, from the materialised gradient,
-which is then kept. What rounding can do to either is known (:mod:`bounds`); a record for which it is too much is
-computed in float64 (:mod:`written_down`).
+Norms are computed from ``[T, T]`` Gram matrices (:mod:`norm_sums`). Where it is cheaper, the per-sample gradients are
+written down, and kept. Rounding is bounded in both cases (:mod:`bounds`). If the bound is too far above the norm of a
+record, the gradient of the record is computed in float64 (:mod:`written_down`).
 
 References:
     Bu et al., arXiv 2210.00038 (book-keeping).
@@ -35,9 +35,9 @@ from opacus_ac.grad_sample.unchanged import Unchanged
 
 @dataclass
 class ParameterBook:
-    """What the records of one backward pass contribute to the gradient of one parameter.
+    """The contributions of the records of one backward pass to the gradient of one parameter.
 
-    Squared norms are added up as the terms arrive, while what they are computed from is still in the processor's cache.
+    Squared norms are added up when the terms arrive, while their factors are still in the processor's cache.
     """
 
     shape: torch.Size
@@ -47,7 +47,7 @@ class ParameterBook:
     apart: list[int] = field(default_factory=list)
     """Records whose gradients are computed in float64, for their norm and for the sum."""
     _found: NormSums | None = None
-    """Meaningless once there are rows."""
+    """Not used if there are rows."""
     _used: Unchanged = field(default_factory=Unchanged)
 
     def add(self, term: Term, cache: GramCache, path: str = "") -> None:
@@ -81,7 +81,7 @@ class ParameterBook:
             self.rows = values
             self._used.note(_described(path), values)
         else:
-            # Not in place: a rule may have returned a view of something that is still needed.
+            # Not in place, because a rule may have returned a view of a tensor that is still needed.
             self.rows = self.rows + values
 
     def _keep(self, term: Dense) -> None:
@@ -89,14 +89,18 @@ class ParameterBook:
         self.rows = rows if self.rows is None else self.rows + rows.view(self.rows.shape)
 
     def check_unchanged(self) -> None:
-        """Raise ``ValueError`` when what the norms were computed from was written to since."""
+        """Check that no tensor was written after a norm was computed from it.
+
+        Raises:
+            ValueError: If one was written.
+        """
         self._used.check()
 
     def certificate(self) -> Certificate:
-        """What is known of each record's norm.
+        """Return the norm of each record, with its error.
 
         Raises:
-            ValueError: what it was computed from was written to since.
+            ValueError: If a tensor was written after a norm was computed from it.
         """
         self.check_unchanged()
         if self.rows is not None:
@@ -111,13 +115,13 @@ class ParameterBook:
         return self._found.certify(self._found.squares, held, self.shape.numel())
 
     def write_down(self, record: int) -> tuple[float, float]:
-        """Compute one record's gradient in float64 from now on; return a bound of its norm, and the squared norm."""
+        """Compute one record's gradient in float64 from now on. Returns a bound of its norm, and the squared norm."""
         self.apart.append(record)
         held = self.dense[0].left if self.dense else self.lookups[0].right
         return written_down.bound(self.shape, self.dense, self.lookups, record, unit(held.dtype, held.device))
 
     def is_zero(self, record: int) -> bool:
-        """Whether nothing but zeros was added up for a record."""
+        """Say whether all contributions of a record are zero."""
         if self.rows is not None:
             return not bool(self.rows[record].any())
         sides = [(d.left[record], d.right[record]) for d in self.dense]
@@ -125,7 +129,7 @@ class ParameterBook:
         return whole and not any(bool(entry.right[record].any()) for entry in self.lookups)
 
     def _materialise(self) -> None:
-        """Fold everything into ``rows``: once part of the gradient is written down, the rest is added to it."""
+        """Add all terms to ``rows``, because a part of the gradient is written down already."""
         assert self.rows is not None
         batch = self.rows.shape[0]
         for term in self.dense:
@@ -139,12 +143,14 @@ class ParameterBook:
         self.dense, self.lookups = [], []
 
     def weighted_sum(self, weights: Weights, out: Tensor) -> None:
-        """Write ``sum_i weights[i] G_i`` into ``out``, of the parameter's shape; contiguous.
+        """Write ``sum_i weights[i] G_i`` into ``out``. It is computed in float64 if ``out`` is float64.
 
-        In float64 where ``out`` is.
+        Args:
+            weights: one weight per record.
+            out: contiguous tensor with the shape of the parameter.
 
         Raises:
-            ValueError: what the norms were computed from was written to since.
+            ValueError: If a tensor was written after a norm was computed from it.
         """
         self.check_unchanged()
         if self.rows is not None:
@@ -159,7 +165,7 @@ class ParameterBook:
                     out[part] += block.mul_(weights.of(record)).to(out)
 
     def _add_terms(self, weights: Weights, out: Tensor, factors: Tensor) -> None:
-        """Write the weighted sum of all outer products into ``out``; factors ``[kept, 1, 1]`` in its type."""
+        """Write the weighted sum of all outer products into ``out``. The factors ``[kept, 1, 1]`` have its type."""
         first = True
         for d in self.dense if len(factors) else []:
             left, right = wide(weights.pick(d.left)).to(out.dtype), wide(weights.pick(d.right)).to(out.dtype)
@@ -173,7 +179,7 @@ class ParameterBook:
 
     @property
     def routes(self) -> str:
-        """How the norm is computed, for tests and reports."""
+        """Name of the way in which the norm is computed, for tests and reports."""
         names = ["kept"] * (self.rows is not None) + ["gram"] * bool(self.dense) + ["lookup"] * bool(self.lookups)
         return "+".join(names)
 

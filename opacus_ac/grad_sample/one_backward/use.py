@@ -1,4 +1,4 @@
-"""One use of a module in a training forward pass: its arguments, and what is held for the backward pass."""
+"""One use of a module in a training forward pass: its arguments, and the tensors kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 @dataclass
 class Call:
-    """The arguments of one call of a module, tensors apart from the rest."""
+    """The arguments of one call of a module without their tensors."""
 
     leaves: list[Any]
     places: list[int]
     spec: TreeSpec | None
-    """None: one positional tensor and nothing else."""
+    """Structure of the arguments; None for a single positional tensor."""
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, list[Tensor]]:
-        """Take the tensors out of the arguments."""
+        """Return the arguments without their tensors, and the tensors."""
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             return _ONE_TENSOR, [args[0]]
         leaves, spec = tree_flatten((args, kwargs))
@@ -33,7 +33,7 @@ class Call:
         return cls(leaves, places, spec), tensors
 
     def arguments(self, tensors: Iterable[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Put tensors back into the arguments."""
+        """Return the arguments with these tensors."""
         if self.spec is None:
             return tuple(tensors), {}
         leaves = list(self.leaves)
@@ -55,20 +55,19 @@ class Use:
     module: nn.Module
     call: Call
     kept: Any
-    """The output of the graph node that holds the tensors of the call (and, last, the output, where that was asked
-    for).
+    """Output of the graph node that holds the tensors of the call, and as the last one its output, if requested.
 
-    The node itself would not do: before torch 2.13 it lets go of them when its output is gone.
+    Holding the node is not enough: before torch 2.13 a node forgets its tensors when its output is deleted.
     """
     autocast: AbstractContextManager[Any]
-    """A context in which the module runs again as it ran."""
+    """A context with the autocast settings of the call, for a second run."""
     model_pass: int
-    """Number of the model's forward pass that it belongs to."""
+    """Number of the forward pass of the model."""
     flattened: tuple[int, int] | None = None
-    """``(B, T)`` where the module may have been handed ``[B T, d]`` for ``[B, T, d]``."""
+    """``(B, T)`` if the module may have been called with ``[B T, d]`` instead of ``[B, T, d]``."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors held; recomputed here where the forward was checkpointed. Once."""
+        """Return the kept tensors, which are recomputed if the forward pass was checkpointed. Works once only."""
         tensors: tuple[Tensor, ...] = self.kept.grad_fn.saved_tensors
         self.kept = None
         return tensors
@@ -76,13 +75,13 @@ class Use:
 
 @dataclass(frozen=True)
 class Tracked:
-    """A module whose uses are noted.
+    """A module whose uses are watched.
 
     Attributes:
         path: its name in the model.
         module: the module.
-        parameters: the parameters whose gradients it answers for.
-        keep_output: whether a use holds the output too.
+        parameters: the parameters whose gradients are computed from its uses.
+        keep_output: whether a use keeps the output, too.
     """
 
     path: str
@@ -92,7 +91,7 @@ class Tracked:
 
 
 def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Tensors and gradient of a use with the records first, where they came as ``[B T, d]``."""
+    """Return tensors and gradient of a use as ``[B, T, d]``, if they came as ``[B T, d]``."""
     if use.flattened is None or gradient.dim() != 2 or gradient.shape[0] != use.flattened[0] * use.flattened[1]:
         return tensors, gradient
 

@@ -1,4 +1,4 @@
-"""Weighted sums over records, which are the clipped gradients: added up in pieces, as :mod:`bounds` has it."""
+"""Weighted sums over records, which are the sums of clipped gradients. They are added up in pieces (:mod:`bounds`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs
 from opacus_ac.grad_sample.one_backward.matmul import add_outer, may_be_faster
 
 _PIECE = 1 << 20
-"""Numbers of a result that are computed at once where it is added to another."""
+"""Number of entries of a result that are computed at a time, if it is added to another."""
 
 
 class Weights:
-    """One weight per record, ready for many sums.
+    """One weight per record, for many sums.
 
-    Records of weight 0 are left out, not multiplied by zero: one that is not finite must leave no trace.
+    Records with weight 0 are left out, not multiplied by zero, because their gradients may not be finite.
 
     Args:
         values: ``[B]``, on the device of the records.
@@ -30,15 +30,15 @@ class Weights:
         self.values = values if self._kept is None else values[kept]
 
     def pick(self, records: Tensor) -> Tensor:
-        """The records ``[B, ...]`` that have a weight."""
+        """Return the records of ``[B, ...]`` whose weight is not 0."""
         return records if self._kept is None else records[self._kept]
 
     def of(self, record: int) -> float:
-        """The weight of one record."""
+        """Return the weight of one record."""
         return float(self._all[record])
 
     def without(self, records: list[int]) -> Weights:
-        """The same, but for some records, which have no weight."""
+        """Return the same weights, but 0 for some records."""
         if not records:
             return self
         values = self._all.clone()
@@ -47,9 +47,16 @@ class Weights:
 
 
 def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
-    """Add ``sum_i factors[i] rows[i]`` to ``out``, in its type; rows ``[B, ...]``; ``first``: it is zero."""
+    """Add ``sum_i factors[i] rows[i]`` to ``out``, in the type of ``out``.
+
+    Args:
+        rows: ``[B, ...]``.
+        factors: ``[B]``.
+        out: the sum.
+        first: whether ``out`` is zero.
+    """
     flat, total, factors = rows.unsqueeze(-1).flatten(1), out.view(-1), factors.to(out)
-    if out.dtype != flat.dtype:  # no copy of all of them in another type
+    if out.dtype != flat.dtype:  # one by one, to avoid a copy of all in another type
         for row, factor in zip(flat, factors.tolist(), strict=True):
             total.add_(row.to(out.dtype), alpha=factor)
     elif len(flat) <= RECORDS and first:
@@ -66,8 +73,16 @@ def _weighted(rows: Tensor, factors: Tensor, records: slice) -> Tensor:
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, first: bool) -> None:
-    """Add ``sum_i scale[i] left_i^T right_i`` to ``out``, or write it there when ``first``; scale ``[B, 1, 1]``."""
-    # The weights go into the narrower side: the other may be as wide as the vocabulary.
+    """Add ``sum_i scale[i] left_i^T right_i`` to ``out``; with ``first``, overwrite ``out``.
+
+    Args:
+        out: ``[I, J]``.
+        left: ``[B, T, I]``.
+        right: ``[B, T, J]``.
+        scale: ``[B, 1, 1]``.
+        first: whether ``out`` is overwritten.
+    """
+    # The narrower side is multiplied by the weights, because the other may be as wide as the vocabulary.
     if left.shape[2] < right.shape[2]:
         left = left * scale
     else:
@@ -83,7 +98,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, firs
     for start in range(0, out.shape[0], step):
         part = slice(start, start + step)
         product = in_pairs(rows, ROWS, partial(_product, left[:, part], right))
-        # Added after it was computed: a product that starts from what is there rounds as often as it has rows.
+        # Added after it was computed. A product that starts from the sum so far rounds once per row.
         out[part] = product if first else product.add_(out[part])
 
 
@@ -104,7 +119,7 @@ def add_lookups(ids: Tensor, values: Tensor, out: Tensor) -> None:
         return
     order = ids.argsort()
     ids = ids[order]
-    # Numbers of the stretches of equal ids: there are fewer than rows, and those that are not used add zeros to row 0.
+    # Each run of equal ids has a number. There may be fewer runs than rows; unused numbers add zeros to row 0.
     stretch = torch.cat([ids.new_zeros(1), (ids[1:] != ids[:-1]).cumsum(0)])
     sums = torch.zeros_like(values).index_add_(0, stretch, values[order])
     out.index_add_(0, torch.zeros_like(ids).scatter_(0, stretch, ids), sums.to(out.dtype))
