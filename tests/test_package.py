@@ -40,8 +40,6 @@ MOST_LINES, MOST_CODE_LINES = 350, 40
 #: Files and functions that are longer, each with the reason. The list may only shrink.
 TOO_LONG = {
     "noise/gaussian_gpu.py::_add_noise": "a Triton kernel: the 16 words of the cipher are variables, which have no loops",
-    "engine/privacy_engine.py::PrivacyEngine.make_private": "to be shortened",
-    "engine/privacy_engine.py::PrivacyEngine.make_private_with_epsilon": "to be shortened",
 }
 
 

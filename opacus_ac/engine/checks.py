@@ -1,26 +1,231 @@
-"""What make_private checks before it changes anything."""
+"""What ``make_private`` checks before it changes anything; first of all, that the options go together."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.optim import Optimizer
 
-from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.distributed.choose import check_wrappers
-from opacus_ac.distributed.same_records import check_same_records
-from opacus_ac.engine.parts import Job
-from opacus_ac.engine.ranks import check_alike, check_noise, parameter_layout
+from opacus_ac.engine.options import OPTIONS
 from opacus_ac.grad_sample.one_backward.capture import is_captured
 from opacus_ac.grad_sample.precision import check_environment
-from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
-from opacus_ac.optimizer.state import public_settings
-from opacus_ac.sampling.loader import PrivateDataLoader
-from opacus_ac.zeroth_order.settings import ZerothOrderSettings
+
+
+class Choice(NamedTuple):
+    """Some values of a setting."""
+
+    name: str
+    values: tuple[Any, ...]
+    all_others: bool = False
+    """Whether all values but these are meant."""
+
+    def fits(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether ``settings`` have one of the values."""
+        if self.name not in settings:
+            return False
+        value = settings[self.name]
+        return any(value is one or value == one for one in self.values) != self.all_others
+
+
+def _one(name: str, *values: Any) -> Choice:
+    return Choice(name, values)
+
+
+def _other(name: str, *values: Any) -> Choice:
+    return Choice(name, values, all_others=True)
+
+
+class Conflict(NamedTuple):
+    """Two choices that do not go together.
+
+    Attributes:
+        refused: the choice that the message begins with.
+        beside: the choice that it does not go with.
+        why: the reason.
+        remedy: what to do instead.
+    """
+
+    refused: Choice
+    beside: Choice
+    why: str
+    remedy: str
+
+    def message(self, settings: Mapping[str, Any]) -> str:
+        """Return what a user reads."""
+        refused, beside = (_said(choice.name, settings[choice.name]) for choice in (self.refused, self.beside))
+        return f"{refused} does not work with {beside}: {self.why}. {self.remedy[0].upper()}{self.remedy[1:]}"
+
+
+def _said(name: str, value: Any) -> str:
+    """Return a setting in words; objects by the name of the setting alone."""
+    if name == "processes":
+        return f"several processes ({value})"
+    return f"{name}={value!r}" if value is None or isinstance(value, str | int | float) else name
+
+
+_SEVERAL = _other("processes", "local")
+_FORWARD_ONLY = _other("zeroth_order", None)
+_HOOKS = _one("grad_sample_mode", "hooks", "functorch")
+_NOT_ADAPTIVE = _one("clipping", "flat", "automatic")
+_LAPLACE = _one("mechanism", "laplace")
+_NO_GRADIENTS = "forward passes give no gradients that it could apply to"
+
+CONFLICTS = (
+    Conflict(
+        _HOOKS,
+        _SEVERAL,
+        "Opacus's hooks keep per-sample gradients on parameters that are replaced or reduced",
+        "use grad_sample_mode='bk'",
+    ),
+    Conflict(
+        _one("sampling", "shuffled"),
+        _SEVERAL,
+        "every process would shuffle for itself, and a record could be on two of them",
+        "use poisson_sampling=True, or sampling='fixed_size'",
+    ),
+    Conflict(
+        _one("fused_step", True),
+        _SEVERAL,
+        "gradients are exchanged in buckets",
+        "use fused_step=False",
+    ),
+    Conflict(
+        _one("clip_policy", "raw_percentile"),
+        _SEVERAL,
+        "it reads the norms of one process only",
+        "use clip_policy='percentile'",
+    ),
+    Conflict(
+        _other("max_rows_per_user", None),
+        _SEVERAL,
+        "users have not been divided among processes",
+        "use one process, or rows as records",
+    ),
+    Conflict(
+        _other("noise_allocation", None),
+        _SEVERAL,
+        "weights per parameter have no place in the shared buckets",
+        "use noise_allocation=None",
+    ),
+    Conflict(
+        _FORWARD_ONLY,
+        _one("processes", "fsdp2", "hsdp"),
+        "each rank would move its shard along a direction of its own",
+        "leave fully_shard out: forward passes need no gradients and no optimizer state, and every rank has the whole model",
+    ),
+    Conflict(
+        _other("preset", None),
+        _FORWARD_ONLY,
+        "it has the constants of a method with gradients",
+        'name the paper in zeroth_order="..."',
+    ),
+    Conflict(_one("fused_step", True), _FORWARD_ONLY, _NO_GRADIENTS, "leave it out"),
+    Conflict(_other("noise_allocation", None), _FORWARD_ONLY, _NO_GRADIENTS, "leave it out"),
+    Conflict(_HOOKS, _FORWARD_ONLY, _NO_GRADIENTS, "leave it out"),
+    Conflict(
+        _other("ema_decay", None, OPTIONS["ema_decay"].default),
+        _FORWARD_ONLY,
+        "there the settings decide whether an average is kept, which takes a copy of the trained weights",
+        "give ZerothOrderSettings(ema_decay=...)",
+    ),
+    Conflict(
+        _other("clip_policy", None),
+        _NOT_ADAPTIVE,
+        "both say how C is chosen",
+        "use clipping='adaptive' with a policy",
+    ),
+    Conflict(
+        _other("preset", None),
+        _NOT_ADAPTIVE,
+        "the paper's rule for C is adaptive",
+        "use clipping='adaptive'",
+    ),
+    Conflict(
+        _one("poisson_sampling", False),
+        _other("sampling", "shuffled"),
+        "the one keeps the loader's batches, the other draws new ones",
+        "give one",
+    ),
+    Conflict(
+        _other("max_batch_size", None),
+        _other("sampling", "truncated_poisson"),
+        "only truncated Poisson sampling has a largest batch",
+        "leave it out, or use sampling='truncated_poisson'",
+    ),
+    Conflict(
+        _one("max_batch_size", None),
+        _one("sampling", "truncated_poisson"),
+        "truncation needs a public size",
+        "give max_batch_size",
+    ),
+    Conflict(
+        _other("batch_size_schedule", None),
+        _one("sampling", "shuffled"),
+        "the loader's own batches have the size that they have",
+        "use poisson_sampling=True, or another sampling that draws batches",
+    ),
+    Conflict(
+        _one("batch_first", False),
+        _one("grad_sample_mode", "bk"),
+        "it needs the records in the first dimension",
+        "pass batch_first=True, or grad_sample_mode='hooks'",
+    ),
+    Conflict(
+        _other("noise_generator", None),
+        _one("secure_mode", True),
+        "whoever knows its seed could remove the noise",
+        "leave noise_generator out, or use secure_mode=False for tests",
+    ),
+    Conflict(
+        _LAPLACE,
+        _other("accountant", "pure"),
+        "it has no bound for Laplace noise",
+        "use PrivacyEngine(accountant='pure')",
+    ),
+    Conflict(
+        _one("accountant", "pure"),
+        _one("mechanism", "gaussian"),
+        "it accounts for Laplace noise only",
+        "use zeroth_order=ZerothOrderSettings(mechanism='laplace'), or the accountant 'vrdp'",
+    ),
+    Conflict(
+        _one("clip_policy", "percentile", "geometric"),
+        _LAPLACE,
+        "it needs a norm histogram, which has no room in a Laplace release",
+        "use clip_policy='fixed'",
+    ),
+    Conflict(
+        _other("loss_bound", None),
+        _LAPLACE,
+        "a Laplace release holds no norm histogram and no loss",
+        "leave it out",
+    ),
+)
+"""Every two choices that ``make_private`` refuses together.
+
+Settings have the names of its arguments. Beside them there are ``sampling``, as it follows from ``poisson_sampling`` too;
+``mechanism``, "gaussian" or "laplace", which ``zeroth_order`` decides; ``processes``, the name of the reducer; and
+``accountant`` and ``secure_mode`` of the engine.
+"""
+
+
+def check_together(settings: Mapping[str, Any]) -> None:
+    """Check that settings go together. Those that are not among ``settings`` are taken to go with all others.
+
+    Raises:
+        ValueError: If two of them do not; the message has the reason and the remedy.
+    """
+    for conflict in CONFLICTS:
+        if conflict.refused.fits(settings) and conflict.beside.fits(settings):
+            raise ValueError(conflict.message(settings))
+
 
 _NO_FLOAT64 = {
     "mps": "which has no float64, and norms and noise are computed in it",
@@ -64,47 +269,3 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
                 "processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
             )
     check_environment({p.device.type for p in trainable})
-
-
-def check_start(optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader, job: Job) -> None:
-    """Check that all ranks begin the same run. With one process there is nothing to check.
-
-    Raises:
-        ValueError: If they do not, on every rank.
-    """
-    if optimizer.reducer.world == 1:
-        return
-    generator = job.noise_generator
-    settings = {
-        **public_settings(optimizer),
-        "reducer": optimizer.reducer.name,
-        "normalize": optimizer.normalize,
-        "lr_control": optimizer.control is not None,
-        "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
-        "max_physical_batch_size": job.options.performance.max_physical_batch_size,
-        "loss_reduction": optimizer.loss_reduction,
-        "seed of noise_generator": None if generator is None else generator.initial_seed(),
-        "batches in a pass": len(loader),
-        "number of records": len(loader.dataset),  # type: ignore[arg-type]
-        **optimizer.measurement.compared_at_start(),
-        **parameter_layout(*named_parameters(job.module, optimizer.original_optimizer)),
-    }
-    check_alike(optimizer.reducer, settings)
-    check_same_records(optimizer.reducer, loader.dataset)
-    check_noise(optimizer.reducer, optimizer.mechanism.stream)
-
-
-def check_mechanism(accountant: AccountantAdapter, settings: ZerothOrderSettings | None) -> None:
-    """Raise ``ValueError`` when the accountant takes the noise for another than it is."""
-    noise = "gaussian" if settings is None else settings.mechanism
-    if noise == accountant.noise:
-        return
-    if noise == "laplace":
-        raise ValueError(
-            f"the accountant {accountant.name!r} has no bound for mechanism='laplace': use "
-            'PrivacyEngine(accountant="pure")'
-        )
-    raise ValueError(
-        'accountant="pure" accounts for Laplace noise only: use '
-        'zeroth_order=ZerothOrderSettings(mechanism="laplace"), or the accountant "vrdp"'
-    )

@@ -16,11 +16,12 @@ from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.clipping.paper import paper_policy
 from opacus_ac.clipping.policy import ClipPolicy
 from opacus_ac.clipping.table import build_policy
+from opacus_ac.engine.checks import check_together
 from opacus_ac.engine.options import PrivateOptions, SamplingOptions
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
-from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
+from opacus_ac.noise.streams import RandomStream, noise_stream
 from opacus_ac.optimizer.lr_control import ClipRateControl
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.release.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
@@ -50,6 +51,8 @@ class Job:
     options: PrivateOptions
     zeroth_order: ZerothOrderSettings | None
     """Settings of the forward-only method; None for training with gradients."""
+    sampling: str
+    """How batches are drawn, as ``poisson_sampling`` and the option say together."""
 
     def __post_init__(self) -> None:
         one_of(MODES, grad_sample_mode=self.grad_sample_mode)
@@ -57,37 +60,35 @@ class Job:
         one_of(("mean", "sum"), loss_reduction=self.loss_reduction)
         not_negative(noise_multiplier=self.noise_multiplier)
 
+    def check_together(self, **others: Any) -> None:
+        """Check that the settings go together, with each other and with settings that the engine adds.
 
-def random_streams(generator: torch.Generator | None, secure: bool = False) -> tuple[RandomStream, RandomStream]:
-    """Return the streams of noise and of sampling.
+        Raises:
+            ValueError: If two of them do not.
+        """
+        options, policy = self.options, self.options.clipping.clip_policy
+        groups = (options.clipping, options.release, options.sampling, options.update, options.performance)
+        settings = {name: value for group in groups for name, value in vars(group).items()} | vars(self) | others
+        settings["clip_policy"] = getattr(policy, "name", policy)
+        settings["mechanism"] = "gaussian" if self.zeroth_order is None else self.zeroth_order.mechanism
+        check_together(settings)
 
-    Raises:
-        ValueError: a generator together with secure mode.
-    """
-    if secure and generator is not None:
-        raise ValueError(
-            "noise_generator with secure_mode=True: whoever knows its seed could remove the noise. Leave noise_generator "
-            "out, or use secure_mode=False for tests"
-        )
-    noise: RandomStream = SecretStream(hardened=secure)
-    if generator is not None:
-        noise = SeededStream(generator)
+
+def random_streams(generator: torch.Generator | None, secure_mode: bool) -> tuple[RandomStream, RandomStream]:
+    """Return the streams of noise and of sampling."""
+    noise = noise_stream(generator, secure_mode)
     return noise, noise.fork(1)
 
 
-def choose_sampling(sampling: str | None, poisson_sampling: bool, accountant: AccountantAdapter) -> str:
+def choose_sampling(options: SamplingOptions, poisson_sampling: bool, accountant: AccountantAdapter) -> str:
     """Return the kind of sampling that the arguments of ``make_private`` describe.
 
     Raises:
-        ValueError: an unknown kind, contradictory arguments, or a kind for which the accountant has no bound.
+        ValueError: If the kind is unknown, the arguments do not go together, or the accountant has no bound for it.
     """
-    if sampling is None:
-        sampling = "poisson" if poisson_sampling else "shuffled"
+    sampling = options.sampling or ("poisson" if poisson_sampling else "shuffled")
     one_of(SAMPLING, sampling=sampling)
-    if not poisson_sampling and sampling != "shuffled":
-        raise ValueError(
-            f"poisson_sampling=False keeps the loader's batches, sampling={sampling!r} draws others: give one"
-        )
+    check_together({**vars(options), "sampling": sampling, "poisson_sampling": poisson_sampling})
     accountant.check_sampling(sampling)
     return sampling
 
@@ -106,8 +107,6 @@ def choose_policy(job: Job, expected_batch_size: float) -> ClipPolicy:
     """Return the clip policy that the arguments of ``make_private`` describe."""
     options, clipping, settings = job.options.clipping, job.clipping, job.zeroth_order
     named, paper = options.clip_policy, options.preset is not None
-    if clipping != "adaptive" and (named is not None or paper):
-        raise ValueError(f"clipping={clipping!r} has no clip_policy or preset: use clipping='adaptive' with them")
     if isinstance(named, ClipPolicy):
         return named
     if paper:
@@ -172,9 +171,4 @@ def choose_source(job: Job, users: UserRows | None = None, secure: bool = False)
     count = None if users is None else users.drawn
     if job.grad_sample_mode != "bk":
         return PerSampleSource(parameters, names, job.loss_reduction, count, exact_sums=secure)
-    if not job.batch_first:
-        raise ValueError(
-            'grad_sample_mode="bk" needs the records in the first dimension: pass batch_first=True, or '
-            'grad_sample_mode="hooks"'
-        )
     return BookKeepingSource(job.module, parameters, names, job.loss_reduction, count, exact_sums=secure)

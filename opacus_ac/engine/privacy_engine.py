@@ -18,17 +18,17 @@ from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.engine.accounted_engine import AccountedEngine
 from opacus_ac.engine.assemble import build_optimizer
 from opacus_ac.engine.attach import attach
-from opacus_ac.engine.checks import check_mechanism, check_model_and_optimizer, check_start
+from opacus_ac.engine.checks import check_model_and_optimizer
 from opacus_ac.engine.options import OPACUS_NAMES, EngineNames, OptionNames, PrivateOptions
 from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, random_streams
-from opacus_ac.engine.ranks import check_options, rank_streams
-from opacus_ac.engine.zeroth_order import check_unused
+from opacus_ac.engine.ranks import check_start, rank_streams
 from opacus_ac.errors import NotPrivateWarning, SamplingWarning
 from opacus_ac.noise.streams import RandomStream, SecretStream
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import inner_optimizer, named_parameters
 from opacus_ac.optimizer.state import public_settings
 from opacus_ac.sampling.loader import PrivateDataLoader, private_loader
+from opacus_ac.sampling.plan import SamplingPlan
 from opacus_ac.zeroth_order.checks import check_not_random
 from opacus_ac.zeroth_order.settings import zeroth_order_settings
 
@@ -135,57 +135,36 @@ class PrivacyEngine(AccountedEngine):
             batch_first=batch_first, loss_reduction=loss_reduction, clipping=clipping, noise_generator=noise_generator,
             grad_sample_mode=grad_sample_mode, wrap_model=wrap_model, options=chosen,
             zeroth_order=zeroth_order_settings(chosen.zeroth_order),
+            sampling=choose_sampling(chosen.sampling, poisson_sampling, self._account.accountant),
         )  # fmt: skip
         ranks = self._prepare_model(job, data_loader)
-        sampling = choose_sampling(chosen.sampling.sampling, poisson_sampling, self._account.accountant)
-        loader, stream = self._prepare_data_loader(job, data_loader, sampling, ranks)
+        loader, stream = self._prepare_data_loader(job, data_loader, ranks)
         private = build_optimizer(job, loader, stream, ranks, self.secure_mode)
         check_start(private, loader, job)
-        wrapped, undo = attach(job, private, loader.users)
-        try:
-            ranks.sync_module(module)
-            if private.ema is not None:
-                private.ema.reset()  # the weights of rank 0 are those that count
-            self._adopt(private, loader)
-        except BaseException:
-            undo()
-            raise
-        self._undo.append((module, undo))
-        return wrapped, private, loader
+        return self._start(job, private, loader), private, loader
 
     def _prepare_model(self, job: Job, data_loader: DataLoader[Any]) -> Reducer:
-        """Check model, optimizer and method; return the processes that train the model."""
+        """Check model, optimizer and options; return the processes that train the model."""
+        job.check_together(accountant=self._account.accountant.name, secure_mode=self.secure_mode)
         check_model_and_optimizer(job.module, job.optimizer)
-        check_mechanism(self._account.accountant, job.zeroth_order)
         if job.zeroth_order is None:
             self.validate(module=job.module, optimizer=job.optimizer, data_loader=data_loader)
         else:
-            check_unused(job)
             check_not_random(job.module)
         parameters, _ = named_parameters(job.module, job.optimizer)
-        return choose_reducer(job.options.performance.reducer, job.module, parameters)
+        ranks = choose_reducer(job.options.performance.reducer, job.module, parameters)
+        job.check_together(processes=ranks.name)
+        return ranks
 
     def _prepare_data_loader(
-        self, job: Job, data_loader: DataLoader[Any], sampling: str, ranks: Reducer
+        self, job: Job, data_loader: DataLoader[Any], ranks: Reducer
     ) -> tuple[PrivateDataLoader, RandomStream]:
         """Return the loader of this rank, and the stream of its noise."""
         options = job.options
-        check_options(
-            ranks,
-            {
-                "grad_sample_mode": job.grad_sample_mode,
-                "sampling": sampling,
-                "fused_step": options.performance.fused_step,
-                "clip_policy": getattr(options.clipping.clip_policy, "name", options.clipping.clip_policy),
-                "zeroth_order": job.zeroth_order is not None,
-                "max_rows_per_user": options.sampling.max_rows_per_user is not None,
-                "noise_allocation": options.release.noise_allocation is not None,
-            },
-        )
         noise, draws = rank_streams(ranks, *random_streams(job.noise_generator, self.secure_mode))
         loader = private_loader(
             data_loader,
-            sampling=sampling,
+            sampling=job.sampling,
             stream=draws,
             max_physical_batch_size=options.performance.max_physical_batch_size,
             **loader_settings(options.sampling),
@@ -194,13 +173,27 @@ class PrivacyEngine(AccountedEngine):
         self._account.check_dataset(loader.plan.sizes.dataset_size, options.sampling.max_rows_per_user)
         return loader, noise
 
+    def _start(self, job: Job, private: AdaptiveClipDPOptimizer, loader: PrivateDataLoader) -> Any:
+        """Attach what the optimizer needs to the model, and account for its steps; return the model for the loop."""
+        wrapped, undo = attach(job, private, loader.users)
+        try:
+            private.reducer.sync_module(job.module)
+            if private.ema is not None:
+                private.ema.reset()  # the weights of rank 0 are those that count
+            self._adopt(private, loader)
+        except BaseException:
+            undo()
+            raise
+        self._undo.append((job.module, undo))
+        return wrapped
+
     def _adopt(self, optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader) -> None:
         """Make this engine account for the steps of ``optimizer``."""
         if self.dataset is not None and self.dataset is not loader.dataset:
             warnings.warn(
                 "this engine has accounted for another dataset object; its epsilon is the sum over both. Use a new "
                 "PrivacyEngine for different people's data",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._account.begin(public_settings(optimizer), by_function=loader.plan.sizes.is_function)
         self._account.join(optimizer.reducer)
@@ -213,13 +206,13 @@ class PrivacyEngine(AccountedEngine):
                 "clip_policy='raw_percentile' reads un-noised gradient norms: no finite epsilon holds, and infinity "
                 "is reported. Use clip_policy='percentile' for the private version of the same rule",
                 NotPrivateWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         if not optimizer.mechanism.stream.secret:
             warnings.warn(
                 "noise_generator is seeded: whoever knows the seed can remove the noise. For tests only",
                 NotPrivateWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _warn_unknown_batch(self) -> None:
@@ -269,26 +262,11 @@ class PrivacyEngine(AccountedEngine):
             also=OPACUS_NAMES,
             caller="make_private_with_epsilon",
         )
-        if (epochs is None) == (steps is None):
-            raise ValueError("give either epochs or steps")
-        if self._account.accountant.steps:
-            warnings.warn(
-                "budget has been spent already: the noise is chosen as if none had, so training stops early",
-                stacklevel=2,
-            )
-        sampling = choose_sampling(
-            chosen.sampling.sampling, own.get("poisson_sampling", True), self._account.accountant
-        )
-        template = private_loader(
-            data_loader, sampling=sampling, stream=SecretStream(), **loader_settings(chosen.sampling)
-        )
-        if steps is None:
-            assert epochs is not None
-            steps = math.ceil(epochs * len(template))
+        plan, planned_steps = self._plan_run(chosen, own.get("poisson_sampling", True), data_loader, epochs, steps)
         noise_multiplier = noise_for_target(
             self._account.accountant,
-            template.plan,
-            steps=steps,
+            plan,
+            steps=planned_steps,
             target_epsilon=target_epsilon,
             target_delta=target_delta,
         )
@@ -301,6 +279,31 @@ class PrivacyEngine(AccountedEngine):
             **own,
         )
         if made[1].policy.is_private:
-            planned = planned_events(template.plan, steps, noise_multiplier)
+            planned = planned_events(plan, planned_steps, noise_multiplier)
             self._account.start_target(target_epsilon, target_delta, planned)
         return made
+
+    def _plan_run(
+        self,
+        options: PrivateOptions,
+        poisson_sampling: bool,
+        data_loader: DataLoader[Any],
+        epochs: float | None,
+        steps: int | None,
+    ) -> tuple[SamplingPlan, int]:
+        """Return the sampling plan of a run, and its number of steps."""
+        if (epochs is None) == (steps is None):
+            raise ValueError("give either epochs or steps")
+        if self._account.accountant.steps:
+            warnings.warn(
+                "budget has been spent already: the noise is chosen as if none had, so training stops early",
+                stacklevel=3,
+            )
+        sampling = choose_sampling(options.sampling, poisson_sampling, self._account.accountant)
+        template = private_loader(
+            data_loader, sampling=sampling, stream=SecretStream(), **loader_settings(options.sampling)
+        )
+        if steps is None:
+            assert epochs is not None
+            steps = math.ceil(epochs * len(template))
+        return template.plan, steps

@@ -10,54 +10,44 @@ import numpy as np
 from torch import nn
 
 from opacus_ac.distributed.reducers import Reducer
+from opacus_ac.distributed.same_records import check_same_records
+from opacus_ac.engine.parts import Job
 from opacus_ac.noise.keys import SEED
 from opacus_ac.noise.streams import RandomStream, SeededStream, SharedStream
-
-_HOOKS = "Opacus's hooks keep per-sample gradients on parameters that are replaced or reduced: use 'bk'"
-
-
-_ONE_PROCESS: dict[tuple[str, Any], str] = {
-    ("grad_sample_mode", "hooks"): _HOOKS,
-    ("grad_sample_mode", "functorch"): _HOOKS,
-    ("sampling", "shuffled"): (
-        "every process would shuffle for itself, and a record could be on two of them: use poisson_sampling=True, or "
-        "sampling='fixed_size'"
-    ),
-    ("fused_step", True): "gradients are exchanged in buckets: use fused_step=False",
-    ("clip_policy", "raw_percentile"): "it reads the norms of one process only: use 'percentile'",
-    ("max_rows_per_user", True): "users have not been divided among processes: use one, or rows as records",
-    ("noise_allocation", True): "weights per parameter have no place in the shared buckets: use noise_allocation=None",
-}
-"""Settings of ``make_private`` that hold on one process only, and why."""
-
-
-_WHOLE_MODEL: dict[tuple[str, Any], str] = {
-    ("zeroth_order", True): (
-        "each rank would move its shard along a direction of its own. Leave fully_shard out: forward passes need "
-        "no gradients and no optimizer state, and every rank has the whole model"
-    ),
-}
-"""Settings of ``make_private`` that several processes have with the whole model on each of them only, and why."""
-
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.optimizer.parameters import named_parameters
+from opacus_ac.optimizer.state import public_settings
+from opacus_ac.sampling.loader import PrivateDataLoader
 
 _NOISE = 1000  # first of the purposes for which seeded noise streams of the ranks are forked
 
 
-def check_options(reducer: Reducer, options: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for settings of ``make_private`` that hold on one process only.
+def check_start(optimizer: AdaptiveClipDPOptimizer, loader: PrivateDataLoader, job: Job) -> None:
+    """Check that all ranks begin the same run. With one process there is nothing to check.
 
-    Args:
-        reducer: the processes.
-        options: settings by name, those of ``_ONE_PROCESS`` among them.
+    Raises:
+        ValueError: If they do not, on every rank.
     """
-    if reducer.name == "local":
+    if optimizer.reducer.world == 1:
         return
-    for (name, value), reason in _ONE_PROCESS.items():
-        if options.get(name) == value:
-            raise ValueError(f"{name}={value!r} does not work with several processes ({reducer.name}): {reason}")
-    for (name, value), reason in _WHOLE_MODEL.items():
-        if options.get(name) == value and reducer.name != "ddp":
-            raise ValueError(f"{name}={value!r} does not work with a sharded model ({reducer.name}): {reason}")
+    generator = job.noise_generator
+    settings = {
+        **public_settings(optimizer),
+        "reducer": optimizer.reducer.name,
+        "normalize": optimizer.normalize,
+        "lr_control": optimizer.control is not None,
+        "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
+        "max_physical_batch_size": job.options.performance.max_physical_batch_size,
+        "loss_reduction": optimizer.loss_reduction,
+        "seed of noise_generator": None if generator is None else generator.initial_seed(),
+        "batches in a pass": len(loader),
+        "number of records": len(loader.dataset),  # type: ignore[arg-type]
+        **optimizer.measurement.compared_at_start(),
+        **parameter_layout(*named_parameters(job.module, optimizer.original_optimizer)),
+    }
+    check_alike(optimizer.reducer, settings)
+    check_same_records(optimizer.reducer, loader.dataset)
+    check_noise(optimizer.reducer, optimizer.mechanism.stream)
 
 
 def rank_streams(reducer: Reducer, noise: RandomStream, sampling: RandomStream) -> tuple[RandomStream, RandomStream]:

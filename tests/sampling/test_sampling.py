@@ -146,7 +146,7 @@ def test_every_kind_is_charged_for_what_it_is(arguments, event, accountant, tmp_
     ("arguments", "message"),
     [
         ({"sampling": "weighted"}, "sampling='weighted'"),
-        ({"sampling": "poisson", "poisson_sampling": False}, "give one"),
+        ({"sampling": "poisson", "poisson_sampling": False}, "Give one"),
         ({"sampling": "truncated_poisson"}, "max_batch_size"),
         ({"sampling": "poisson", "max_batch_size": 20}, "max_batch_size"),
         ({"sampling": "truncated_poisson", "max_batch_size": 0}, "whole number >= 1"),

@@ -366,11 +366,11 @@ def test_weights_that_share_memory_or_are_not_contiguous_are_refused():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"preset": "paper"}, "preset='paper' means nothing"),
-        ({"fused_step": True}, "fused_step=True means nothing"),
-        ({"ema_decay": 0.5}, "give ZerothOrderSettings"),
-        ({"grad_sample_mode": "hooks"}, "grad_sample_mode='hooks' means nothing"),
-        ({"noise_allocation": NoiseAllocation(source="dimension")}, "means nothing with zeroth_order"),
+        ({"preset": "paper"}, "preset='paper' does not work with zeroth_order"),
+        ({"fused_step": True}, "fused_step=True does not work with zeroth_order"),
+        ({"ema_decay": 0.5}, "Give ZerothOrderSettings"),
+        ({"grad_sample_mode": "hooks"}, "grad_sample_mode='hooks' does not work with zeroth_order"),
+        ({"noise_allocation": NoiseAllocation(source="dimension")}, "noise_allocation does not work with zeroth_order"),
         ({"zeroth_order": "mezo"}, "unknown zeroth_order preset 'mezo'"),
         ({"zeroth_order": 64}, "zeroth_order=64 is neither ZerothOrderSettings nor the name of a paper"),
         ({"clipping": "zo"}, "clipping='zo' is not available: choose one of 'adaptive', 'flat', 'automatic'"),
