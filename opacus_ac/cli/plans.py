@@ -107,7 +107,13 @@ def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) 
 
 
 def _epsilon_arguments(parser: argparse.ArgumentParser) -> None:
-    add_option(parser, "noise-multiplier", type=float, required=True, help="std of the noise over the sensitivity")
+    add_option(
+        parser,
+        "noise-multiplier",
+        type=float,
+        required=True,
+        help="ratio of the noise's standard deviation to the L2 sensitivity of the release",
+    )
     _sampling_options(parser)
 
 

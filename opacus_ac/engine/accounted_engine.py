@@ -53,7 +53,8 @@ class AccountedEngine(opacus.PrivacyEngine):
         approximation = self._account.accountant.approximation
         if approximation is not None:
             warnings.warn(
-                f'{approximation}: epsilon is reported as infinity. Use accountant="vrdp" (the default), "vpld" or "prv"',
+                f"{approximation}: epsilon is reported as infinity. "
+                'Use accountant="vrdp" (the default), "vpld" or "prv"',
                 NotPrivateWarning,
                 stacklevel=2,
             )
@@ -67,12 +68,12 @@ class AccountedEngine(opacus.PrivacyEngine):
     def get_epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far at ``delta``; infinity when no bound holds.
 
-        It is never below that of :meth:`privacy_report`, and counts what other processes have added to the ledger. Where rates
-        or noise may have followed from releases it is that of the privacy filter's whole budget.
+        It is never below that of :meth:`privacy_report`, and counts what other processes have added to the ledger.
+        Where rates or noise may have followed from releases it is that of the privacy filter's whole budget.
 
         Raises:
-            ValueError: ``delta`` is negative.
-            LedgerError: the ledger is damaged.
+            ValueError: If ``delta`` is negative.
+            LedgerError: If the ledger is damaged.
         """
         return self._account.epsilon(delta)
 
@@ -88,7 +89,7 @@ class AccountedEngine(opacus.PrivacyEngine):
         With ``poisson_sampling=False`` whole passes of the loader are counted.
 
         Raises:
-            ValueError: there is no target; use :meth:`make_private_with_epsilon`.
+            ValueError: If there is no target; use :meth:`make_private_with_epsilon`.
         """
         guard = self._account.guard
         if guard is None or self._optimizer is None or self._loader is None:
@@ -114,7 +115,7 @@ class AccountedEngine(opacus.PrivacyEngine):
                 distribution, which takes up to some seconds to compute. False states the accountant's.
 
         Raises:
-            ValueError: nothing was made private yet, or ``delta`` is missing.
+            ValueError: If nothing was made private yet, or ``delta`` is missing.
         """
         if self._optimizer is None or self._loader is None:
             raise ValueError("nothing to report: call make_private first")
@@ -146,7 +147,7 @@ class AccountedEngine(opacus.PrivacyEngine):
         """Remove every hook from ``model`` and return the bare model; its weights stay.
 
         Raises:
-            ValueError: this engine did not make the model private.
+            ValueError: If this engine did not make the model private.
         """
         bare = getattr(model, "_module", model) if isinstance(model, AbstractGradSampleModule) else model
         for i, (module, undo) in enumerate(self._undo):
@@ -175,10 +176,11 @@ class AccountedEngine(opacus.PrivacyEngine):
         folder: bool = False,
         **schedulers: Any,
     ) -> None:
-        """Save model, optimizer (with C, window, EMA, learning-rate multiplier, step), accountant and head of the ledger.
+        """Save model, optimizer (with C, window, EMA, learning-rate multiplier, step), accountant and ledger's head.
 
-        One process writes a file, which is replaced atomically and has a digest of its content. Several processes write a
-        folder together: every rank calls this, between two steps. Any number of processes can continue from a folder.
+        One process writes a file, which is replaced atomically and has a digest of its content. Several processes
+        write a folder together: every rank calls this, between two steps. Any number of processes can continue from a
+        folder.
 
         Args:
             path: file path, or a binary file object; for a folder a new path on a file system that all ranks see.
@@ -229,12 +231,13 @@ class AccountedEngine(opacus.PrivacyEngine):
     ) -> dict[str, Any]:
         """Continue from :meth:`save_checkpoint`; a file may hold tensors and plain values only.
 
-        What this engine has spent stays spent: with a ledger its charges count, whatever the checkpoint knows of; without
-        one, steps that the engine took after, or beside, the checkpoint are kept. Several processes continue from a folder
-        only, and every rank calls this.
+        What this engine has spent stays spent. With a ledger, the charges of the ledger count, whatever the checkpoint
+        knows of. Without one, steps that the engine took after or beside the checkpoint are kept. Several processes
+        continue from a folder only, and every rank calls this.
 
         Args:
-            path: file path, binary file object, or folder. A folder must come from a trusted place: reading it can run code.
+            path: file path, binary file object, or folder. A folder must come from a trusted place: reading it can run
+                code.
             module: model to load into, wrapped or bare.
             optimizer: the private optimizer to load into. A folder needs it.
             module_load_dict_kwargs: for ``module.load_state_dict``; not for a folder.
@@ -245,7 +248,8 @@ class AccountedEngine(opacus.PrivacyEngine):
             The further entries of the checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was loaded.
+            ValueError: If the checkpoint is damaged, or of other parameters, settings or another ledger; nothing was
+                loaded.
             LedgerError: If the ledger does not contain what the checkpoint says it does.
         """
         if self.reducer.name != "local" or (isinstance(path, str | os.PathLike) and os.path.isdir(path)):
@@ -277,17 +281,20 @@ class AccountedEngine(opacus.PrivacyEngine):
         given = sorted(_given(options))
         if given:
             raise ValueError(
-                f"a checkpoint in a folder has no place for {', '.join(given)}: leave it out, or save with one process and "
-                "without folder=True"
+                f"a checkpoint in a folder has no place for {', '.join(given)}: leave it out, or save with one "
+                "process and without folder=True"
             )
         if not isinstance(optimizer, AdaptiveClipDPOptimizer) or not self.accounts_for(optimizer):
             raise ValueError(
-                "the optimizer is not the one that this engine made private last: pass model and optimizer of one make_private"
+                "the optimizer is not the one that this engine made private last: pass model and optimizer of one "
+                "make_private"
             )
         return optimizer
 
     def save_account(self, path: str | os.PathLike[str], **entries: Any) -> None:
-        """Save the account alone, for a program that saves model and optimizer itself; every rank calls this, rank 0 writes.
+        """Save the account alone, for a program that saves model and optimizer itself.
+
+        Every rank calls this, and rank 0 writes.
 
         Args:
             path: path of the file.
@@ -318,7 +325,10 @@ class AccountedEngine(opacus.PrivacyEngine):
         self.reducer.on_first(lambda: one_process.check_account(state, self._account))
 
     def load_account(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`read_account` returned; what this engine has spent stays spent. Every rank calls this."""
+        """Take over what :meth:`read_account` returned. Every rank calls this.
+
+        What this engine has spent stays spent.
+        """
         one_process.load_account(dict(state), self._account, self.reducer, self._sampling_stream())
 
     def _sampling_stream(self) -> RandomStream | None:

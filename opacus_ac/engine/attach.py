@@ -37,8 +37,8 @@ def attach(job: Job, optimizer: AdaptiveClipDPOptimizer, users: UserRows | None)
         users: the rows of users; None where a record is a row.
 
     Returns:
-        What the loop calls (the model itself, or what Opacus returns in its modes), and a function that takes everything off
-        again.
+        What the loop calls (the model itself, or what Opacus returns in its modes), and a function that takes
+        everything off again.
 
     Raises:
         ValueError: If the per-sample gradients of a layer cannot be exact. Nothing stays attached then.
@@ -112,7 +112,7 @@ def _compare_alone(job: Job, optimizer: AdaptiveClipDPOptimizer, users: UserRows
 
 
 class _Eyes:
-    """The hooks by which the optimizer sees every forward pass of exactly this model object; copies of the model have none."""
+    """The hooks by which the optimizer sees every forward pass of one model object. Copies of the model have none."""
 
     def __init__(self, module: nn.Module, optimizer: AdaptiveClipDPOptimizer) -> None:
         self._module, self._optimizer = id(module), optimizer

@@ -11,6 +11,7 @@ from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.optim import Optimizer
 
+from opacus_ac.clipping.table import POLICIES
 from opacus_ac.distributed.choose import check_wrappers
 from opacus_ac.engine.options import OPTIONS
 from opacus_ac.grad_sample.one_backward.capture import is_captured
@@ -118,7 +119,8 @@ CONFLICTS = (
         _FORWARD_ONLY,
         _one("processes", "fsdp2", "hsdp"),
         "each rank would move its shard along a direction of its own",
-        "leave fully_shard out: forward passes need no gradients and no optimizer state, and every rank has the whole model",
+        "leave fully_shard out: forward passes need no gradients and no optimizer state, and every rank has the whole "
+        "model",
     ),
     Conflict(
         _other("preset", None),
@@ -196,7 +198,7 @@ CONFLICTS = (
         "use zeroth_order=ZerothOrderSettings(mechanism='laplace'), or the accountant 'vrdp'",
     ),
     Conflict(
-        _one("clip_policy", "percentile", "geometric"),
+        _one("clip_policy", *(name for name, policy in POLICIES.items() if policy.needs_histogram)),
         _LAPLACE,
         "it needs a norm histogram, which has no room in a Laplace release",
         "use clip_policy='fixed'",
@@ -210,9 +212,9 @@ CONFLICTS = (
 )
 """Every two choices that ``make_private`` refuses together.
 
-Settings have the names of its arguments. Beside them there are ``sampling``, as it follows from ``poisson_sampling`` too;
-``mechanism``, "gaussian" or "laplace", which ``zeroth_order`` decides; ``processes``, the name of the reducer; and
-``accountant`` and ``secure_mode`` of the engine.
+Settings have the names of its arguments. Beside them there are ``sampling``, as it follows from ``poisson_sampling``
+too; ``mechanism``, "gaussian" or "laplace", which ``zeroth_order`` decides; ``processes``, the name of the reducer;
+and ``accountant`` and ``secure_mode`` of the engine.
 """
 
 
@@ -244,8 +246,8 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     check_wrappers(module)
     if any(type(m).__name__ == "OptimizedModule" for m in module.modules()):
         raise ValueError(
-            "the model was compiled with torch.compile, which decides what runs before the hooks can: pass the original "
-            "model (its attribute _orig_mod)"
+            "the model was compiled with torch.compile, which decides what runs before the hooks can: pass the "
+            "original model (its attribute _orig_mod)"
         )
     own = set(module.parameters())
     held = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
@@ -265,7 +267,7 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
             )
         if parameter.device.type in _NO_FLOAT64:
             raise ValueError(
-                f"{name} is on the device {parameter.device}, {_NO_FLOAT64[parameter.device.type]}: move the model to the "
-                "processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
+                f"{name} is on the device {parameter.device}, {_NO_FLOAT64[parameter.device.type]}: move the model to "
+                "the processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
             )
     check_environment({p.device.type for p in trainable})

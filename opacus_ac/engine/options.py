@@ -30,9 +30,11 @@ T = TypeVar("T")
 
 
 def option(default: Any, text: str, check: Check | None = None) -> Any:
-    """Return a dataclass field with a help text, and what raises ``ValueError`` for a value out of range; None always passes.
+    """Return a dataclass field with a help text, and a check that raises ``ValueError`` for a value out of range.
 
-    Ranges that the part of an option has to know anyhow, as the kinds of sampling, are that part's to check.
+    None always passes.
+
+    A range that the part of an option knows, such as the kinds of sampling, is checked there.
     """
     metadata: dict[str, Any] = {"help": text}
     if check is not None:
@@ -77,13 +79,14 @@ class ReleaseOptions(_Group):
 
     histogram_weight: float | None = option(
         None,
-        "weight a of the norm histogram, which costs the factor sqrt(1 + a^2) of noise (default: what the batch size needs, at "
-        "which the noise grows by no more than a fiftieth)",
+        "weight a of the norm histogram, which costs the factor sqrt(1 + a^2) of noise (default: what the batch size "
+        "needs, at which the noise grows by no more than a fiftieth)",
         not_negative,
     )
     loss_bound: float | None = option(
         None,
-        "public bound to which each record's loss is clipped in the released noisy mean loss; without a bound no loss is released",
+        "public bound to which each record's loss is clipped in the released noisy mean loss; without a bound no loss "
+        "is released",
         positive,
     )
     loss_weight: float | None = option(
@@ -91,8 +94,8 @@ class ReleaseOptions(_Group):
     )
     noise_allocation: NoiseAllocation | None = option(
         None,
-        "an opacus_ac.allocation.NoiseAllocation spreads the noise over groups of parameters by public weights, at the same "
-        "epsilon; without one the std is the same everywhere",
+        "an opacus_ac.allocation.NoiseAllocation spreads the noise over groups of parameters by public weights, at "
+        "the same epsilon; without one the std is the same everywhere",
     )
 
 
@@ -103,8 +106,9 @@ class SamplingOptions(_Group):
 
     sampling: str | None = option(
         None,
-        'how batches are drawn: "poisson"; "truncated_poisson", with at most max_batch_size records; "fixed_size", exactly '
-        'batch_size records without replacement at each step; or "shuffled", the batches of the loader, charged without '
+        'how batches are drawn: "poisson"; "truncated_poisson", with at most max_batch_size records; "fixed_size", '
+        'exactly batch_size records without replacement at each step; or "shuffled", the batches of the loader, '
+        "charged without "
         "amplification (default: as poisson_sampling says)",
     )
     max_batch_size: int | None = option(None, 'largest logical batch, for sampling="truncated_poisson"', count)
@@ -115,13 +119,14 @@ class SamplingOptions(_Group):
     )
     batch_size_schedule: RateSchedule | None = option(
         None,
-        "expected batch size per step: a sequence of public numbers, or a function of the step, which may use past releases "
-        "if there is a target epsilon (the budget is then a privacy filter)",
+        "expected batch size per step: a sequence of public numbers, or a function of the step, which may use past "
+        "releases if there is a target epsilon (the budget is then a privacy filter)",
     )
     max_rows_per_user: int | None = option(
         None,
-        "most rows of a user, where an item of the dataset is a user and a user is what is drawn, clipped and protected; without "
-        "it a record is a row. N, batch sizes and the mean of the loss then count users, as opacus_ac.sampling.users describes",
+        "most rows of a user, where an item of the dataset is a user and a user is what is drawn, clipped and "
+        "protected; without it a record is a row. N, batch sizes and the mean of the loss then count users, as "
+        "opacus_ac.sampling.users describes",
     )
 
 
@@ -143,13 +148,13 @@ class PerformanceOptions(_Group):
     max_physical_batch_size: int | None = option(None, "largest batch that reaches the model", count)
     fused_step: bool = option(
         False,
-        "hold no more gradients at a time than the largest one takes: they are summed, noised, applied and forgotten in turns "
-        "(AdamW, Adam and SGD; no .grad is left to look at)",
+        "hold no more gradients at a time than the largest one takes: they are summed, noised, applied and forgotten "
+        "in turns (AdamW, Adam and SGD; no .grad is left to look at)",
     )
     reducer: str | Reducer | None = option(
         None,
-        'how several processes share a step: "ddp" (bare model, the same on every rank), "fsdp2" (a model under fully_shard), '
-        '"local" (each for itself), or an object (default: what the model and torch.distributed say)',
+        'how several processes share a step: "ddp" (bare model, the same on every rank), "fsdp2" (a model under '
+        'fully_shard), "local" (each for itself), or an object (default: what the model and torch.distributed say)',
     )
 
 
@@ -171,8 +176,8 @@ class PrivateOptions:
     performance: PerformanceOptions = PerformanceOptions()
     zeroth_order: str | ZerothOrderSettings | None = option(
         None,
-        "train with forward passes only, as these ZerothOrderSettings say, or a paper by name: aggzo, dpzero, dp-zo, dp-zoso or "
-        "dp-zopo (default: train with gradients)",
+        "train with forward passes only, as these ZerothOrderSettings say, or a paper by name: aggzo, dpzero, dp-zo, "
+        "dp-zoso or dp-zopo (default: train with gradients)",
     )
 
     @classmethod
@@ -193,8 +198,8 @@ class PrivateOptions:
             caller: name of the caller.
 
         Raises:
-            TypeError: an unknown name, ``options`` of another type, or a name whose group ``options`` gives too.
-            ValueError: a value out of range.
+            TypeError: If a name is unknown or its group is in ``options`` too, or ``options`` is of another type.
+            ValueError: If a value is out of range.
         """
         start = cls() if options is None else options
         if not isinstance(start, cls):
@@ -206,7 +211,8 @@ class PrivateOptions:
             attribute = OPTIONS[name].group or name
             if getattr(start, attribute) is not cls.__dataclass_fields__[attribute].default:
                 raise TypeError(
-                    f"{name!r} is given by name, and options={cls.__name__}({attribute}=...) decides it too: give it in one of them"
+                    f"{name!r} is given by name, and options={cls.__name__}({attribute}=...) decides it too: give it "
+                    "in one of them"
                 )
             given.setdefault(attribute, {})[name] = value
         alone = given.pop("zeroth_order", {})

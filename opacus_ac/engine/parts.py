@@ -1,4 +1,4 @@
-"""What ``make_private`` checks, chooses and attaches before the first step; on an error everything is taken off again."""
+"""The job of one ``make_private``, and the parts that its options choose."""
 
 from __future__ import annotations
 
@@ -136,8 +136,9 @@ def choose_statistics(
 ) -> StepStatistics:
     """Return what a step releases beside the gradient.
 
-    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise allocation
-    is asked for; a policy that reads un-noised norms needs no histogram, and neither does a forward-only step with a fixed C.
+    "flat" and "automatic" release the gradient alone, with exactly the noise of Opacus, unless a loss or a paid noise
+    allocation is asked for. A policy that reads un-noised norms needs no histogram, and neither does a forward-only
+    step with a fixed C.
     """
     options = job.options.release
     shown = policy.is_private if job.zeroth_order is None else policy.needs_histogram
@@ -160,13 +161,14 @@ def choose_allocation(job: Job) -> GroupWeights | None:
         return None
     if not isinstance(noise_allocation, NoiseAllocation):
         raise ValueError(
-            f"noise_allocation={noise_allocation!r} is no NoiseAllocation: from opacus_ac.allocation import NoiseAllocation"
+            f"noise_allocation={noise_allocation!r} is no NoiseAllocation: from opacus_ac.allocation import "
+            "NoiseAllocation"
         )
     return GroupWeights(noise_allocation, *named_parameters(job.module, job.optimizer))
 
 
 def choose_source(job: Job, users: UserRows | None = None, secure: bool = False) -> GradientSource:
-    """Return where the optimizer gets norms and clipped sums from, in secure mode exact ones; nothing is attached yet."""
+    """Return where norms and clipped sums come from, in secure mode exact ones. Nothing is attached yet."""
     parameters, names = named_parameters(job.module, job.optimizer)
     count = None if users is None else users.drawn
     if job.grad_sample_mode != "bk":

@@ -1,4 +1,4 @@
-"""PrivacyEngine: builds the parts of the private step and hands them to each other."""
+"""PrivacyEngine: has the parts of the private step chosen, joined and attached to the model."""
 
 from __future__ import annotations
 
@@ -37,16 +37,18 @@ class PrivacyEngine(AccountedEngine):
     """Drop-in for ``opacus.PrivacyEngine`` whose ``make_private`` yields DP-Adam-AC.
 
     Args:
-        accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp"); "pure" for Laplace noise.
-        secure_mode: make every Gaussian of four, against attacks on the low-order bits of floating-point noise, about four
-            times as slow to draw; and form sums in float64 until the noise is in, so that a record more or less does not
-            change how the others are rounded. Noise and batches come from a cryptographic generator (AES-256-CTR, keyed by the
-            operating system) in any case.
-        ledger: path of the privacy ledger, see :class:`opacus_ac.budget.ledger.PrivacyLedger`: every charge is on disk before its
-            release, runs on the same data add up, and a crash cannot lose one. Use one ledger per dataset, for all runs.
+        accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp"); "pure" for
+            Laplace noise.
+        secure_mode: sum four Gaussian draws per noise value, which defeats attacks on floating-point rounding and takes
+            about four times as long to draw. Sums stay in float64 until the noise is in, so that a record more or less
+            does not change how the others are rounded. In any mode, noise and batches come from a cryptographic
+            generator (AES-256-CTR), whose key comes from the operating system.
+        ledger: path of the privacy ledger, see :class:`opacus_ac.budget.ledger.PrivacyLedger`. Every charge is on disk
+            before its release, so that runs on the same data add up and a crash cannot lose a charge. Use one ledger
+            per dataset, for all runs.
 
     Raises:
-        LedgerError: the ledger is damaged; the message has its line.
+        LedgerError: If the ledger is damaged. The message has its line.
 
     References:
         arXiv 2510.05288.
@@ -92,11 +94,12 @@ class PrivacyEngine(AccountedEngine):
     ) -> tuple[Any, AdaptiveClipDPOptimizer, PrivateDataLoader]:
         """Return (model, optimizer, loader) that train with DP-Adam-AC.
 
-        What Opacus does not have is an option, of :class:`~opacus_ac.engine.PrivateOptions` and its groups: how C is chosen
-        (:class:`~opacus_ac.engine.ClippingOptions`), what is released beside the gradient
-        (:class:`~opacus_ac.engine.ReleaseOptions`), which records a step sees (:class:`~opacus_ac.engine.SamplingOptions`),
-        what follows from a release (:class:`~opacus_ac.engine.UpdateOptions`), time and memory
-        (:class:`~opacus_ac.engine.PerformanceOptions`). An option is given in ``options``, or by its name alone, as
+        What Opacus does not have is an option, of :class:`~opacus_ac.engine.PrivateOptions` and its groups: how C is
+        chosen (:class:`~opacus_ac.engine.ClippingOptions`), what is released beside the gradient
+        (:class:`~opacus_ac.engine.ReleaseOptions`), which records a step sees
+        (:class:`~opacus_ac.engine.SamplingOptions`), what follows from a release
+        (:class:`~opacus_ac.engine.UpdateOptions`), time and memory (:class:`~opacus_ac.engine.PerformanceOptions`). An
+        option is given in ``options``, or by its name alone:
         ``make_private(..., target_clip_rate=0.5, ema_decay=None)``.
 
         Args:
@@ -104,7 +107,7 @@ class PrivacyEngine(AccountedEngine):
             optimizer: inner optimizer over its parameters, AdamW in the paper.
             data_loader: loader with ``batch_size``, sequential or shuffled; batches become Poisson samples of rate
                 batch_size / N, and a pass keeps its number of batches.
-            noise_multiplier: std of the noise over the joint sensitivity of a step's release.
+            noise_multiplier: ratio of the noise's standard deviation to the L2 sensitivity of a step's release.
             max_grad_norm: C0, default 1 (3 with ``preset="paper"``); the default policy finds C from any C0.
             criterion: ignored, as by Opacus outside its ghost modes.
             batch_first: whether the batch is the first dimension of the model's inputs.
@@ -117,23 +120,25 @@ class PrivacyEngine(AccountedEngine):
                 ``opacus_ac.grad_sample.explain``), or "hooks" or "functorch", as in Opacus.
             wrap_model: as in Opacus for its modes: False attaches hooks to the model and returns the hooks object.
             rand_on_empty: ignored; an empty batch is a constant batch with weight zero.
-            options: the options in groups. All ranks of a run on several processes pass the same; batch sizes are those of
-                all ranks together.
+            options: the options in groups. All ranks of a run on several processes pass the same; batch sizes are
+                those of all ranks together.
             **named: single options by name, of groups that ``options`` leaves as they are.
 
         Returns:
-            the model that was passed in (mode "bk") or what Opacus returns for its modes, an :class:`AdaptiveClipDPOptimizer`, a :class:`PrivateDataLoader`.
+            The model that was passed in (mode "bk") or what Opacus returns for its modes, an
+            :class:`AdaptiveClipDPOptimizer`, and a :class:`PrivateDataLoader`.
 
         Raises:
-            ValueError: anything that would make the guarantee wrong, with the remedy; the inputs are unchanged.
-            TypeError: a name that is no argument, with the nearest that is one, or an option given both ways.
+            ValueError: If anything would make the guarantee wrong. The message has the remedy, and the inputs are
+                unchanged.
+            TypeError: If a name is no argument, or an option is given both ways. The message has the nearest name.
             opacus.validators.errors.UnsupportedModuleError: as in Opacus (BatchNorm, eval mode).
         """
         chosen = PrivateOptions.of(options, named, also=OPACUS_NAMES)
         job = Job(
-            module=module, optimizer=inner_optimizer(optimizer), noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
-            batch_first=batch_first, loss_reduction=loss_reduction, clipping=clipping, noise_generator=noise_generator,
-            grad_sample_mode=grad_sample_mode, wrap_model=wrap_model, options=chosen,
+            module=module, optimizer=inner_optimizer(optimizer), noise_multiplier=noise_multiplier, options=chosen,
+            max_grad_norm=max_grad_norm, batch_first=batch_first, loss_reduction=loss_reduction, clipping=clipping,
+            noise_generator=noise_generator, grad_sample_mode=grad_sample_mode, wrap_model=wrap_model,
             zeroth_order=zeroth_order_settings(chosen.zeroth_order),
             sampling=choose_sampling(chosen.sampling, poisson_sampling, self._account.accountant),
         )  # fmt: skip
@@ -252,8 +257,9 @@ class PrivacyEngine(AccountedEngine):
             **named: all other arguments of :meth:`make_private`.
 
         Raises:
-            ValueError: as :meth:`make_private`; both or neither of ``epochs`` and ``steps``; impossible budget.
-            TypeError: as :meth:`make_private`.
+            ValueError: As :meth:`make_private`; or if both or neither of ``epochs`` and ``steps`` are given, or the
+                budget is impossible.
+            TypeError: As :meth:`make_private`.
         """
         own: dict[str, Any] = {name: value for name, value in named.items() if name in OPACUS_NAMES}
         chosen = PrivateOptions.of(

@@ -54,8 +54,9 @@ def rank_streams(reducer: Reducer, noise: RandomStream, sampling: RandomStream) 
     """Return the streams of this rank: noise of its own, and draws that all ranks share.
 
     Guarantees:
-        The key of the draws comes from the operating system of rank 0 and is sent to the others; it is never saved. Noise
-        streams have a key per rank. Seeded streams (for tests) share the seed for the draws; their noise differs by rank.
+        The key of the draws comes from the operating system of rank 0 and is sent to the others; it is never saved.
+        Noise streams have a key per rank. Seeded streams (for tests) share the seed for the draws; their noise differs
+        by rank.
     """
     if reducer.world == 1:
         return noise, sampling
@@ -77,8 +78,8 @@ def check_alike(reducer: Reducer, settings: Mapping[str, Any]) -> None:
         if len(set(values)) > 1:
             other = next(rank for rank, value in enumerate(values) if value != values[0])
             raise ValueError(
-                f"the ranks differ in {name}: rank 0 has {values[0]}, rank {other} {values[other]}. Start every rank with "
-                "the same arguments, model and dataset"
+                f"the ranks differ in {name}: rank 0 has {values[0]}, rank {other} {values[other]}. Start every rank "
+                "with the same arguments, model and dataset"
             )
 
 

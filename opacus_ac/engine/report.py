@@ -29,8 +29,8 @@ class PrivacyReport:
         expected_batch_size: smallest and largest expected batch size so far (the plan's when no step was taken).
         history: accounted (noise multiplier, sample rate, steps).
         steps: steps taken.
-        noise_multiplier: std of the noise over the sensitivity of the whole release.
-        gradient_noise_multiplier: std of the gradient noise in units of C.
+        noise_multiplier: ratio of the noise's standard deviation to the L2 sensitivity of the whole release.
+        gradient_noise_multiplier: standard deviation of the gradient noise, in units of C.
         clip_policy: rule that chose C.
         max_grad_norm: C of the next step, a function of releases.
         released: what every step released.
@@ -86,8 +86,8 @@ class PrivacyReport:
             f"  neighbours      {self.adjacency}",
             f"  sampling        {self.sampling}, N = {self.dataset_size}, expected batch {size}, rate q = {rate}",
             f"  steps           {self.steps}",
-            f"  noise           multiplier {self.noise_multiplier:.4f} (gradient {self.gradient_noise_multiplier:.4f} C), "
-            f"{self.noise_source}",
+            f"  noise           multiplier {self.noise_multiplier:.4f} "
+            f"(gradient {self.gradient_noise_multiplier:.4f} C), {self.noise_source}",
             f"  clipping        {self.clip_policy}, next C = {self.max_grad_norm:.4g}",
             f"  released        {'; '.join(self.released)}",
             *([f"  ledger          {self.ledger}"] if self.ledger is not None else []),

@@ -16,7 +16,7 @@ class Terms:
 
     Attributes:
         max_grad_norm: C.
-        noise_multiplier: std of the noise over the joint sensitivity.
+        noise_multiplier: ratio of the noise's standard deviation to the L2 sensitivity of the release.
         weights: public weights of the parameters by a noise allocation; None for 1.
         trained: which of the private parameters are trained.
     """

@@ -48,7 +48,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     Args:
         optimizer: inner optimizer (AdamW in the paper); it sees the released gradient.
-        noise_multiplier: std of the noise over the joint sensitivity of all that a step releases.
+        noise_multiplier: ratio of the noise's standard deviation to the L2 sensitivity of the release.
         max_grad_norm: C0, the clipping norm of the first step.
         expected_batch_size: public denominator; needed for ``loss_reduction="mean"``.
         loss_reduction: "mean" or "sum" over the records of a batch, as the loss was computed.

@@ -2,7 +2,8 @@
 
 Names are imported on first use.
 
-References: arXiv 2310.09639 (DPZero), 2401.04343 (DP-ZO), 2402.07818 (DP-ZOSO, DP-ZOPO), USENIX Security 2025 (DP-AggZO).
+References:
+    arXiv 2310.09639 (DPZero), 2401.04343 (DP-ZO), 2402.07818 (DP-ZOSO, DP-ZOPO), USENIX Security 2025 (DP-AggZO).
 """
 
 from opacus_ac._lazy import lazy_names

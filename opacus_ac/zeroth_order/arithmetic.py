@@ -1,4 +1,4 @@
-"""A closure seen operation by operation: done in float64, and stopped before it draws at random or writes into the model."""
+"""Runs a closure operation by operation: in float64, and stopped before it draws at random or changes the model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClosureWatch(TorchDispatchMode):
         wide: do every operation in float64, whatever its arguments are. What is written in place keeps its type.
 
     Raises:
-        ClosureError: an operation draws at random, or would write into the model; it has not been done.
+        ClosureError: If an operation draws at random, or would write into the model. It has not been done then.
     """
 
     def __init__(self, module: nn.Module, *, wide: bool) -> None:
@@ -66,8 +66,9 @@ class ClosureWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
             raise ClosureError(
-                f"the closure draws at random ({func}), so that the two losses of a direction differ by more than the weights, and a record's "
-                "by who else is in the batch: call model.eval() before the step, set dropout to 0, and draw nothing in the closure"
+                f"the closure draws at random ({func}), so that the two losses of a direction differ by more than the "
+                "weights, and a record's by who else is in the batch: call model.eval() before the step, set dropout "
+                "to 0, and draw nothing in the closure"
             )
         if not self._wide:
             floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -78,8 +79,9 @@ class ClosureWatch(TorchDispatchMode):
         for tensor in written:
             if _address(tensor) in self._held:
                 raise ClosureError(
-                    f"the closure writes into {self._held[_address(tensor)]} ({func}), which would leave private data in the model without noise: "
-                    "leave out max_norm of embeddings, running statistics, and any other state that a forward pass changes"
+                    f"the closure writes into {self._held[_address(tensor)]} ({func}), which would leave private data "
+                    "in the model without noise: leave out max_norm of embeddings, running statistics, and any other "
+                    "state that a forward pass changes"
                 )
         if self._wide and written and written[0].dtype in _WIDER:
             dtype = written[0].dtype
@@ -160,7 +162,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation that may draw at random does not, or draws from a generator that the closure gives it on purpose."""
+    """Return whether an operation that may draw at random does not, or draws from the closure's own generator."""
     given = {described.name: value for described, value in _arguments(func, args, kwargs)}
     if given.get("generator") is not None:
         return True  # what it draws has to be the same again
@@ -197,8 +199,8 @@ class Evaluation:
             watched: look at each operation also where it need not be made wider.
 
         Raises:
-            ClosureError: the closure draws at random, or would write into the model.
-            ValueError: it does not return one loss per record.
+            ClosureError: If the closure draws at random, or would write into the model.
+            ValueError: If it does not return one loss per record.
         """
         # Autocast keeps its copies of the weights while it is on, and they would not move with the weights.
         torch.clear_autocast_cache()
@@ -213,7 +215,8 @@ class Evaluation:
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.numel():
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"the closure must return one loss per record, a tensor of shape [B], got {shape}: a mean over the batch cannot be "
-                "clipped per record. Use reduction='none', or opacus_ac.zeroth_order.record_losses(model, batch)"
+                f"the closure must return one loss per record, a tensor of shape [B], got {shape}: a mean over the "
+                "batch cannot be clipped per record. Use reduction='none', or "
+                "opacus_ac.zeroth_order.record_losses(model, batch)"
             )
         return losses.detach().double().cpu()

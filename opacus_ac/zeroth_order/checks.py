@@ -20,8 +20,8 @@ def check_model(module: nn.Module) -> None:
     for name, inner in module.named_modules():
         if isinstance(inner, _NormBase) and (inner.track_running_stats or type(inner).__name__.startswith("Batch")):
             raise ValueError(
-                f"{name or 'the model'} is a {type(inner).__name__}: it mixes the records of a batch, or keeps their statistics. "
-                "Replace it by GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix)"
+                f"{name or 'the model'} is a {type(inner).__name__}: it mixes the records of a batch, or keeps their "
+                "statistics. Replace it by GroupNorm or LayerNorm (opacus.validators.ModuleValidator.fix)"
             )
     check_records_apart(module)
 
@@ -29,8 +29,8 @@ def check_model(module: nn.Module) -> None:
 def check_not_random(module: nn.Module) -> None:
     """Raise ``ValueError`` when a module draws at random (dropout in training mode).
 
-    The two losses of a direction would differ by other dropout masks, divided by twice the smoothing: noise a thousand times
-    as large as the signal.
+    The two losses of a direction would differ by other dropout masks, divided by twice the smoothing: noise a thousand
+    times as large as the signal.
     """
     for name, inner in module.named_modules():
         if not inner.training:
@@ -41,8 +41,8 @@ def check_not_random(module: nn.Module) -> None:
         ]
         if found:
             raise ValueError(
-                f"{name or 'the model'} ({type(inner).__name__}) is in training mode with {found[0]} > 0, so that its losses are "
-                "random: call model.eval() before the step, or set it to 0"
+                f"{name or 'the model'} ({type(inner).__name__}) is in training mode with {found[0]} > 0, so that its "
+                "losses are random: call model.eval() before the step, or set it to 0"
             )
 
 
@@ -78,8 +78,8 @@ def check_parameters(parameters: Sequence[nn.Parameter]) -> None:
         place = (parameter.device, parameter.data_ptr())
         if parameter.numel() and seen.setdefault(place, i) != i:
             raise ValueError(
-                f"trainable parameters {seen[place]} and {i} share their memory, and would be moved twice: tie them as one "
-                "nn.Parameter"
+                f"trainable parameters {seen[place]} and {i} share their memory, and would be moved twice: tie them "
+                "as one nn.Parameter"
             )
 
 
@@ -95,6 +95,6 @@ def check_inner_optimizer(optimizer: Optimizer, settings: ZerothOrderSettings) -
     """Raise ``ValueError`` for an inner optimizer that would move coordinates outside the mask."""
     if settings.pruning is not None and not moves_in_place(optimizer):
         raise ValueError(
-            f"pruning with {type(optimizer).__name__}: its momentum or weight decay would move coordinates that are not "
-            "trained. Use torch.optim.SGD(parameters, lr=...) without momentum, or pruning=None"
+            f"pruning with {type(optimizer).__name__}: its momentum or weight decay would move coordinates that are "
+            "not trained. Use torch.optim.SGD(parameters, lr=...) without momentum, or pruning=None"
         )

@@ -21,7 +21,7 @@ def _trained(parameter: nn.Parameter, index: Index) -> Tensor:
 
 
 def _weighted_sums(flat: Tensor) -> list[int]:
-    """Return, for each block, a sum of its bits modulo 2^64 with odd weights: no change of a single word goes unseen."""
+    """Return, for each block, a sum of its words modulo 2^64 with odd weights. Any change of one word changes it."""
     if not flat.numel():
         return []
     odd = torch.randint(2**62, (min(BLOCK, flat.numel()),), generator=torch.Generator().manual_seed(0)) * 2 + 1
@@ -151,7 +151,10 @@ class Coordinates:
 
     @torch.no_grad()
     def move(self, seed: int, distance: float) -> None:
-        """Add ``distance * z`` to the weights, z the direction ``seed``; repeatable and, up to rounding, undone by -distance."""
+        """Add ``distance * z`` to the weights, where z is the direction ``seed``.
+
+        It is repeatable, and moving by ``-distance`` undoes it up to rounding.
+        """
         scale = distance * self._length(seed)
         for tensor in range(len(self.parameters)):
             for part in self._parts(tensor):
@@ -184,7 +187,7 @@ class Coordinates:
 
     @torch.no_grad()
     def write_gradients(self, seeds: Sequence[int], coefficients: Sequence[float], proximal: float) -> None:
-        """Write ``sum_k coefficient_k z_k + proximal (theta - anchor)`` into ``grad``, for an optimizer with a state."""
+        """Write ``sum_k coefficient_k z_k + proximal (theta - anchor)`` into ``grad``, for an inner optimizer."""
         weights = [c * self._length(seed) for seed, c in zip(seeds, coefficients, strict=True)]
         for tensor, parameter in enumerate(self.parameters):
             gradient = torch.zeros_like(parameter)

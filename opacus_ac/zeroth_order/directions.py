@@ -28,11 +28,12 @@ class Directions:
         seed: public 63-bit seed.
 
     Guarantees:
-        Nothing here is secret and nothing secret is here: no draw of these generators enters noise or sampling. The privacy
-        proof holds for any fixed directions, known to everybody.
+        Nothing here is secret. No draw of these generators enters noise or sampling. The privacy proof holds for any
+        fixed directions, known to everybody.
 
-    The generators of torch are used, one seed per (direction, tensor, block). On the CPU they keep 32 bits of it, so that a
-    few of the many blocks of a long run may coincide by chance; that costs nothing, because directions need no secrecy.
+    The generators of torch are used, one seed per (direction, tensor, block). On the CPU they keep 32 bits of it, so
+    that a few of the many blocks of a long run may coincide by chance. This costs no privacy, because directions are
+    public.
     """
 
     def __init__(self, kind: str, seed: int) -> None:

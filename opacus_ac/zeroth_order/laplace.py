@@ -78,9 +78,9 @@ class LaplaceMechanism(GaussianMechanism):
         stream: random stream of the noise.
 
     Guarantees:
-        One release of a whole batch is (1 / noise_multiplier, 0)-differentially private under adding or removing one record.
-        Sums and noise are whole numbers of C / GRID, drawn without floating-point arithmetic: the bound is not up to
-        rounding. The scale is rounded up to the grid.
+        One release of a whole batch is (1 / noise_multiplier, 0)-differentially private under adding or removing one
+        record. Sums and noise are whole numbers of C / GRID, drawn without floating-point arithmetic: the bound is not
+        up to rounding. The scale is rounded up to the grid.
 
     References:
         Dwork et al. 2006 (Laplace mechanism); arXiv 2004.00010 (discrete Laplace); Mironov 2012 (attack on rounding).
@@ -104,7 +104,8 @@ class LaplaceMechanism(GaussianMechanism):
         """Return the noise scale in units of C; nothing else may be released with it."""
         if statistics.histogram or statistics.loss_bound is not None:
             raise ValueError(
-                "Laplace noise releases the differences alone: no norm histogram and no loss (histogram=False, loss_bound=None)"
+                "Laplace noise releases the differences alone: no norm histogram and no loss (histogram=False, "
+                "loss_bound=None)"
             )
         return self.noise_multiplier
 

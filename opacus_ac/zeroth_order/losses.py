@@ -23,7 +23,8 @@ def record_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Return the loss of every record of a batch, for the closure of ``optimizer.step``.
 
     Args:
-        model: transformers model for causal, masked or token-wise language modelling, or for single-label classification.
+        model: transformers model for causal, masked or token-wise language modelling, or for single-label
+            classification.
         batch: its inputs, with ``labels``: ``[B, T]`` tokens, or ``[B]`` classes.
 
     Returns:
@@ -33,7 +34,7 @@ def record_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
         Entry i depends on record i alone, unless the layers of the model themselves mix the records.
 
     Raises:
-        ValueError: labels are missing, or no loss of single records is known of this model.
+        ValueError: If labels are missing, or no loss of single records is known of this model.
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch.get("labels")
@@ -42,8 +43,8 @@ def record_losses(model: Any, batch: Mapping[str, Any]) -> Tensor:
     kind = getattr(model, "loss_type", None)
     if kind is None and not hasattr(model, "config"):
         raise ValueError(
-            f"no loss of single records is known of {type(model).__name__}: let the closure compute one loss per record, such "
-            "as F.cross_entropy(model(x), y, reduction='none')"
+            f"no loss of single records is known of {type(model).__name__}: let the closure compute one loss per "
+            "record, such as F.cross_entropy(model(x), y, reduction='none')"
         )
     if kind == "ForSequenceClassification":
         return _class_losses(model, model(**inputs).logits, labels)
@@ -59,6 +60,7 @@ def _class_losses(model: Any, logits: Tensor, labels: Tensor) -> Tensor:
     problem = model.config.problem_type
     if problem not in (None, "single_label_classification") or labels.is_floating_point() or logits.shape[-1] < 2:
         raise ValueError(
-            f"record_losses knows single-label classification only, not {problem or 'regression'}: compute it in the closure"
+            f"record_losses knows single-label classification only, not {problem or 'regression'}: compute it in the "
+            "closure"
         )
     return F.cross_entropy(logits.float(), labels.view(-1), reduction="none")

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 class DirectionalMeasurement(Measurement, Part):
     """Has a closure compute the losses of the records along the directions of a step.
 
-    The parameters of the step are the K coefficients of its directions, and what a record adds to their "gradient" are the
-    differences of its loss along the directions.
+    The parameters of the step are the K coefficients of its directions, and what a record adds to their "gradient" are
+    the differences of its loss along the directions.
 
     Args:
         course: stage, smoothing and directions of each step.
@@ -134,19 +134,21 @@ class DirectionalMeasurement(Measurement, Part):
         """Measure the records of the batch in hand along the directions of the step that comes next.
 
         Args:
-            closure: computes the losses of the records of the batch in hand, ``[B]``, with the weights as they are. It is
-                called 2K times without gradients, and up to three times more in the first step. What it returns is private.
+            closure: computes the losses of the records of the batch in hand, ``[B]``, with the weights as they are. It
+                is called 2K times without gradients, and up to three times more in the first step. What it returns is
+                private.
             side: the private side of the step.
 
         Raises:
-            ValueError: If there is no closure; if its losses are not one per record, or not the same again; if it draws at
-                random or writes into the model; if rounding leaves no room for C; or if the model is in training mode with
-                dropout. Nothing was charged then.
+            ValueError: If there is no closure; if its losses are not one per record, or not the same again; if it
+                draws at random or writes into the model; if rounding leaves no room for C; or if the model is in
+                training mode with dropout. Nothing was charged then.
             PrivacyBudgetExceeded: If the step would exceed the target budget. The weights are as before.
         """
         if closure is None:
             raise ValueError(
-                "a zeroth-order step needs optimizer.step(closure), whose closure returns the losses of the batch's records"
+                "a zeroth-order step needs optimizer.step(closure), whose closure returns the losses of the batch's "
+                "records"
             )
         checks.check_not_random(self.module)
         self._look_ahead(side)
@@ -164,8 +166,8 @@ class DirectionalMeasurement(Measurement, Part):
         if self.single and losses.numel() > 1:
             self.source.clear(sums=False)
             raise ValueError(
-                f"physical batches are single records, and the closure returned {losses.numel()} losses: pass each batch of "
-                "the loader by itself, or make private without max_physical_batch_size=1"
+                f"physical batches are single records, and the closure returned {losses.numel()} losses: pass each "
+                "batch of the loader by itself, or make private without max_physical_batch_size=1"
             )
         side.tape.record(losses)
 
@@ -174,7 +176,8 @@ class DirectionalMeasurement(Measurement, Part):
         room, step = None if self.single else self.room(side), side.steps_taken
         self._try(closure, side, 0.0 if room is None else room.slack(side.policy.bound))
         if not side.continues(delivery):
-            # How many physical batches follow is private: all start from the same weights, which show the roundings of one.
+            # How many physical batches follow is private. All start from the same weights, so that the weights show
+            # the roundings of one.
             self._rounded = self.course.coordinates.copy() if side.is_skipped(delivery) else None
         elif self._rounded is not None:
             self.course.coordinates.restore(self._rounded)

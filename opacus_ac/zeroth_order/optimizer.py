@@ -26,9 +26,10 @@ from opacus_ac.zeroth_order.source import DifferenceSource
 class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
     """DP-AggZO and its relatives around any ``torch.optim`` optimizer: private fine-tuning with forward passes only.
 
-    It is DP-SGD in the K coefficients of a step's random directions. ``params`` is that vector ``[K]``, and what a record adds
-    to its "gradient" are the differences of its loss along the directions. Around plain SGD the weights are updated in place,
-    so that a step takes the memory of inference. Any other optimizer gets a ``grad``, and keeps its own state.
+    It is DP-SGD in the K coefficients of a step's random directions. ``params`` is that vector ``[K]``, and what a
+    record adds to its "gradient" are the differences of its loss along the directions. Around plain SGD the weights
+    are updated in place, so that a step takes the memory of inference. Any other optimizer gets a ``grad``, and keeps
+    its own state.
 
     ``step(closure)`` needs a closure that returns the losses of the records of the batch in hand, ``[B]``; see
     :meth:`DirectionalMeasurement.measure <opacus_ac.zeroth_order.measurement.DirectionalMeasurement.measure>`.
@@ -41,17 +42,26 @@ class ZerothOrderDPOptimizer(AdaptiveClipDPOptimizer):
         reducer: the processes that take the step, each with the whole model; None for one process.
         single: whether physical batches are single records, which rounding then cannot couple
             (:mod:`opacus_ac.zeroth_order.rounding`).
-        **kwargs: all other arguments of :class:`AdaptiveClipDPOptimizer`, without ``source``, ``method``, ``fused_step`` and
-            ``ema_decay``.
+        **kwargs: all other arguments of :class:`AdaptiveClipDPOptimizer`, without ``source``, ``method``,
+            ``fused_step`` and ``ema_decay``.
 
     Guarantees:
-        A step releases ``sum_i clip_C(delta_i) + N(0, (z C)^2 I_K)``, each record's K-vector ``delta_i`` clipped as one. This is
-        one Gaussian mechanism of multiplier ``noise_multiplier``, whatever K, mask, schedule and weights are. The directions are
-        public: their seed has nothing to do with noise or sampling, and the bound holds for directions known to everybody.
-        What moving rounds is the same for one physical batch and for many, so the weights do not tell how many records were drawn.
-        Rounding within a batch moves the sum by at most a thousandth of C when a record joins, and for single records by nothing
-        (:mod:`opacus_ac.zeroth_order.rounding` says what of this is proved and what measured).
-        Several processes add up their K numbers, which get their noise once. The weights of all stay the same to the last bit.
+        A step releases ``sum_i clip_C(delta_i) + N(0, (z C)^2 I_K)``, each record's K-vector ``delta_i`` clipped as
+        one. This is one Gaussian mechanism of multiplier ``noise_multiplier``, whatever K, mask, schedule and weights
+        are.
+
+        The directions are public. Their seed has nothing to do with noise or sampling, and the bound holds for
+        directions that everybody knows.
+
+        Moving the weights rounds them in the same way for one physical batch and for many, so the weights do not tell
+        how many records were drawn.
+
+        Rounding within a batch moves the sum by at most a thousandth of C when a record joins, and by nothing where
+        records are measured one by one. :mod:`opacus_ac.zeroth_order.rounding` says what of this is proved, and what
+        measured.
+
+        Several processes add up their K numbers, and the sum gets its noise once. Their weights stay equal to the last
+        bit.
 
     References:
         arXiv 2310.09639 (DPZero), 2401.04343 (DP-ZO), 2402.07818 (DP-ZOSO, DP-ZOPO), DP-AggZO (USENIX Security 2025).
@@ -172,7 +182,8 @@ def _exchanging(ranks: Reducer, coefficients: nn.Parameter) -> Reducer:
         return ranks
     if not isinstance(ranks, ReplicatedReducer):
         raise ValueError(
-            f"reducer={ranks.name!r} with ZerothOrderDPOptimizer: it needs the whole model on every rank ('ddp', or 'local')"
+            f"reducer={ranks.name!r} with ZerothOrderDPOptimizer: it needs the whole model on every rank ('ddp', or "
+            "'local')"
         )
     coefficients.data = coefficients.data.to(ranks.group.device)
     return ranks.of([coefficients])

@@ -33,11 +33,11 @@ def choose(
         before: coordinates trained so far, which "incremental" keeps.
 
     Guarantees:
-        A function of the weights and of public constants: no record is read, so the choice costs no privacy when the weights
-        are public, as pretrained and as released weights are.
+        A function of the weights and of public constants: no record is read, so the choice costs no privacy when the
+        weights are public, as pretrained and as released weights are.
 
     Raises:
-        ValueError: scores that rank nothing or are not finite; a model that SynFlow cannot run.
+        ValueError: If scores rank nothing or are not finite, or SynFlow cannot run the model.
     """
     sizes = [p.numel() for p in parameters]
     count = max(1, round(pruning.ratio_of(stage) * sum(sizes)))
@@ -50,8 +50,8 @@ def choose(
         )
     if bool((scores == scores[0]).all()) and count < scores.numel():
         raise ValueError(
-            f'pruning.score="{pruning.score}" gives every coordinate the same score {float(scores[0]):g}, which ranks nothing '
-            '(weights that start at zero, as in LoRA?): use score="random"'
+            f'pruning.score="{pruning.score}" gives every coordinate the same score {float(scores[0]):g}, which ranks '
+            'nothing (weights that start at zero, as in LoRA?): use score="random"'
         )
     if before is not None and pruning.strategy == "incremental":
         for part, index in zip(scores.split(sizes), before, strict=True):

@@ -1,20 +1,24 @@
-"""How far rounding can carry one record over into the differences of another, and the C and the losses that this leaves room for.
+"""How far rounding carries one record over into the differences of another, and the smallest C that this allows.
 
-The loss of a record is computed in a batch, and a matrix product of 32 rows rounds otherwise than one of 31: a record that joins
-changes the losses of all others by about one rounding, and a difference divides that by ``2 lambda``. In float32, with losses around
-1 and lambda = 1e-3, it is 6e-5 per record and direction, whatever C is: at C = 1e-4 a record would move the sum by many C.
+The loss of a record is computed in a batch, and a matrix product of 32 rows rounds otherwise than one of 31. A record
+that joins changes the losses of all others by about one rounding, and a difference divides that by ``2 lambda``. In
+float32, with losses around 1 and lambda = 1e-3, this is 6e-5 per record and direction, whatever C is. At C = 1e-4 a
+record would move the sum by many C.
 
-Three things keep what the others add below :data:`SHARE` of C:
+Three things keep what the other records add below :data:`SHARE` of C:
 
-* **Physical batches of one record** (``max_physical_batch_size=1``): a record is computed by itself, from the same weights, in the same
-  way whoever else is in the batch. Nothing is left to bound. This is exact as far as the forward pass repeats itself to the last bit.
-* **float64** otherwise: every operation of the closure is done in float64, whatever the types of weights and inputs are.
-* **A floor of C and a size of losses**: a loss ``f`` is taken to be known up to ``SAFETY * eps * max(|f|, largest_loss)``. C is never
-  below the value at which losses of up to ``largest_loss``, of as many records as a batch can have, carry over ``SHARE * C``.
-  Differences of a record with a larger loss count in proportion less. Both are functions of public numbers and of that record.
+* **Physical batches of one record** (``max_physical_batch_size=1``): a record is computed by itself, from the same
+  weights, in the same way whoever else is in the batch. Nothing is left to bound. This is exact as far as the forward
+  pass repeats itself to the last bit.
+* **float64** otherwise: every operation of the closure is done in float64, whatever types weights and inputs have.
+* **A smallest C and a size of losses**: a loss ``f`` is taken to be known up to
+  ``SAFETY * eps * max(|f|, largest_loss)``. C is never below the value at which losses of up to ``largest_loss``, of as
+  many records as a batch can have, carry over :data:`SHARE` of C. Differences of a record with a larger loss count in
+  proportion less. Both are functions of public numbers and of that record.
 
-``SAFETY`` is no theorem: a model whose activations are many times larger than its loss loses more digits. Measured: at most 1.5 roundings
-of the loss for transformers and multilayer perceptrons. What a model really loses is measured in the first step (:mod:`trial`).
+``SAFETY`` is not proved. A model whose activations are many times larger than its loss loses more digits. At most 1.5
+roundings of the loss were measured for transformers and multilayer perceptrons. The first step measures what a model
+really loses (:mod:`trial`).
 """
 
 from __future__ import annotations
@@ -84,9 +88,10 @@ class Room:
             return
         native = "" if self.eps == WIDE else ", precision=None, which computes losses in float64"
         raise ValueError(
-            f"max_grad_norm={bound:g} is below {self.smallest_bound:.3g}: rounding, which depends on who else is in the batch, would move the "
-            f"differences of the other records by more than C / 1000. Use a larger max_grad_norm or smoothing, a smaller largest_loss{native}, "
-            "or max_physical_batch_size=1, which computes each record by itself"
+            f"max_grad_norm={bound:g} is below {self.smallest_bound:.3g}: rounding, which depends on who else is in "
+            "the batch, would move the differences of the other records by more than C / 1000. Use a larger "
+            f"max_grad_norm or smoothing, a smaller largest_loss{native}, or max_physical_batch_size=1, which "
+            "computes each record by itself"
         )
 
 

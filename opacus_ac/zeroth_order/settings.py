@@ -22,8 +22,8 @@ STRATEGIES = ("static", "dynamic", "incremental")
 class Stages:
     """Stages of DP-ZOSO: each is longer than the one before, with smaller steps, and is pulled to where it began.
 
-    Stage ``s`` (from 0) takes ``first * growth^s`` steps with the learning rate times ``lr_decay^s``. The last one has no
-    end. A schedule of public constants: it costs no privacy.
+    Stage ``s`` (from 0) takes ``first * growth^s`` steps with the learning rate times ``lr_decay^s``. The last one has
+    no end. The schedule consists of public constants, so it costs no privacy.
 
     Args:
         first: steps of the first stage.
@@ -81,8 +81,8 @@ class Pruning:
 
     Args:
         ratio: trained share of the coordinates, or for "incremental" one share per stage, never smaller than before.
-        score: "magnitude" ``|theta|``; "synflow" ``theta dR/dtheta`` of all-positive weights, which takes one backward pass
-            of one constant input per round, and the memory of two copies of the model while it lasts; "random".
+        score: "magnitude" ``|theta|``; "synflow" ``theta dR/dtheta`` of all-positive weights, which takes one backward
+            pass of one constant input per round, and the memory of two copies of the model while it lasts; "random".
         keep: whether the "high" or the "low" scores are trained. The public code of DP-ZOPO keeps the low ones, pruning
             in general the high ones.
         strategy: "static": chosen once; "dynamic": anew at each stage; "incremental": at each stage some are added.
@@ -132,20 +132,21 @@ class ZerothOrderSettings:
     Args:
         num_directions: K. A step calls its closure 2K times; its release is one vector of K numbers.
         smoothing: lambda, how far the weights are moved along a direction, in units of a weight.
-        direction: law of the directions: "gaussian" N(0, I), "sphere" uniform with norm sqrt(d), or "rademacher" (signs),
-            the cheapest to draw. All have ``E[z z^T] = I``.
+        direction: law of the directions: "gaussian" N(0, I), "sphere" uniform with norm sqrt(d), or "rademacher"
+            (signs), the cheapest to draw. All have ``E[z z^T] = I``.
         mechanism: "gaussian", or "laplace" for pure epsilon with ``accountant="pure"``.
         stages: schedule of DP-ZOSO; None for one stage without end.
         pruning: choice of the trained coordinates; None for all.
         direction_seed: public 63-bit seed of the directions; None draws one. It has nothing to do with the noise.
         ema_decay: decay of a weight average; None for none, which saves a copy of the trained weights.
         precision: how losses are computed, so that rounding does not carry a record over into those of others
-            (:mod:`opacus_ac.zeroth_order.rounding`): "float64", whatever the types of weights and inputs; "native", in the
-            types of the closure, which needs a large C; None for "native" where physical batches are single records, else "float64".
+            (:mod:`opacus_ac.zeroth_order.rounding`): "float64", whatever the types of weights and inputs; "native", in
+            the types of the closure, which needs a large C; None for "native" where physical batches are single
+            records, else "float64".
         largest_loss: public size up to which losses count in full whatever C is; it sets the smallest C.
 
     Raises:
-        ValueError: a value out of range; the message names it.
+        ValueError: If a value is out of range. The message names it.
 
     >>> ZerothOrderSettings().num_directions, preset("dpzero").num_directions
     (64, 1)
@@ -188,13 +189,14 @@ class ZerothOrderSettings:
     def resolution(self) -> float:
         """Norm of the differences that rounding float32 weights makes of losses around 1.
 
-        A smaller C would train on rounding errors. A percentile of records with nothing left to learn would ask for one.
+        A smaller C would train on rounding errors. Without this limit, a percentile policy chooses one when the records
+        have nothing left to teach.
         """
         each = torch.finfo(torch.float32).eps / (2 * self.smoothing)
         return float(each * math.sqrt(self.num_directions))
 
     def configuration(self) -> dict[str, Any]:
-        """Return the public settings on which a run depends, as plain values; without the seed and the constant input."""
+        """Return the public settings on which a run depends, without seed and constant input, as plain values."""
         values = dataclasses.asdict(
             self if self.pruning is None else dataclasses.replace(self, pruning=self._plain_pruning())
         )
@@ -231,7 +233,7 @@ def preset(name: str, **changes: Any) -> ZerothOrderSettings:
         **changes: fields of :class:`ZerothOrderSettings` to be other than in the paper.
 
     Raises:
-        ValueError: an unknown name or a value out of range.
+        ValueError: If the name is unknown, or a value is out of range.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown zeroth_order preset {name!r}: choose one of {', '.join(map(repr, sorted(PRESETS)))}")

@@ -15,10 +15,9 @@ Closure = Callable[[], Tensor]
 
 
 class DifferenceSource:
-    """Measures ``delta_ik = (f_i(theta + lambda z_k) - f_i(theta - lambda z_k)) / (2 lambda)`` and sums the clipped vectors.
+    """Measures ``(f_i(theta + lambda z_k) - f_i(theta - lambda z_k)) / (2 lambda)`` and sums the clipped vectors.
 
-    It is a source of "gradients" in the K coefficients of the directions: ``delta_i`` is the gradient of record i at 0 in
-    them, up to ``O(lambda^2)``.
+    These K differences of record i are its gradient in the coefficients of the directions at 0, up to ``O(lambda^2)``.
 
     Args:
         coordinates: the trained coordinates.
@@ -28,12 +27,13 @@ class DifferenceSource:
         evaluate: returns the losses ``[B]`` float64 of a closure; by default in the types that it computes in.
 
     Attributes:
-        largest_loss: size up to which losses count in full; differences of a record with larger ones count in proportion less, because
-            rounding moves them by more (:mod:`rounding`). Infinite where nothing rounds by who else is in the batch.
+        largest_loss: size up to which losses count in full; differences of a record with larger ones count in
+            proportion less, because rounding moves them by more (:mod:`rounding`). Infinite where nothing rounds by
+            who else is in the batch.
 
     Guarantees:
-        The weights are back after :meth:`measure`, whatever the closure does, up to a rounding that depends on weights and
-        directions alone.
+        The weights are back after :meth:`measure`, whatever the closure does, up to a rounding that depends on weights
+        and directions alone.
     """
 
     merged_passes = False
@@ -67,7 +67,7 @@ class DifferenceSource:
             ``[B]`` float64: each record's mean loss over all evaluations. Private.
 
         Raises:
-            ValueError: the closure gives something else than the same number of losses each time, or writes into the trained weights.
+            ValueError: If the closure gives another number of losses than before, or writes into the trained weights.
         """
         self._deltas = None
         columns: list[Tensor] = []
@@ -77,8 +77,8 @@ class DifferenceSource:
             up, down = self._ends(closure, seed, smoothing)
             if down.shape != up.shape or (total is not None and up.shape != total.shape):
                 raise ValueError(
-                    "the closure returned another number of losses than in its first call: it has to compute the losses of the "
-                    "same records, in the same order, each time"
+                    "the closure returned another number of losses than in its first call: it has to compute the "
+                    "losses of the same records, in the same order, each time"
                 )
             columns.append((up - down) / (2 * smoothing))
             total = up + down if total is None else total + up + down
@@ -109,8 +109,8 @@ class DifferenceSource:
         losses = self._evaluate(closure)
         if versions != [p._version for p in self.coordinates.parameters]:
             raise ValueError(
-                "the closure changed the trained weights: it has to compute losses only. The weights are no longer those of a release: start "
-                "again from a checkpoint"
+                "the closure changed the trained weights: it has to compute losses only. The weights are no longer "
+                "those of a release: start again from a checkpoint"
             )
         return losses
 
