@@ -51,7 +51,7 @@ def _log_sum(values: np.ndarray) -> float:
 
 
 def _chernoff(trials: int, probability: float, at_least: int) -> float:
-    """Upper bound exp(-n KL(k/n || p)) for k above the mean."""
+    """Return the upper bound exp(-n KL(k/n || p)) for k above the mean."""
     share = at_least / trials
     divergence = share * math.log(share / probability)
     if share < 1.0:

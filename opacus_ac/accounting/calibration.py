@@ -126,7 +126,7 @@ def plan_epsilon(
 
 
 def check_method(method: str) -> str:
-    """Return the method, if it is one.
+    """Return the method after a check that there is one of this name.
 
     Raises:
         ValueError: If it is neither "rdp" nor "pld".
@@ -205,7 +205,7 @@ def _runs(sample_rate: Any, steps: int | None) -> Iterable[tuple[float, int]]:
 
 
 def _smallest_noise(cost: Callable[[float], float], tolerance: float, start: float = 1.0, factor: float = 2.0) -> float:
-    """The upper end of a bracket of relative width ``tolerance`` around the root of a non-increasing ``cost``.
+    """Return the upper end of a bracket of relative width ``tolerance`` around the root of a non-increasing ``cost``.
 
     A row costs up to a millisecond and a schedule needs hundreds, so false position (Illinois) in log noise, where the
     cost is nearly straight, saves most of the evaluations; every third trial bisects, whatever the shape of the cost.
@@ -228,7 +228,7 @@ def _smallest_noise(cost: Callable[[float], float], tolerance: float, start: flo
 
 
 def _bracket(cost: Callable[[float], float], start: float, factor: float) -> tuple[float, float, float, float]:
-    """``(low, high, cost(low), cost(high))`` with cost(low) > 0 >= cost(high), or both at the least noise."""
+    """Return ``(low, high, cost(low), cost(high))`` with cost(low) > 0 >= cost(high), or both at the least noise."""
     low = high = start
     at_low = at_high = cost(start)
     while at_high > 0.0:
@@ -250,5 +250,5 @@ def _bracket(cost: Callable[[float], float], start: float, factor: float) -> tup
 
 
 def _excess(epsilon: float, target: float) -> float:
-    """Log of epsilon over its target: positive means too much."""
+    """Return the log of epsilon over its target; positive means too much."""
     return math.log(epsilon / target) if 0.0 < epsilon < math.inf else (-math.inf if epsilon == 0.0 else math.inf)

@@ -79,7 +79,7 @@ class Grid:
         return Grid(min(spacing, 4.0 * _MAX_LOSS / size), log_size, top)
 
     def serves(self, needed: Grid) -> bool:
-        """Whether a run that needs that grid may stay on this one."""
+        """Return whether a run that needs another grid may stay on this one."""
         return self.top >= needed.needed * (1.0 - 1e-6) and self.spacing <= _COARSER * needed.spacing
 
 
@@ -153,7 +153,7 @@ class Composition:
         return max(float(losses[first - 1]), math.log((mass[first] - left) / weighted[first]))
 
     def _rounding(self, transform: npt.NDArray[np.complex128]) -> float:
-        """Bound on the sum of the absolute rounding errors of the composed masses.
+        """Return a bound on the sum of the absolute rounding errors of the composed masses.
 
         One transform errs by at most e = 4 eps log2(n) per entry (its masses add up to 1). A product of T factors with
         entries |f| <= 1 then errs by at most e (2 T |F| + 1): a factor below 1/2 either is alone or is outdone by the
@@ -182,7 +182,7 @@ class Composition:
         return grid
 
     def _log_moment(self, atoms: Atoms) -> FloatArray:
-        """Log of E[e^{tilt * loss}] over the finite losses, for each tilt."""
+        """Return the log of E[e^{tilt * loss}] over the finite losses, for each tilt."""
         filled = np.flatnonzero(atoms.masses)
         losses, masses = (atoms.start + filled) * self.grid.spacing, atoms.masses[filled]
         factors = np.exp(np.multiply.outer(_FIRST_TILTS / self.grid.top, losses - losses[-1]))
@@ -195,7 +195,7 @@ class Composition:
 
 
 def _power(row: npt.NDArray[np.complex128], count: int) -> npt.NDArray[np.complex128]:
-    """``row ** count`` by squaring."""
+    """Return ``row ** count``, by squaring."""
     result: npt.NDArray[np.complex128] | None = None
     while count:
         if count & 1:

@@ -68,7 +68,7 @@ def rdp_pair(pair: Pair, orders: Sequence[float] | FloatArray = DEFAULT_ORDERS) 
 
 
 def _one_way(part: Component) -> float | None:
-    """The shift of a component that is a Poisson-subsampled or plain Gaussian, else None."""
+    """Return the shift of a component that is a Poisson-subsampled or plain Gaussian, else None."""
     if part.rate == 1.0:
         return part.up + part.down
     return part.up if part.down == 0.0 else None
@@ -106,7 +106,7 @@ def _quadrature(noise: float, rate: float, up: float, down: float, alphas: Float
 def _trapezoid(
     x: FloatArray, spacing: float, noise: float, rate: float, shifts: tuple[float, float], alphas: FloatArray
 ) -> FloatArray:
-    """Log of E_L[(1 + v)^a - 1 - a v], v = U/L - 1, by the trapezoid rule.
+    """Return the log of E_L[(1 + v)^a - 1 - a v], v = U/L - 1, by the trapezoid rule.
 
     The integrand is analytic in the strip |Im x| < pi s^2 / max(shifts): an error like exp(-2 pi^2 s^2 / (c spacing)).
     """
@@ -129,7 +129,7 @@ def _trapezoid(
 
 
 def _log_gap(log_ratio: FloatArray, v: FloatArray, alphas: FloatArray) -> FloatArray:
-    """log((1 + v)^a - 1 - a v), [orders, nodes], from v and log(1 + v)."""
+    """Return log((1 + v)^a - 1 - a v), [orders, nodes], from v and log(1 + v)."""
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         powered = alphas * log_ratio
         # v > 0: a log(1+v) + log(1 - (1 + a v) (1+v)^-a); v < 0: no overflow.

@@ -128,7 +128,7 @@ def _truncated(event: Event) -> tuple[tuple[Component, ...], ...]:
 
 
 def _log_complement(log_probability: float) -> float:
-    """log(1 - p) from log p < 0."""
+    """Return log(1 - p) from log p < 0."""
     if log_probability > -0.5:
         return math.log(-math.expm1(log_probability))
     return math.log1p(-math.exp(log_probability))
@@ -189,7 +189,10 @@ def _coarser(components: tuple[Component, ...], step: float) -> tuple[Component,
 
 
 def _coarser_told(components: tuple[Component, ...], step: float) -> tuple[Component, ...]:
-    """Pairs with a full shift told: [kept (q)], nothing, full shift; each weight moves to a costlier component."""
+    """Return pairs with a full shift told: [kept (q)], nothing, full shift.
+
+    Each weight moves to a costlier component.
+    """
     full = components[-1]
     log_weight = math.log(rate_above(math.exp(full.log_weight), step)) if full.log_weight > -700.0 else -700.0
     rest = max(part.rate for part in components[:-1])

@@ -65,7 +65,7 @@ class RenyiFilter:
         return cost
 
     def fits(self, spent: float, event: Event, steps: int = 1) -> bool:
-        """Whether the budget allows more events after ``spent``.
+        """Return whether the budget allows more events after ``spent``.
 
         Args:
             spent: divergence at the preset order so far, ``accountant.spent_rdp(filter.order)``.
@@ -153,5 +153,5 @@ def roomiest_order(
 
 
 def _conversion(order: float, delta: float) -> float:
-    """What turning a divergence into epsilon adds to it."""
+    """Return what the conversion to epsilon adds to a divergence."""
     return math.log1p(-1.0 / order) - (math.log(delta) + math.log(order)) / (order - 1.0)

@@ -12,7 +12,7 @@ _LOG_NOISE = math.log1p(NOISE_STEP)
 
 
 def rate_above(sample_rate: float, step: float = RATE_STEP) -> float:
-    """The least point of the grid ``(1 + step) ** -i`` that is not below a rate in (0, 1].
+    """Return the least point of the grid ``(1 + step) ** -i`` that is not below a rate in (0, 1].
 
     >>> 0.01 <= rate_above(0.01) <= 0.0101
     True
@@ -28,7 +28,7 @@ def rate_above(sample_rate: float, step: float = RATE_STEP) -> float:
 
 
 def noise_below(noise_multiplier: float) -> float:
-    """The greatest point of the grid ``1.005 ** i`` that is not above a finite positive noise multiplier.
+    """Return the greatest point of the grid ``1.005 ** i`` that is not above a finite positive noise multiplier.
 
     >>> 0.995 <= noise_below(1.0) <= 1.0
     True

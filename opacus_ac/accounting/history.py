@@ -1,4 +1,4 @@
-"""The record of what was accounted: its checks, and its form in a state dict."""
+"""The history of an accountant: its checks, and its form in a state dict."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_event(event: Event) -> None:
 
 
 def checked_runs(runs: Iterable[Sequence[Any]]) -> list[Run]:
-    """Validated runs, as plain floats and ints, without empty runs and with equal neighbours joined."""
+    """Return validated runs, as plain floats and ints, without empty runs and with equal neighbours joined."""
     checked: list[Run] = []
     for index, run in enumerate(runs):
         try:
@@ -61,7 +61,7 @@ def append_run(runs: list[Run], noise: float, rate: float, steps: int) -> None:
 
 
 def summed(counts: Iterable[tuple[_Key, int]]) -> dict[_Key, int]:
-    """Counts by key, in the order in which the keys come first."""
+    """Return the counts by key, in the order in which the keys come first."""
     total: dict[_Key, int] = {}
     for key, steps in counts:
         total[key] = total.get(key, 0) + steps
@@ -69,7 +69,7 @@ def summed(counts: Iterable[tuple[_Key, int]]) -> dict[_Key, int]:
 
 
 def checked_others(counts: Mapping[Event, int]) -> dict[Event, int]:
-    """Validated counts of events that no triple can hold, without zeros."""
+    """Return validated counts of events that no triple can hold, without zeros."""
     checked: dict[Event, int] = {}
     for event, count in dict(counts).items():
         check_event(event)
@@ -81,7 +81,7 @@ def checked_others(counts: Mapping[Event, int]) -> dict[Event, int]:
 
 
 def parsed_others(rows: Iterable[Sequence[Any]]) -> dict[Event, int]:
-    """Events from the plain lists of a state dict."""
+    """Return the events in the plain lists of a state dict."""
     counts: list[tuple[Event, int]] = []
     for index, row in enumerate(rows):
         try:

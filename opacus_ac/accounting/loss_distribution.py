@@ -86,7 +86,7 @@ def _component(noise: float, part: Component, spacing: float, limit: int) -> tup
 
 
 def _connect(start: int, t: FloatArray, upper: FloatArray, lower: FloatArray, error: float) -> Atoms:
-    """Atoms at the points t [n] for the masses [n + 1] below, between and above them."""
+    """Return atoms at the points t [n] for the masses [n + 1] below, between and above them."""
     between, step = upper[1:-1], float(t[1] - t[0])
     with np.errstate(over="ignore", invalid="ignore"):
         rising = (between - lower[1:-1] * np.exp(t[:-1])) / -math.expm1(-step)
@@ -107,7 +107,7 @@ class _Law:
         self._log_keep = math.log1p(-part.rate) if part.rate < 1.0 else -math.inf
 
     def loss(self, x: FloatArray) -> FloatArray:
-        """log(U/L) at x; increasing."""
+        """Return log(U/L) at x, which is increasing."""
         return self._loss_and_slope(x)[0]
 
     def _loss_and_slope(self, x: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -119,7 +119,7 @@ class _Law:
         return log_upper - log_lower, slope
 
     def place(self, t: FloatArray) -> FloatArray:
-        """The x at which the loss is t; infinite where it never is."""
+        """Return the x at which the loss is t; infinite where it never is."""
         part, variance = self._part, self._noise * self._noise
         if part.rate == 1.0:
             return variance * t / (part.up + part.down) + 0.5 * (part.up - part.down)
@@ -145,7 +145,7 @@ class _Law:
         return found
 
     def masses(self, x: FloatArray) -> tuple[FloatArray, FloatArray, float]:
-        """Masses of U and of L in the intervals that x [n] separates, [n + 1], and the sum of their errors."""
+        """Return the masses of U and of L in the intervals between x [n], each [n + 1], and the sum of their errors."""
         part = self._part
         still, error = _interval_masses(x / self._noise)
         up, error_up = _interval_masses((x - part.up) / self._noise)
@@ -156,7 +156,7 @@ class _Law:
 
 
 def _interval_masses(x: FloatArray) -> tuple[FloatArray, float]:
-    """Standard normal masses of the intervals that x [n] separates, [n + 1], each from the nearer tail."""
+    """Return the standard normal masses of the intervals that x [n] separates, [n + 1], each from the nearer tail."""
     tails = 0.5 * np.fromiter(map(math.erfc, (np.abs(x) * math.sqrt(0.5)).tolist()), np.float64, len(x))
     below = np.where(x < 0.0, tails, 1.0 - tails)
     above = np.where(x < 0.0, 1.0 - tails, tails)

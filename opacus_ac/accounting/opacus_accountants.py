@@ -55,7 +55,7 @@ class _CheckedEpsilon:
         return float(self._plain(runs).get_epsilon(delta, *args, **kwargs))
 
     def _plain(self, runs: list[tuple[float, float, int]]) -> IAccountant:
-        """Return Opacus's own accountant of some runs."""
+        """Return Opacus's own accountant with some runs."""
         plain = self._opacus()
         plain.history = runs
         return plain

@@ -212,7 +212,7 @@ def _fractional_orders(tables: _Tables, sigma: float, q: float) -> FloatArray:
 
 
 def _convexity_bound(alphas: FloatArray, sigma: float, q: float) -> FloatArray:
-    """Upper bound: log A is convex in the order, so it lies below the chord between the neighbouring whole orders."""
+    """Return an upper bound: the chord between the neighbouring whole orders, as log A is convex in the order."""
     low = np.floor(alphas)
     wanted = np.unique(np.concatenate([low, low + 1.0]))
     wanted = wanted[wanted >= 2.0]

@@ -176,7 +176,7 @@ class VariableRateRDPAccountant(RDPAccountant):  # type: ignore[misc, unused-ign
         return float(self._rdp[found[0]]) if found.size else float(self._rdp_at([order])[0])
 
     def _rdp_at(self, orders: Sequence[float]) -> FloatArray:
-        """Exact divergences at other orders, [n]."""
+        """Return exact divergences at other orders, [n]."""
         rdp = np.zeros(len(orders))
         for event, steps in self.counts().items():
             rdp += steps * rdp_event(event, orders)

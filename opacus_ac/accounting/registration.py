@@ -1,4 +1,4 @@
-"""Making the accountants known to Opacus; explicit, never a side effect of an import."""
+"""Registration of the accountants with Opacus. It is explicit, never a side effect of an import."""
 
 from __future__ import annotations
 

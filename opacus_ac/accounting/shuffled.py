@@ -9,7 +9,7 @@ from opacus_ac.accounting.events import Event, check_count, check_noise_multipli
 
 
 class ShuffledEpochs:
-    """Says which steps of a shuffled loader must be charged, and with what.
+    """Decides which steps of a shuffled loader must be charged, and for which event.
 
     A record takes part in at most one step of a pass, so a whole pass, however many adaptive steps it has, costs what
     one un-sampled Gaussian release costs (parallel composition). It is charged at the first step of the pass; an
@@ -37,7 +37,7 @@ class ShuffledEpochs:
         self._noise_multiplier = 0.0  # the smallest charged in the open block
 
     def charge(self, pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float) -> Event | None:
-        """The event to account before this step's release, or None if the pass is already paid for.
+        """Return the event to account before this step's release; None if the pass is already paid for.
 
         Args:
             pass_index: number of the pass over the data, from 0; it must change whenever the order is drawn again.
@@ -57,20 +57,23 @@ class ShuffledEpochs:
         return event
 
     def price(self, pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float) -> Event | None:
-        """What :meth:`charge` returns, with nothing noted: the charge may still fail. Arguments and errors as there."""
+        """Return what :meth:`charge` would return, and note nothing, because the charge may still fail.
+
+        Arguments and errors are those of :meth:`charge`.
+        """
         block, step, noise = _place(pass_index, step_in_pass, steps_per_pass, noise_multiplier)
         covered = block == self._open and step > self._last_step and noise >= self._noise_multiplier
         return None if covered else Event(noise, 1.0, "shuffled")
 
     def paid(self, pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float) -> None:
-        """Note that what :meth:`price` asked for has been charged. Arguments and errors as in :meth:`charge`."""
+        """Note that what :meth:`price` asked for has been charged; arguments and errors are those of :meth:`charge`."""
         block, step, noise = _place(pass_index, step_in_pass, steps_per_pass, noise_multiplier)
         if self.price(pass_index, step_in_pass, steps_per_pass, noise_multiplier) is not None:
             self._open, self._noise_multiplier = block, noise
         self._last_step = step
 
     def state_dict(self) -> dict[str, Any]:
-        """The open pass as plain values; the events already charged live in the accountant."""
+        """Return the open pass as plain values; the accountant has the events that were charged."""
         return {
             "open": list(self._open) if self._open is not None else None,
             "last_step": self._last_step,
@@ -100,7 +103,7 @@ class ShuffledEpochs:
 def _place(
     pass_index: int, step_in_pass: int, steps_per_pass: int, noise_multiplier: float
 ) -> tuple[tuple[int, int], int, float]:
-    """Return (pass and block of steps in it, step, noise multiplier), checked."""
+    """Return pass and block of steps in it, step, and noise multiplier, all checked."""
     pass_index, step = check_count(pass_index, "pass_index"), check_count(step_in_pass, "step_in_pass")
     block = pass_index, step // check_count(steps_per_pass, "steps_per_pass", minimum=1)
     return block, step, check_noise_multiplier(noise_multiplier)

@@ -63,13 +63,18 @@ def _update(total: Any, value: Any) -> None:
 
 
 def check_digest(state: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` when the entries are not those that the digest was made of."""
+    """Raise ``ValueError`` when the entries are not those that the digest was computed from."""
     if state[DIGEST] != digest(state):
         raise ValueError("the checkpoint was changed after it was written, or is damaged: its digest differs")
 
 
 def check_settings(saved: Mapping[str, Any] | None, mine: Mapping[str, Any] | None) -> None:
-    """Refuse to continue a run under other privacy settings than it began with."""
+    """Raise ``ValueError`` when a run would continue under other privacy settings than it began with.
+
+    Args:
+        saved: public settings of the run that was saved; None if none had begun.
+        mine: public settings of this run; None for an optimizer that the engine did not make.
+    """
     if saved is None or mine is None:
         return  # an optimizer that this engine did not make: its own state is checked
     for name in sorted(saved.keys() | mine.keys()):

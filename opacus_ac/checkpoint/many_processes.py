@@ -112,7 +112,7 @@ def _new_folder(target: Path) -> str:
 
 
 def _run(work: Callable[[], Any]) -> None:
-    """Read or write. torch's own error is no ``Exception``, and would go past every handler."""
+    """Read or write, with a ``ValueError`` for torch's own error, which is no ``Exception``."""
     try:
         work()
     except CheckpointException as error:
@@ -182,7 +182,7 @@ def _check_model(entries: Entries, model: Mapping[str, Any]) -> None:
 
 
 def _resume(account: Account, ranks: Reducer, saved: Mapping[str, Any]) -> None:
-    """Take over what had been spent, on rank 0, and have the others follow it."""
+    """Take over the charges of the checkpoint on rank 0; the other ranks follow it."""
     ranks.on_first(lambda: account.resume(saved["accountant"], saved["name"], _terms(saved)))
     account.join(ranks)
 

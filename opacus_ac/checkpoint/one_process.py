@@ -127,7 +127,7 @@ def save_account(
 
 
 def read_account(path: Any, account: Account, *needed: str, **load_options: Any) -> dict[str, Any]:
-    """Return the content of a file, of which nothing was loaded yet.
+    """Return the content of a file after a check of its digest; nothing of it is loaded yet.
 
     Args:
         path: file path, or a binary file object.
@@ -162,7 +162,7 @@ def check_account(state: Mapping[str, Any], account: Account) -> None:
 
 
 def load_account(state: dict[str, Any], account: Account, ranks: Reducer, stream: RandomStream | None) -> None:
-    """Continue account and seeded draws, whose entries are taken out of ``state``; every rank has to call it."""
+    """Continue account and seeded draws, and take their entries out of ``state``; every rank has to call it."""
     terms = _terms(state)
     spent_before, name, draws = state.pop(_ACCOUNTANT), state.pop(_NAME), state.pop(_STREAM, {})
     for key in (SETTINGS, TERMS, _LEDGER, DIGEST):
