@@ -597,7 +597,14 @@ def test_data_of_tuples_and_tensors():
 def zeroth(model, rows, **options):
     """One zeroth-order step."""
     _, net, optimizer, loader = private(
-        model, rows, zeroth_order="aggzo", clip_policy="fixed", ema_decay=None, max_grad_norm=1.0, **options
+        model,
+        rows,
+        zeroth_order="aggzo",
+        clipping="adaptive",
+        clip_policy="fixed",
+        ema_decay=None,
+        max_grad_norm=1.0,
+        **options,
     )
     (batch,) = loader
     optimizer.step(lambda: F.cross_entropy(net(batch), batch["y"], reduction="none"))
@@ -633,7 +640,13 @@ def test_zeroth_order_finds_padded_length(given):
         rows["position_ids"] = (rows["attention_mask"].cumsum(1) - 1).clamp(min=0)
     data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
     _, net, optimizer, loader = private(
-        gpt2().eval(), data, zeroth_order="aggzo", clip_policy="fixed", ema_decay=None, collate=to_the_longest
+        gpt2().eval(),
+        data,
+        zeroth_order="aggzo",
+        clipping="adaptive",
+        clip_policy="fixed",
+        ema_decay=None,
+        collate=to_the_longest,
     )
     (batch,) = loader
 
@@ -867,7 +880,9 @@ def test_zeroth_order_knows_padding_of_the_dataset():
     """Padding on the left moves GPT-2's positions, by as much whatever else is in the batch."""
     rows = left(token_batch(6, 8))
     data = Rows([{k: v[i] for k, v in rows.items()} for i in range(6)])
-    _, net, optimizer, loader = private(gpt2().eval(), data, zeroth_order="aggzo", clip_policy="fixed", ema_decay=None)
+    _, net, optimizer, loader = private(
+        gpt2().eval(), data, zeroth_order="aggzo", clipping="adaptive", clip_policy="fixed", ema_decay=None
+    )
     (batch,) = loader
 
     def losses():
