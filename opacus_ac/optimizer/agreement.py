@@ -39,14 +39,15 @@ def meet(reducer: Reducer, statistics: StepStatistics, draw: Draw | None, consta
     failed, rows = np.flatnonzero(rows[:, 0]), rows[:, 1:]
     if failed.size:
         raise ValueError(
-            f"rank {failed[0]} failed before the release of this step, so no rank takes it, and nothing was charged. Look for the error of that "
-            "rank; every rank may try the batch again, or go on with the next one"
+            f"rank {failed[0]} failed before the release of this step, so no rank takes it, and nothing was charged. "
+            "Look for the error of that rank; every rank may try the batch again, or go on with the next one"
         )
     _check_alike(shared, rows[:, : header.size])
     if (rows[:, 0] < 0).any():
         raise ValueError(
-            "optimizer.step() on a batch that the private loader did not just draw: ranks that choose batches for themselves "
-            "could have the same record twice. Take one step per batch of the loader that make_private returned"
+            "optimizer.step() on a batch that the private loader did not just draw: ranks that choose batches for "
+            "themselves could have the same record twice. Take one step per batch of the loader that make_private "
+            "returned"
         )
     statistics.merge(rows[:, header.size :])
 
@@ -74,6 +75,6 @@ def _check_alike(shared: Mapping[str, float | int], rows: Ints) -> None:
             shown = values if isinstance(mine, int) else values.view(np.float64)
             which = "differ" if name == _DRAWN else f"is {shown[0]} on rank 0 and {shown[other]} on rank {other}"
             raise ValueError(
-                f"the ranks are not in the same step: {name} {which}. Every rank has to take every batch of its loader and "
-                "step once for it, with nothing changed on one rank alone"
+                f"the ranks are not in the same step: {name} {which}. Every rank has to take every batch of its loader "
+                "and step once for it, with nothing changed on one rank alone"
             )

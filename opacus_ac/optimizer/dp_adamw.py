@@ -16,13 +16,15 @@ from opacus_ac._validate import not_negative
 class DPAdamW(Optimizer):
     """AdamW with noise correction of the second moment, as the inner optimizer of a private one.
 
-    Under noise of std s, Adam's second moment estimates ``E[g]^2 + s^2``: where noise outweighs the signal, all coordinates move
-    alike, as in SGD with momentum. Here the known ``s^2`` of every step is averaged with the same decay and taken off. s follows
-    C, batch size, ``normalize`` and noise allocation; the private optimizer tells it before each step.
+    Under noise of std s, Adam's second moment estimates ``E[g]^2 + s^2``: where noise outweighs the signal, all
+    coordinates move alike, as in SGD with momentum. Here the known ``s^2`` of every step is averaged with the same
+    decay and taken off. s follows C, batch size, ``normalize`` and noise allocation; the private optimizer tells it
+    before each step.
 
     Args:
         params: parameters or groups of them.
-        lr: learning rate. Corrected denominators are smaller: rates tuned for AdamW are too large where noise dominates.
+        lr: learning rate. Corrected denominators are smaller: rates tuned for AdamW are too large where noise
+            dominates.
         betas: decays of the first and second moment.
         eps: added to the denominator.
         weight_decay: decoupled weight decay.
@@ -30,7 +32,8 @@ class DPAdamW(Optimizer):
             absolute number; as a share it need not be tuned again when C or the batch size changes.
 
     Guarantees:
-        A function of released gradients and public numbers. Without noise its numbers are those of ``torch.optim.AdamW``.
+        A function of released gradients and public numbers. Without noise its numbers are those of
+        ``torch.optim.AdamW``.
 
     Raises:
         ValueError: a value out of range; in :meth:`step`, a gradient whose noise nobody stated.
@@ -129,5 +132,5 @@ class DPAdamW(Optimizer):
 
 
 def second_moment(average: Tensor, noise: float, gamma: float) -> Tensor:
-    """Return ``max(average - noise, gamma * noise)``: an average of squares less the average variance of their noise."""
+    """Return ``max(average - noise, gamma * noise)``: an average of squares less the mean variance of their noise."""
     return average if noise == 0 else (average - noise).clamp_(min=gamma * noise)

@@ -12,7 +12,7 @@ from opacus_ac.protocols.part import Part
 
 
 class WeightEMA(Part):
-    """Exponential moving average of the trainable weights, with a warm-up so that short runs are not stuck at the start.
+    """Exponential moving average of the trainable weights, with a warm-up for short runs.
 
     The decay of update ``t`` (from 0) is ``min(decay, (1 + t) / (10 + t))``.
 

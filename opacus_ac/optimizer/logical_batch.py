@@ -1,4 +1,4 @@
-"""The logical batch as a transaction: drawn, clipped, charged, released, applied; what goes wrong on the way leaves nothing behind."""
+"""The logical batch as a transaction: drawn, clipped, charged, released, applied. One that fails leaves nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 OPEN, CHARGED, RELEASED, APPLIED, DEAD = "open", "charged", "released", "applied", "dead"
 
 _NEXT = {OPEN: (CHARGED,), CHARGED: (RELEASED, OPEN), RELEASED: (APPLIED,), APPLIED: (), DEAD: ()}
-"""States that may follow each. A charged batch is open again when its release did not begin: a retry is charged anew."""
+"""States that may follow each. A charged batch is open again when its release did not begin: a retry is charged
+anew."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,16 @@ _CHANGED = {
         "optimizer.step() has taken a real step"
     ),
     "noise_multiplier": (
-        "noise_multiplier changed from {0:g} to {1:g} within a logical batch, whose charge and noise must be of one: step a noise "
-        "scheduler only after optimizer.step() has taken a real step"
+        "noise_multiplier changed from {0:g} to {1:g} within a logical batch, whose charge and noise must be of one: "
+        "step a noise scheduler only after optimizer.step() has taken a real step"
     ),
     "weights": (
-        "the weights of the noise allocation changed within a logical batch: its records were clipped by others. Load a "
-        "state, or update the allocation, only after optimizer.step() has taken a real step"
+        "the weights of the noise allocation changed within a logical batch: its records were clipped by others. Load "
+        "a state, or update the allocation, only after optimizer.step() has taken a real step"
     ),
     "trained": (
-        "parameters were frozen or unfrozen within a logical batch, whose records were clipped by others: do so only after "
-        "optimizer.step() has taken a real step"
+        "parameters were frozen or unfrozen within a logical batch, whose records were clipped by others: do so only "
+        "after optimizer.step() has taken a real step"
     ),
 }
 

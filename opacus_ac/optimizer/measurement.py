@@ -1,4 +1,4 @@
-"""How a step measures the records of a batch: the private half of a method of training. The public half is its update."""
+"""How a step measures the records of a batch: the private half of a method of training; the other is its update."""
 
 from __future__ import annotations
 

@@ -43,8 +43,9 @@ def _sharded(tensor: Tensor) -> bool:
 class ModelWatch:
     """Compares a model before its forward pass, before the charge, and after the update.
 
-    Tensors are compared by identity, memory and version, which every change in place counts up. Changes that do not count (through
-    ``.data``) are looked for in some values of frozen weights and buffers, and in all of them around the first step.
+    Tensors are compared by identity, memory and version, which every change in place counts up. Changes that do not
+    count (through ``.data``) are looked for in some values of frozen weights and buffers, and in all of them around the
+    first step.
 
     Args:
         module: the model.
@@ -52,8 +53,8 @@ class ModelWatch:
         moves: whether the step itself moves them before its release, as directional differences do.
 
     Guarantees:
-        What moves is found before the charge where it moved in the forward or backward pass, and named. Tensors that a module keeps
-        as plain attributes (a hidden state) are put back after every step, with a warning.
+        What moves is found before the charge where it moved in the forward or backward pass, and named. Tensors that a
+        module keeps as plain attributes (a hidden state) are put back after every step, with a warning.
     """
 
     def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter], *, moves: bool = False) -> None:
@@ -77,14 +78,18 @@ class ModelWatch:
             self._carried = self._attributes()
 
     def check(self) -> None:
-        """Raise ``ValueError`` when anything moved since :meth:`begin`; put back what the model keeps for its next batch."""
+        """Put back what the model keeps for its next batch.
+
+        Raises:
+            ValueError: If anything moved since :meth:`begin`.
+        """
         if self._before is not None:
             self._put_back()
             self._compare("in its forward or backward pass", trained=not self._moves)
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """Give the model the tensors, as plain attributes, that it had before the forward pass, for the length of the context."""
+        """Return a context in which the model has the tensors, as plain attributes, from before the forward pass."""
         now = [(module, name, vars(module).get(name)) for _, module, name, _, _ in self._carried]
         for _, module, name, value, _ in self._carried:
             setattr(module, name, value)
@@ -95,7 +100,7 @@ class ModelWatch:
                 setattr(module, name, present)
 
     def _attributes(self) -> list[tuple[str, nn.Module, str, Tensor, int]]:
-        """Return (path, module, name, tensor, version) of tensors that are plain attributes of modules, such as a hidden state."""
+        """Return (path, module, name, tensor, version) of tensors that are plain attributes, such as a hidden state."""
         return [
             (path, module, name, value, _version(value))
             for path, module in self._module.named_modules()
@@ -104,7 +109,7 @@ class ModelWatch:
         ]
 
     def _put_back(self) -> None:
-        """Undo what the forward pass has put into plain attributes: it would carry records over to a batch that they are not in."""
+        """Undo what the forward pass put into plain attributes: it would carry records over to the next batch."""
         carried, self._carried = self._carried, []
         for path, module, name, value, version in carried:
             place = f"{path}.{name}" if path else name
@@ -116,8 +121,9 @@ class ModelWatch:
             if place not in self._told:
                 self._told.add(place)
                 warnings.warn(
-                    f"the model keeps {place} from one batch for the next. A private step puts back what was there before it, because "
-                    "records would otherwise be in steps that they are not charged for. Pass what is carried over as an input",
+                    f"the model keeps {place} from one batch for the next. A private step puts back what was there "
+                    "before it, because records would otherwise be in steps that they are not charged for. Pass what "
+                    "is carried over as an input",
                     stacklevel=4,
                 )
 
@@ -153,9 +159,9 @@ class ModelWatch:
     @staticmethod
     def _refuse(name: str, what: str, when: str) -> None:
         raise ValueError(
-            f"{name} {what} by the model or the loop {when}: what private batches write there without noise is in no guarantee. "
-            "Statistics of batches, caches and counters have no place in a private model: freeze the layer in evaluation mode "
-            "(layer.eval()), replace it, or change weights between two steps only"
+            f"{name} {what} by the model or the loop {when}: what private batches write there without noise is in no "
+            "guarantee. Statistics of batches, caches and counters have no place in a private model: freeze the layer "
+            "in evaluation mode (layer.eval()), replace it, or change weights between two steps only"
         )
 
     def _look(self, *, sums: bool) -> _State:

@@ -70,8 +70,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     Attributes:
         released: what the last step released, a :class:`StepRelease`; safe to look at.
-        private_nonfinite_records: how many records so far had a gradient that is not finite, and were left out. Private: it is
-            there for debugging on data that need no protection, and is never saved.
+        private_nonfinite_records: how many records so far had a gradient that is not finite, and were left out.
+            Private: it is there for debugging on data that need no protection, and is never saved.
 
     Guarantees:
         A step is one Gaussian mechanism of multiplier ``noise_multiplier`` over records; C, clip rate, learning-rate
@@ -136,15 +136,15 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         reducer: Reducer | None = None,
         **kwargs: Any,
     ) -> None:
-        stream = stream or noise_stream(generator, secure_mode)
         measurement, update = method or by_gradients(optimizer, None, loss_reduction)
         policy = build_policy(clip_policy, max_grad_norm, target_clip_rate, expected_batch_size)
         control = choose_control(lr_control, policy, target_clip_rate)
         shared: Any = {"policy": policy, "control": control, "allocation": allocation, "reducer": reducer or LOCAL}
         self._private = PrivateSide(
-            measurement, statistics=measurement.statistics(statistics, policy, allocation), normalize=normalize, plan=plan,
-            mechanism=measurement.mechanism(noise_multiplier, stream), fused_step=checked(fused_step, optimizer), **shared,
-            loss_reduction=loss_reduction, expected_batch_size=expected_batch_size, groups=lambda: optimizer.param_groups,
+            measurement, statistics=measurement.statistics(statistics, policy, allocation), normalize=normalize,
+            mechanism=measurement.mechanism(noise_multiplier, stream or noise_stream(generator, secure_mode)),
+            fused_step=checked(fused_step, optimizer), expected_batch_size=expected_batch_size, plan=plan,
+            groups=lambda: optimizer.param_groups, loss_reduction=loss_reduction, **shared,
         )  # fmt: skip
         self._public = PublicSide(optimizer, update=update, ema=average_of(measurement.moved, ema_decay), **shared)
         super().__init__(
@@ -221,8 +221,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         It skips a step whose gradients overflow, and halves its scale: both follow private gradients without noise.
         """
         raise ValueError(
-            "torch.amp.GradScaler cannot be used: whether it skips a step, and its scale, depend on private gradients. Train "
-            "in bfloat16 autocast, which needs no scaler (bf16=True), or in float32"
+            "torch.amp.GradScaler cannot be used: whether it skips a step, and its scale, depend on private gradients. "
+            "Train in bfloat16 autocast, which needs no scaler (bf16=True), or in float32"
         )
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
@@ -257,10 +257,10 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         self._private.add_noise()
 
     def scale_grad(self) -> None:
-        """Do nothing: :meth:`add_noise` scales the gradients as it writes them, and Opacus's method would do it again."""
+        """Do nothing: :meth:`add_noise` scales the gradients already, and Opacus's method would do it again."""
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Clip and count the batch in hand; on the last physical batch of a logical one release it. Return whether it did."""
+        """Clip and count the batch in hand, release the logical batch on its last one, and return whether it did."""
         return self._private.finish(self._call_step_hook) is not None
 
     def step(self, closure: Callable[[], Any] | None = None) -> float | None:

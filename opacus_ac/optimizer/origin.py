@@ -1,4 +1,4 @@
-"""Which draw the gradients of a step come from: what went through the model, and what a backward pass came back through."""
+"""Which draw the gradients of a step come from: what went through the model, forward and backward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ class Origin:
     """Follows the forward passes of a model to the step that uses their gradients.
 
     Guarantees:
-        A forward pass counts when a backward pass has reached its output, so that one that the loop leaves out does not, and two
-        whose losses are added up do.
+        A forward pass counts when a backward pass has reached its output, so that one that the loop leaves out does
+        not, and two whose losses are added up do.
     """
 
     def __init__(self) -> None:
         self._sights: list[Sight] = []
         self._running: list[Sight] = []
         self.is_stand_in = False
-        """Whether the gradients in hand are of a stand-in, also of one that was used before: they belong to nobody that was drawn."""
+        """Whether the gradients in hand are of a stand-in, also of one that was used before: they belong to nobody that
+        was drawn."""
 
     def enter(self, plan: SamplingPlan, inputs: Any) -> bool:
         """Note what a forward pass runs on; return whether it is another batch than that of all passes before."""
@@ -46,7 +47,7 @@ class Origin:
             node.register_prehook(lambda _gradients: sight.confirm())
 
     def given_up(self) -> bool:
-        """Forget the passes from before gradients were cleared that no backward pass came back to; whether there were any."""
+        """Forget passes from before gradients were cleared that had no backward pass; return whether there were any."""
         older = [s for s in self._sights if s.is_older and not s.confirmed]
         if self._running or not older:
             return False
@@ -54,7 +55,10 @@ class Origin:
         return True
 
     def gradients_cleared(self) -> bool:
-        """Forget the passes whose gradients are gone; of others the backward pass may follow. Return whether only such were there."""
+        """Forget the passes whose gradients are gone, and return whether there were no others.
+
+        The backward pass of others may follow.
+        """
         gone = [s for s in self._sights if s.confirmed]
         self._sights = [s for s in self._sights if not s.confirmed]
         for sight in self._sights:
@@ -77,21 +81,23 @@ class Origin:
             return plan.in_hand
         if len(sights) > 1:
             raise ValueError(
-                "gradients of more than one batch went into one step: a record that was drawn twice would count twice, at the price "
-                "of one draw. Call optimizer.zero_grad() and optimizer.step() once for every batch of the loader; for larger "
-                "batches choose the batch_size of the loader, for less memory max_physical_batch_size in make_private"
+                "gradients of more than one batch went into one step: a record that was drawn twice would count twice, "
+                "at the price of one draw. Call optimizer.zero_grad() and optimizer.step() once for every batch of the "
+                "loader; for larger batches choose the batch_size of the loader, for less memory "
+                "max_physical_batch_size in make_private"
             )
         (sight,) = sights
         if sight.repeats:
             raise ValueError(
-                "two rows of a batch of unknown origin are the same, and one record in it twice would count twice. Take the "
-                "batches from the loader that make_private returned"
+                "two rows of a batch of unknown origin are the same, and one record in it twice would count twice. "
+                "Take the batches from the loader that make_private returned"
             )
         if sight.is_part:
             raise ValueError(
-                "a physical batch is used by itself, which belongs to a logical batch of another run, or of one of several passes that "
-                "took turns: which records it has depends on the other records that were drawn with it, so that one record more would move "
-                "two. Take the batches from the loader that make_private returned last, and finish one pass before the next begins"
+                "a physical batch is used by itself, which belongs to a logical batch of another run, or of one of "
+                "several passes that took turns: which records it has depends on the other records that were drawn "
+                "with it, so that one record more would move two. Take the batches from the loader that make_private "
+                "returned last, and finish one pass before the next begins"
             )
         found = sight.delivery
         self.is_stand_in = found is not None and found.draw.records == 0
@@ -99,8 +105,8 @@ class Origin:
             return found
         if found.draw.part or not found.draw.last:
             raise ValueError(
-                "a physical batch is used again, whose records are in the sums of its logical batch already, or were. Take one "
-                "step for every batch of the loader, in its order"
+                "a physical batch is used again, whose records are in the sums of its logical batch already, or were. "
+                "Take one step for every batch of the loader, in its order"
             )
         return None
 

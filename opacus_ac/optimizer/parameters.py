@@ -17,8 +17,8 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     """
     if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         raise ValueError(
-            f"the optimizer is wrapped in {type(optimizer).__name__}, which may leave out steps that are charged: pass the optimizer inside (its "
-            "attribute optimizer), and prepare what make_private returns"
+            f"the optimizer is wrapped in {type(optimizer).__name__}, which may leave out steps that are charged: pass "
+            "the optimizer inside (its attribute optimizer), and prepare what make_private returns"
         )
     return optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer
 

@@ -14,19 +14,20 @@ from opacus_ac.accounting import Event
 from opacus_ac.distributed.reducers import LOCAL
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
+from opacus_ac.optimizer import step_checks
 from opacus_ac.optimizer.agreement import meet, report_failure
 from opacus_ac.optimizer.logical_batch import APPLIED, CHARGED, OPEN, RELEASED, LogicalBatch, Terms
 from opacus_ac.optimizer.measurement import Measurement
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.origin import Origin
-from opacus_ac.optimizer.step_checks import check_outside, check_records, more_follow
 from opacus_ac.optimizer.sum_release import SumRelease
 from opacus_ac.release.values import StepRelease
 from opacus_ac.sampling.delivery import Delivery, Draw
 from opacus_ac.sampling.plan import SamplingPlan
 
 _NOT_COPIED = (
-    "charge", "groups", "look_ahead", "on_unknown_batch", "origin", "plan", "reducer", "source", "watch", "_batch", "_delivery",
+    "charge", "groups", "look_ahead", "on_unknown_batch", "origin", "plan", "reducer", "source", "watch", "_batch",
+    "_delivery",
 )  # fmt: skip
 """What a copy must not have: the account, the draws, the records, the processes."""
 
@@ -85,13 +86,10 @@ class PrivateSide(SumRelease):
         """Note which batch a forward pass of the model runs on; a hook before it."""
         if not self.measurement.is_measuring():
             return
-        if isinstance(self.source, PerSampleSource) and not all(p.requires_grad for p in self.params):
-            raise ValueError(
-                "parameters were frozen after make_private, which Opacus's hooks do not follow: use grad_sample_mode='bk', where layers may "
-                "take turns, or call engine.detach(model) and make_private again"
-            )
-        if isinstance(self.source, PerSampleSource) and self.origin.given_up():
-            self.source.forget_interrupted()
+        if isinstance(self.source, PerSampleSource):
+            step_checks.check_none_frozen(self.params)
+            if self.origin.given_up():
+                self.source.forget_interrupted()
         with self.measurement.looking():
             another = self.plan is None or self.origin.enter(self.plan, (args, kwargs))
         if self.watch is not None:
@@ -113,15 +111,15 @@ class PrivateSide(SumRelease):
 
     def is_skipped(self, delivery: Delivery | None) -> bool:
         """Return whether more physical batches of the logical one follow."""
-        return more_follow(self.plan, delivery, bool(self.skip_signals) and self.skip_signals[0])
+        return step_checks.more_follow(self.plan, delivery, bool(self.skip_signals) and self.skip_signals[0])
 
     def _check_outside(self) -> None:
         """Refuse what would move weights without a release."""
-        check_outside(self.groups(), self.measurement.moved, self.watch)
+        step_checks.check_outside(self.groups(), self.measurement.moved, self.watch)
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse measurements that are not one per record of the batch that the loader handed out."""
-        check_records(self.plan, self.source, draw, norms, self.measurement.wrong_number)
+        step_checks.check_records(self.plan, self.source, draw, norms, self.measurement.wrong_number)
 
     # ---------------------------------------------------------------- the transaction
 
@@ -135,10 +133,13 @@ class PrivateSide(SumRelease):
             raise ValueError(_IS_COPY)
 
     def finish(self, charged: Callable[[], None]) -> StepRelease | None:
-        """Clip and count the batch in hand; on the last physical batch account for the step, call ``charged``, and release it.
+        """Clip and count the batch in hand; on the last physical one account for the step and release it.
 
-        A physical batch is added whole or not at all: what fails before the release begins takes it out again, so that it can be
-        tried again. What fails later, or between two physical batches, kills the logical batch.
+        A physical batch is added whole or not at all: what fails before the release begins takes it out again, so that
+        it can be tried again. What fails later, or between two physical batches, kills the logical batch.
+
+        Args:
+            charged: called between charge and noise.
         """
         self.clip_and_accumulate()
         delivery, batch = self._delivery, self._batch
@@ -245,7 +246,7 @@ class PrivateSide(SumRelease):
         return batch.key == delivery.draw.batch
 
     def _begin(self, delivery: Delivery | None) -> None:
-        """Go on with the logical batch that is open, or open another one, dropping what an interrupted one left behind."""
+        """Go on with the open logical batch, or open another one and drop what an interrupted one left behind."""
         part = 0 if delivery is None else delivery.draw.part
         if self.continues(delivery):
             assert self._batch is not None
@@ -258,10 +259,7 @@ class PrivateSide(SumRelease):
                 return
         if part > 0:
             self._give_up()
-            raise ValueError(
-                "the physical batches before this one are not in the sums of their logical batch any more: a step failed, or a batch was left "
-                "out. Nothing of it was released; go on with the next batch of the loader, until a new logical batch begins"
-            )
+            step_checks.refuse_later_part()
         # Its records may be drawn again: adding them to the next batch would count one record twice.
         for p in self.params:
             p.summed_grad = None  # type: ignore[attr-defined]

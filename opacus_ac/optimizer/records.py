@@ -68,8 +68,9 @@ class RecordSums:
         kept = torch.where(factors == 0, torch.zeros_like(norms), factors * norms)  # 0 of what is infinite is 0
         if factors.shape != norms.shape or not bool((kept.abs() <= self.policy.bound * (1 + 1e-6)).all()):
             raise ValueError(
-                f"{type(self.policy).__name__}.factors left a gradient longer than C = {self.policy.bound:g}, or gave no finite factor "
-                "per record: nothing was released. opacus_ac.testing.policies.check_clip_policy says which"
+                f"{type(self.policy).__name__}.factors left a gradient longer than C = {self.policy.bound:g}, or gave "
+                "no finite factor per record: nothing was released. opacus_ac.testing.policies.check_clip_policy says "
+                "which"
             )
         self.statistics.check_kept(norms.numpy(), (kept.abs() / self.policy.bound).numpy())
         return factors

@@ -19,8 +19,8 @@ class ReleasedGradients:
         parameters: those that the release moves.
         stds: std of the noise in the gradient of each parameter, by its ``id``.
         unit: factor of the released gradients on the sums of the records.
-        in_turns: calls its argument with some parameters and their gradients, which it may use until it returns, until all
-            have come; None where every gradient is in ``.grad``.
+        in_turns: calls its argument with some parameters and their gradients, which it may use until it returns, until
+            all have come; None where every gradient is in ``.grad``.
     """
 
     parameters: list[nn.Parameter]

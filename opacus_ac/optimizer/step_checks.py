@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -26,9 +26,10 @@ def check_outside(groups: Sequence[Mapping[str, Any]], moved: Iterable[nn.Parame
                 continue  # frozen since
             what = "has a gradient that was not clipped" if parameter.grad is not None else "is trained now"
             raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} in group {number} of the optimizer{_name_of(parameter, watch)} {what}, and is "
-                "not among those that the private step trains, so that no release covers it. Freeze it and clear its "
-                "gradient, or call engine.detach(model) and make_private again with all that is to be trained"
+                f"a parameter of shape {tuple(parameter.shape)} in group {number} of the "
+                f"optimizer{_name_of(parameter, watch)} {what}, and is not among those that the private step trains, "
+                "so that no release covers it. Freeze it and clear its gradient, or call engine.detach(model) and "
+                "make_private again with all that is to be trained"
             )
     if watch is not None:
         watch.check()
@@ -37,6 +38,32 @@ def check_outside(groups: Sequence[Mapping[str, Any]], moved: Iterable[nn.Parame
 def _name_of(parameter: nn.Parameter, watch: ModelWatch | None) -> str:
     name = None if watch is None else watch.name_of(parameter)
     return "" if name is None else f" ({name})"
+
+
+def check_none_frozen(params: Iterable[nn.Parameter]) -> None:
+    """Refuse parameters that were frozen later, where Opacus's hooks give the gradients.
+
+    Raises:
+        ValueError: If a parameter is frozen.
+    """
+    if not all(p.requires_grad for p in params):
+        raise ValueError(
+            "parameters were frozen after make_private, which Opacus's hooks do not follow: use "
+            "grad_sample_mode='bk', where layers may take turns, or call engine.detach(model) and make_private again"
+        )
+
+
+def refuse_later_part() -> NoReturn:
+    """Refuse a physical batch whose logical batch has lost those before it.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        "the physical batches before this one are not in the sums of their logical batch any more: a step failed, or a "
+        "batch was left out. Nothing of it was released; go on with the next batch of the loader, until a new logical "
+        "batch begins"
+    )
 
 
 def check_records(
@@ -63,8 +90,8 @@ def check_records(
             )
         if plan is not None and source.backward_passes > 1:
             raise ValueError(
-                "several backward passes went into one step, and without a batch of the private loader nothing tells whether "
-                "a record is in them twice. Take one step for every backward pass"
+                "several backward passes went into one step, and without a batch of the private loader nothing tells "
+                "whether a record is in them twice. Take one step for every backward pass"
             )
         return
     if draw.records and norms.shape[0] != draw.records:
@@ -80,13 +107,14 @@ def more_follow(plan: SamplingPlan | None, delivery: Delivery | None, signalled:
     if delivery is None or plan is None:
         if signalled and plan is not None:
             raise ValueError(
-                "a part of a logical batch is of unknown origin, so nothing tells whether a record is in it twice. Take the "
-                "batches from the loader that make_private returned, or from BatchMemoryManager around it, each once"
+                "a part of a logical batch is of unknown origin, so nothing tells whether a record is in it twice. "
+                "Take the batches from the loader that make_private returned, or from BatchMemoryManager around it, "
+                "each once"
             )
         return signalled
     if signalled and delivery.draw.last and not delivery.split:
         raise ValueError(
-            "signal_skip_step() would join this batch with the next one, which is drawn for itself: a record in both would count "
-            "twice. Choose the batch_size of the loader, and max_physical_batch_size in make_private"
+            "signal_skip_step() would join this batch with the next one, which is drawn for itself: a record in both "
+            "would count twice. Choose the batch_size of the loader, and max_physical_batch_size in make_private"
         )
     return not delivery.draw.last

@@ -126,7 +126,7 @@ class SumRelease(RecordSums):
         return ReleasedGradients(trained, found, unit, in_turns if self.fused_step else None)
 
     def _trained(self) -> tuple[list[nn.Parameter], Source]:
-        """Return the parameters that this release moves, and where their sums come from: the frozen ones get no noise."""
+        """Return the parameters that this release moves, and where their sums come from; frozen ones get no noise."""
         trained = [p for p in self.params if p.requires_grad]
         if len(trained) == len(self.params):
             return trained, self.source

@@ -1,4 +1,4 @@
-"""How a release moves the weights: the public half of a method of training. Nothing that is not noised yet comes in here."""
+"""How a release moves the weights: the public half of a method of training. Only noised values come in here."""
 
 from __future__ import annotations
 
