@@ -74,8 +74,8 @@ def check_private_state(optimizer: PrivateOptimizer, state: dict[str, Any] | Non
 def _check_has_part(name: str, theirs: bool, mine: bool) -> None:
     if theirs != mine:
         raise ValueError(
-            f"the state was written with another {_ARGUMENTS.get(name, name)} ({theirs}) than this optimizer's ({mine}): "
-            "build it with the same settings"
+            f"the state was written with another {_ARGUMENTS.get(name, name)} ({theirs}) than this optimizer's "
+            f"({mine}): build it with the same settings"
         )
 
 
