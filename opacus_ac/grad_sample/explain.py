@@ -9,6 +9,7 @@ from torch import nn
 
 from opacus_ac.grad_sample.checks.exactness import module_problem
 from opacus_ac.grad_sample.checks.probe import guess_input
+from opacus_ac.grad_sample.one_backward.experts import is_experts
 from opacus_ac.grad_sample.one_backward.layer_terms import replays_lookup, rule_of, watched_modules
 from opacus_ac.grad_sample.one_backward.outer_products import keeps
 from opacus_ac.grad_sample.registry import OWN_RULES, GradSampler, UserRule, hooked_modules, sampler_of
@@ -28,8 +29,9 @@ class RuleRow:
         rule: the rule for it, and who wrote the rule.
         route: how mode "bk" computes the norm. ``gram``: from Gram matrices of input and output gradient. ``kept``:
             from the gradient itself, which is smaller than these. ``lookup``: from an embedding's ids; several routes
-            are joined by + for tied weights. ``rows``: from gradients per record. ``replay``: from a second run of the
-            module. Opacus's modes always have ``rows``. ``refused``: ``make_private`` would raise.
+            are joined by + for tied weights. ``routed``: from the rows that experts multiply. ``rows``: from gradients
+            per record. ``replay``: from a second run of the module. Opacus's modes always have ``rows``. ``refused``:
+            ``make_private`` would raise.
         cost: multiplications for the norm beyond ordinary training, as a share of those of the layer's forward and
             backward pass; None if that is unknown.
         memory: bytes per record that are kept until the step.
@@ -75,6 +77,8 @@ def format_table(rows: list[RuleRow]) -> str:
 
 def _rule_name(module: nn.Module) -> str:
     sampler = sampler_of(module)
+    if sampler is None and is_experts(module):
+        return "opacus_ac: experts"
     if sampler is None:
         return "opacus_ac: replayed lookup" if replays_lookup(module) else "functorch"
     if isinstance(sampler, UserRule):
@@ -100,7 +104,7 @@ def _handlers(model: nn.Module, mode: str) -> dict[int, tuple[str, nn.Module]]:
     handlers: dict[int, tuple[str, nn.Module]] = {}
     modules: Iterator[tuple[str, nn.Module]] = watched_modules(model) if mode == "bk" else hooked_modules(model)
     for path, hooked in modules:
-        alone = sampler_of(hooked) is not None or (mode == "bk" and replays_lookup(hooked))
+        alone = sampler_of(hooked) is not None or (mode == "bk" and (replays_lookup(hooked) or is_experts(hooked)))
         for module in (hooked,) if alone else hooked.modules():
             handlers.setdefault(id(module), (path, hooked))
     return handlers
@@ -129,6 +133,9 @@ class _Price:
 
     def __call__(self, parameter: nn.Parameter) -> tuple[str, float | None, int]:
         numel, length = parameter.numel(), self.length
+        if "routed" in self.kinds and parameter.dim() == 3:
+            # Which experts a record goes through is known at the call only; each row is held once for each of them.
+            return "routed", None, _BYTES * length * sum(parameter.shape[1:])
         if self.kinds.keys() & {"rows", "replay"} or parameter.dim() != 2:
             route = "replay" if "replay" in self.kinds else "rows"
             return route, None if route == "replay" else 0.0, _BYTES * numel

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows, Term
+from opacus_ac.grad_sample.one_backward.routed import Routed
 
 CountUsers = Callable[[int], int]
 """Returns the number of users in a batch with so many rows. It raises if that number is not certain."""
@@ -20,7 +22,7 @@ def sum_rows(values: Tensor, users: int) -> Tensor:
     return wide(values).reshape(users, values.shape[0] // users, *values.shape[1:]).sum(1)
 
 
-def regroup(term: Term, users: int) -> Term:
+def regroup(term: Term | Routed, users: int) -> Term | Routed:
     """Return the term that a use of a parameter adds to the gradients of users, from the term for their rows.
 
     In a sum of outer products, the rows of a user are further positions of one record. So ``[U K, T, d]`` is read as
@@ -38,6 +40,8 @@ def regroup(term: Term, users: int) -> Term:
         if term.ids.shape[0] == users:
             return term
         return Lookup(term.ids.reshape(users, -1), _as_positions(term.right, users))
+    if isinstance(term, Routed):
+        return replace(term, records=term.records // (term.batch // users), batch=users)
     return Rows(sum_rows(term.values, users))
 
 

@@ -50,13 +50,14 @@ class Head:
     Attributes:
         logits: names of its logits in the output; in a tuple they follow the loss in this order.
         labels: names of its labels among the arguments of forward.
-        entries: from logits, labels and the model's config to the parts whose mean is the loss.
+        entries: from logits, labels and the model's config to the parts whose mean is the loss; several where models of
+            this name differ. The first that gives the library's loss is the one.
         of_tokens: whether a record has as many entries as labelled tokens.
     """
 
     logits: tuple[str, ...]
     labels: tuple[str, ...]
-    entries: Callable[[list[Tensor], list[Tensor], Any], list[Entries]]
+    entries: tuple[Callable[[list[Tensor], list[Tensor], Any], list[Entries]], ...]
     of_tokens: bool = False
 
 
@@ -105,9 +106,10 @@ def _spans(logits: list[Tensor], labels: list[Tensor], _config: Any) -> list[Ent
 
 
 _LABELS, _LOGITS = ("labels",), ("logits",)
-_TOKEN_HEAD, _ROW_HEAD = Head(_LOGITS, _LABELS, _tokens, of_tokens=True), Head(_LOGITS, _LABELS, _rows)
-_SPAN_HEAD = Head(("start_logits", "end_logits"), ("start_positions", "end_positions"), _spans)
-_CAUSAL_HEAD = Head(_LOGITS, _LABELS, _next_tokens, of_tokens=True)
+_TOKEN_HEAD, _ROW_HEAD = Head(_LOGITS, _LABELS, (_tokens,), of_tokens=True), Head(_LOGITS, _LABELS, (_rows,))
+_SPAN_HEAD = Head(("start_logits", "end_logits"), ("start_positions", "end_positions"), (_spans,))
+# Decoders of translation models (BART's family) take labels that are shifted already.
+_CAUSAL_HEAD = Head(_LOGITS, _LABELS, (_next_tokens, _tokens), of_tokens=True)
 # Part of the class name, and the head: the first that fits. Losses that the library's ``loss_function`` shifts are not
 # here: a model that uses it gets the loss per record in its place.
 HEADS: tuple[tuple[str, Head], ...] = (

@@ -7,6 +7,7 @@ wherever its labels stood and whatever its output is.
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -201,6 +202,7 @@ class _Watch:
     def __init__(self, model: Any, records: _Records, record: RecordLoss | None) -> None:
         self.model, self.records, self.record = model, records, record
         self.head: Head | None = head_of(model)
+        self.entries: Any = None  # those that gave the library's loss
         self.signature = inspect.signature(model.forward)
 
     def attach(self) -> Callable[[], None]:
@@ -243,16 +245,21 @@ class _Watch:
         logits, labels = logits_in(output, self.head), labels_in(given, self.head)
         if logits is None or labels is None:
             return None
-        try:
-            labels = [value.to(logits[0].device) for value in labels]
-            parts: list[Entries] = self.head.entries(logits, labels, self.model.config)
-        except (ValueError, IndexError, RuntimeError):  # shapes that the head does not have
-            return None
+        labels = [value.to(logits[0].device) for value in labels]
         traced = torch._C._functorch.peek_interpreter_stack() is not None  # values cannot be looked at
         # Cross entropies of tokens are computed wide; of records, in the precision of the logits.
         narrow = not self.head.of_tokens and any(torch.finfo(scores.dtype).bits < 32 for scores in logits)
-        if not traced and not agrees(loss, parts, given.get("num_items_in_batch"), narrow=narrow):
+        for entries in self.head.entries if self.entries is None else (self.entries,):
+            try:
+                parts: list[Entries] = entries(logits, labels, self.model.config)
+            except (ValueError, IndexError, RuntimeError):  # shapes that the head does not have
+                continue
+            if traced or agrees(loss, parts, given.get("num_items_in_batch"), narrow=narrow):
+                break
+        else:
             return None
+        if not traced and math.isfinite(float(loss.detach())):
+            self.entries = entries
         losses = torch.stack([part.per_record() for part in parts]).mean(0)
         return losses, torch.stack([part.counted.any(1) for part in parts]).any(0)
 

@@ -21,6 +21,7 @@ from opacus_ac.grad_sample.rules import bitlinear, embedding, normalization
 from opacus_ac.testing import check_norms, per_sample_gradients
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+EXPERTS = [name for name in tiny_models.EXPERTS if name in tiny_models.MORE_MODELS]
 ALL = [*tiny_models.MODELS, *tiny_models.MORE_MODELS]
 
 
@@ -96,7 +97,9 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", ["qwen2-tied", "qwen2-untied", "bitnet-tied", "gpt2", "gemma3", "opt", "mamba"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-tied", "qwen2-untied", "bitnet-tied", "gpt2", "gemma3", "opt", "mamba", *EXPERTS]
+)
 def test_batches(name: str, batch: str) -> None:
     compare(tiny_models.build(name), BATCHES[batch], safe_loss, tolerance=2e-6)
 
@@ -119,7 +122,7 @@ def test_sum_of_losses(name: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["qwen2-tied", "bitnet-rms-norm", "gpt2", "gemma3", "opt", "mamba"])
+@pytest.mark.parametrize("name", ["qwen2-tied", "bitnet-rms-norm", "gpt2", "gemma3", "opt", "mamba", *EXPERTS])
 def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     model = tiny_models.build(name)
     batch = tiny_models.token_batch()
@@ -582,9 +585,10 @@ def test_explain_names_what_is_refused() -> None:
             return x * gate * self.scale
 
     model = nn.Sequential(nn.Linear(4, 4), TwoInputs()).train()
-    rows = {row.parameter: row for row in explain(model)}
-    assert rows["0.weight"].route == "kept"
+    rows = {row.parameter: row for row in explain(model, mode="hooks")}
+    assert rows["0.weight"].route == "rows"
     assert rows["1.scale"].route == "refused"
     assert "register_rule" in rows["1.scale"].note
-    assert "refused" in str(explain(model))
+    assert "refused" in str(explain(model, mode="hooks"))
+    assert {row.parameter: row.route for row in explain(model)}["1.scale"] == "replay"
     assert {row.route for row in explain(nn.Sequential(nn.Linear(4, 4)), mode="hooks")} == {"rows"}

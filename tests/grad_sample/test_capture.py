@@ -321,12 +321,135 @@ class Tuple(nn.Linear):
         return super().forward(x), x
 
 
-def test_a_watched_module_must_return_one_tensor() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), Tuple(6, 2)).double().train()
+class Names(Tuple):
+    def forward(self, x: Tensor) -> list[str]:  # type: ignore[override]
+        return ["no tensor" for _ in super().forward(x)]
+
+
+class Head(nn.Module):
+    """Uses both outputs of a layer that returns two, the second one or none of which may carry a gradient."""
+
+    def __init__(self, used: tuple[int, ...], several: nn.Module) -> None:
+        super().__init__()
+        self.first, self.several, self.used = nn.Linear(6, 6), several, used
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        outputs = self.several(hidden)
+        return torch.cat([outputs[i].flatten(1) for i in self.used] + [hidden.flatten(1)], 1)
+
+
+class Gated(nn.Module):
+    """Two outputs of one weight, in a dictionary, and integers beside them; it takes a second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> dict[int, Tensor]:
+        return {0: x * self.weight, 1: (x * self.weight).sigmoid() * scale, 2: x.argmax(-1)}
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1), (1, 0)])
+@pytest.mark.parametrize("make", [lambda: Tuple(6, 2), Gated], ids=["tuple", "dictionary"])
+def test_a_module_may_return_several_tensors(make: Any, used: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Head(used, make()).double().train()
+    source, detach = attached(model)
+    loss(model).backward()
+    torch.testing.assert_close(source.finish_batch(), norms_of_plain(model), rtol=1e-6, atol=0)
+    detach()
+
+
+def norms_of_plain(model: nn.Module) -> Tensor:
+    """As :func:`norms_of`, of a model that carries hooks."""
+    return norms_of(copy.deepcopy(model))
+
+
+def test_a_watched_module_must_return_a_tensor() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Names(6, 2)).double().train()
     _, detach = attached(model)
-    with pytest.raises(ValueError, match=r"1 \(Tuple\) returns tuple"):
+    with pytest.raises(ValueError, match=r"1 \(Names\) returns list without a floating-point tensor"):
         model(X)
     assert all(p.requires_grad for p in model.parameters())
+    detach()
+
+
+class Counting(nn.Module):
+    """Keeps statistics of its inputs in a buffer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.weight = how, nn.Parameter(torch.ones(6))
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "in place":
+            self.seen += x.detach().flatten(0, -2).sum(0)
+        elif self.how == "another tensor":
+            self.seen = self.seen + x.detach().flatten(0, -2).sum(0)
+        return x * self.weight + self.seen
+
+
+@pytest.mark.parametrize("how", ["in place", "another tensor"])
+def test_a_module_that_is_run_again_must_not_change_its_buffers(how: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Counting(how)).double().train()
+    _, detach = attached(model)
+    with pytest.raises(ValueError, match="changes its buffers"):
+        model(X)
+    detach()
+
+
+def test_buffers_that_stay_as_they_are_may_be_there() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Counting("not at all")).double().train()
+    source, detach = attached(model)
+    loss(model).backward()
+    torch.testing.assert_close(source.finish_batch(), norms_of_plain(model), rtol=1e-6, atol=0)
+    detach()
+
+
+class Positions(nn.Embedding):
+    """Looks positions up once for all records, as ``[1, T]`` or as ``[T]``."""
+
+    def __init__(self, rows: int, width: int, batched: bool) -> None:
+        super().__init__(rows, width)
+        self.batched = batched
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = torch.arange(x.shape[1]) + 1
+        return super().forward(ids.unsqueeze(0) if self.batched else ids)
+
+
+class WithPositions(nn.Module):
+    def __init__(self, batched: bool) -> None:
+        super().__init__()
+        self.positions, self.layer = Positions(9, 6, batched), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer((x + self.positions(x)).tanh())
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_positions_that_are_looked_up_once_for_all_records(batched: bool) -> None:
+    torch.manual_seed(0)
+    model, x = WithPositions(batched).double().train(), torch.randn(4, 5, 6, dtype=torch.float64)
+    source, detach = attached(model)
+    loss(model, x).backward()
+    torch.testing.assert_close(source.finish_batch(), norms_of(copy.deepcopy(model), x), rtol=1e-6, atol=0)
+    detach()
+
+
+def test_as_many_positions_as_records_are_refused_until_another_batch_has_told() -> None:
+    model = WithPositions(batched=False).double().train()
+    source, detach = attached(model)
+    with pytest.raises(ValueError, match="may be positions or records"):
+        model(torch.randn(5, 5, 6).double())
+    source.clear(sums=True)
+    loss(model, torch.randn(4, 5, 6).double()).backward()
+    source.clear(sums=True)
+    x = torch.randn(5, 5, 6).double()
+    loss(model, x).backward()
+    torch.testing.assert_close(source.finish_batch(), norms_of(copy.deepcopy(model), x), rtol=1e-6, atol=0)
     detach()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Read when torch._dynamo is first imported; compiling BitNet's quantisers would take half a minute.
@@ -119,6 +120,63 @@ def mamba(tied: bool = True, **changes: Any) -> nn.Module:
     return MambaForCausalLM(MambaConfig(**{**shape, "use_cache": False, "tie_word_embeddings": tied, **changes}))
 
 
+def mixtral(tied: bool = False, **changes: Any) -> nn.Module:
+    """Every token goes through two of four experts, whose weights are stacked."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    return MixtralForCausalLM(MixtralConfig(**{**shape, "tie_word_embeddings": tied, **changes}))
+
+
+def qwen2_moe(tied: bool = False, **changes: Any) -> nn.Module:
+    """A shared expert beside four others."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    shape = {**_SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    sizes = {"shared_expert_intermediate_size": 16, "experts_implementation": "eager", "tie_word_embeddings": tied}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**{**shape, **sizes, **changes}))
+
+
+def gpt_oss(tied: bool = False, **changes: Any) -> nn.Module:
+    """Experts with biases, stored the other way round, and attention with a parameter per head."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    shape = {
+        **_SHAPE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+    }
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "experts_implementation": "eager"}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    model = GptOssForCausalLM(GptOssConfig(**{**shape, **kinds, **rope, "tie_word_embeddings": tied, **changes}))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("_bias", "sinks")):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def deepseek_v3(tied: bool = False, **changes: Any) -> nn.Module:
+    """A layer without experts and one with them, routed by groups, with a constant buffer in the router."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    shape = {
+        **_SHAPE,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    rest = {"first_k_dense_replace": 1, "num_key_value_heads": 4, "experts_implementation": "eager"}
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(**{**shape, **latent, **rest, "tie_word_embeddings": tied, **changes})
+    )
+
+
 #: Name -> builder, the rows of every table-driven model test.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2-tied": qwen2,
@@ -147,6 +205,15 @@ MORE_MODELS: dict[str, Callable[[], nn.Module]] = {
     "bitnet-offline": lambda: offline(bitnet(mode="offline")),
     "bitnet-untied-rms-norm": lambda: bitnet(tied=False, use_rms_norm=True),
 }
+#: Mixtures of experts, where transformers keeps the weights of experts in stacks.
+EXPERTS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": mixtral,
+    "qwen2-moe": qwen2_moe,
+    "gpt-oss": gpt_oss,
+    "deepseek-v3": deepseek_v3,
+}
+if importlib.util.find_spec("transformers.integrations.moe"):
+    MORE_MODELS |= EXPERTS
 
 
 def offline(model: nn.Module) -> nn.Module:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Hashable
 import torch
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from opacus_ac.grad_sample.checks.probe import Verdict, probe, required_inputs
 from opacus_ac.grad_sample.module_replay import written_type
+from opacus_ac.grad_sample.one_backward.experts import is_experts
 from opacus_ac.grad_sample.one_backward.layer_terms import replays_lookup, watched_modules
 from opacus_ac.grad_sample.registry import (
     STOCK,
@@ -68,7 +70,7 @@ class _Examiner:
             )
         if isinstance(module, nn.Embedding) and (reason := unsupported(module)) is not None:
             return f"{reason}. Switch it off, {_FREEZE}"
-        if not constant_buffers_ok(module):
+        if not constant_buffers_ok(module) and not self._is_watched_in_bk(module):
             return (
                 "it is a trainable layer with buffers, which Opacus does not support because they may hold "
                 "statistics of the data. Call opacus_ac.grad_sample.register_rules(model), which knows some such "
@@ -77,9 +79,19 @@ class _Examiner:
         sampler = sampler_of(module)
         if self._mode == "bk" and replays_lookup(module):
             return None  # each use is run a second time and compared with the first run
+        if self._mode == "bk" and sampler is None and is_experts(module):
+            return None  # each product with the stacked weights is recorded separately
         if sampler is None or self._force_functorch:
             return self._functorch_problem(module)
         return self._sampler_problem(module, sampler)
+
+    def _is_watched_in_bk(self, module: nn.Module) -> bool:
+        """Whether the module is run again, where a change of its buffers is seen at every use."""
+        return (
+            self._mode == "bk"
+            and sampler_of(module) is None
+            and not any(isinstance(m, _NormBase) for m in module.modules())
+        )
 
     def _probe(
         self, module: nn.Module, sampler: GradSampler, recurse: bool, make_input: Callable[..., object] | None = None
@@ -114,7 +126,9 @@ class _Examiner:
         if self._force_functorch and sampler_of(module) is not None and _has_trainable_child(module):
             return f'in mode "functorch" its children\'s gradients would count twice. Use mode "hooks", {_FREEZE}'
         inputs = required_inputs(module)
-        if inputs is not None and inputs != 1:
+        if (
+            inputs is not None and inputs != 1 and self._mode != "bk"
+        ):  # there any arguments are taken apart, and the output compared
             return (
                 f"it has no rule, and the functorch fallback replays modules with exactly one input; its forward "
                 f"requires {inputs}. Register a rule with register_rule({type(module).__name__}, rule), {_FREEZE}"
@@ -130,7 +144,8 @@ class _Examiner:
         if not any(p.requires_grad for p in inner.parameters()):
             return None
         verdict = self._probe(inner, ft_compute_per_sample_gradient, True)
-        known_family = inner is root and isinstance(inner, nn.Linear | nn.Embedding)
+        # In mode "bk" what a module returned is compared with what it returns for single records, at every use.
+        known_family = inner is root and isinstance(inner, nn.Linear | nn.Embedding) and self._mode != "bk"
         if verdict.status == "exact" or (verdict.status == "unknown" and not known_family):
             return None
         where = "" if inner is root else f" (inside it: {type(inner).__name__})"

@@ -8,57 +8,25 @@ changes in place work for it as for any other saved tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from opacus_ac.grad_sample.one_backward import experts
+from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
 from opacus_ac.grad_sample.one_backward.use import Call, Tracked, Use
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 
 
-class _Keep(torch.autograd.Function):
-    """Saves tensors as any node of the graph does, with saved-tensor hooks and version checks."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return token.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
-        return (None,) * (1 + len(ctx.saved_tensors))
-
-
-class _AskForGradient(torch.autograd.Function):
-    """Connects an output that needs no gradient to the graph, so that its gradient is computed nevertheless."""
-
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, output: Tensor) -> Tensor:
-        # A new tensor with the same memory. The layers that follow could not change a view in place.
-        return output.new_empty(0).set_(
-            output.untyped_storage(), output.storage_offset(), output.size(), output.stride()
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _Pass(torch.autograd.Function):
-    """Returns a view. Autograd refuses to change it in place, which would bypass its hooks."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Return what changes when a buffer of a module is replaced or written."""
+    return [(id(buffer), buffer._version) for buffer in module.buffers()]
 
 
 def _autocast_of(device: str) -> AbstractContextManager[Any]:
@@ -101,8 +69,11 @@ class Capture:
         self._shards = ShardedParameters(model, self._tracked.values())
         self._flattening = list(flattening)
         self._passes = 0
+        self._batch = torch.Size([0])
+        self._positions: set[int] = set()
         self.paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
+        self._buffers: dict[int, list[tuple[int, int]]] = {}
         self._outer = {id(inner): id(m) for m in self._flattening for inner in m.modules()}
         self._running: list[tuple[int, list[nn.Parameter]]] = []
         self._token = torch.zeros((), requires_grad=True)
@@ -114,7 +85,7 @@ class Capture:
             raise
 
     def _attach(self, model: nn.Module) -> None:
-        self._handles.append(model.register_forward_pre_hook(self._start))
+        self._handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
         for module in self._flattening:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for item in self._tracked.values():
@@ -145,21 +116,24 @@ class Capture:
     def restore(self) -> None:
         """Restore ``requires_grad`` after an interrupted forward pass."""
         while self._running:
-            self._switch_on(self._running.pop()[1])
+            self._switch_on(*self._running.pop())
 
-    @staticmethod
-    def _switch_on(parameters: list[nn.Parameter]) -> None:
+    def _switch_on(self, key: int, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
             parameter.requires_grad = True
+        if self._tracked[key].is_experts:
+            experts.unwatch(self._tracked[key].module)
 
     def _watching(self, module: nn.Module) -> Tracked | None:
         tracked = self._tracked.get(id(module))
         watched = tracked is not None and module.training and torch.is_grad_enabled() and not self.paused
         return tracked if watched else None
 
-    def _start(self, module: nn.Module, _args: Any) -> None:
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
+            leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim())
+            self._batch = next((leaf.shape for leaf in leaves), torch.Size([0]))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else next(iter(kwargs.values()), None)
@@ -177,6 +151,10 @@ class Capture:
         for parameter in off:
             parameter.requires_grad = False
         self._running.append((id(module), off))
+        if tracked.keep_output:
+            self._buffers[id(module)] = _versions(module)
+        if tracked.is_experts:
+            experts.watch(module, lambda product, output: self._product(tracked, product, output))
 
     def _leave(self, module: nn.Module) -> bool:
         """Restore the module's parameters. Returns whether it was watched and any of them is trained."""
@@ -187,7 +165,7 @@ class Capture:
         key = None
         while self._running and key != own:
             key, off = self._running.pop()
-            self._switch_on(off)
+            self._switch_on(key, off)
         if key != own:
             return False
         if off:
@@ -199,6 +177,11 @@ class Capture:
         if not self._leave(module) or output is None:  # the output is None if the forward raised
             return None
         tracked = self._tracked[id(module)]
+        if tracked.is_experts:
+            return None  # each product was recorded separately
+        self._check_buffers(tracked)
+        if tracked.keep_output and not isinstance(output, Tensor):
+            return self._after_several(tracked, args, kwargs, output)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ValueError(
                 f"{tracked.path or 'the model'} ({type(module).__name__}) returns {type(output).__name__}, and a "
@@ -208,11 +191,76 @@ class Capture:
         call, tensors = Call.of(args, kwargs)
         if tracked.keep_output:
             tensors = [*tensors, output]
-        # Detached, because the graph must not hold itself.
-        kept = _Keep.apply(self._token, *(t.detach() for t in tensors))
-        flattened = self._shapes.get(self._outer.get(id(module), 0))
-        use = Use(tracked.path, module, call, kept, _autocast_of(output.device.type), self._passes, flattened)
-        return self._watch(output, lambda gradient: self._arrive(use, gradient))
+        shared = self._is_shared(module, output, tensors)
+        if shared:
+            # The output is expanded, so that its gradient has one part per record. Its values are the same.
+            output = output.expand(self._batch[0], *output.shape[1 if output.shape[0] == 1 else 0 :])
+            if not isinstance(module, nn.Embedding):
+                tensors = [t.expand(self._batch[0], *t.shape[1:]) for t in tensors]
+        use = self._use(tracked, call, tensors, output.device)
+        watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
+        return output if shared and watched is None else watched
+
+    def _use(self, tracked: Tracked, call: Call, tensors: Iterable[Tensor], device: torch.device) -> Use:
+        kept = keep(self._token, *(t.detach() for t in tensors))  # detached, because the graph must not hold itself
+        flattened = self._shapes.get(self._outer.get(id(tracked.module), 0))
+        autocast = _autocast_of(device.type)
+        return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened)
+
+    def _is_shared(self, module: nn.Module, output: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Say whether a call was for all records at once: a leading dimension of 1, or a lookup of positions."""
+        records, *others = self._batch
+        if records < 2 or not output.dim():
+            return False
+        if not isinstance(module, nn.Embedding):
+            return all(t.dim() > 1 and t.shape[0] == 1 for t in (output, *tensors))
+        if output.dim() != 2 or output.shape[0] == 1:
+            return output.shape[0] == 1
+        if output.shape[0] != records:
+            self._positions.add(id(module))
+        elif records in others and id(module) not in self._positions:
+            raise ValueError(
+                f"{self._tracked[id(module)].path} ({type(module).__name__}) looks up {records} rows, which may be "
+                "positions or records: batch and sequence are of one size. Give the first batch another length"
+            )
+        return id(module) in self._positions
+
+    def _check_buffers(self, tracked: Tracked) -> None:
+        """Refuse a module that is run again and whose buffers its forward pass has changed."""
+        if tracked.keep_output and self._buffers.pop(id(tracked.module), None) != _versions(tracked.module):
+            raise ValueError(
+                f"{tracked.path or 'the model'} ({type(tracked.module).__name__}) changes its buffers in the forward "
+                "pass, which would publish statistics of the data. Register a rule with register_rule, or freeze it"
+            )
+
+    def _after_several(self, tracked: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Note a call that returned several tensors, of which the floating-point ones carry gradients."""
+        leaves, spec = tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not places:
+            raise ValueError(
+                f"{tracked.path or 'the model'} ({type(tracked.module).__name__}) returns {type(output).__name__} "
+                "without a floating-point tensor, so no gradient comes back to it. Freeze it"
+            )
+        call, tensors = Call.of(args, kwargs)
+        outputs = [leaves[place] for place in places]
+        use = self._use(tracked, call, [*tensors, *outputs], outputs[0].device)
+
+        def arrive(gradients: tuple[Tensor | None, ...]) -> None:
+            use.gradients = gradients
+            self._arrive(use, next(g for g in gradients if g is not None))
+
+        for place, passed in zip(places, pass_several(arrive, self._token, *outputs), strict=True):
+            leaves[place] = passed
+        return tree_unflatten(leaves, spec)
+
+    def _product(self, tracked: Tracked, product: experts.Product, output: Tensor) -> Tensor:
+        """Note one product of rows with the stacked weights of experts."""
+        tensors = [product.inputs, product.tokens]
+        use = self._use(tracked, Call([], [], None), tensors, output.device)
+        use.product = product.without_tensors()
+        watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
+        return output if watched is None else watched
 
     def _watch(self, output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor | None:
         """Let ``arrive`` be called with the gradient at ``output``.
@@ -221,7 +269,7 @@ class Capture:
             A tensor that replaces the output; None if the output stays.
         """
         if not output.requires_grad:
-            asked: Tensor = _AskForGradient.apply(self._token, output)
+            asked: Tensor = ask_for_gradient(self._token, output)
             asked.register_hook(arrive)
             return asked
         # If a view is changed in place, its hooks are never called, but those of its base are.
@@ -233,7 +281,7 @@ class Capture:
         if base.requires_grad and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
             base.register_hook(lambda gradient: arrive(gradient.reshape(shape)))
             return None
-        passed: Tensor = _Pass.apply(output)
+        passed: Tensor = pass_on(output)
         passed.register_hook(arrive)
         return passed
 

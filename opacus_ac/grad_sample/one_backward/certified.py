@@ -9,9 +9,10 @@ from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward.bounds import EXTREME, NEGLIGIBLE, WORTHWHILE, stacked
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
+from opacus_ac.grad_sample.one_backward.routed import RoutedBook
 
 
-def certified(books: Sequence[ParameterBook], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+def certified(books: Sequence[ParameterBook | RoutedBook], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
     """Return for each record a bound of the norm of its contribution, and its squared norm for each parameter.
 
     If the bound is far above the norm, because terms cancel, or if values are too large to be squared in float32, the

@@ -7,15 +7,20 @@ rows. A module without a rule is run again record by record, and its output is c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_leaves
 
 from opacus_ac.grad_sample.module_replay import bare_twin, written_type
 from opacus_ac.grad_sample.one_backward.bounds import wide
+from opacus_ac.grad_sample.one_backward.experts import is_experts, mixtures
 from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
+from opacus_ac.grad_sample.one_backward.routed import Routed
 from opacus_ac.grad_sample.one_backward.use import Tracked, Use
 from opacus_ac.grad_sample.precision import less_was_asked
 from opacus_ac.grad_sample.registry import STOCK, GradSampler, has_own_trainable, sampler_of
@@ -30,7 +35,7 @@ from opacus_ac.grad_sample.rules.embedding import embedding, lookup_terms, repla
 from opacus_ac.grad_sample.rules.linear import conv1d, dense_terms
 from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm, rms_norm_rows
 
-Terms = list[tuple[nn.Parameter, Term]]
+Terms = Sequence[tuple[nn.Parameter, Term | Routed]]
 TermRule = Callable[[Use, tuple[Tensor, ...], Tensor], Terms]
 
 _REPLAY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -46,7 +51,7 @@ def _conv1d(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
 
 
 def _lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    return lookup_terms(use.module, tensors[0], backprops)
+    return lookup_terms(use.module, _ids_by_record(tensors[0], backprops), backprops)
 
 
 def _ste_linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -82,7 +87,15 @@ def _replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -
     """Return the terms of an embedding that computes its ids itself (OPT's positions), from a second run."""
     assert isinstance(use.module, nn.Embedding)
     args, kwargs = use.call.arguments(tensors[:-1])
-    return lookup_terms(use.module, replayed_ids(use.module, args, kwargs, tensors[-1]), backprops)
+    ids = replayed_ids(use.module, args, kwargs, tensors[-1])
+    return lookup_terms(use.module, _ids_by_record(ids, backprops), backprops)
+
+
+def _ids_by_record(ids: Tensor, backprops: Tensor) -> Tensor:
+    """Return ids ``[B, ...]``, if they came as ``[1, ...]`` or as positions ``[T]`` for all records."""
+    if ids.dim() + 1 < backprops.dim():
+        ids = ids.unsqueeze(0)
+    return ids.expand(backprops.shape[:-1])
 
 
 def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -94,25 +107,50 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> T
     Raises:
         ValueError: If the output differs.
     """
-    module, inputs, output = use.module, tensors[:-1], tensors[-1]
+    gradients = (backprops,) if use.gradients is None else use.gradients
+    module, inputs, outputs = use.module, tensors[: -len(gradients)], tensors[-len(gradients) :]
     batch = backprops.shape[0]
+    backs = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True))
     dims = tuple(0 if t.dim() > 0 and t.shape[0] == batch else None for t in inputs)
     twin = bare_twin(module)
     parameters = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
 
-    def record(weights: dict[str, Tensor], arguments: tuple[Tensor, ...], backprop: Tensor) -> tuple[Tensor, Tensor]:
-        alone = [t if d is None else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
-        args, kwargs = use.call.arguments(alone)
+    def record(
+        weights: dict[str, Tensor], arguments: tuple[Tensor, ...], backs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # A module that was handed [B T, d] takes the rows of one record; any other takes a batch of one.
+        whole = [t if d is None or use.is_split else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
+        args, kwargs = use.call.without(_is_cache).arguments(whole)
         with use.autocast:
-            result = functional_call(twin, weights, args, kwargs)
-        return (result * backprop).sum(), result.detach()
+            results = _floats(functional_call(twin, weights, args, kwargs))
+        alone = results if use.is_split else [r.squeeze(0) for r in results]
+        total = torch.stack([(r * b).sum() for r, b in zip(alone, backs, strict=True)]).sum()
+        return total, tuple(r.detach() for r in alone)
 
     with torch.enable_grad():
         per_record = vmap(grad(record, has_aux=True), in_dims=(None, dims, 0), randomness="different")
-        rows, outputs = per_record(parameters, inputs, backprops.unsqueeze(1))
-    _check_replay(use, inputs, outputs.squeeze(1), output)
+        try:
+            rows, again = per_record(parameters, inputs, backs)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{use.path or 'the model'} ({type(module).__name__}) has no rule, and cannot be run again on single "
+                f"records: {error}. Register a rule with register_rule, or freeze it with requires_grad_(False)"
+            ) from error
+    for got, want in zip(again, outputs, strict=True):
+        _check_replay(use, inputs, got, want)
     owned = dict(module.named_parameters())
     return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+
+
+def _is_cache(value: Any) -> bool:
+    """Say whether a value is a cache of keys and values, to which a second run would add."""
+    caches = sys.modules.get("transformers.cache_utils")
+    return caches is not None and isinstance(value, caches.Cache)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in an output."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 _ORDINARY = 1e15
@@ -159,6 +197,27 @@ def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor)
         )
 
 
+def _routed(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    """Return the terms of a product with the stacked weights of experts. Its rows ``[S, ...]`` are sorted by expert."""
+    product, (inputs, tokens) = use.product, tensors
+    assert product is not None
+    assert use.flattened is not None
+    batch, records = use.flattened[0], tokens // use.flattened[1]
+    terms: list[tuple[nn.Parameter, Term | Routed]] = []
+    weight = use.module._parameters[product.weight]
+    if weight is not None and weight.requires_grad:
+        sides = (inputs, backprops) if use.module.is_transposed else (backprops, inputs)
+        terms.append((weight, Routed(*sides, records, product.counts, batch)))
+    bias = None if product.bias is None else use.module._parameters[product.bias]
+    if bias is not None and bias.requires_grad:
+        counts = torch.tensor(product.counts, device=records.device)
+        experts = torch.arange(len(product.counts), device=records.device).repeat_interleave(counts)
+        rows = torch.zeros(batch * len(counts), bias.shape[1], dtype=wide(backprops).dtype, device=records.device)
+        rows.index_add_(0, records * len(counts) + experts, wide(backprops))
+        terms.append((bias, Rows(rows.view(batch, *bias.shape))))
+    return terms
+
+
 def replays_lookup(module: nn.Module) -> bool:
     """Say whether the module is an embedding with a forward of its own and without a registered rule."""
     return isinstance(module, nn.Embedding) and sampler_of(module) is None
@@ -186,7 +245,7 @@ def _written(module: nn.Module) -> tuple[str, str]:
 
 def flattening_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that are known to take ``[B, T, d]`` and to pass ``[B T, d]`` to layers inside them."""
-    return [m for m in model.modules() if _written(m) in _FLATTENING]
+    return [m for m in model.modules() if _written(m) in _FLATTENING] + mixtures(model)
 
 
 def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -203,7 +262,7 @@ def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
         seen.add(id(module))
         if has_own_trainable(module) and not delegates(module):
             yield path, module
-            if sampler_of(module) is None and not replays_lookup(module):
+            if sampler_of(module) is None and not replays_lookup(module) and not is_experts(module):
                 return
         for name, child in module.named_children():
             yield from walk(child, f"{path}.{name}" if path else name)
@@ -223,8 +282,10 @@ _KINDS: dict[GradSampler, str] = {embedding: "lookup", rms_norm: "rows", offset_
 
 
 def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
-    """Return the rule for a module, and its kind: ``dense``, ``lookup``, ``rows`` or ``replay``."""
+    """Return the rule for a module, and its kind: ``dense``, ``lookup``, ``rows``, ``routed`` or ``replay``."""
     sampler = sampler_of(module)
+    if sampler is None and is_experts(module):
+        return _routed, "routed"
     if sampler is None:
         return (_replayed_lookup, "lookup") if replays_lookup(module) else (replayed_rows, "replay")
     if sampler is auto_bitlinear:
@@ -242,7 +303,8 @@ def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], Quant
         rules[path], name = rule_of(module, shared)
         replayed = name == "replay" or replays_lookup(module)
         parameters: Iterable[nn.Parameter] = module.parameters(recurse=name == "replay")
-        items.append(Tracked(path, module, tuple(p for p in parameters if p.requires_grad), keep_output=replayed))
+        trained = tuple(p for p in parameters if p.requires_grad)
+        items.append(Tracked(path, module, trained, keep_output=replayed, is_experts=name == "routed"))
     return items, rules, shared
 
 

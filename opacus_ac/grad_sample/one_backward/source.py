@@ -19,20 +19,24 @@ from opacus_ac.grad_sample.one_backward.capture import Capture
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.layer_terms import flattening_modules, tracked
+from opacus_ac.grad_sample.one_backward.outer_products import Term
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
-from opacus_ac.grad_sample.one_backward.use import Use, by_record
+from opacus_ac.grad_sample.one_backward.routed import Routed, RoutedBook
+from opacus_ac.grad_sample.one_backward.use import Use, by_record, records_in
 from opacus_ac.grad_sample.one_backward.weighted_sums import Weights
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import places_of
 from opacus_ac.grad_sample.source import Place, squares_by_parameter
 from opacus_ac.grad_sample.user_rows import CountUsers, regroup
 
+Book = ParameterBook | RoutedBook
+
 
 @dataclass
 class _Chunk:
     """The results of one backward pass: a book for each parameter, by its number, and the forward passes it used."""
 
-    books: dict[int, ParameterBook] = field(default_factory=dict)
+    books: dict[int, Book] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     model_passes: set[int] = field(default_factory=set)
     rows: int = 0
@@ -123,27 +127,38 @@ class BookKeepingSource:
         try:
             tensors, gradient = by_record(use, use.tensors(), gradient)
             chunk = self._chunks[-1]
-            self._check_batch(chunk, use, gradient)
+            self._check_batch(chunk, use, records_in(use, gradient))
             for parameter, term in self._rules[use.path](use, tensors, gradient):
                 index = self._index.get(id(parameter), self._places(parameter, use.module))
                 if index is not None and self._parameters[index].requires_grad:
-                    book = chunk.books.setdefault(index, ParameterBook(parameter.shape))
                     term = term if self._users is None else regroup(term, chunk.records)
-                    book.add(term, self._grams, use.path)
+                    self._add_term(chunk.books, index, parameter, term, use.path)
             chunk.model_passes.add(use.model_pass)
         except BaseException:
             self._failed = True
             raise
 
-    def _check_batch(self, chunk: _Chunk, use: Use, gradient: Tensor) -> None:
-        rows = gradient.shape[0] if gradient.dim() > 1 else 0
+    def _add_term(
+        self, books: dict[int, Book], index: int, parameter: nn.Parameter, term: Term | Routed, path: str
+    ) -> None:
+        """Add one use of a parameter to its book."""
+        if isinstance(term, Routed):
+            routed = books.setdefault(index, RoutedBook(parameter.shape))
+            if isinstance(routed, RoutedBook):
+                return routed.add(term, self._grams, path)
+        else:
+            plain = books.setdefault(index, ParameterBook(parameter.shape))
+            if isinstance(plain, ParameterBook):
+                return plain.add(term, self._grams, path)
+        raise ValueError(f"{path}: a stack of experts is also used otherwise than by its experts. Freeze it")
+
+    def _check_batch(self, chunk: _Chunk, use: Use, rows: int) -> None:
         if not chunk.books:
             chunk.rows = rows
         if rows != chunk.rows or rows == 0:
             raise ValueError(
-                f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of shape "
-                f"{tuple(gradient.shape)}, other layers have {chunk.rows} records: the batch must be the first "
-                "dimension of every layer's input and output"
+                f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of {rows} records, others "
+                f"have {chunk.rows}: the batch must be the first dimension of every layer's input and output"
             )
         if not chunk.books:
             chunk.records = rows if self._users is None else self._users(rows)
@@ -255,7 +270,7 @@ class BookKeepingSource:
         self._released = True
 
     def _add(
-        self, parameter: nn.Parameter, book: ParameterBook, weights: Weights, total: Tensor | None, place: Place | None
+        self, parameter: nn.Parameter, book: Book, weights: Weights, total: Tensor | None, place: Place | None
     ) -> Tensor:
         """Return ``total`` plus the weighted sum of a book."""
         out = place(parameter) if total is None and place is not None and not self._exact_sums else None

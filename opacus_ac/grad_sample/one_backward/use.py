@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from opacus_ac.grad_sample.one_backward.experts import Product
 
 
 @dataclass
@@ -42,6 +44,10 @@ class Call:
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
 
+    def without(self, unwanted: Callable[[Any], bool]) -> Call:
+        """Return the same with None in the place of some of the rest."""
+        return Call([None if unwanted(leaf) else leaf for leaf in self.leaves], self.places, self.spec)
+
 
 _ONE_TENSOR = Call([], [], None)
 
@@ -65,6 +71,12 @@ class Use:
     """Number of the forward pass of the model."""
     flattened: tuple[int, int] | None = None
     """``(B, T)`` if the module may have been called with ``[B T, d]`` instead of ``[B, T, d]``."""
+    product: Product | None = None
+    """The product that this use is, without its tensors, if the module holds experts."""
+    gradients: tuple[Tensor | None, ...] | None = None
+    """Gradients at all floating-point outputs, if the module returns several. An output without gradient has None."""
+    is_split: bool = False
+    """Whether the tensors came as ``[B T, d]`` and were reshaped to ``[B, T, d]``."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the kept tensors, which are recomputed if the forward pass was checkpointed. Works once only."""
@@ -82,22 +94,46 @@ class Tracked:
         module: the module.
         parameters: the parameters whose gradients are computed from its uses.
         keep_output: whether a use keeps the output, too.
+        is_experts: whether it holds experts. Each of their products is a use.
     """
 
     path: str
     module: nn.Module
     parameters: tuple[nn.Parameter, ...]
     keep_output: bool = False
+    is_experts: bool = False
 
 
 def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return tensors and gradient of a use as ``[B, T, d]``, if they came as ``[B T, d]``."""
-    if use.flattened is None or gradient.dim() != 2 or gradient.shape[0] != use.flattened[0] * use.flattened[1]:
+    if use.flattened is None or use.product is not None:
         return tensors, gradient
+    if gradient.dim() != 2 or gradient.shape[0] != use.flattened[0] * use.flattened[1]:
+        return tensors, gradient
+    use.is_split = True
 
     def split(tensor: Tensor) -> Tensor:
         assert use.flattened is not None
         whole = tensor.dim() > 0 and tensor.shape[0] == gradient.shape[0]
         return tensor.reshape(*use.flattened, *tensor.shape[1:]) if whole else tensor
 
+    if use.gradients is not None:
+        use.gradients = tuple(None if g is None else split(g) for g in use.gradients)
     return tuple(split(t) for t in tensors), split(gradient)
+
+
+def records_in(use: Use, gradient: Tensor) -> int:
+    """Return the number of records of a use; 0 where the gradient at its output has no dimension for them.
+
+    Raises:
+        ValueError: If rows are handed to experts of which nothing tells which record they belong to.
+    """
+    if use.product is None:
+        return gradient.shape[0] if gradient.dim() > 1 else 0
+    if use.flattened is None or use.flattened[0] * use.flattened[1] != use.product.rows:
+        raise ValueError(
+            f"{use.path or 'the model'} ({type(use.module).__name__}) holds experts and is handed {use.product.rows} "
+            "rows, and nothing tells which record they belong to. Call it from a module that takes [B, T, d], or "
+            "freeze it"
+        )
+    return use.flattened[0]

@@ -24,7 +24,7 @@ class Weights:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._all = values
+        self.all = values
         kept = values.nonzero().reshape(-1)
         self._kept = None if kept.numel() == values.numel() else kept
         self.values = values if self._kept is None else values[kept]
@@ -35,13 +35,13 @@ class Weights:
 
     def of(self, record: int) -> float:
         """Return the weight of one record."""
-        return float(self._all[record])
+        return float(self.all[record])
 
     def without(self, records: list[int]) -> Weights:
         """Return the same weights, but 0 for some records."""
         if not records:
             return self
-        values = self._all.clone()
+        values = self.all.clone()
         values[records] = 0
         return Weights(values)
 

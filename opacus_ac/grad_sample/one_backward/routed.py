@@ -1,0 +1,223 @@
+"""Per-sample gradients of a stack of matrices, of which every row of a batch uses one: the experts of a mixture.
+
+Row s uses matrix ``e_s`` and belongs to record ``r_s``. For every expert, the gradient of a record is a sum of outer
+products::
+
+    G_i[e] = sum_{s: r_s = i, e_s = e} left_s (x) right_s
+
+The rows of one record in one expert are a group. Groups take the place of records in what is known of sums of outer
+products (:mod:`norm_sums`). The squared norm of a record is the sum over its groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from opacus_ac.grad_sample.one_backward import written_down
+from opacus_ac.grad_sample.one_backward.bounds import Certificate, squared_norms, unit, wide
+from opacus_ac.grad_sample.one_backward.gram import GramCache
+from opacus_ac.grad_sample.one_backward.matmul import inner
+from opacus_ac.grad_sample.one_backward.norm_sums import NormSums, dense_sizes, dense_sums
+from opacus_ac.grad_sample.one_backward.outer_products import Dense
+from opacus_ac.grad_sample.one_backward.weighted_sums import Weights, add_product
+from opacus_ac.grad_sample.unchanged import Unchanged
+
+_NUMBERS = 1 << 24
+"""Numbers of gradients of groups that are written down at a time, for their norms."""
+
+
+@dataclass
+class Routed:
+    """What one use of a stack of matrices ``[E, I, J]`` adds to gradients of records; rows are in the order of experts.
+
+    Attributes:
+        left: ``[S, I]``.
+        right: ``[S, J]``.
+        records: which record a row belongs to, ``[S]`` integers.
+        counts: number of rows of each expert, in order.
+        batch: number of records.
+    """
+
+    left: Tensor
+    right: Tensor
+    records: Tensor
+    counts: list[int]
+    batch: int
+
+    def groups(self) -> Tensor:
+        """Return the group of each row, ``expert * B + record``, ``[S]``."""
+        counts = torch.tensor(self.counts, device=self.records.device)
+        experts = torch.arange(len(self.counts), device=self.records.device).repeat_interleave(counts)
+        return experts * self.batch + self.records
+
+    def experts(self) -> Iterator[tuple[int, slice]]:
+        """Yield the experts that have rows, with their stretch."""
+        first = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(first, first + count)
+            first += count
+
+    def of_expert(self, rows: slice, record: int) -> Dense:
+        """Return the outer products of one record in a stretch, as a batch of one."""
+        chosen = (self.records[rows] == record).nonzero().reshape(-1)
+        return Dense(self.left[rows][chosen].unsqueeze(0), self.right[rows][chosen].unsqueeze(0))
+
+
+@dataclass
+class RoutedBook:
+    """What the records of one backward pass contribute to the gradient of one stack of matrices ``[E, I, J]``."""
+
+    shape: torch.Size
+    uses: list[Routed] = field(default_factory=list)
+    apart: list[int] = field(default_factory=list)
+    _used: Unchanged = field(default_factory=Unchanged)
+    rows = None
+
+    def add(self, term: Routed, cache: GramCache, path: str = "") -> None:
+        """Add one use of the stack, by the module ``path``."""
+        self.uses.append(term)
+        self._used.note(f"rows of {path}", term.left, term.right, term.records)
+
+    def certificate(self) -> Certificate:
+        """What is known of each record's norm.
+
+        Raises:
+            ValueError: what it was computed from was written to since.
+        """
+        self._used.check()
+        use = self._together()
+        found, held = _found(use), use.left
+        return found.certify(found.squares, held, self.shape.numel())
+
+    def _together(self) -> Routed:
+        """Return all uses as one: rows of a second use are more rows of the same groups."""
+        if len(self.uses) > 1:
+            first, *others = self.uses
+            for other in others:
+                first = _joined(first, other)
+            self.uses = [first]
+            self._used = Unchanged()
+            self._used.note("the rows of experts", first.left, first.right, first.records)
+        return self.uses[0]
+
+    def write_down(self, record: int) -> tuple[float, float]:
+        """Compute a record's gradient in float64 from now on; return a bound of its norm, and the squared norm."""
+        self.apart.append(record)
+        use = self._together()
+        bound, square = 0.0, 0.0
+        for _, rows in use.experts():
+            one = use.of_expert(rows, record)
+            own = unit(one.left.dtype, one.left.device)
+            part, part_square = written_down.bound(self.shape[1:], [one], [], 0, own)
+            bound, square = (bound**2 + part**2) ** 0.5, square + part_square
+        return bound, square
+
+    def is_zero(self, record: int) -> bool:
+        """Whether nothing but zeros was added up for a record."""
+        return all(
+            not bool((use.left[own].abs().amax(1) * use.right[own].abs().amax(1)).any())
+            for use in self.uses
+            if len(own := (use.records == record).nonzero().reshape(-1))
+        )
+
+    def weighted_sum(self, weights: Weights, out: Tensor) -> None:
+        """Write ``sum_i weights[i] G_i`` into ``out``, of the stack's shape, in its type.
+
+        Raises:
+            ValueError: what the norms were computed from was written to since.
+        """
+        self._used.check()
+        use = self._together()
+        together = weights.without(self.apart)
+        factors = together.all.to(device=out.device, dtype=out.dtype)[use.records]
+        one = torch.ones(1, 1, 1, dtype=out.dtype, device=out.device)
+        out.zero_()
+        for expert, rows in use.experts():
+            kept = factors[rows].nonzero().reshape(-1)
+            left, right = (wide(side[rows][kept]).to(out.dtype) for side in (use.left, use.right))
+            left = left * factors[rows][kept].unsqueeze(1)
+            add_product(out[expert], left.unsqueeze(0), right.unsqueeze(0), one, first=True)
+        for record in self.apart:
+            if weights.of(record) != 0:
+                self._add_apart(use, record, weights.of(record), out)
+
+    def _add_apart(self, use: Routed, record: int, weight: float, out: Tensor) -> None:
+        for expert, rows in use.experts():
+            for part, block in written_down.blocks(self.shape[1:], [use.of_expert(rows, record)], [], 0):
+                out[expert][part] += block.mul_(weight).to(out)
+
+    @property
+    def routes(self) -> str:
+        """How the norm is computed, for tests and reports."""
+        return "routed"
+
+
+def _joined(one: Routed, other: Routed) -> Routed:
+    if one.batch != other.batch or len(one.counts) != len(other.counts):
+        raise ValueError("two uses of one stack of experts have different records: use it once for every record")
+    groups = torch.cat([one.groups(), other.groups()])
+    order = groups.argsort(stable=True)
+    return Routed(
+        torch.cat([one.left, other.left.to(one.left.dtype)])[order],
+        torch.cat([one.right, other.right.to(one.right.dtype)])[order],
+        torch.cat([one.records, other.records])[order],
+        [a + b for a, b in zip(one.counts, other.counts, strict=True)],
+        one.batch,
+    )
+
+
+def _found(use: Routed) -> NormSums:
+    """Return what is known of the norms of records, from that of their groups."""
+    ids, sizes = use.groups().unique(return_counts=True)  # rows of a group need not be next to each other
+    order = use.groups().argsort(stable=True)
+    starts = sizes.cumsum(0) - sizes
+    batch, device = use.batch, use.left.device
+    total = None
+    for length, chosen in _by_length(sizes):
+        place = starts[chosen].unsqueeze(1) + torch.arange(length, device=device)
+        inside = place < (starts + sizes)[chosen].unsqueeze(1)
+        rows = order[place.clamp(max=len(order) - 1)]
+        left, right = (side[rows].masked_fill(~inside.unsqueeze(2), 0) for side in (use.left, use.right))
+        part = _of_records(_groups_found(Dense(left, right)), ids[chosen] % batch, batch)
+        total = part if total is None else replace(total.plus(part), uses=1)
+    if total is None:  # no row at all
+        zeros = torch.zeros(batch, dtype=torch.float64, device=device)
+        total = NormSums(zeros, zeros, zeros, 1, 1, 0.0)
+    return total
+
+
+def _by_length(sizes: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield groups ``[G]`` by the power of two that their size is filled up to; it does not depend on other groups."""
+    powers = (sizes - 1).clamp(min=0).double().add(0.5).log2().floor().add(1).clamp(min=0).long()
+    for power in powers.unique().tolist():
+        yield 1 << power, (powers == power).nonzero().reshape(-1)
+
+
+def _groups_found(groups: Dense) -> NormSums:
+    """Return what is known of the norms of groups: by Gram matrices, or by their gradients where that is less work."""
+    length, height, width = groups.left.shape[1], groups.left.shape[2], groups.right.shape[2]
+    if length * (height + width) <= height * width:
+        return dense_sums(groups, GramCache())
+    found = dense_sizes(groups, GramCache())
+    step = max(1, _NUMBERS // (height * width))
+    parts = []
+    for first in range(0, len(groups.left), step):
+        left, right = (wide(side[first : first + step]) for side in (groups.left, groups.right))
+        parts.append(squared_norms(inner(left.transpose(1, 2), right.transpose(1, 2))))
+    return replace(found, squares=torch.cat(parts))
+
+
+def _of_records(groups: NormSums, records: Tensor, batch: int) -> NormSums:
+    """Return what is known of records, from their groups; records ``[G]``."""
+    zeros = torch.zeros(batch, dtype=torch.float64, device=records.device)
+    return replace(
+        groups,
+        squares=zeros.index_add(0, records, groups.squares.to(records.device)),
+        reach=zeros.index_add(0, records, groups.reach),
+        largest=zeros.scatter_reduce(0, records, groups.largest, "amax"),
+    )
