@@ -39,7 +39,7 @@ def follow(policy, *, batch, noise, steps, seed, spread=1.0):
 
 
 def release(mechanism, statistics, bound, batch, step=1):
-    histogram, loss, _ = mechanism.release_statistics(statistics, batch)
+    histogram, loss, *_ = mechanism.release_statistics(statistics, batch)
     return StepRelease(
         step=step,
         max_grad_norm=bound,

@@ -116,6 +116,9 @@ def test_a_state_with_or_without_a_part_of_its_own_is_refused(planted, monkeypat
 
 # ---------------------------------------------------------------- states that are damaged
 
+#: (part, entry) that states of before do not have, and that :meth:`Part.load_state_dict` can therefore do without.
+ADDED_LATER: set[tuple[str, str]] = set()
+
 RUNS = {
     "gradients": {"noise_allocation": NoiseAllocation(), "loss_bound": 5.0},
     "paid allocation": {"noise_allocation": NoiseAllocation(source="paid")},
@@ -138,6 +141,9 @@ def test_a_state_without_any_of_its_entries_changes_nothing(run):
     for name, key in entries:
         state = copy.deepcopy(whole)
         del state["opacus_ac"][name][key]
+        if (name, key) in ADDED_LATER:
+            make(**RUNS[run])[2].load_state_dict(state)
+            continue
         with pytest.raises(ValueError, match=r"damaged|another|other"):
             optimizer.load_state_dict(state)
         assert digest(optimizer.state_dict()) == before, (name, key)
