@@ -28,10 +28,12 @@ DOCS = ROOT / "docs"
 
 #: Modules without public names, and why.
 INTERNAL = {
+    "_bytes": "how tensors are read as bytes",
     "_lazy": "how rooms import names on first use",
     "_validate": "parts of argument checks",
     "_version": "opacus_ac.__version__ says it",
     "__main__": "a script",
+    "protocols": "what the parts of a private optimizer offer each other",
     "models.loss_heads": "parts of what makes losses per record",
     "integrations.lightning_released": "parts of Lightning's PrivacyCallback",
     "integrations.public_rows": "parts of PrivateTrainer, of the command line and of Lightning's callback",
