@@ -26,13 +26,15 @@ class Shape:
     tied: bool = True
     family: str = "Qwen2"
     lora_rank: int = 0
+    experts: int = 0
     at_once: int = 0
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
         lora = f", LoRA r{self.lora_rank} on q and v" if self.lora_rank else ""
         size = f"hidden {self.hidden}, {self.layers} layers, vocabulary {self.vocab}"
-        return f"{self.family}, {size}, {tied}{lora}; {self.batch} records of {self.length} tokens"
+        experts = f", two of {self.experts} experts for a token" if self.experts else ""
+        return f"{self.family}, {size}{experts}, {tied}{lora}; {self.batch} records of {self.length} tokens"
 
 
 SHAPES = {
@@ -42,6 +44,8 @@ SHAPES = {
     "c": Shape(896, 24, 14, 2, 4864, 151936, 2, 64, at_once=1),
     "bitnet": Shape(384, 6, 6, 3, 1056, 8192, 8, 128, family="BitNet"),
     "lora": Shape(512, 4, 8, 4, 1408, 49152, 8, 64, lora_rank=8),
+    "mixtral": Shape(256, 4, 8, 4, 512, 8192, 8, 128, tied=False, family="Mixtral", experts=8),
+    "qwen3-moe": Shape(256, 4, 8, 4, 512, 8192, 8, 128, tied=False, family="Qwen3Moe", experts=8),
     "gpu": Shape(576, 30, 9, 3, 1536, 49152, 16, 512),
     "tiny": Shape(32, 1, 4, 2, 48, 64, 2, 8, tied=False),
 }
@@ -66,7 +70,12 @@ def new_model(shape: Shape) -> nn.Module:
     }
     if shape.family == "BitNet":
         return _with_bit_linears(transformers.BitNetForCausalLM(transformers.BitNetConfig(**config))).train()
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
+    if shape.experts:
+        names = ("num_local_experts",) if shape.family == "Mixtral" else ("num_experts",)
+        config |= dict.fromkeys(names, shape.experts) | {"num_experts_per_tok": 2}
+        config |= {} if shape.family == "Mixtral" else {"moe_intermediate_size": shape.intermediate, "head_dim": 32}
+    kind = getattr(transformers, f"{shape.family}Config")
+    model = getattr(transformers, f"{shape.family}ForCausalLM")(kind(**config))
     if shape.lora_rank:
         from peft import LoraConfig, get_peft_model
 
