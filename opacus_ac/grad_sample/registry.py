@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
 from opacus_ac.grad_sample.rules.embedding import embedding, is_scaled_lookup
-from opacus_ac.grad_sample.rules.linear import conv1d
+from opacus_ac.grad_sample.rules.embedding_bag import embedding_bag
+from opacus_ac.grad_sample.rules.linear import conv1d, is_plain_linear
 from opacus_ac.grad_sample.rules.normalization import layer_norm, offset_rms_norm, rms_norm, rms_norm_offset
 
 GradSampler = Callable[[Any, list[Tensor], Tensor], dict[nn.Parameter, Tensor]]
@@ -58,6 +59,7 @@ OWN_RULES: tuple[GradSampler, ...] = (
     auto_bitlinear,
     conv1d,
     embedding,
+    embedding_bag,
     layer_norm,
     offset_rms_norm,
     rms_norm,
@@ -125,6 +127,7 @@ def _replace(cls: type[nn.Module], rule: GradSampler) -> None:
 
 def _register_fixed_types() -> None:
     _replace(nn.Embedding, embedding)
+    _replace(nn.EmbeddingBag, embedding_bag)
     _replace(nn.LayerNorm, layer_norm)
     # If a model has layers of transformers, their modules are imported already. So they need no import here.
     for source, name, rule in (
@@ -140,6 +143,8 @@ def _recognised(modules: list[nn.Module]) -> GradSampler | None:
     """Return the rule that fits all of these modules of one type, found by tests of their behaviour; else None."""
     if all(is_scaled_lookup(m) for m in modules):
         return embedding
+    if all(is_plain_linear(m) for m in modules):
+        return STOCK[nn.Linear]
     offsets = {rms_norm_offset(m) for m in modules}
     if offsets == {0.0}:
         return rms_norm

@@ -98,14 +98,16 @@ class PublicSide:
     def controlled_learning_rate(self) -> Iterator[None]:
         """Multiply the learning rates for the length of the inner step; schedulers keep seeing their own."""
         multiplier = 1.0 if self.control is None else self.control.multiplier
-        base = [group["lr"] for group in self.inner.param_groups]
+        # A rate of None is one that the optimizer chooses itself (Adafactor): there is nothing to multiply.
+        groups = [group for group in self.inner.param_groups if group.get("lr") is not None]
+        base = [group["lr"] for group in groups]
         if multiplier != 1.0:
-            for group in self.inner.param_groups:
+            for group in groups:
                 group["lr"] = group["lr"] * multiplier
         try:
             yield
         finally:
-            for group, lr in zip(self.inner.param_groups, base, strict=True):
+            for group, lr in zip(groups, base, strict=True):
                 group["lr"] = lr
 
     def averaged_weights(self) -> AbstractContextManager[None]:

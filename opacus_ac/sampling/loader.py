@@ -12,9 +12,11 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
 )
 
 from opacus_ac.noise.secret_state import secret_randomness
@@ -244,6 +246,25 @@ def _check_collate(loader: DataLoader[Any], max_rows_per_user: int | None) -> No
         check_rows_of_users(loader.dataset, collate)
 
 
+def _why_refused(sampler: Any) -> str:
+    """Return why batches are not drawn in the place of a sampler, and what to pass instead."""
+    name = type(sampler).__name__
+    if type(sampler) is SubsetRandomSampler:
+        return (
+            f"the sampler {name} chooses a part of the dataset, and batches are drawn from all of it: pass the part "
+            "itself, torch.utils.data.Subset(dataset, indices), with shuffle=True"
+        )
+    if isinstance(sampler, DistributedSampler):
+        return (
+            f"the sampler {name} gives every process records of its own, and batches are drawn from all records: pass "
+            "a DataLoader without it. Under torchrun the processes then share each draw"
+        )
+    return (
+        f"no privacy bound is known for the sampler {name}: records drawn with weights or with replacement are not "
+        "Poisson sampled. Pass a DataLoader with shuffle=True or False"
+    )
+
+
 def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:
     """Return (expected batch size, batches per pass) of a loader whose sampling can be accounted for."""
     if isinstance(loader.dataset, IterableDataset):
@@ -263,10 +284,7 @@ def _check(loader: DataLoader[Any], drawn: bool) -> tuple[float, int]:
     known = type(order) is SequentialSampler or (type(order) is RandomSampler and not order.replacement)
     whole_pass = type(order) is not RandomSampler or order.num_samples <= records
     if not (known and whole_pass):
-        raise ValueError(
-            f"no privacy bound is known for the sampler {type(order).__name__}: records drawn with weights or with "
-            "replacement are not Poisson sampled. Pass a DataLoader with shuffle=True or False"
-        )
+        raise ValueError(_why_refused(order))
     if drawn and sampler.batch_size > records:
         raise ValueError(
             f"batch_size {sampler.batch_size} exceeds the number of records {records}, so the sample rate would exceed "

@@ -102,7 +102,7 @@ def hparams_summaries(optimizer: AdaptiveClipDPOptimizer, meta: dict[str, Any]) 
         "lr_control": optimizer.control is not None,
         "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
         "optimizer": type(optimizer.original_optimizer).__name__,
-        "lr": optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]),
+        "lr": optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0].get("lr")),
     }
     # torch writes a bool as the number 1.0.
     shown = {name: str(value) if isinstance(value, bool) else value for name, value in values.items()}

@@ -614,3 +614,25 @@ def test_records_are_gone_when_the_sums_are_formed() -> None:
     assert all(reference() is None for reference in references)
     assert value is not None  # the loss, and with it the graph, is still there
     detach()
+
+
+class ChangedInPlace(nn.Module):
+    """What follows a layer without a rule changes its output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale, self.head = nn.Linear(6, 6), Counting("not at all"), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.scale(self.body(x))
+        hidden += 1
+        return self.head(hidden)
+
+
+def test_the_output_of_a_module_that_is_run_again_may_be_changed_in_place() -> None:
+    torch.manual_seed(0)
+    model = ChangedInPlace().double().train()
+    source, detach = attached(model)
+    loss(model).backward()
+    torch.testing.assert_close(source.finish_batch(), norms_of_plain(model), rtol=1e-6, atol=0)
+    detach()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opacus_ac.grad_sample.alone.isolated import isolated_twin
 from opacus_ac.grad_sample.alone.single import Cut, floats_in
 
-_INTRO = "a record's gradient in the batch is not the one that it gets alone: "
+_INTRO = "per-sample gradients would not be exact: a record's gradient in the batch is not the one that it gets alone: "
 _INPUT = (
     "{name} ({kind}) is the first layer whose input does not have the records in its first dimension, in the order of "
     "the batch. Sort, pack, permute or flatten the batch before it is passed to the model (in collate_fn), hand each "

@@ -68,7 +68,7 @@ class _Examiner:
                 "it is a container whose forward is never called, so no hook sees its parameters. Put them on a "
                 f"module that is called (LoRA: leave embedding layers out of target_modules), {_FREEZE}"
             )
-        if isinstance(module, nn.Embedding) and (reason := unsupported(module)) is not None:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (reason := unsupported(module)) is not None:
             return f"{reason}. Switch it off, {_FREEZE}"
         if not constant_buffers_ok(module) and not self._is_watched_in_bk(module):
             return (

@@ -190,7 +190,7 @@ class Capture:
             )
         call, tensors = Call.of(args, kwargs)
         if tracked.keep_output:
-            tensors = [*tensors, output]
+            tensors = [*tensors, output.clone()]  # what comes next may change it in place
         shared = self._is_shared(module, output, tensors)
         if shared:
             # The output is expanded, so that its gradient has one part per record. Its values are the same.

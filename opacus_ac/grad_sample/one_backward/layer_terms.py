@@ -32,6 +32,7 @@ from opacus_ac.grad_sample.rules.bitlinear import (
     ste_linear_factors,
 )
 from opacus_ac.grad_sample.rules.embedding import embedding, lookup_terms, replayed_ids
+from opacus_ac.grad_sample.rules.embedding_bag import bag_terms, bags_of, embedding_bag
 from opacus_ac.grad_sample.rules.linear import conv1d, dense_terms
 from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm, rms_norm_rows
 
@@ -52,6 +53,13 @@ def _conv1d(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
 
 def _lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
     return lookup_terms(use.module, _ids_by_record(tensors[0], backprops), backprops)
+
+
+def _bag(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+    args, kwargs = use.call.arguments(tensors)
+    assert isinstance(use.module, nn.EmbeddingBag)
+    kwargs = {name.replace("input", "ids"): value for name, value in kwargs.items()}
+    return bag_terms(use.module, bags_of(use.module, *args, **kwargs), backprops)
 
 
 def _ste_linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -274,6 +282,7 @@ _FAMILIES: dict[GradSampler, TermRule] = {
     STOCK[nn.Linear]: _linear,
     conv1d: _conv1d,
     embedding: _lookup,
+    embedding_bag: _bag,
     ste_linear: _ste_linear,
     rms_norm: _rms_norm,
     offset_rms_norm: _rms_norm,

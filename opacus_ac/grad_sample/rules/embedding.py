@@ -14,7 +14,7 @@ from opacus_ac.grad_sample.module_replay import bare_twin, call_forward, map_ten
 from opacus_ac.grad_sample.one_backward.outer_products import Lookup, Term
 
 
-def unsupported(module: nn.Embedding) -> str | None:
+def unsupported(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     """Return the reason why this embedding cannot be trained privately; None if it can."""
     if module.max_norm is not None:
         return "max_norm rewrites rows of the weight in the forward pass, without noise"

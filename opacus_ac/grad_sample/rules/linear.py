@@ -5,8 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.module_replay import bare_twin, call_forward, map_tensors, to_double
 from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Rows, Term
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Say whether a subclass of ``nn.Linear`` computes what its base does, by a probe in float64 (Falcon's layers)."""
+    if not isinstance(module, nn.Linear) or module.weight.is_meta or set(module._parameters) != {"weight", "bias"}:
+        return False
+    if list(module.buffers()) or list(module.children()):
+        return False
+    twin = bare_twin(module)
+    map_tensors(twin, to_double)
+    x = torch.randn(2, 3, twin.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x.to(twin.weight.device)
+    try:
+        with torch.no_grad():
+            output = call_forward(twin, x)
+            expected = nn.functional.linear(x, twin.weight, twin.bias)
+    except Exception:  # a forward that wants something else is not this family
+        return False
+    return isinstance(output, Tensor) and output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-9)
 
 
 def outer_products(left: Tensor, right: Tensor) -> Tensor:

@@ -153,7 +153,8 @@ class ReleasedLog:
 
     def add_step(self, loss: float | None) -> None:
         """Note the learning rates of a step, and its noisy loss (None if no loss is released)."""
-        self._rates = [float(group["lr"]) for group in self._trainer.private_optimizer.param_groups]
+        rates = (group.get("lr") for group in self._trainer.private_optimizer.param_groups)
+        self._rates = [float(rate) for rate in rates if rate is not None]
         self._total += math.nan if loss is None else loss
         self._steps += 1
 
