@@ -14,7 +14,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Say whether a subclass of ``nn.Linear`` computes what its base does, by a probe in float64 (Falcon's layers)."""
     if not isinstance(module, nn.Linear) or module.weight.is_meta or set(module._parameters) != {"weight", "bias"}:
         return False
-    if list(module.buffers()) or list(module.children()):
+    if module._buffers or module._modules:
         return False
     twin = bare_twin(module)
     map_tensors(twin, to_double)
