@@ -636,3 +636,45 @@ def test_the_output_of_a_module_that_is_run_again_may_be_changed_in_place() -> N
     loss(model).backward()
     torch.testing.assert_close(source.finish_batch(), norms_of_plain(model), rtol=1e-6, atol=0)
     detach()
+
+
+class RowByRow(nn.Module):
+    """Runs a layer on one record after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.layer(row) for row in x.split(1)])
+
+
+class FlatLookup(nn.Module):
+    """Looks all tokens up at once, as ``[B T]``, by an embedding with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Shifted(9, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids.flatten()).view(*ids.shape, 6)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids + 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "x"), [(RowByRow, torch.randn(4, 6).double()), (FlatLookup, torch.arange(8).view(4, 2))]
+)
+def test_what_is_not_for_all_records_is_not_expanded(make: Any, x: Tensor) -> None:
+    """The output stays what it is; that the rows are not the records shows in their number."""
+    model = make().double().train()
+    want = model(x)
+    source, detach = attached(model)
+    got = model(x)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+    assert source.records != len(x)
+    detach()

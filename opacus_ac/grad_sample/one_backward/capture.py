@@ -8,7 +8,7 @@ changes in place work for it as for any other saved tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -191,12 +191,10 @@ class Capture:
         call, tensors = Call.of(args, kwargs)
         if tracked.keep_output:
             tensors = [*tensors, output.clone()]  # what comes next may change it in place
-        shared = self._is_shared(module, output, tensors)
+        shared = self._is_shared(tracked, output)
         if shared:
             # The output is expanded, so that its gradient has one part per record. Its values are the same.
-            output = output.expand(self._batch[0], *output.shape[1 if output.shape[0] == 1 else 0 :])
-            if not isinstance(module, nn.Embedding):
-                tensors = [t.expand(self._batch[0], *t.shape[1:]) for t in tensors]
+            output = output.expand(self._batch[0], *output.shape[1 if output.dim() > 2 else 0 :])
         use = self._use(tracked, call, tensors, output.device)
         watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
         return output if shared and watched is None else watched
@@ -207,23 +205,25 @@ class Capture:
         autocast = _autocast_of(device.type)
         return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened)
 
-    def _is_shared(self, module: nn.Module, output: Tensor, tensors: Sequence[Tensor]) -> bool:
-        """Say whether a call was for all records at once: a leading dimension of 1, or a lookup of positions."""
+    def _is_shared(self, tracked: Tracked, output: Tensor) -> bool:
+        """Say whether a lookup was for all records at once: ``[1, T, d]``, or ``[T, d]`` of positions.
+
+        Only embeddings with a forward of their own are asked; ids of others are expanded before the lookup.
+        """
         records, *others = self._batch
-        if records < 2 or not output.dim():
+        if records < 2 or not tracked.keep_output or not isinstance(tracked.module, nn.Embedding):
             return False
-        if not isinstance(module, nn.Embedding):
-            return all(t.dim() > 1 and t.shape[0] == 1 for t in (output, *tensors))
-        if output.dim() != 2 or output.shape[0] == 1:
-            return output.shape[0] == 1
-        if output.shape[0] != records:
-            self._positions.add(id(module))
-        elif records in others and id(module) not in self._positions:
+        if output.dim() != 2:
+            return output.dim() > 2 and output.shape[0] == 1
+        key, rows = id(tracked.module), output.shape[0]
+        if rows != records and rows in others:
+            self._positions.add(key)
+        elif rows == records and rows in others and key not in self._positions:
             raise ValueError(
-                f"{self._tracked[id(module)].path} ({type(module).__name__}) looks up {records} rows, which may be "
-                "positions or records: batch and sequence are of one size. Give the first batch another length"
+                f"{tracked.path} ({type(tracked.module).__name__}) looks up {records} rows, which may be positions or "
+                "records: batch and sequence are of one size. Give the first batch another length"
             )
-        return id(module) in self._positions
+        return key in self._positions and rows in others
 
     def _check_buffers(self, tracked: Tracked) -> None:
         """Refuse a module that is run again and whose buffers its forward pass has changed."""
