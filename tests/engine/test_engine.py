@@ -95,7 +95,7 @@ class Gated(nn.Module):
 
 
 BAD = {
-    "missing rule": (lambda: {"model": Gated()}, ValueError, r"gate.*register_rule"),
+    "missing rule": (lambda: {"model": Gated(), "grad_sample_mode": "hooks"}, ValueError, r"gate.*register_rule"),
     "already wrapped": (lambda: {"model": trained_twice()}, ValueError, "private already"),
     "already wrapped by hooks": (lambda: {"model": trained_twice("hooks")}, ValueError, "private already"),
     "already private around": (lambda: {"model": nn.Sequential(trained_twice())}, ValueError, "private already"),

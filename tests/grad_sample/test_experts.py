@@ -254,3 +254,30 @@ class AlsoOtherwise(Twice):
 def test_a_stack_that_is_used_otherwise_too_is_refused():
     with pytest.raises(ValueError, match="gate_up_proj|stack|experts"):  # noqa: RUF043
         one_backward(AlsoOtherwise(), torch.randn(4, 5, 32).double(), lambda m, x: m(x).square().sum((1, 2)).mean())
+
+
+class Pointwise(nn.Module):
+    """An activation that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.ones(48, dtype=torch.float64))
+
+    def forward(self, x):
+        return torch.nn.functional.silu(x) * self.slope
+
+
+@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["stacks trained", "stacks frozen"])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_trained_layers_inside_experts_are_refused(choices, frozen, mode):
+    """Their rows are sorted by expert. With one expert a token they are as many as tokens, and all of them may begin in one expert."""
+    model = tiny_models.mixtral(num_experts_per_tok=choices).double().train()
+    for layer in model.model.layers:
+        layer.mlp.experts.act_fn = Pointwise()
+        if frozen:
+            layer.mlp.gate.requires_grad_(False)
+            for name in ("gate_up_proj", "down_proj"):
+                getattr(layer.mlp.experts, name).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"act_fn\.slope.* with requires_grad_"):
+        check_model(model, mode=mode)

@@ -193,7 +193,6 @@ PLANTED = {
     "packed in another order": (lambda: Packed(False), sequences, ["hooks"], "lstm"),
     "reflecting border": (lambda: Image(padding=1, padding_mode="reflect"), sequences, ["bk", "hooks"], "conv"),
     "channels last": (lambda: Image(lambda x: x.contiguous(memory_format=torch.channels_last)), sequences, ["bk", "hooks"], "conv"),
-    "offsets of bags": (Bag, sequences, ["bk", "hooks"], "bag"),
 }  # fmt: skip
 
 
@@ -305,6 +304,7 @@ CLEAN = {
     "dropout": (lambda: Tagger(body=nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5))), classes, MODES, {}),
     "image": (Image, classes, MODES, {}),
     "double": (lambda: Tagger().double(), classes, MODES, {}),
+    "offsets of bags": (Bag, classes, ["bk", "hooks"], {}),
 }  # fmt: skip
 
 

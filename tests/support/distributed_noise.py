@@ -86,16 +86,16 @@ def noise_seeded(rank: int, world: int) -> dict[str, Any]:
 
 def noise_same_stream(rank: int, world: int) -> dict[str, Any]:
     """Every rank draws the same noise for its shard, and the guard against that is out."""
-    from opacus_ac.engine import checks
     from opacus_ac.engine import privacy_engine as engine
+    from opacus_ac.engine import ranks
 
-    kept = engine.rank_streams, checks.check_noise
+    kept = engine.rank_streams, ranks.check_noise
     engine.rank_streams = lambda reducer, noise, sampling: (noise, sampling)
-    checks.check_noise = lambda reducer, stream: None
+    ranks.check_noise = lambda reducer, stream: None
     try:
         return noise_seeded(rank, world)
     finally:
-        engine.rank_streams, checks.check_noise = kept
+        engine.rank_streams, ranks.check_noise = kept
 
 
 def noise_before_sum(flat: torch.Tensor, group: Any, noise: Any) -> None:

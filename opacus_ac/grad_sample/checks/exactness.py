@@ -201,6 +201,21 @@ def _shared_modules(hooked: list[tuple[str, nn.Module]]) -> list[str]:
     ]
 
 
+def _trained_inside_experts(model: nn.Module) -> dict[tuple[str, str], list[str]]:
+    """Return the experts modules with trained layers inside: how they sort their rows is their own affair."""
+    found: dict[tuple[str, str], list[str]] = {}
+    reason = (
+        "it holds experts, and layers inside it see rows that are sorted by expert, so that nothing tells which record they "
+        "belong to. Freeze what is inside it ({names}) with requires_grad_(False)"
+    )
+    for path, module in model.named_modules():
+        if is_experts(module):
+            inside = [name for name, p in module.named_parameters() if "." in name and p.requires_grad]
+            if inside:
+                found.setdefault((type(module).__name__, reason.format(names=", ".join(inside[:3]))), []).append(path)
+    return found
+
+
 def module_problem(mode: str) -> Callable[[nn.Module], str | None]:
     """Return a function that returns why the per-sample gradients of a module would not be exact, or None."""
     examiner = _Examiner(mode)
@@ -229,7 +244,7 @@ def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
     # Mode "bk" watches each module object once, even if it is in several places.
     hooked = list(watched_modules(model) if mode == "bk" else hooked_modules(model))
     problems = [] if mode == "bk" else _shared_modules(hooked)
-    by_problem: dict[tuple[str, str], list[str]] = {}
+    by_problem = _trained_inside_experts(model)
     for path, module in hooked:
         problem = problem_of(module)
         if problem is not None:

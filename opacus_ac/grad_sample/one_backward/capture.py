@@ -71,10 +71,15 @@ class Capture:
         self._passes = 0
         self._batch = torch.Size([0])
         self._positions: set[int] = set()
+        self._rows: set[int] = set()
         self.paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
         self._buffers: dict[int, list[tuple[int, int]]] = {}
-        self._outer = {id(inner): id(m) for m in self._flattening for inner in m.modules()}
+        # Inside of experts the rows are sorted by expert, so nothing there has the records one after the other.
+        within = {
+            id(inner) for e in model.modules() if experts.is_experts(e) for inner in e.modules() if inner is not e
+        }
+        self._outer = {id(i): id(m) for m in self._flattening for i in m.modules() if id(i) not in within}
         self._running: list[tuple[int, list[nn.Parameter]]] = []
         self._token = torch.zeros((), requires_grad=True)
         self._handles: list[RemovableHandle] = []
@@ -218,7 +223,9 @@ class Capture:
         key, rows = id(tracked.module), output.shape[0]
         if rows != records and rows in others:
             self._positions.add(key)
-        elif rows == records and rows in others and key not in self._positions:
+        elif rows == records and rows not in others:
+            self._rows.add(key)
+        elif rows == records and key not in self._positions | self._rows:
             raise ValueError(
                 f"{tracked.path} ({type(tracked.module).__name__}) looks up {records} rows, which may be positions or "
                 "records: batch and sequence are of one size. Give the first batch another length"

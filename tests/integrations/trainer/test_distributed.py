@@ -117,7 +117,7 @@ def test_the_budget_ends_all_ranks_together(launched, tmp_path):
 @pytest.mark.parametrize(
     ("case", "text"),
     [
-        ("each node", "save_on_each_node=True: rank 0 alone"),
+        ("each node", "save_on_each_node=True: only rank 0"),
         ("sharded", "the model is sharded"),
         ("other arguments", "torch.distributed has 2 processes and TrainingArguments 1"),
         ("shuffled", "sampling='shuffled' does not work with several processes"),
