@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
@@ -39,6 +40,9 @@ class PartTensors:
         Raises:
             ValueError: If the optimizer trains parameters that are not in the model.
         """
+        for module in model.modules():  # a pass without gradients leaves the outermost one whole, in other parameters
+            if isinstance(module, FSDPModule):
+                module.reshard()
         names = {parameter: name for name, parameter in model.named_parameters()}
         moved = optimizer.measurement.moved
         if not all(parameter in names for parameter in moved):

@@ -205,8 +205,8 @@ def _trained_inside_experts(model: nn.Module) -> dict[tuple[str, str], list[str]
     """Return the experts modules with trained layers inside: how they sort their rows is their own affair."""
     found: dict[tuple[str, str], list[str]] = {}
     reason = (
-        "it holds experts, and layers inside it see rows that are sorted by expert, so that nothing tells which record they "
-        "belong to. Freeze what is inside it ({names}) with requires_grad_(False)"
+        "it holds experts, and layers inside it see rows that are sorted by expert, so that nothing tells which record "
+        "they belong to. Freeze what is inside it ({names}) with requires_grad_(False)"
     )
     for path, module in model.named_modules():
         if is_experts(module):
