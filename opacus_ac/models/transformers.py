@@ -249,17 +249,20 @@ class _Watch:
         traced = torch._C._functorch.peek_interpreter_stack() is not None  # values cannot be looked at
         # Cross entropies of tokens are computed wide; of records, in the precision of the logits.
         narrow = not self.head.of_tokens and any(torch.finfo(scores.dtype).bits < 32 for scores in logits)
+        agreed = []
         for entries in self.head.entries if self.entries is None else (self.entries,):
             try:
                 parts: list[Entries] = entries(logits, labels, self.model.config)
             except (ValueError, IndexError, RuntimeError):  # shapes that the head does not have
                 continue
             if traced or agrees(loss, parts, given.get("num_items_in_batch"), narrow=narrow):
-                break
-        else:
+                agreed.append((entries, parts))
+        tells = traced or math.isfinite(float(loss.detach()))  # a loss that is not finite is that of any head
+        if not agreed or (tells and len(agreed) > 1):  # of several losses with one value the gradients differ
             return None
-        if not traced and math.isfinite(float(loss.detach())):
-            self.entries = entries
+        found, parts = agreed[0]
+        if tells and not traced:
+            self.entries = found
         losses = torch.stack([part.per_record() for part in parts]).mean(0)
         return losses, torch.stack([part.counted.any(1) for part in parts]).any(0)
 

@@ -20,7 +20,8 @@ from opacus_ac.grad_sample import register_rules
 from opacus_ac.grad_sample.one_backward.capture import is_captured
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.one_backward.use import Use
-from opacus_ac.testing import check_norms, check_records_independent, per_sample_gradients
+from opacus_ac.grad_sample.registry import STOCK, sampler_of
+from opacus_ac.testing import check_norms, check_records_independent, opacus_table_restored, per_sample_gradients
 
 X = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -678,3 +679,35 @@ def test_what_is_not_for_all_records_is_not_expanded(make: Any, x: Tensor) -> No
     got.square().sum().backward()
     assert source.records != len(x)
     detach()
+
+
+class RoundsLater(nn.Linear):
+    """Computes what its base does, until it is told to round its weights."""
+
+    rounds = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.round() if self.rounds else self.weight
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_a_subclass_of_linear_that_changes_what_it_computes_is_followed() -> None:
+    """Its gradient is zero from then on: what it does is looked at in every step, and not once."""
+    torch.manual_seed(0)
+    with opacus_table_restored():
+        model = nn.Sequential(nn.Linear(6, 6), RoundsLater(6, 2)).double().train()
+        source, detach = attached(model)
+        for model[1].rounds in (False, True):
+            loss(model).backward()
+            torch.testing.assert_close(source.finish_batch(), norms_of_plain(model), rtol=1e-6, atol=0)
+            source.clear(sums=True)
+        detach()
+
+
+def test_linear_layers_of_falcon_have_the_rule_of_their_base() -> None:
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    with opacus_table_restored():
+        model = nn.Sequential(falcon.FalconLinear(6, 6), RoundsLater(6, 2))
+        register_rules(model)
+        assert sampler_of(model[0]) is STOCK[nn.Linear]
+        assert sampler_of(model[1]) is None

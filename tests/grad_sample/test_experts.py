@@ -74,6 +74,35 @@ def test_a_private_step_with_the_models_own_loss(name, implementation):
     assert model.config._experts_implementation == implementation
 
 
+WAYS = {
+    "exact sums": ({}, {"secure_mode": True}),
+    "in turns": ({"fused_step": True}, {}),
+    "physical batches": ({"max_physical_batch_size": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_a_private_step_in_other_ways(name, way):
+    """The weights move by the clipped mean, whatever the sums are formed in."""
+    options, of_engine = WAYS[way]
+    model, rows = tiny_models.build(name, dtype=torch.float32), rows_of(tiny_models.token_batch(5, 9))
+    want = clipped_mean(copy.deepcopy(model), rows, 1e-2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    net, optimizer, loader = PrivacyEngine(**of_engine).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), normalize=False, noise_multiplier=0.0,
+        data_loader=DataLoader(rows, batch_size=5, collate_fn=collate), max_grad_norm=1e-2, clipping="flat", ema_decay=None,
+        lr_control=False, **options,
+    )  # fmt: skip
+    for batch in loader:
+        optimizer.zero_grad()
+        net(**batch).loss.backward()
+        optimizer.step()
+    assert optimizer.steps_taken == 1
+    error = sum((before[n] - p.detach() - want[n]).double().square().sum() for n, p in model.named_parameters()).sqrt()
+    assert float(error / sum(w.square().sum() for w in want.values()).sqrt()) < 2e-3
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_comes_out_is_the_same(name):
     model = tiny_models.build(name)

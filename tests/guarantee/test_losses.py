@@ -420,3 +420,21 @@ def test_models_inside_models_are_watched():
     expected = oracle(model.inner, data)
     moved = one_step(model, data, lambda m, b: m(b["input_ids"], b["labels"]))
     compare({n.removeprefix("inner."): v for n, v in moved.items()}, expected)
+
+
+def test_a_loss_that_two_kinds_of_heads_have_is_refused_until_one_has_told():
+    """Equal logits give every position the same loss, shifted labels or not; the gradients differ."""
+    model = HEADS["causal LM, labels shifted already"][0]().double().train()
+    use_record_loss(model, LossTape())
+    head = model.lm_head.weight.detach().clone()
+    batch = {"input_ids": IDS, "labels": IDS}
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(ValueError, match="not known to be a mean over records"):
+        model(**batch)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(head)
+    assert model(**batch).loss.requires_grad
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert model(**batch).loss.requires_grad

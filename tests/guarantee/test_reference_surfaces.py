@@ -52,8 +52,16 @@ NAMES = (
     "one charge in five is lost (D)",
     "a report says less than was spent (A2)",
 )
-PLANTED = [DOUBLED, *(replace(fault, kinds=fault.kinds | {"charge"}) for fault in FAULTS if fault.name in NAMES)]
-"""A record that adds more than it may does so beyond C, or within C beyond what its noise was charged for."""
+LARGER = "a policy enlarges gradients beyond its share (B13)"
+PLANTED = [
+    DOUBLED,
+    *(
+        # A record then adds more than C, or less than C but more than what its noise was charged for.
+        replace(fault, kinds=fault.kinds | {"charge"}) if fault.name == LARGER else fault
+        for fault in FAULTS
+        if fault.name in NAMES
+    ),
+]
 
 
 def causal_loss(model: nn.Module, record: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -86,7 +86,7 @@ class _Examiner:
         return self._sampler_problem(module, sampler)
 
     def _is_watched_in_bk(self, module: nn.Module) -> bool:
-        """Whether the module is run again, where a change of its buffers is seen at every use."""
+        """Say whether the module is run again for its gradients. Then a change of its buffers is seen at each use."""
         return (
             self._mode == "bk"
             and sampler_of(module) is None
@@ -125,10 +125,9 @@ class _Examiner:
             return f'it has buffers, which mode "functorch" does not support. Use mode "hooks", {_FREEZE}'
         if self._force_functorch and sampler_of(module) is not None and _has_trainable_child(module):
             return f'in mode "functorch" its children\'s gradients would count twice. Use mode "hooks", {_FREEZE}'
-        inputs = required_inputs(module)
-        if (
-            inputs is not None and inputs != 1 and self._mode != "bk"
-        ):  # there any arguments are taken apart, and the output compared
+        # Mode "bk" takes any arguments apart, and compares the output.
+        inputs = 1 if self._mode == "bk" else required_inputs(module)
+        if inputs is not None and inputs != 1:
             return (
                 f"it has no rule, and the functorch fallback replays modules with exactly one input; its forward "
                 f"requires {inputs}. Register a rule with register_rule({type(module).__name__}, rule), {_FREEZE}"
@@ -202,7 +201,10 @@ def _shared_modules(hooked: list[tuple[str, nn.Module]]) -> list[str]:
 
 
 def _trained_inside_experts(model: nn.Module) -> dict[tuple[str, str], list[str]]:
-    """Return the experts modules with trained layers inside: how they sort their rows is their own affair."""
+    """Return the experts modules with trained layers inside, by type and problem.
+
+    Inside, rows are sorted by expert. So a layer there cannot tell which record a row belongs to.
+    """
     found: dict[tuple[str, str], list[str]] = {}
     reason = (
         "it holds experts, and layers inside it see rows that are sorted by expert, so that nothing tells which record "

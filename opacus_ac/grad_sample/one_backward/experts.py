@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,26 +119,22 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 def _by_expert(module: Any, name: str, bias: str | None, inputs: Tensor, counts: list[int]) -> Tensor:
     weights = getattr(module, name)
     parts = []
-    for expert, stretch in _stretches(counts):
+    for expert, stretch in stretches(counts):
         weight = weights[expert].t() if module.is_transposed else weights[expert]
         parts.append(F.linear(inputs[stretch], weight, None if bias is None else getattr(module, bias)[expert]))
     width = weights.shape[2 if module.is_transposed else 1]
     return torch.cat(parts) if parts else inputs.new_zeros(0, width)
 
 
-def _stretches(counts: list[int]) -> Iterator[tuple[int, slice]]:
+def expert_of_rows(counts: list[int], device: torch.device) -> Tensor:
+    """Return the expert of each row, ``[S]``, from the number of rows of each."""
+    return torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+
+def stretches(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Yield the experts that have rows, each with its stretch of rows."""
     first = 0
     for expert, count in enumerate(counts):
         if count:
             yield expert, slice(first, first + count)
         first += count
-
-
-@contextmanager
-def watched(module: nn.Module, watcher: Watch) -> Iterator[None]:
-    """Return a context in which one call of an experts module hands its products to ``watcher``."""
-    watch(module, watcher)
-    try:
-        yield
-    finally:
-        unwatch(module)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from opacus_ac.grad_sample.module_replay import bare_twin, written_type
 from opacus_ac.grad_sample.one_backward.bounds import wide
-from opacus_ac.grad_sample.one_backward.experts import is_experts, mixtures
+from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, is_experts, mixtures
 from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
 from opacus_ac.grad_sample.one_backward.routed import Routed
 from opacus_ac.grad_sample.one_backward.use import Tracked, Use
@@ -218,10 +218,9 @@ def _routed(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
         terms.append((weight, Routed(*sides, records, product.counts, batch)))
     bias = None if product.bias is None else use.module._parameters[product.bias]
     if bias is not None and bias.requires_grad:
-        counts = torch.tensor(product.counts, device=records.device)
-        experts = torch.arange(len(product.counts), device=records.device).repeat_interleave(counts)
-        rows = torch.zeros(batch * len(counts), bias.shape[1], dtype=wide(backprops).dtype, device=records.device)
-        rows.index_add_(0, records * len(counts) + experts, wide(backprops))
+        experts, count = expert_of_rows(product.counts, records.device), len(product.counts)
+        rows = torch.zeros(batch * count, bias.shape[1], dtype=wide(backprops).dtype, device=records.device)
+        rows.index_add_(0, records * count + experts, wide(backprops))
         terms.append((bias, Rows(rows.view(batch, *bias.shape))))
     return terms
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward import written_down
 from opacus_ac.grad_sample.one_backward.bounds import Certificate, squared_norms, unit, wide
+from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, stretches
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.matmul import inner
 from opacus_ac.grad_sample.one_backward.norm_sums import NormSums, dense_sizes, dense_sums
@@ -50,17 +51,7 @@ class Routed:
 
     def groups(self) -> Tensor:
         """Return the group of each row, ``expert * B + record``, ``[S]``."""
-        counts = torch.tensor(self.counts, device=self.records.device)
-        experts = torch.arange(len(self.counts), device=self.records.device).repeat_interleave(counts)
-        return experts * self.batch + self.records
-
-    def experts(self) -> Iterator[tuple[int, slice]]:
-        """Yield the experts that have rows, with their stretch."""
-        first = 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                yield expert, slice(first, first + count)
-            first += count
+        return expert_of_rows(self.counts, self.records.device) * self.batch + self.records
 
     def of_expert(self, rows: slice, record: int) -> Dense:
         """Return the outer products of one record in a stretch, as a batch of one."""
@@ -110,7 +101,7 @@ class RoutedBook:
         self.apart.append(record)
         use = self._together()
         bound, square = 0.0, 0.0
-        for _, rows in use.experts():
+        for _, rows in stretches(use.counts):
             one = use.of_expert(rows, record)
             own = unit(one.left.dtype, one.left.device)
             part, part_square = written_down.bound(self.shape[1:], [one], [], 0, own)
@@ -137,7 +128,7 @@ class RoutedBook:
         factors = together.all.to(device=out.device, dtype=out.dtype)[use.records]
         one = torch.ones(1, 1, 1, dtype=out.dtype, device=out.device)
         out.zero_()
-        for expert, rows in use.experts():
+        for expert, rows in stretches(use.counts):
             kept = factors[rows].nonzero().reshape(-1)
             left, right = (wide(side[rows][kept]).to(out.dtype) for side in (use.left, use.right))
             left = left * factors[rows][kept].unsqueeze(1)
@@ -147,7 +138,7 @@ class RoutedBook:
                 self._add_apart(use, record, weights.of(record), out)
 
     def _add_apart(self, use: Routed, record: int, weight: float, out: Tensor) -> None:
-        for expert, rows in use.experts():
+        for expert, rows in stretches(use.counts):
             for part, block in written_down.blocks(self.shape[1:], [use.of_expert(rows, record)], [], 0):
                 out[expert][part] += block.mul_(weight).to(out)
 
