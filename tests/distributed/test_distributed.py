@@ -12,14 +12,14 @@ from distributed_cases import difference
 from distributed_launch import run
 
 PARITY = {
-    2: ["ddp_tied", "fsdp_tied", "fsdp_frozen", "fsdp_checkpointed", "ddp_checkpointed", "fsdp_gpt2", "fsdp_bitnet", "fsdp_mamba", "leaves_tied"],
+    2: ["ddp_tied", "fsdp_tied", "fsdp_frozen", "fsdp_checkpointed", "ddp_checkpointed", "fsdp_gpt2", "fsdp_bitnet", "fsdp_mamba", "leaves_tied", "ddp_mixtral", "fsdp_mixtral", "fsdp_experts"],
     3: ["ddp_untied", "fsdp_untied", "leaves_untied"],
     4: ["ddp_tied", "fsdp_tied", "hybrid_tied"],
 }  # fmt: skip
 CASES = [f"{world}:{case}" for world, cases in PARITY.items() for case in cases]
 ROLES = {"ddp": "ddp", "fsdp": "fsdp2", "leaves": "fsdp2", "hybrid": "hsdp"}
-# Both compute in float32 whatever the type of their weights is: BitNet's quantisers, Mamba's norm and scan.
-TOLERANCE = {"bitnet": 1e-6, "mamba": 1e-6}
+# They compute in float32 whatever the type of their weights is: BitNet's quantisers, Mamba's scan, transformers' norms.
+TOLERANCE = {"bitnet": 1e-6, "mamba": 1e-6, "mixtral": 1e-6, "experts": 1e-6}
 
 
 @pytest.fixture(scope="module")

@@ -207,6 +207,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: other("gpt2"),  # Conv1D, positions looked up once for the batch
     "bitnet": lambda: other("bitnet"),  # layers that are run again
     "mamba": lambda: other("mamba"),  # mixers without a rule
+    "mixtral": lambda: other("mixtral"),  # stacked weights of experts
+    "experts": lambda: other("gpt_oss"),  # the same with biases, and attention that is run again
 }
 
 
@@ -241,6 +243,13 @@ fsdp_tied, fsdp_untied, fsdp_frozen = (sharded_kind(kind) for kind in ("tied", "
 fsdp_checkpointed, fsdp_gpt2, fsdp_bitnet, fsdp_mamba = (
     sharded_kind(kind) for kind in ("checkpointed", "gpt2", "bitnet", "mamba")
 )
+
+
+fsdp_mixtral, fsdp_experts = sharded_kind("mixtral"), sharded_kind("experts")
+
+
+def ddp_mixtral(rank: int, world: int) -> dict[str, Any]:
+    return train(MODELS["mixtral"]())
 
 
 def leaves_untied(rank: int, world: int) -> dict[str, Any]:
