@@ -241,7 +241,8 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     if isinstance(module, AbstractGradSampleModule) or hooked or is_captured(module):
         raise ValueError(
             "the model is private already (it carries per-sample gradient hooks): pass the original model, or call "
-            "engine.detach(model) first"
+            "engine.detach(model) first. To train its parts with different settings, pass one optimizer that has a "
+            "param group for each part"
         )
     check_wrappers(module)
     if any(type(m).__name__ == "OptimizedModule" for m in module.modules()):

@@ -33,15 +33,23 @@ class Measurement:
     Attributes:
         forward_only: whether the step needs no backward pass, and calls a closure itself.
         sum_description: what the sum that a step releases is, for reports.
-        wrong_number: error message for another number of records than the loader's batch has.
+        too_few: error message for fewer records than the loader's batch has.
+        too_many: error message for more of them.
     """
 
     forward_only: ClassVar[bool] = False
     sum_description = "the sum of clipped gradients"
-    wrong_number: ClassVar[str] = (
-        "the backward pass has another number of per-sample gradients than the loader's batch has records: "
+    too_few: ClassVar[str] = (
+        "the backward pass has fewer per-sample gradients than the loader's batch has records: "
         "records were left out, or parts of the batch went through the model one after the other, which adds "
         "their gradients up pairwise. Pass each batch through the model whole; use max_physical_batch_size"
+    )
+
+    too_many: ClassVar[str] = (
+        "more rows went through the model than the loader's batch has records, so that clipping would bound rows and "
+        "not records. Several rows of one record (pairs, augmented copies): let the dataset return them as one item, "
+        "let collate_fn put them one after the other, and pass max_rows_per_user to make_private. Public rows: add "
+        "them to the dataset, where they are records like all others"
     )
 
     def __init__(

@@ -119,7 +119,8 @@ class PrivateSide(SumRelease):
 
     def _check_records(self, draw: Draw | None, norms: Tensor) -> None:
         """Refuse measurements that are not one per record of the batch that the loader handed out."""
-        step_checks.check_records(self.plan, self.source, draw, norms, self.measurement.wrong_number)
+        measurement = self.measurement
+        step_checks.check_records(self.plan, self.source, draw, norms, measurement.too_few, measurement.too_many)
 
     # ---------------------------------------------------------------- the transaction
 

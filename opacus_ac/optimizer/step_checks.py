@@ -67,7 +67,7 @@ def refuse_later_part() -> NoReturn:
 
 
 def check_records(
-    plan: SamplingPlan | None, source: GradientSource, draw: Draw | None, norms: Tensor, message: str
+    plan: SamplingPlan | None, source: GradientSource, draw: Draw | None, norms: Tensor, too_few: str, too_many: str
 ) -> None:
     """Check that there is one measurement for each record of the batch that the loader handed out.
 
@@ -76,7 +76,8 @@ def check_records(
         source: what measured the records.
         draw: the draw of the batch in hand; None for a batch of unknown origin.
         norms: the norms of the measured records, ``[B]``.
-        message: what to say where their number is another one.
+        too_few: what to say where there are fewer.
+        too_many: what to say where there are more.
 
     Raises:
         ValueError: If it is, or if nothing tells whether a record was measured twice.
@@ -94,8 +95,15 @@ def check_records(
                 "whether a record is in them twice. Take one step for every backward pass"
             )
         return
-    if draw.records and norms.shape[0] != draw.records:
-        raise ValueError(message)
+    if draw.records and norms.shape[0] > draw.records:
+        if source.backward_passes > 1:
+            raise ValueError(
+                "several backward passes went into one step, and a record of the batch is in more than one of them: "
+                "add up the losses of the batch and call backward() once"
+            )
+        raise ValueError(too_many)
+    if draw.records and norms.shape[0] < draw.records:
+        raise ValueError(too_few)
 
 
 def more_follow(plan: SamplingPlan | None, delivery: Delivery | None, signalled: bool) -> bool:

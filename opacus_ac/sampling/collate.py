@@ -31,6 +31,10 @@ class EmptySafeCollate:
     because an invented row might not pass through every tokenizer and model. Its gradients are left out of every sum,
     not multiplied by zero, so no release depends on it. Each stand-in is a new object, which the loop may change.
 
+    ``collate_fn`` may leave records out, such as the ``None`` of a row that could not be read. Whether it leaves a
+    record out is found by adding the record to the rows of the stand-in. Such a record is not counted, and a batch of
+    such records only is an empty one.
+
     Args:
         collate_fn: makes a batch of a list of rows.
         dataset: the dataset whose first rows are used.
@@ -46,7 +50,7 @@ class EmptySafeCollate:
         for count in range(1, min(_ROWS_OF_A_STAND_IN, len(dataset)) + 1):
             self._rows.append(dataset[count - 1])
             try:
-                if next(tensors_of(self._stand_in()), None) is not None or count == len(dataset):
+                if _most_rows(self._stand_in()) or count == len(dataset):
                     return
             except Exception as error:
                 failure = error
@@ -64,16 +68,51 @@ class EmptySafeCollate:
         return self._rows[0]
 
     def _stand_in(self) -> Any:
-        with secret_randomness():
-            return self.collate_fn(copy.deepcopy(self._rows))
+        return self._batch_of(self._rows)
 
-    def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of ``records``, or a stand-in if there are none."""
-        if not records:
-            return self._stand_in()
+    def _batch_of(self, rows: list[Any]) -> Any:
         # With a known seed, random masks of a collator would tell how many records came before.
         with secret_randomness():
-            return self.collate_fn(records)
+            return self.collate_fn(copy.deepcopy(rows))
+
+    def __call__(self, records: list[Any]) -> tuple[Any, int]:
+        """Return the batch of ``records`` and how many of them it has; a stand-in and 0 if there are none."""
+        if not records:
+            return self._stand_in(), 0
+        try:
+            with secret_randomness():
+                batch = self.collate_fn(records)
+        except Exception:
+            if all(map(self._is_left_out, records)):
+                return self._stand_in(), 0
+            raise
+        return self._counted(batch, records)
+
+    def _counted(self, batch: Any, records: list[Any]) -> tuple[Any, int]:
+        """Return a batch and the number of its records; a stand-in and 0 if all of them were left out."""
+        rows = 0 if batch is None else _most_rows(batch)
+        if rows is None or rows >= len(records):
+            return batch, len(records)
+        left_out = sum(map(self._is_left_out, records))
+        if left_out == len(records) and not rows:
+            return self._stand_in(), 0
+        # Otherwise records are joined, say, and the step finds another number of gradients than records.
+        return batch, rows if rows and rows == len(records) - left_out else len(records)
+
+    def _is_left_out(self, record: Any) -> bool:
+        """Say whether a record makes no row in a batch, beside rows that make some."""
+        try:
+            without, twice = (_most_rows(self._batch_of(self._rows * times)) for times in (1, 2))
+            if not without or twice != 2 * without:
+                return False  # the number of rows says nothing about records
+            return _most_rows(self._batch_of([*self._rows, record])) == without
+        except Exception:  # a user's function may raise anything
+            return False
+
+
+def _most_rows(batch: Any) -> int | None:
+    """Return the largest first dimension of the tensors in a batch; None without tensors."""
+    return max((tensor.shape[0] for tensor in tensors_of(batch) if tensor.dim()), default=None)
 
 
 class ArrivingCollate:
@@ -91,11 +130,11 @@ class ArrivingCollate:
 
     def __call__(self, records: list[Any]) -> Any:
         """Return the batch of ``records``, or a stand-in if there are none. A worker returns it in a parcel."""
-        batch = self.collate(records)
+        batch, count = self.collate(records)
         worker = get_worker_info()
         if worker is not None:
-            return _Parcel(batch, (self._plan, len(records), Worker(os.getpid(), worker.id, worker.num_workers)))
-        return _unpack(batch, (self._plan, len(records), None))
+            return _Parcel(batch, (self._plan, count, Worker(os.getpid(), worker.id, worker.num_workers)))
+        return _unpack(batch, (self._plan, count, None))
 
 
 class _Parcel:

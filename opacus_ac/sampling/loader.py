@@ -106,10 +106,10 @@ class PrivateDataLoader(DataLoader[Any]):
         while True:
             try:
                 with secret_randomness():  # a dataset may augment at random
-                    batch = next(batches)
+                    batch, records = next(batches)
             except StopIteration:
                 return
-            self.plan.deliver(passing, batch)
+            self.plan.deliver(passing, batch, records)
             if self.users is not None:
                 self.users.note(batch)
             yield batch

@@ -173,8 +173,13 @@ class SamplingPlan(Part):
 
     # ---------------------------------------------------------------- delivering
 
-    def deliver(self, passing: Pass, batch: Any) -> None:
+    def deliver(self, passing: Pass, batch: Any, records: int) -> None:
         """Note that our loader hands the next announced physical batch to the loop.
+
+        Args:
+            passing: the pass.
+            batch: the batch.
+            records: number of its records; fewer than announced if the loader's ``collate_fn`` left some out.
 
         Raises:
             RuntimeError: If the loop took no step on the physical batch before, so that a part of its logical batch
@@ -186,7 +191,8 @@ class SamplingPlan(Part):
                 "a physical batch was not followed by optimizer.step(): with max_physical_batch_size every batch "
                 "of the loader needs its own backward() and step(), or part of the logical batch is lost"
             )
-        self._hand_out(Delivery(passing.announced.popleft(), owner=self), batch)
+        draw = replace(passing.announced.popleft(), records=records)
+        self._hand_out(Delivery(draw, owner=self), batch)
 
     def arrive(self, batch: Any, records: int, worker: Worker | None = None) -> None:
         """Note that a loader around our sampler has collated a physical batch.

@@ -51,10 +51,11 @@ class DirectionalMeasurement(Measurement, Part):
 
     source: DifferenceSource
     forward_only: ClassVar[bool] = True
-    wrong_number: ClassVar[str] = (
+    too_few: ClassVar[str] = (
         "the closure returned another number of losses than the loader's batch has records: return one loss for every "
         "record of the batch, and split batches with max_physical_batch_size only"
     )
+    too_many = too_few
     by_parameter = ("indices", "anchor")
 
     def __init__(self, course: Course, coefficients: nn.Parameter, plan: SamplingPlan | None, single: bool) -> None:

@@ -318,7 +318,7 @@ LOOPS = {
     "a batch used twice": ((1, 3, 1, 2), pad, step_twice, "just drawn"),
     "two forward passes": ((1, 2, 1, 2), pad, in_parts, "whole"),
     "part by part": ((1, 2, 1, 2), pad, part_by_part, "whole|backward.. once|grad accumulation"),
-    "two backward passes": ((1, 3, 1, 2), pad, twice_backward, "backward|another number of per-sample gradients"),
+    "two backward passes": ((1, 3, 1, 2), pad, twice_backward, "grad accumulation|just drawn|backward.. once"),
     "rows repeated": ((1, 3, 1, 2), pad, repeated, "whole"),
 }
 

@@ -296,7 +296,8 @@ class Capture:
         if use.kept is None:
             raise ValueError(
                 f"two backward passes ran through one use of {use.path}, so its records would count twice: add the "
-                "losses and call backward() once"
+                "losses and call backward() once. For a penalty on gradients (torch.autograd.grad in the loss), "
+                "penalize differences of the model's outputs at two close inputs, which needs one backward pass"
             )
         self._shards.gather(use.module)
         with exact():

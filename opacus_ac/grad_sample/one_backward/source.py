@@ -155,6 +155,13 @@ class BookKeepingSource:
     def _check_batch(self, chunk: _Chunk, use: Use, rows: int) -> None:
         if not chunk.books:
             chunk.rows = rows
+        if rows != chunk.rows and chunk.model_passes - {use.model_pass}:
+            raise ValueError(
+                f"forward passes of {chunk.rows} and of {rows} rows went into one backward pass, and a row of the one "
+                "would be added to a record of the other. Let exactly the records of a batch go through the model, and "
+                "call backward() and optimizer.step() for each batch. Public rows that are trained on are records, "
+                "too: add them to the dataset"
+            )
         if rows != chunk.rows or rows == 0:
             raise ValueError(
                 f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of {rows} records, others "
@@ -197,7 +204,9 @@ class BookKeepingSource:
             if parameter.grad is not None:
                 raise ValueError(
                     f"{name} has an ordinary gradient, which was not clipped: it is used outside of its own module, or "
-                    "its module ran in evaluation mode. Use it through its module in training mode, or freeze it"
+                    "its module ran in evaluation mode. Use it through its module in training mode, or freeze it. If a "
+                    "term of the loss penalizes the parameters themselves (L2, a proximal term), leave it out and pass "
+                    "weight_decay to the optimizer"
                 )
         if not any(chunk.books for chunk in self._chunks):
             raise ValueError(
