@@ -15,10 +15,11 @@ from opacus_ac.engine.parts import Job
 from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.checks.coupled import check_records_apart
+from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.models.peft import check_peft
-from opacus_ac.models.transformers import use_record_loss
+from opacus_ac.models.transformers import check_choices, choice_models, use_record_loss
 from opacus_ac.optimizer.model_watch import ModelWatch
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import named_parameters
@@ -71,13 +72,16 @@ def _attach_source(
     module = job.module
     check_peft(module)
     check_records_apart(module)
+    folded = FoldedRows(choices := choice_models(module))
+    check_choices(choices, job.grad_sample_mode)
     register_rules(module)
     check_model(module, mode=job.grad_sample_mode)
     undo.append(use_record_loss(module, optimizer.tape, job.loss_reduction, users))
-    undo.append(expand_broadcast_embeddings(module).remove)
+    undo.append(folded.attach())
+    undo.append(expand_broadcast_embeddings(module, folded).remove)
     undo.append(lambda: _remove_opacus_hooks(module))
     if isinstance(optimizer.source, BookKeepingSource):
-        undo.append(optimizer.source.attach())
+        undo.append(optimizer.source.attach(folded))
         return module, optimizer.source.paused
     wrapped = (GradSampleModule if job.wrap_model else GradSampleHooks)(
         module,
@@ -87,7 +91,7 @@ def _attach_source(
         force_functorch=job.grad_sample_mode == "functorch",
     )
     assert isinstance(optimizer.source, PerSampleSource)
-    optimizer.source.attach(module)
+    optimizer.source.attach(module, folded)
     if optimizer.plan is not None and optimizer.plan.sampling != "shuffled":
         wrapped.forbid_grad_accumulation()
     return wrapped, partial(_hooks_off, wrapped)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from opacus_ac.grad_sample.folded_rows import FoldedRows
+
 
 def _tensors(value: Any) -> list[Tensor]:
     """Return the tensors with at least one dimension, in the order of the arguments."""
@@ -29,7 +31,8 @@ def _tensors(value: Any) -> list[Tensor]:
 class BroadcastHandle:
     """Holds the hooks of :func:`expand_broadcast_embeddings`. It is also a context manager that removes them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, folded: FoldedRows | None = None) -> None:
+        self._folded = folded or FoldedRows()
         self._running: list[torch.Size] = []
         self._last: torch.Size | None = None
         self._positional: dict[int, bool] = {}
@@ -76,6 +79,7 @@ class BroadcastHandle:
             return None
         if not args or not isinstance(args[0], Tensor) or not any(p.requires_grad for p in module.parameters()):
             return None
+        shape = self._folded.batch(module, shape)
         ids, batch = args[0], shape[0]
         if ids.dim() == 1 and self._is_positions(module, ids, shape):
             ids = ids.unsqueeze(0)
@@ -99,7 +103,7 @@ class BroadcastHandle:
         return self._positional[id(module)]
 
 
-def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
+def expand_broadcast_embeddings(model: nn.Module, folded: FoldedRows | None = None) -> BroadcastHandle:
     """Make embeddings that a model looks up once per batch look up once per record.
 
     A hook on ``model`` notes the batch size B, which is the first dimension of its first tensor argument. Hooks on
@@ -108,6 +112,7 @@ def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
 
     Args:
         model: the model that is called; for a wrapped model, the inner one.
+        folded: parts of the model that run each record as several rows.
 
     Returns:
         A handle with ``remove()``.
@@ -121,4 +126,4 @@ def expand_broadcast_embeddings(model: nn.Module) -> BroadcastHandle:
         ValueError: In the forward pass, if consecutive one-dimensional ids are as many as both the records and the
             positions of the batch, and no earlier batch has shown which of them they count.
     """
-    return BroadcastHandle(model)
+    return BroadcastHandle(model, folded)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward.bounds import of_rows
 from opacus_ac.grad_sample.one_backward.weighted_sums import add_rows
 from opacus_ac.grad_sample.precision import exact
@@ -66,9 +67,17 @@ class PerSampleSource:
         self._hooked: list[nn.Module] = []
         self._marked: dict[nn.Module, int] = {}
 
-    def attach(self, module: nn.Module) -> None:
-        """Note the model. Opacus's hooks keep inputs of layers on its modules."""
+    def attach(self, module: nn.Module, folded: FoldedRows | None = None) -> None:
+        """Note the model. Opacus's hooks keep inputs of layers on its modules.
+
+        Args:
+            module: the model.
+            folded: parts of the model that run each record as several rows.
+        """
         self._hooked = list(module.modules())
+        if folded:
+            users = self._users
+            self._users = folded.records if users is None else lambda rows: users(folded.records(rows))
 
     def mark(self) -> None:
         """Note which inputs of layers Opacus's hooks keep at this moment."""

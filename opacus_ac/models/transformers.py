@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opacus_ac.loss import per_record_causal_lm_loss, per_record_token_loss, per_user_loss
-from opacus_ac.models.loss_heads import Entries, Head, agrees, head_of, labels_in, logits_in
+from opacus_ac.models.loss_entries import Call, Entries
+from opacus_ac.models.loss_heads import Head, agrees, folds_choices, heads_of, labels_in, logits_in
 from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.sampling.users import UserRows
 
@@ -43,7 +44,7 @@ def has_record_losses(module: nn.Module) -> bool | None:
         None where no model inside has a loss of its own.
     """
     models = _models_in(module)
-    if any(head_of(model) is not None for model in models):
+    if any(heads_of(model) for model in models):
         return True
     return (
         False if any(getattr(model, "loss_type", None) or "For" in type(model).__name__ for model in models) else None
@@ -52,15 +53,34 @@ def has_record_losses(module: nn.Module) -> bool | None:
 
 def averages_tokens(module: nn.Module) -> bool:
     """Return whether a transformers model inside ``module`` has a library loss that averages over a batch's tokens."""
-    return any((head := head_of(model)) is not None and head.of_tokens for model in _models_in(module))
+    return any(head.of_tokens for model in _models_in(module) for head in heads_of(model))
+
+
+def choice_models(module: nn.Module) -> list[nn.Module]:
+    """Return the transformers models inside ``module`` that run each record as several rows, one for each choice."""
+    return [model for model in _models_in(module) if folds_choices(model)]
+
+
+def check_choices(models: Iterable[nn.Module], mode: str) -> None:
+    """Refuse models of which some layers get a row for each choice and others a record with all of its choices.
+
+    Raises:
+        ValueError: If there is one, and ``mode`` is not "bk". Opacus's hooks add up what tied layers get row by row.
+    """
+    for model in models:
+        if mode != "bk" and len(heads_of(model)) > 1:
+            raise ValueError(
+                f"{type(model).__name__} has layers that get a row for each choice, and others that get the choices of "
+                f'a record together. grad_sample_mode="{mode}" cannot tell them apart: use "bk"'
+            )
 
 
 def _token_loss(model: Any) -> Callable[..., Tensor] | None:
     """Return what replaces the library's ``loss_function`` of a model, None where that is not a mean over tokens."""
     kind = getattr(model, "loss_type", None)
     if kind is None:  # then transformers falls back to the causal loss
-        head = head_of(model)
-        kind = "ForCausalLM" if head is None or head.of_tokens else kind
+        heads = heads_of(model)
+        kind = "ForCausalLM" if not heads or heads[0].of_tokens else kind
     return _TOKEN_LOSSES.get(kind)
 
 
@@ -201,8 +221,8 @@ class _Watch:
 
     def __init__(self, model: Any, records: _Records, record: RecordLoss | None) -> None:
         self.model, self.records, self.record = model, records, record
-        self.head: Head | None = head_of(model)
-        self.entries: Any = None  # those that gave the library's loss
+        self.heads = heads_of(model)
+        self.entries: dict[str, Any] = {}  # those that gave the library's loss, by its name
         self.signature = inspect.signature(model.forward)
 
     def attach(self) -> Callable[[], None]:
@@ -219,12 +239,18 @@ class _Watch:
         taped = self.record is not None and self.record.called
         if self.record is not None:
             self.record.called = False
-        rows = given["labels"].shape[0] if isinstance(given.get("labels"), Tensor) and given["labels"].dim() else None
-        main = _main_loss(output)
-        if main is not None and not _is_ours(main, rows):
-            losses = self._per_record(main, given, output)
-            if losses is not None:
-                output = _with_loss(output, self.records.reduce(*losses, self.model.training, tape=not taped))
+        present = [head for head in self.heads if labels_in(given, head) is not None]
+        labels = given.get(present[0].labels[0] if present else "labels")
+        rows = len(labels) if isinstance(labels, Tensor) and labels.dim() else None
+        for place, head in enumerate(present):
+            loss = _loss_in(output, head.loss, place)
+            if loss is not None and not _is_ours(loss, rows):
+                losses = self._per_record(loss, head, given, output, len(present))
+                if losses is not None:
+                    # Of several losses, the loop decides what becomes of them.
+                    tape = not taped and len(present) == 1
+                    made = self.records.reduce(*losses, self.model.training, tape=tape)
+                    output = _with_loss(output, head.loss, place, made)
         for name, value in _scalars(output):
             if value.requires_grad and not _is_ours(value, rows):
                 self._refuse(name, value)
@@ -238,32 +264,39 @@ class _Watch:
             return kwargs
         return {**bound, **kwargs}
 
-    def _per_record(self, loss: Tensor, given: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor] | None:
-        """Return the losses ``[R]`` of rows and which of them are labelled; None where they are not known."""
-        if self.head is None:
-            return None
-        logits, labels = logits_in(output, self.head), labels_in(given, self.head)
+    def _per_record(
+        self, loss: Tensor, head: Head, given: Mapping[str, Any], output: Any, count: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the losses ``[R]`` of rows and which of them are labelled; None where they are not known.
+
+        Args:
+            loss: the library's loss.
+            head: the head whose loss it is.
+            given: the arguments of forward.
+            output: what the model returned.
+            count: number of losses in it.
+        """
+        logits, labels = logits_in(output, head, self.heads, count), labels_in(given, head)
         if logits is None or labels is None:
             return None
         labels = [value.to(logits[0].device) for value in labels]
         traced = torch._C._functorch.peek_interpreter_stack() is not None  # values cannot be looked at
-        # Cross entropies of tokens are computed wide; of records, in the precision of the logits.
-        narrow = not self.head.of_tokens and any(torch.finfo(scores.dtype).bits < 32 for scores in logits)
-        agreed = []
-        for entries in self.head.entries if self.entries is None else (self.entries,):
+        narrow = not head.wide and any(torch.finfo(scores.dtype).bits < 32 for scores in logits)
+        call, agreed = Call(self.model, given), []
+        for entries in (self.entries[head.loss],) if head.loss in self.entries else head.entries:
             try:
-                parts: list[Entries] = entries(logits, labels, self.model.config)
+                parts: list[Entries] = entries(logits, labels, call)
             except (ValueError, IndexError, RuntimeError):  # shapes that the head does not have
                 continue
-            if traced or agrees(loss, parts, given.get("num_items_in_batch"), narrow=narrow):
+            if traced or agrees(loss, head, parts, given.get("num_items_in_batch"), narrow=narrow):
                 agreed.append((entries, parts))
         tells = traced or math.isfinite(float(loss.detach()))  # a loss that is not finite is that of any head
         if not agreed or (tells and len(agreed) > 1):  # of several losses with one value the gradients differ
             return None
         found, parts = agreed[0]
         if tells and not traced:
-            self.entries = found
-        losses = torch.stack([part.per_record() for part in parts]).mean(0)
+            self.entries[head.loss] = found
+        losses = head.joined([part.per_record() for part in parts])
         return losses, torch.stack([part.counted.any(1) for part in parts]).any(0)
 
     def _refuse(self, name: str, value: Tensor) -> None:
@@ -282,23 +315,20 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 0
 
 
-def _main_loss(output: Any) -> Tensor | None:
-    """Return the loss of an output: of a mapping by its name, of a tuple its first scalar place."""
-    first = (
-        output.get("loss")
-        if isinstance(output, Mapping)
-        else output[0]
-        if isinstance(output, tuple) and output
-        else None
-    )
-    return first if _is_scalar(first) else None
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
+def _loss_in(output: Any, name: str, place: int) -> Tensor | None:
+    """Return a loss of an output: of a mapping by its name, of a tuple by its place."""
     if isinstance(output, Mapping):
-        output["loss"] = loss  # type: ignore[index]
+        found = output.get(name)
+    else:
+        found = output[place] if isinstance(output, tuple) and place < len(output) else None
+    return found if _is_scalar(found) else None
+
+
+def _with_loss(output: Any, name: str, place: int, loss: Tensor) -> Any:
+    if isinstance(output, Mapping):
+        output[name] = loss  # type: ignore[index]
         return output
-    return (loss, *output[1:])
+    return (*output[:place], loss, *output[place + 1 :])
 
 
 def _scalars(output: Any, name: str = "loss") -> Iterator[tuple[str, Tensor]]:

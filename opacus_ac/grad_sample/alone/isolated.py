@@ -35,6 +35,8 @@ def isolated_twin(module: nn.Module) -> nn.Module:
             if getattr(hook, "of_records", False):  # this hook makes the model return a loss per record
                 inner._forward_hooks[key] = hook
                 inner._forward_hooks_with_kwargs[key] = True
+        if "_output_capturing_hooks_installed" in vars(inner):  # transformers then adds its own that collect states
+            inner.__dict__["_output_capturing_hooks_installed"] = False
         if getattr(inner, "gradient_checkpointing", False) is True:
             inner.gradient_checkpointing = False  # type: ignore[assignment]
     return twin

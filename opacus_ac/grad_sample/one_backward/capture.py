@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward import experts
 from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
 from opacus_ac.grad_sample.one_backward.use import Call, Tracked, Use
@@ -45,6 +46,7 @@ class Capture:
         deliver: called in the backward pass with each use and the gradient at its output.
         on_forward: called when a tracked module starts in a forward pass (not in a recomputation).
         flattening: modules that take ``[B, T, d]`` and pass ``[B T, d]``, record after record, to modules inside.
+        folded: parts of the model that run each record as several rows.
 
     Attributes:
         paused: whether forward passes are ignored.
@@ -62,12 +64,14 @@ class Capture:
         deliver: Callable[[Use, Tensor], None],
         on_forward: Callable[[], None],
         flattening: Iterable[nn.Module] = (),
+        folded: FoldedRows | None = None,
     ) -> None:
         self._deliver, self._on_forward = deliver, on_forward
         self._tracked = {id(t.module): t for t in tracked}
         self._model_id = id(model)
         self._shards = ShardedParameters(model, self._tracked.values())
         self._flattening = list(flattening)
+        self._folded = folded or FoldedRows()
         self._passes = 0
         self._batch = torch.Size([0])
         self._positions: set[int] = set()
@@ -199,7 +203,8 @@ class Capture:
         shared = self._is_shared(tracked, output)
         if shared:
             # The output is expanded, so that its gradient has one part per record. Its values are the same.
-            output = output.expand(self._batch[0], *output.shape[1 if output.dim() > 2 else 0 :])
+            rows = self._folded.batch(module, self._batch)[0]
+            output = output.expand(rows, *output.shape[1 if output.dim() > 2 else 0 :])
         use = self._use(tracked, call, tensors, output.device)
         watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
         return output if shared and watched is None else watched
@@ -208,14 +213,15 @@ class Capture:
         kept = keep(self._token, *(t.detach() for t in tensors))  # detached, because the graph must not hold itself
         flattened = self._shapes.get(self._outer.get(id(tracked.module), 0))
         autocast = _autocast_of(device.type)
-        return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened)
+        folded = self._folded.of(tracked.module)
+        return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded)
 
     def _is_shared(self, tracked: Tracked, output: Tensor) -> bool:
         """Say whether a lookup was for all records at once: ``[1, T, d]``, or ``[T, d]`` of positions.
 
         Only embeddings with a forward of their own are asked; ids of others are expanded before the lookup.
         """
-        records, *others = self._batch
+        records, *others = self._folded.batch(tracked.module, self._batch)
         if records < 2 or not tracked.keep_output or not isinstance(tracked.module, nn.Embedding):
             return False
         if output.dim() != 2:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward.capture import Capture
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
@@ -95,12 +96,17 @@ class BookKeepingSource:
         self._failed = False
         self._released = False
 
-    def attach(self) -> Callable[[], None]:
-        """Add the hooks to the model, and return a function that removes them."""
+    def attach(self, folded: FoldedRows | None = None) -> Callable[[], None]:
+        """Add the hooks to the model, and return a function that removes them.
+
+        Args:
+            folded: parts of the model that run each record as several rows.
+        """
         items, self._rules, quantized = tracked(self._model)
         self._places = places_of(self._model, self._index)
         self._shared = quantized.clear
-        self._capture = Capture(self._model, items, self._deliver, self._on_forward, flattening_modules(self._model))
+        outer = flattening_modules(self._model)
+        self._capture = Capture(self._model, items, self._deliver, self._on_forward, outer, folded)
         return self._capture.remove
 
     @contextmanager
@@ -131,7 +137,8 @@ class BookKeepingSource:
             for parameter, term in self._rules[use.path](use, tensors, gradient):
                 index = self._index.get(id(parameter), self._places(parameter, use.module))
                 if index is not None and self._parameters[index].requires_grad:
-                    term = term if self._users is None else regroup(term, chunk.records)
+                    if self._users is not None or use.folded is not None:
+                        term = regroup(term, chunk.records)
                     self._add_term(chunk.books, index, parameter, term, use.path)
             chunk.model_passes.add(use.model_pass)
         except BaseException:

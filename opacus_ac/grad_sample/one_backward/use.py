@@ -71,6 +71,8 @@ class Use:
     """Number of the forward pass of the model."""
     flattened: tuple[int, int] | None = None
     """``(B, T)`` if the module may have been called with ``[B T, d]`` instead of ``[B, T, d]``."""
+    folded: tuple[int, int] | None = None
+    """``(B, K)`` if the module may have been called with K rows of each record, ``[B K, ...]``."""
     product: Product | None = None
     """The product that this use is, without its tensors, if the module holds experts."""
     gradients: tuple[Tensor | None, ...] | None = None
@@ -128,6 +130,11 @@ def records_in(use: Use, gradient: Tensor) -> int:
     Raises:
         ValueError: If rows are handed to experts of which nothing tells which record they belong to.
     """
+    rows = _rows_in(use, gradient)
+    return use.folded[0] if use.folded is not None and rows == use.folded[0] * use.folded[1] else rows
+
+
+def _rows_in(use: Use, gradient: Tensor) -> int:
     if use.product is None:
         return gradient.shape[0] if gradient.dim() > 1 else 0
     if use.flattened is None or use.flattened[0] * use.flattened[1] != use.product.rows:
