@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Head:
         wide: whether the library computes it in float32, whatever the logits are.
         added: whether the loss is the sum of the parts, and not their mean.
         loss: name of its loss in the output.
+        few: from the model's config to the number of classes that a label chooses from; None where it does not.
     """
 
     logits: tuple[str, ...]
@@ -37,6 +38,11 @@ class Head:
     wide: bool = False
     added: bool = False
     loss: str = "loss"
+    few: Callable[[Any], int | None] | None = None
+
+    def classes(self, model: Any) -> int | None:
+        """Return the number of classes among which a label chooses; None where they are words, places or numbers."""
+        return None if self.few is None else self.few(model.config)
 
     def joined(self, parts: list[Any]) -> Any:
         """Return the loss of these losses of its parts."""
@@ -44,9 +50,21 @@ class Head:
         return total if self.added else total / len(parts)
 
 
+def _classes_of(config: Any) -> int | None:
+    """Return what a head for whole records chooses from: classes, yes and no for each of them, or numbers."""
+    problem = getattr(config, "problem_type", None)
+    if problem == "regression" or (problem is None and config.num_labels == 1):
+        return None
+    return 2 if problem == "multi_label_classification" else int(config.num_labels)
+
+
 _LABELS, _LOGITS = ("labels",), ("logits",)
-_TOKENS, _ROWS = Head(_LOGITS, _LABELS, (of.tokens,), of_tokens=True, wide=True), Head(_LOGITS, _LABELS, (of.rows,))
-_ENTITIES = Head(_LOGITS, _LABELS, (of.rows, of.several_labels))
+_TOKENS = Head(_LOGITS, _LABELS, (of.tokens,), of_tokens=True, wide=True)
+_TAGS = replace(_TOKENS, few=lambda config: config.num_labels)
+_ROWS = Head(_LOGITS, _LABELS, (of.rows,), few=_classes_of)
+_CHOICES = Head(_LOGITS, _LABELS, (of.rows,))
+_PAIRS = Head(_LOGITS, _LABELS, (of.rows,), few=lambda _config: 2)
+_ENTITIES = Head(_LOGITS, _LABELS, (of.rows, of.several_labels), few=lambda config: config.num_labels)
 _SPANS = Head(("start_logits", "end_logits"), ("start_positions", "end_positions"), (of.spans,))
 # Decoders of translation models (BART's family) take labels that are shifted already.
 _CAUSAL = Head(_LOGITS, _LABELS, (of.next_token_entries, of.tokens), of_tokens=True, wide=True)
@@ -64,8 +82,8 @@ _WORDS_AND_ORDER = Head(
     of_tokens=True,
     added=True,
 )
-_REPLACED = Head(_LOGITS, _LABELS, (of.replaced_tokens,), of_tokens=True)
-_PIXELS = Head(_LOGITS, _LABELS, (of.pixels,), of_tokens=True)
+_REPLACED = Head(_LOGITS, _LABELS, (of.replaced_tokens,), of_tokens=True, few=lambda _config: 2)
+_PIXELS = Head(_LOGITS, _LABELS, (of.pixels,), of_tokens=True, few=lambda config: config.num_labels)
 _NEXT_WORDS = Head(_LOGITS, _LABELS, (of.next_token_entries,), of_tokens=True, wide=True)
 _CHOICE = Head(("mc_logits",), ("mc_labels",), (of.rows,), loss="mc_loss")
 _TRANSCRIPT = Head(_LOGITS, _LABELS, (of.transcripts,))
@@ -77,8 +95,6 @@ HEADS: tuple[tuple[str, tuple[Head, ...]], ...] = (
         (name, (_ROWS,))
         for name in (
             "ForSequenceClassification",
-            "ForMultipleChoice",
-            "ForNextSentencePrediction",
             "ForImageClassification",
             "ForVideoClassification",
             "ForAudioClassification",
@@ -87,10 +103,12 @@ HEADS: tuple[tuple[str, tuple[Head, ...]], ...] = (
             "ForVisualReasoning",
         )
     ),
+    ("ForMultipleChoice", (_CHOICES,)),
+    ("ForNextSentencePrediction", (_PAIRS,)),
     ("ForEntityClassification", (_ENTITIES,)),
     ("ForEntityPairClassification", (_ENTITIES,)),
-    ("ForTokenClassification", (_TOKENS,)),
-    ("ForEntitySpanClassification", (_TOKENS,)),
+    ("ForTokenClassification", (_TAGS,)),
+    ("ForEntitySpanClassification", (_TAGS,)),
     ("ForMaskedLM", (_TOKENS,)),
     # The decoders of these are fed the labels shifted.
     *(

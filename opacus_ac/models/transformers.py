@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.loss import per_record_causal_lm_loss, per_record_token_loss, per_user_loss
+from opacus_ac.loss import per_record_causal_lm_loss, per_record_token_loss
 from opacus_ac.models.loss_entries import Call, Entries
 from opacus_ac.models.loss_heads import Head, agrees, folds_choices, heads_of, labels_in, logits_in
+from opacus_ac.models.record_mean import RecordMean, is_ours, refuse_backward
 from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.sampling.users import UserRows
 
@@ -28,7 +29,6 @@ _TOKEN_LOSSES: dict[str | None, Callable[..., Tensor]] = {
     "ForMaskedLM": per_record_token_loss,
     "ForTokenClassification": per_record_token_loss,
 }
-_ROWS_MARK = "_opacus_ac_rows"
 
 
 def _models_in(module: nn.Module) -> list[Any]:
@@ -75,6 +75,17 @@ def check_choices(models: Iterable[nn.Module], mode: str) -> None:
             )
 
 
+def classes_among(module: nn.Module) -> int | None:
+    """Return the number of classes among which the transformers models inside ``module`` choose, by their labels.
+
+    Returns:
+        None for models of words, places and numbers.
+    """
+    found = [head.classes(model) for model in _models_in(module) for head in heads_of(model)]
+    numbers = [number for number in found if number is not None]
+    return max(numbers) if numbers and len(numbers) == len(found) else None
+
+
 def _token_loss(model: Any) -> Callable[..., Tensor] | None:
     """Return what replaces the library's ``loss_function`` of a model, None where that is not a mean over tokens."""
     kind = getattr(model, "loss_type", None)
@@ -82,50 +93,6 @@ def _token_loss(model: Any) -> Callable[..., Tensor] | None:
         heads = heads_of(model)
         kind = "ForCausalLM" if not heads or heads[0].of_tokens else kind
     return _TOKEN_LOSSES.get(kind)
-
-
-class _Records:
-    """Reduces the losses of rows to that of a batch, and knows a loss that it made."""
-
-    def __init__(self, tape: LossTape, reduction: str, users: UserRows | None) -> None:
-        self.tape, self.reduction, self.users = tape, reduction, users
-
-    def reduce(self, losses: Tensor, labelled: Tensor, training: bool, *, tape: bool = True) -> Tensor:
-        """Return the mean (or sum) over records.
-
-        Args:
-            losses: ``[R]``, of rows.
-            labelled: ``[R]``: whether a row has anything to learn from.
-            training: whether the model is in training mode.
-            tape: whether the losses go to the tape.
-        """
-        rows, trains = len(losses), training and torch.is_grad_enabled()
-        by_row = self.users is not None and not (trains or self.users.supposed)
-        if self.users is not None and not by_row:
-            losses = per_user_loss(losses, labelled, self.users.count(rows))
-        if trains and tape:
-            self.tape.record(losses)
-        loss = losses.mean() if self.reduction == "mean" else losses.sum()
-        if by_row and loss.requires_grad:
-            _refuse_backward(
-                loss, "of a model in evaluation mode the loss is a mean over rows, not over users: call model.train()"
-            )
-        if not loss.is_inference():
-            setattr(loss, _ROWS_MARK, (loss._version, rows))
-        return loss
-
-
-def _is_ours(loss: Tensor, rows: int | None) -> bool:
-    """Say whether ``loss`` was made per record here, from ``rows`` rows if given, and nothing was added to it since."""
-    mark = getattr(loss, _ROWS_MARK, None)
-    return mark is not None and mark[0] == loss._version and rows in (None, mark[1])
-
-
-def _refuse_backward(value: Tensor, reason: str) -> None:
-    def refuse(_gradient: Tensor) -> None:
-        raise ValueError(reason)
-
-    value.register_hook(refuse)
 
 
 class RecordLoss:
@@ -139,7 +106,7 @@ class RecordLoss:
         batch (``num_items_in_batch``) is ignored: it would couple the records.
     """
 
-    def __init__(self, per_record: Callable[..., Tensor], records: _Records, model: nn.Module) -> None:
+    def __init__(self, per_record: Callable[..., Tensor], records: RecordMean, model: nn.Module) -> None:
         self.per_record, self.records, self.model = per_record, records, model
         self.called = False
 
@@ -184,7 +151,7 @@ def use_record_loss(
                 f"{type(model).__name__} adds a router loss over the whole batch (config.output_router_logits), "
                 "which couples records: set it to False"
             )
-    records = _Records(tape, reduction, users)
+    records = RecordMean(tape, reduction, users)
     undoes = [_replace_loss(model, records) for model in models]
     peft = sys.modules.get("peft")
     if peft is not None and models:  # some of them compute losses of their own
@@ -197,7 +164,7 @@ def use_record_loss(
     return undo
 
 
-def _replace_loss(model: Any, records: _Records) -> Callable[[], None]:
+def _replace_loss(model: Any, records: RecordMean) -> Callable[[], None]:
     """Replace the loss of one model and watch every loss that leaves it."""
     before = model.__dict__.get("_loss_function")
     per_record = _token_loss(model) if before is None else None  # a loss of the user's own is looked at, not replaced
@@ -219,7 +186,7 @@ class _Watch:
 
     of_records = True  # goes with the model where single records are run through it
 
-    def __init__(self, model: Any, records: _Records, record: RecordLoss | None) -> None:
+    def __init__(self, model: Any, records: RecordMean, record: RecordLoss | None) -> None:
         self.model, self.records, self.record = model, records, record
         self.heads = heads_of(model)
         self.entries: dict[str, Any] = {}  # those that gave the library's loss, by its name
@@ -244,7 +211,7 @@ class _Watch:
         rows = len(labels) if isinstance(labels, Tensor) and labels.dim() else None
         for place, head in enumerate(present):
             loss = _loss_in(output, head.loss, place)
-            if loss is not None and not _is_ours(loss, rows):
+            if loss is not None and not is_ours(loss, rows):
                 losses = self._per_record(loss, head, given, output, len(present))
                 if losses is not None:
                     # Of several losses, the loop decides what becomes of them.
@@ -252,7 +219,7 @@ class _Watch:
                     made = self.records.reduce(*losses, self.model.training, tape=tape)
                     output = _with_loss(output, head.loss, place, made)
         for name, value in _scalars(output):
-            if value.requires_grad and not _is_ours(value, rows):
+            if value.requires_grad and not is_ours(value, rows):
                 self._refuse(name, value)
         return output
 
@@ -308,7 +275,7 @@ class _Watch:
         )
         if self.model.training and "loss" in name:
             raise ValueError(reason)
-        _refuse_backward(value, reason)
+        refuse_backward(value, reason)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -258,8 +258,8 @@ HEADS = {
 }  # fmt: skip
 
 
-def rows(labels):
-    generator = torch.Generator().manual_seed(1)
+def rows(labels, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (RECORDS, LENGTH), generator=generator)
     records = [{"input_ids": ids[i], **labels(i, ids[i])} for i in range(RECORDS)]
     return [{name: value for name, value in record.items() if value is not None} for record in records]

@@ -9,6 +9,11 @@ from typing import Any
 from opacus_ac.engine.options import option, shared
 
 _MODES = ("bk", "hooks")
+_TIMES_CHANCE = 4.0  # a model of C classes that knows nothing has loss log C; few records have four times as much
+
+
+class DefaultBound(float):
+    """The loss bound of who has named none. It is that of words; models of few classes get a smaller one."""
 
 
 @dataclass
@@ -25,7 +30,9 @@ class PrivacyArguments:
         target_delta: delta of the guarantee, well below 1 / N.
         dataset_size: public number of records N. The default is the number of rows (or users) of the training data,
             which is then published.
-        loss_bound: public bound of a record's loss, for the noisy loss in the log; 0 to release no loss.
+        loss_bound: public bound of a record's loss, for the noisy loss in the log; 0 to release no loss. The default is
+            10, and 4 log C for a model that chooses among C classes: the noise of the loss grows with the bound, and a
+            loss by chance is log C. Set it for regression, whose losses are in units of your own.
         evaluation_is_public: whether the evaluation data need no protection. Otherwise they are refused.
         average_weights: whether the averaged weights (EMA) are evaluated and saved, where there is an average.
 
@@ -47,7 +54,9 @@ class PrivacyArguments:
     normalize: bool = shared("normalize")
     grad_sample_mode: str = option("bk", "bk (one backward pass) or hooks (as in Opacus)")
     fused_step: bool = shared("fused_step")
-    loss_bound: float | None = shared("loss_bound", default=10.0, note="0 for none")
+    loss_bound: float | None = shared(
+        "loss_bound", default=DefaultBound(10.0), note="default 10, with C classes 4 log C; 0 for none"
+    )
     lr_control: bool = shared("lr_control")
     ema_decay: float | None = shared("ema_decay", note="0 for none")
     average_weights: bool = option(True, "evaluate and save the averaged weights")
@@ -75,13 +84,28 @@ class PrivacyArguments:
         self.loss_bound = self.loss_bound or None  # a command line cannot say None
         self.ema_decay = self.ema_decay or None
 
-    def engine_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of ``make_private`` that these settings determine."""
+    def bound_for(self, classes: int | None) -> float | None:
+        """Return the loss bound for a model that chooses among so many classes; None as the number where it does not.
+
+        >>> round(PrivacyArguments(noise_multiplier=1.0).bound_for(2), 3)
+        2.773
+        """
+        if classes is None or classes < 2 or not isinstance(self.loss_bound, DefaultBound):
+            return self.loss_bound
+        return min(float(self.loss_bound), _TIMES_CHANCE * math.log(classes))
+
+    def engine_options(self, classes: int | None = None) -> dict[str, Any]:
+        """Return the keyword arguments of ``make_private`` that these settings determine.
+
+        Args:
+            classes: number of classes among which the model chooses; None for other models.
+        """
         names = (
-            "clipping", "clip_policy", "target_clip_rate", "normalize", "grad_sample_mode", "fused_step", "loss_bound",
+            "clipping", "clip_policy", "target_clip_rate", "normalize", "grad_sample_mode", "fused_step",
             "lr_control", "ema_decay", "preset", "sampling", "dataset_size",
         )  # fmt: skip
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         options["poisson_sampling"] = self.sampling != "shuffled"
         options["max_grad_norm"] = self.per_sample_max_grad_norm
+        options["loss_bound"] = self.bound_for(classes)
         return options

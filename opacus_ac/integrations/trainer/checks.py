@@ -51,7 +51,6 @@ _ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v is not None,
         "its noise depends on the longest record of the batch: leave it out",
     ),
-    ("label_smoothing_factor", _given, "its loss is a mean over all tokens of the batch: use 0"),
     (
         "auto_find_batch_size",
         _given,

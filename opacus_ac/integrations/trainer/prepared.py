@@ -15,6 +15,7 @@ from opacus_ac.engine.privacy_engine import PrivacyEngine
 from opacus_ac.engine.report import PrivacyReport
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 from opacus_ac.integrations.trainer.ranks import RanksTrainer
+from opacus_ac.models.transformers import classes_among
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling.loader import LogicalBatches, PrivateDataLoader
 
@@ -64,7 +65,7 @@ class PreparedTrainer(RanksTrainer):
             template = self._template_loader()
             super().create_optimizer()
             self.model.train()
-            options = self.privacy.engine_options()
+            options = self.privacy.engine_options(classes_among(self.model))
             options.update(
                 module=self.model,
                 optimizer=self.optimizer,

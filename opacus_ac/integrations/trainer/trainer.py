@@ -25,6 +25,7 @@ from opacus_ac.integrations.trainer.record_checks import check_some_records
 from opacus_ac.integrations.trainer.released import ReleasedLog
 from opacus_ac.integrations.trainer.saving import SavingTrainer
 from opacus_ac.integrations.trainer.silent import LOSS_KEYS, PRIVATE_KEYS
+from opacus_ac.integrations.trainer.smoothing import RecordSmoother
 from opacus_ac.models.transformers import averages_tokens, use_record_loss
 from opacus_ac.optimizer.loss_tape import LossTape
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
@@ -106,6 +107,8 @@ class PrivateTrainer(SavingTrainer):
             **parts,
             **options,
         )
+        if self.label_smoother is not None:
+            self.label_smoother = RecordSmoother(self, self.args.label_smoothing_factor)
         self._gate = ReleasedLog(self)
         self._shows = PrivacyCallback(self)
         self.add_callback(self._shows)

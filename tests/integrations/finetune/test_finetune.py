@@ -235,7 +235,7 @@ REFUSED = {
     "no such model": ({"model_name_or_path": "./nowhere"}, 5, "cannot load the model './nowhere'"),
     "no template": ({"model_name_or_path": plain_model}, 5, "no chat template"),
     "private evaluation": ({"validation_file": "chats"}, 5, "evaluation_is_public"),
-    "a setting": ({"label_smoothing_factor": 0.1}, 5, "label_smoothing_factor"),
+    "a setting": ({"neftune_noise_alpha": 5.0}, 5, "neftune_noise_alpha"),
     "few records": ({"gradient_accumulation_steps": 30}, 2, "a step expects 120 records"),
     "mode": ({"clipping": "sideways"}, 5, "clipping='sideways' is not available"),
 }
