@@ -70,11 +70,11 @@ def _attach_source(
 ) -> tuple[Any, Pause]:
     """Attach losses of records, broadcast and gradient hooks; return what the loop calls, and what pauses the hooks."""
     module = job.module
-    check_peft(module)
     check_records_apart(module)
     folded = FoldedRows(choices := choice_models(module))
     check_choices(choices, job.grad_sample_mode)
     register_rules(module)
+    check_peft(module, mode=job.grad_sample_mode)
     check_model(module, mode=job.grad_sample_mode)
     undo.append(use_record_loss(module, optimizer.tape, job.loss_reduction, users))
     undo.append(folded.attach())

@@ -80,6 +80,11 @@ def map_tensors(twin: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
                     store[key] = changed(tensor)  # type: ignore[assignment]
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Say whether a module has weights of 4 or 8 bits, for which it has kernels of its own."""
+    return any(not (p.is_floating_point() or p.is_complex()) for p in module.parameters())
+
+
 def call_forward(module: nn.Module, *inputs: Any) -> Any:
     """Call the ``forward`` of the class on a twin without hooks, which shares its tensors with ``module``."""
     return written_type(module).forward(bare_twin(module), *inputs)

@@ -1,7 +1,8 @@
 """Parameter-efficient fine-tuning with peft: what is exact under per-record clipping, and what is refused by name.
 
-Exact in mode "bk", because every trained tensor is the weight of a module that is called: LoRA (rank-stabilised, with
-biases, with ``modules_to_save``), prefix tuning without a reparametrisation by several layers, LN tuning.
+Mode "bk" runs a layer of peft again on single records, unless all that is trained in it are layers with a rule. So a
+method is exact there, if what it does to a record depends on no other record and on nothing random, and if it trains by
+gradients alone. Methods that do more are refused here. Opacus's modes take LoRA, prefix tuning and LN tuning only.
 """
 
 from __future__ import annotations
@@ -11,32 +12,35 @@ from typing import Any
 
 from torch import nn
 
-_NEVER_CALLED = (
-    "keeps its parameters in a container and computes with them directly, so no hook sees what each record adds to them"
-)
+from opacus_ac.grad_sample.one_backward.layer_terms import computes_with_parts
+
 _REPEATED = "repeats one prompt over the batch, so no layer shows what each record adds to it"
+_RANDOM = "draws random numbers in its layers, which a second run on single records cannot repeat"
 _REFUSED = {
     "ADALORA": (
         "chooses its ranks by products of weights and raw gradients (update_and_allocate), a release without noise"
     ),
-    "OFT": "rotates the weight in a layer with buffers, which no rule covers",
+    "LILY": "averages the choices of its router over all records of a batch",
+    "OSF": "changes gradients in hooks on its parameters, through which no clipped gradient goes",
+    "PVERA": _RANDOM,
     **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), _REPEATED),
-    **dict.fromkeys(
-        (
-            "BOFT", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LOHA", "LOKR", "MISS", "OSF",
-            "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA", "VERA", "WAVEFT",
-        ),
-        _NEVER_CALLED,
-    ),
-}  # fmt: skip
-_LORA_OPTIONS = {
-    "use_dora": "takes a norm over the factors in a module with several inputs, which no rule covers",
-    "target_parameters": "multiplies its factors into a weight instead of calling them",
-    "trainable_token_indices": _NEVER_CALLED,
 }
+_OPTIONS = {
+    "alora_invocation_tokens": "hands its layers a list of positions, which cannot be taken apart into records",
+    "coft": "moves its weights in the forward pass",
+    "monteclora_config": _RANDOM,
+    "target_parameters": "writes frozen weights anew in every forward pass, by a parametrisation",
+    "use_asa": "chooses what it trains by raw gradients, a release without noise",
+    "velora_config": "compresses inputs by a projection that a batch sets",
+}
+"""Options of methods that are exact without them."""
 _WRITERS = ("v_proj", "o_proj", "down_proj")
 _DATA_STARTS = ("eva", "corda", "lora_ga")
 _REMEDY = "Use LoRA (opacus_ac.models.peft.freeze_a trains its second factor only), prefix tuning or LN tuning"
+_REMEDY_OF_MODE = (
+    'Use grad_sample_mode="bk", which runs such a layer again on single records, or LoRA '
+    "(opacus_ac.models.peft.freeze_a trains its second factor only)"
+)
 
 
 def freeze_a(model: nn.Module) -> list[str]:
@@ -123,19 +127,36 @@ def load_trainable(name_or_dir: str | None, *, full: bool, rank: int, layers: in
     return model.train(), tokenizer
 
 
-def check_peft(model: nn.Module) -> None:
+def check_peft(model: nn.Module, *, mode: str = "bk") -> None:
     """Raise ``ValueError`` for a trained adapter of peft that cannot be clipped per record, naming method and reason.
 
-    Other methods are not judged by name: ``check_model`` looks at their layers.
+    What is not refused by name is judged by ``check_model``, which looks at the layers.
+
+    Args:
+        model: the model with its adapters, for which ``register_rules`` was called.
+        mode: ``grad_sample_mode``.
     """
     parts = [set(name.split(".")) for name, p in model.named_parameters() if p.requires_grad]
     for adapter, config in _adapters(model):
         method = getattr(config.peft_type, "value", str(config.peft_type))
         if not any(adapter in names for names in parts):
             continue
-        problem = _REFUSED.get(method) or _lora_problem(config, method)
+        problem = _REFUSED.get(method) or _option_problem(config)
         if problem is not None:
             raise ValueError(f"the peft adapter {adapter!r} ({method}) {problem}. {_REMEDY}")
+        for layer in _computing_layers(model, adapter):
+            problem = _layer_problem(config, layer, model.get_submodule(layer), mode)
+            if problem is not None:
+                raise ValueError(f"the peft adapter {adapter!r} ({method}) {problem}")
+
+
+def _computing_layers(model: nn.Module, adapter: str) -> Iterator[str]:
+    """Yield the layers that compute with the parameters of their parts, and in which the adapter is trained."""
+    for path, module in model.named_modules():
+        if computes_with_parts(module):
+            trained = (name.split(".") for name, p in module.named_parameters() if p.requires_grad)
+            if any(adapter in names for names in trained):
+                yield path
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -148,10 +169,25 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield adapter, config
 
 
-def _lora_problem(config: Any, method: str) -> str | None:
-    if method != "LORA":
-        return None
-    for option, why in _LORA_OPTIONS.items():
+def _layer_problem(config: Any, path: str, layer: nn.Module, mode: str) -> str | None:
+    """Return why a layer that computes with the parameters of its parts cannot be run again on single records."""
+    if mode != "bk":
+        return (
+            f"computes with the parameters of its parts in {path}, which no hook of mode {mode!r} sees. "
+            f"{_REMEDY_OF_MODE}"
+        )
+    for option, value in vars(config).items():
+        unused = option == "lora_dropout" and not any(isinstance(m, nn.Dropout) and m.p for m in layer.modules())
+        if option.endswith("dropout") and value and not unused:
+            return f"with {option}={value} {_RANDOM}, as {path} needs. Set {option}=0, or use LoRA without variants"
+    held = (type(p).__name__ for p in layer.parameters() if p.device.type == "cpu")
+    if getattr(config, "use_dora", False) and {"Params4bit", "Int8Params"} & set(held):
+        return f"with use_dora puts the weight of {path} anew on every forward pass on a CPU. Use a GPU, or plain LoRA"
+    return None
+
+
+def _option_problem(config: Any) -> str | None:
+    for option, why in _OPTIONS.items():
         if getattr(config, option, None):
             return f"with {option} {why}"
     start = getattr(config, "init_lora_weights", None)

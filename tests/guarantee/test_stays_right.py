@@ -157,7 +157,9 @@ def encoder(name, head, **changes):
 
 
 def text(build, **changes):
-    return Case(build, tokens, own_loss, **({"tolerance": 1e-6} | changes))  # the library computes losses in float32
+    return Case(
+        build, tokens, **({"loss": own_loss, "tolerance": 1e-6} | changes)
+    )  # the library computes losses in float32
 
 
 sequence_rows = functools.partial(labelled, labels=lambda i: i % 3)
@@ -459,11 +461,25 @@ def frozen_a(**options):
     return model
 
 
-def classifier():
-    return peft.get_peft_model(
-        encoder("Bert", "SequenceClassification", num_labels=3),
-        peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False),
+def classifier(**options):
+    config = peft.LoraConfig(
+        r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False, **options
     )
+    return peft.get_peft_model(encoder("Bert", "SequenceClassification", num_labels=3), config)
+
+
+def method(cls, **options):
+    return cls(**({"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | options))
+
+
+def checkpointed(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def in_bfloat16_with_own_loss(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(**batch).loss
 
 
 ADAPTERS = {
@@ -487,7 +503,17 @@ ADAPTERS = {
     "norms": text(
         lambda: adapted(config=peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm"]))
     ),
-}
+    # Layers of peft that compute with the parameters of their parts.
+    "DoRA": text(lambda: adapted(use_dora=True)),
+    "DoRA, checkpointed": text(lambda: checkpointed(adapted("llama", use_dora=True))),
+    "DoRA, physical batches": text(lambda: adapted(use_dora=True), options={"max_physical_batch_size": 2}),
+    "DoRA, bfloat16": text(lambda: adapted(use_dora=True), loss=in_bfloat16_with_own_loss, dtype=torch.float32,
+                           tolerance=3e-2),
+    "DoRA of bert": Case(lambda: classifier(use_dora=True), sequence_rows, own_loss),
+    "embedding": text(lambda: adapted("qwen2-tied", target_modules=["q_proj", "embed_tokens"])),
+    "tokens": text(lambda: adapted(trainable_token_indices=[*range(3, 30)])),
+    "VB-LoRA": text(lambda: adapted(config=method(peft.VBLoRAConfig, r=2, num_vectors=4, vector_length=8))),
+}  # fmt: skip
 TABLES = {"model": MODELS, "layer": LAYERS, "loop": LOOPS, "adapter": ADAPTERS}
 
 

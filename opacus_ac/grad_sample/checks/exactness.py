@@ -13,6 +13,7 @@ from opacus_ac.grad_sample.checks.probe import Verdict, probe, required_inputs
 from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.one_backward.experts import is_experts
 from opacus_ac.grad_sample.one_backward.layer_terms import replays_lookup, watched_modules
+from opacus_ac.grad_sample.one_backward.replay import replay_sampler
 from opacus_ac.grad_sample.registry import (
     STOCK,
     GradSampler,
@@ -142,14 +143,17 @@ class _Examiner:
             return None
         if not any(p.requires_grad for p in inner.parameters()):
             return None
-        verdict = self._probe(inner, ft_compute_per_sample_gradient, True)
+        # Mode "bk" has a way of its own, which takes buffers and operations that torch.func does not know.
+        again = replay_sampler if self._mode == "bk" else ft_compute_per_sample_gradient
+        verdict = self._probe(inner, again, True)
         # In mode "bk" what a module returned is compared with what it returns for single records, at every use.
         known_family = inner is root and isinstance(inner, nn.Linear | nn.Embedding) and self._mode != "bk"
         if verdict.status == "exact" or (verdict.status == "unknown" and not known_family):
             return None
         where = "" if inner is root else f" (inside it: {type(inner).__name__})"
+        way = "the second run on single records" if self._mode == "bk" else "the functorch fallback"
         what = "does not work on it" if verdict.status == "wrong" else "cannot be verified on it"
-        return f"it has no rule, and the functorch fallback {what}{where}: {_short(verdict.reason)}. {_remedy(inner)}"
+        return f"it has no rule, and {way} {what}{where}: {_short(verdict.reason)}. {_remedy(inner)}"
 
 
 def _short(reason: str) -> str:

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_leaves
 
-from opacus_ac.grad_sample.module_replay import bare_twin, written_type
+from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, is_experts, mixtures
 from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
+from opacus_ac.grad_sample.one_backward.replay import replayed_rows
 from opacus_ac.grad_sample.one_backward.routed import Routed
 from opacus_ac.grad_sample.one_backward.use import Tracked, Use
-from opacus_ac.grad_sample.precision import less_was_asked
-from opacus_ac.grad_sample.registry import STOCK, GradSampler, has_own_trainable, sampler_of
+from opacus_ac.grad_sample.registry import STOCK, GradSampler, sampler_of
 from opacus_ac.grad_sample.rules.bitlinear import (
     QuantizedInputs,
     auto_bitlinear,
@@ -38,9 +35,6 @@ from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm,
 
 Terms = Sequence[tuple[nn.Parameter, Term | Routed]]
 TermRule = Callable[[Use, tuple[Tensor, ...], Tensor], Terms]
-
-_REPLAY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
-_LOW_TOLERANCE = 5e-2
 
 
 def _linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -106,105 +100,6 @@ def _ids_by_record(ids: Tensor, backprops: Tensor) -> Tensor:
     return ids.expand(backprops.shape[:-1])
 
 
-def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    """Run the module again on each record, with ``torch.func``, and differentiate it.
-
-    Arguments whose first dimension is the batch are split into records. All others are passed as they are. The output
-    must be the same as in the forward pass. This shows that the split was right, and that the module is not random.
-
-    Raises:
-        ValueError: If the output differs.
-    """
-    gradients = (backprops,) if use.gradients is None else use.gradients
-    module, inputs, outputs = use.module, tensors[: -len(gradients)], tensors[-len(gradients) :]
-    batch = backprops.shape[0]
-    backs = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True))
-    dims = tuple(0 if t.dim() > 0 and t.shape[0] == batch else None for t in inputs)
-    twin = bare_twin(module)
-    parameters = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
-
-    def record(
-        weights: dict[str, Tensor], arguments: tuple[Tensor, ...], backs: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # A module that was handed [B T, d] takes the rows of one record; any other takes a batch of one.
-        whole = [t if d is None or use.is_split else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
-        args, kwargs = use.call.without(_is_cache).arguments(whole)
-        with use.autocast:
-            results = _floats(functional_call(twin, weights, args, kwargs))
-        alone = results if use.is_split else [r.squeeze(0) for r in results]
-        total = torch.stack([(r * b).sum() for r, b in zip(alone, backs, strict=True)]).sum()
-        return total, tuple(r.detach() for r in alone)
-
-    with torch.enable_grad():
-        per_record = vmap(grad(record, has_aux=True), in_dims=(None, dims, 0), randomness="different")
-        try:
-            rows, again = per_record(parameters, inputs, backs)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"{use.path or 'the model'} ({type(module).__name__}) has no rule, and cannot be run again on single "
-                f"records: {error}. Register a rule with register_rule, or freeze it with requires_grad_(False)"
-            ) from error
-    for got, want in zip(again, outputs, strict=True):
-        _check_replay(use, inputs, got, want)
-    owned = dict(module.named_parameters())
-    return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
-
-
-def _is_cache(value: Any) -> bool:
-    """Say whether a value is a cache of keys and values, to which a second run would add."""
-    caches = sys.modules.get("transformers.cache_utils")
-    return caches is not None and isinstance(value, caches.Cache)
-
-
-def _floats(output: Any) -> list[Tensor]:
-    """Return the floating-point tensors in an output."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-_ORDINARY = 1e15
-"""Size of values beyond which two runs of a record may differ, unless they are masks (at least ``_MASK``)."""
-_MASK = 1e37
-
-
-def _ordinary_records(inputs: Sequence[Tensor], want: Tensor) -> Tensor:
-    """Return which records ``[B]`` have no extreme values, so that a second run must return the same."""
-    ordinary = torch.ones(want.shape[0], dtype=torch.bool, device=want.device)
-    for tensor in (want, *(t for t in inputs if t.dim() > 0 and t.shape[0] == want.shape[0])):
-        if tensor.is_floating_point() and tensor.numel():
-            size = tensor.abs().flatten(1) if tensor.dim() > 1 else tensor.abs().unsqueeze(1)
-            extreme = (size > _ORDINARY) & (size < _MASK) | torch.isnan(tensor).reshape(size.shape)
-            ordinary &= ~extreme.any(1).to(want.device)
-    return ordinary
-
-
-def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
-    """Say whether a second run returned the same, for each record without extreme values."""
-    if got.shape != want.shape:
-        return False
-    got, want = (t[ordinary].flatten(1) if t.dim() > 1 else t[ordinary].unsqueeze(1) for t in (got, want))
-    if not want.numel():
-        return True
-    finite = torch.isfinite(want)
-    difference = torch.where(finite, (got - want).abs(), 0).amax(1)
-    size = torch.where(finite, want.abs(), 0).amax(1)
-    tolerance = _REPLAY_TOLERANCE.get(want.dtype, _LOW_TOLERANCE)
-    if want.dtype == torch.float32 and less_was_asked():  # in the first run only
-        tolerance = _LOW_TOLERANCE
-    # A record with small outputs gets the tolerance of a median one, and one with large outputs its own.
-    return bool((difference <= tolerance * torch.maximum(size, size.median())).all())
-
-
-def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor) -> None:
-    same = _is_replay(got, want, _ordinary_records(inputs, want)) if want.dim() > 0 else got.shape == want.shape
-    if not same:
-        raise ValueError(
-            f"{use.path or 'the model'} ({type(use.module).__name__}) has no rule, and run again on single records it "
-            "does not return what it returned on the batch: it is random (dropout inside it?), or its arguments do not "
-            "have the records as first dimension. Set its dropout to 0, register a rule with register_rule, or freeze "
-            "it"
-        )
-
-
 def _routed(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
     """Return the terms of a product with the stacked weights of experts. Its rows ``[S, ...]`` are sorted by expert."""
     product, (inputs, tokens) = use.product, tensors
@@ -230,15 +125,57 @@ def replays_lookup(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and sampler_of(module) is None
 
 
+def _containers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the containers in a module whose parameters only its own forward can use, because they are never called."""
+    for child in module.children():
+        if isinstance(child, nn.ParameterDict | nn.ParameterList):
+            yield child
+        elif type(child) in (nn.ModuleDict, nn.ModuleList):
+            yield from _containers(child)
+
+
+def own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters that a module's own forward uses: its own, and those in its containers of parameters."""
+    yield from module.parameters(recurse=False)
+    for container in _containers(module):
+        yield from container.parameters()
+
+
+def _owns_trainable(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in own_parameters(module))
+
+
 def delegates(module: nn.Module) -> bool:
     """Say whether layers inside the module hold all of its trainable parameters, such as the tied bias of a head.
 
     The gradients are then computed in these layers. If the module's own forward uses such a parameter, the parameter
     gets an ordinary gradient, and the step is refused.
     """
-    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-    inner = {id(p) for child in module.modules() if child is not module for p in child.parameters(recurse=False)}
-    return bool(own) and all(id(p) in inner for p in own)
+    own = [p for p in own_parameters(module) if p.requires_grad]
+    outside = {id(module), *(id(container) for container in _containers(module))}
+    layers = (inner for inner in module.modules() if own and id(inner) not in outside)
+    inside = {id(p) for layer in layers for p in own_parameters(layer)}
+    return bool(own) and all(id(p) in inside for p in own)
+
+
+def computes_with_parts(module: nn.Module) -> bool:
+    """Say whether a module is a layer of peft that computes with the parameters of its parts, not only by calling them.
+
+    Plain LoRA and tuned norms call every trained part, which then has a rule of its own. Variants (DoRA), factors
+    that are multiplied into a weight, and parts without a rule need the whole layer.
+    """
+    tuners, lora = (sys.modules.get(f"peft.tuners.{name}") for name in ("tuners_utils", "lora.layer"))
+    if tuners is None or lora is None or not any(p.requires_grad for p in module.parameters()):
+        return False
+    if not isinstance(module, tuners.BaseTunerLayer):
+        return isinstance(module, sys.modules["peft.utils.other"].TrainableTokensWrapper)
+    parts = [part for part in module.modules() if part is not module and _owns_trainable(part)]
+    if any(sampler_of(part) is None and not replays_lookup(part) and not is_experts(part) for part in parts):
+        return True
+    if isinstance(module, lora.LoraLayer):
+        merges = (lora.ParamWrapper, lora.MultiheadAttention)
+        return bool(module.lora_variant) or isinstance(module, merges)
+    return not hasattr(module, "ln_tuning_layers")
 
 
 # In the source of these classes, some layers get the states [B, T, d] as [B T, d], record after record.
@@ -259,7 +196,7 @@ def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
     """Yield the modules in which the gradients of trainable parameters are computed, each once, with their paths.
 
     Modules inside a module with trainable parameters of its own and without a rule are not yielded, because that module
-    is run again as a whole.
+    is run again as a whole. Parameters in a ``ParameterDict`` or ``ParameterList`` are those of the module around it.
     """
     seen: set[int] = set()
 
@@ -267,10 +204,13 @@ def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
         if id(module) in seen:
             return
         seen.add(id(module))
-        if has_own_trainable(module) and not delegates(module):
+        delegated = delegates(module)
+        if (_owns_trainable(module) and not delegated) or computes_with_parts(module):
             yield path, module
             if sampler_of(module) is None and not replays_lookup(module) and not is_experts(module):
                 return
+        if delegated:
+            seen.update(id(container) for container in _containers(module))
         for name, child in module.named_children():
             yield from walk(child, f"{path}.{name}" if path else name)
 

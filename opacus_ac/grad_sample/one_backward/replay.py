@@ -1,0 +1,191 @@
+"""Modules without a rule: they are run again on each record, and what they return is compared with the first run."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_leaves
+
+from opacus_ac.grad_sample.module_replay import bare_twin, is_quantised
+from opacus_ac.grad_sample.one_backward.outer_products import Rows
+from opacus_ac.grad_sample.one_backward.use import Call, Use
+from opacus_ac.grad_sample.precision import less_was_asked
+
+_REPLAY_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_LOW_TOLERANCE = 5e-2
+_TOGETHER = 1 << 28
+"""Number of values above which fewer records are run together: those of the module, for each record."""
+
+_NOT_TOGETHER: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that ``torch.vmap`` has not been able to run."""
+
+Weights = dict[str, Tensor]
+Record = Callable[[Weights, tuple[Tensor, ...], tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+"""From weights, arguments of one record and gradients at its outputs: what to differentiate, and the outputs."""
+
+
+def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> list[tuple[nn.Parameter, Rows]]:
+    """Run the module again on each record, and differentiate it.
+
+    Arguments whose first dimension is the batch are split into records. All others are passed as they are. The output
+    must be the same as in the forward pass. This shows that the split was right, and that the module is not random.
+    Records are run together by ``torch.vmap``, or one after the other where it does not know an operation.
+
+    Raises:
+        ValueError: If the output differs.
+    """
+    gradients = (backprops,) if use.gradients is None else use.gradients
+    inputs, outputs = tensors[: -len(gradients)], tensors[-len(gradients) :]
+    backs = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True))
+    rows, again = _run_again(use, inputs, backs)
+    for got, want in zip(again, outputs, strict=True):
+        _check_replay(use, inputs, got, want)
+    owned = dict(use.module.named_parameters())
+    return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+
+
+def replay_sampler(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Return the same for a module with one input, in the form of a grad sampler of Opacus, for tests of modules."""
+    use = Use("", module, Call.of(tuple(activations), {})[0], None, nullcontext(), 0)
+    rows, _ = _run_again(use, tuple(activations), (backprops,))
+    owned = dict(module.named_parameters())
+    return {owned[name]: values.detach() for name, values in rows.items()}
+
+
+def _run_again(use: Use, inputs: tuple[Tensor, ...], backs: tuple[Tensor, ...]) -> tuple[Weights, tuple[Tensor, ...]]:
+    """Return the gradients ``[B, ...]`` of the trained weights, and the outputs."""
+    dims = tuple(0 if t.dim() > 0 and t.shape[0] == backs[0].shape[0] else None for t in inputs)
+    twin = bare_twin(use.module)
+    weights = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
+    record = _record_of(use, twin, dims)
+    with torch.enable_grad():
+        if use.module not in _NOT_TOGETHER and not is_quantised(twin):
+            try:
+                return _together(record, weights, inputs, dims, backs, _count(twin))
+            except (RuntimeError, ValueError, TypeError, KeyError):  # it may use what torch.func does not know
+                pass
+        try:
+            results = _one_by_one(record, weights, inputs, dims, backs)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{use.path or 'the model'} ({type(use.module).__name__}) has no rule, and cannot be run again on "
+                f"single records: {error}. Register a rule with register_rule, or freeze it with requires_grad_(False)"
+            ) from error
+    _NOT_TOGETHER.add(use.module)
+    return results
+
+
+def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...]) -> Record:
+    def record(
+        weights: Weights, arguments: tuple[Tensor, ...], backs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # A module that was handed [B T, d] takes the rows of one record; any other takes a batch of one.
+        whole = [t if d is None or use.is_split else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
+        args, kwargs = use.call.without(_is_cache).arguments(whole)
+        with use.autocast:
+            results = _floats(functional_call(twin, weights, args, kwargs))
+        alone = results if use.is_split else [r.squeeze(0) for r in results]
+        total = torch.stack([(r * b).sum() for r, b in zip(alone, backs, strict=True)]).sum()
+        return total, tuple(r.detach() for r in alone)
+
+    return record
+
+
+def _count(twin: nn.Module) -> int:
+    return sum(t.numel() for t in (*twin.parameters(), *twin.buffers()))
+
+
+def _together(
+    record: Record,
+    weights: Weights,
+    inputs: tuple[Tensor, ...],
+    dims: tuple[int | None, ...],
+    backs: tuple[Tensor, ...],
+    size: int,
+) -> tuple[Weights, tuple[Tensor, ...]]:
+    # A gradient at a frozen weight (of a weight that adapters change) may be held for each record for a moment.
+    at_once = max(1, _TOGETHER // max(1, size))
+    per_record = vmap(grad(record, has_aux=True), in_dims=(None, dims, 0), randomness="different", chunk_size=at_once)
+    rows, again = per_record(weights, inputs, backs)
+    return rows, again
+
+
+def _one_by_one(
+    record: Record,
+    weights: Weights,
+    inputs: tuple[Tensor, ...],
+    dims: tuple[int | None, ...],
+    backs: tuple[Tensor, ...],
+) -> tuple[Weights, tuple[Tensor, ...]]:
+    found: list[tuple[Tensor, ...]] = []
+    outputs: list[tuple[Tensor, ...]] = []
+    for i in range(len(backs[0])):
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        arguments = tuple(t if d is None else t[i] for t, d in zip(inputs, dims, strict=True))
+        total, alone = record(leaves, arguments, tuple(b[i] for b in backs))
+        found.append(torch.autograd.grad(total, tuple(leaves.values()), allow_unused=True, materialize_grads=True))
+        outputs.append(alone)
+    rows = {name: torch.stack(values) for name, values in zip(weights, zip(*found, strict=True), strict=True)}
+    return rows, tuple(torch.stack(values) for values in zip(*outputs, strict=True))
+
+
+def _is_cache(value: Any) -> bool:
+    """Say whether a value is a cache of keys and values, to which a second run would add."""
+    caches = sys.modules.get("transformers.cache_utils")
+    return caches is not None and isinstance(value, caches.Cache)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    """Return the floating-point tensors in an output."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+_ORDINARY = 1e15
+"""Size of values beyond which two runs of a record may differ, unless they are masks (at least ``_MASK``)."""
+_MASK = 1e37
+
+
+def _ordinary_records(inputs: Sequence[Tensor], want: Tensor) -> Tensor:
+    """Return which records ``[B]`` have no extreme values, so that a second run must return the same."""
+    ordinary = torch.ones(want.shape[0], dtype=torch.bool, device=want.device)
+    for tensor in (want, *(t for t in inputs if t.dim() > 0 and t.shape[0] == want.shape[0])):
+        if tensor.is_floating_point() and tensor.numel():
+            size = tensor.abs().flatten(1) if tensor.dim() > 1 else tensor.abs().unsqueeze(1)
+            extreme = (size > _ORDINARY) & (size < _MASK) | torch.isnan(tensor).reshape(size.shape)
+            ordinary &= ~extreme.any(1).to(want.device)
+    return ordinary
+
+
+def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
+    """Say whether a second run returned the same, for each record without extreme values."""
+    if got.shape != want.shape:
+        return False
+    got, want = (t[ordinary].flatten(1) if t.dim() > 1 else t[ordinary].unsqueeze(1) for t in (got, want))
+    if not want.numel():
+        return True
+    finite = torch.isfinite(want)
+    difference = torch.where(finite, (got - want).abs(), 0).amax(1)
+    size = torch.where(finite, want.abs(), 0).amax(1)
+    tolerance = _REPLAY_TOLERANCE.get(want.dtype, _LOW_TOLERANCE)
+    if want.dtype == torch.float32 and less_was_asked():  # in the first run only
+        tolerance = _LOW_TOLERANCE
+    # A record with small outputs gets the tolerance of a median one, and one with large outputs its own.
+    return bool((difference <= tolerance * torch.maximum(size, size.median())).all())
+
+
+def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor) -> None:
+    same = _is_replay(got, want, _ordinary_records(inputs, want)) if want.dim() > 0 else got.shape == want.shape
+    if not same:
+        raise ValueError(
+            f"{use.path or 'the model'} ({type(use.module).__name__}) has no rule, and run again on single records it "
+            "does not return what it returned on the batch: it is random (dropout inside it?), or its arguments do not "
+            "have the records as first dimension. Set its dropout to 0, register a rule with register_rule, or freeze "
+            "it"
+        )
