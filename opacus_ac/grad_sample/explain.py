@@ -141,9 +141,10 @@ class _Price:
             return route, None if route == "replay" else 0.0, _BYTES * numel
         rows, columns = parameter.shape
         dense, lookups = length * self.kinds.get("dense", 0), length * self.kinds.get("lookup", 0)
-        if dense and keeps(length, rows, columns):
-            route = "+".join(["kept"] + ["lookup"] * bool(lookups))
-            return route, 0.0, _BYTES * (numel + lookups * columns)
+        small = lookups > 0 and rows <= length  # then the gradient is smaller than what was looked up
+        if small or (dense and keeps(length, rows, columns)):
+            apart = 0 if small else lookups
+            return "kept+lookup" if apart else "kept", 0.0, _BYTES * (numel + apart * columns)
         extra = dense**2 * (rows + columns) + lookups**2 * columns + dense * lookups * columns
         held = dense * (rows + columns) + lookups * columns
         work = 3 * dense * numel

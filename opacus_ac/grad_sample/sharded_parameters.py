@@ -74,6 +74,11 @@ class ShardedParameters:
                 ]
         self._units = _units(model) if self._places else {}
 
+    @property
+    def any(self) -> bool:
+        """Whether a watched module has a sharded parameter."""
+        return bool(self._places)
+
     def now(self, item: _Watched) -> Iterable[nn.Parameter]:
         """Return the parameters that a watched module holds at this moment."""
         places = self._places.get(id(item.module))

@@ -205,24 +205,6 @@ def test_a_model_in_evaluation_mode_that_is_trained_all_the_same_is_refused() ->
     detach()
 
 
-class Borrowed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(self.first(x), self.first.weight)
-
-
-def test_a_weight_used_behind_the_rules_is_refused() -> None:
-    model = Borrowed().double().train()
-    source, detach = attached(model)
-    loss(model).backward()
-    with pytest.raises(ValueError, match=r"first\.weight has an ordinary gradient"):
-        source.finish_batch()
-    detach()
-
-
 # ---------------------------------------------------------------- several passes
 
 

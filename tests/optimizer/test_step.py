@@ -375,7 +375,7 @@ class Borrowed(nn.Module):
         return self.second(nn.functional.linear(self.first(x), self.first.weight))
 
 
-@pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
+@pytest.mark.parametrize("mode", ["hooks", "functorch"])  # mode "bk" follows it: tests/grad_sample/test_shared.py
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_weight_used_behind_the_hooks_is_found_at_the_first_step(mode, reduction):
     torch.manual_seed(0)

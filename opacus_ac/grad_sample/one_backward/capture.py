@@ -8,6 +8,7 @@ changes in place work for it as for any other saved tensor.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward import experts
 from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
+from opacus_ac.grad_sample.one_backward.shared import Shared
+from opacus_ac.grad_sample.one_backward.sharing import OutsideUses, Sharing, kept_output
 from opacus_ac.grad_sample.one_backward.use import Call, Tracked, Use
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
@@ -48,9 +51,6 @@ class Capture:
         flattening: modules that take ``[B, T, d]`` and pass ``[B T, d]``, record after record, to modules inside.
         folded: parts of the model that run each record as several rows.
 
-    Attributes:
-        paused: whether forward passes are ignored.
-
     Guarantees:
         Nothing is kept for a module that is in evaluation mode or runs without gradients. ``requires_grad`` has its
         original value whenever no forward pass is running, even after an exception. A parameter that is used outside of
@@ -73,10 +73,9 @@ class Capture:
         self._flattening = list(flattening)
         self._folded = folded or FoldedRows()
         self._passes = 0
-        self._batch = torch.Size([0])
-        self._positions: set[int] = set()
-        self._rows: set[int] = set()
-        self.paused = False
+        self._sharing = Sharing(model.buffers())
+        self._outside = None if self._shards.any else OutsideUses(self._tracked.values(), self._share_parameter)
+        self._paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
         self._buffers: dict[int, list[tuple[int, int]]] = {}
         # Inside of experts the rows are sorted by expert, so nothing there has the records one after the other.
@@ -95,6 +94,7 @@ class Capture:
 
     def _attach(self, model: nn.Module) -> None:
         self._handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._end, prepend=True, always_call=True))
         for module in self._flattening:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for item in self._tracked.values():
@@ -103,6 +103,17 @@ class Capture:
             self._handles.append(
                 item.module.register_forward_hook(self._after, prepend=True, with_kwargs=True, always_call=True)
             )
+
+    @property
+    def paused(self) -> bool:
+        """Whether forward passes are ignored."""
+        return self._paused
+
+    @paused.setter
+    def paused(self, value: bool) -> None:
+        self._paused = value
+        if self._outside is not None:
+            self._outside.paused = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         # A copy of the model has the hooks, too. They do not know its modules, and do nothing.
@@ -141,8 +152,13 @@ class Capture:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
-            leaves = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim())
-            self._batch = next((leaf.shape for leaf in leaves), torch.Size([0]))
+            self._sharing.start([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
+            if self._outside is not None:
+                self._outside.start(sys._getframe(1))
+
+    def _end(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if id(module) == self._model_id and self._outside is not None:
+            self._outside.end()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else next(iter(kwargs.values()), None)
@@ -198,45 +214,39 @@ class Capture:
                 "its parameters are in layers that return one, or freeze it"
             )
         call, tensors = Call.of(args, kwargs)
+        shared = self._sharing.of(tracked, tensors, output, self._folded.batch(module, self._sharing.batch))
+        if shared is not None:
+            tensors = shared.inputs(tensors)
         if tracked.keep_output:
-            tensors = [*tensors, output.clone()]  # what comes next may change it in place
-        shared = self._is_shared(tracked, output)
-        if shared:
-            # The output is expanded, so that its gradient has one part per record. Its values are the same.
-            rows = self._folded.batch(module, self._batch)[0]
-            output = output.expand(rows, *output.shape[1 if output.dim() > 2 else 0 :])
+            tensors = [*tensors, kept_output(output, shared)]
         use = self._use(tracked, call, tensors, output.device)
-        watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
-        return output if shared and watched is None else watched
+        if shared is None:
+            return self._watch(output, lambda gradient: self._arrive(use, gradient))
+        return shared.restored(self._pass_on(shared.records, lambda gradient: self._arrive(use, gradient)))
 
     def _use(self, tracked: Tracked, call: Call, tensors: Iterable[Tensor], device: torch.device) -> Use:
-        kept = keep(self._token, *(t.detach() for t in tensors))  # detached, because the graph must not hold itself
+        tensors = list(tensors)
+        bare = frozenset(i for i, t in enumerate(tensors) if isinstance(t, Shared) and not t.has_batch_of_one)
+        # Detached, because the graph must not hold itself.
+        kept = keep(self._token, *(t.records().detach() if isinstance(t, Shared) else t.detach() for t in tensors))
         flattened = self._shapes.get(self._outer.get(id(tracked.module), 0))
         autocast = _autocast_of(device.type)
         folded = self._folded.of(tracked.module)
-        return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded)
+        return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded, bare=bare)
 
-    def _is_shared(self, tracked: Tracked, output: Tensor) -> bool:
-        """Say whether a lookup was for all records at once: ``[1, T, d]``, or ``[T, d]`` of positions.
+    def _pass_on(self, records: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
+        """Return a view of ``records``, with ``arrive`` called with its gradient."""
+        passed: Tensor = pass_on(records) if records.requires_grad else ask_for_gradient(self._token, records)
+        passed.register_hook(arrive)
+        return passed
 
-        Only embeddings with a forward of their own are asked; ids of others are expanded before the lookup.
-        """
-        records, *others = self._folded.batch(tracked.module, self._batch)
-        if records < 2 or not tracked.keep_output or not isinstance(tracked.module, nn.Embedding):
-            return False
-        if output.dim() != 2:
-            return output.dim() > 2 and output.shape[0] == 1
-        key, rows = id(tracked.module), output.shape[0]
-        if rows != records and rows in others:
-            self._positions.add(key)
-        elif rows == records and rows not in others:
-            self._rows.add(key)
-        elif rows == records and key not in self._positions | self._rows:
-            raise ValueError(
-                f"{tracked.path} ({type(tracked.module).__name__}) looks up {records} rows, which may be positions or "
-                "records: batch and sequence are of one size. Give the first batch another length"
-            )
-        return key in self._positions and rows in others
+    def _share_parameter(self, tracked: Tracked, name: str, parameter: nn.Parameter) -> Shared:
+        """Return a parameter that is used outside of its module, with a copy per record."""
+        path = f"{tracked.path}.{name}" if tracked.path else name
+        kept = keep(self._token)
+        use = Use(path, tracked.module, Call([], [], None), kept, nullcontext(), self._passes, parameter=parameter)
+        rows = parameter.detach().expand(self._sharing.batch[0], *parameter.shape)
+        return Shared.of(self._pass_on(rows, lambda gradient: self._arrive(use, gradient)), self._sharing.lengths)
 
     def _check_buffers(self, tracked: Tracked) -> None:
         """Refuse a module that is run again and whose buffers its forward pass has changed."""
@@ -263,8 +273,9 @@ class Capture:
             use.gradients = gradients
             self._arrive(use, next(g for g in gradients if g is not None))
 
-        for place, passed in zip(places, pass_several(arrive, self._token, *outputs), strict=True):
-            leaves[place] = passed
+        records = [o.records() if isinstance(o, Shared) else o for o in outputs]
+        for place, output, passed in zip(places, outputs, pass_several(arrive, self._token, *records), strict=True):
+            leaves[place] = output.again(passed) if isinstance(output, Shared) else passed
         return tree_unflatten(leaves, spec)
 
     def _product(self, tracked: Tracked, product: experts.Product, output: Tensor) -> Tensor:
@@ -324,6 +335,8 @@ def _inert() -> Any:
 
 class _Inert:
     def _start(self, *_: Any) -> None: ...
+
+    def _end(self, *_: Any) -> None: ...
 
     def _before(self, *_: Any) -> None: ...
 

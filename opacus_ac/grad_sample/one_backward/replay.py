@@ -87,11 +87,15 @@ def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...]) -> Recor
         weights: Weights, arguments: tuple[Tensor, ...], backs: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # A module that was handed [B T, d] takes the rows of one record; any other takes a batch of one.
-        whole = [t if d is None or use.is_split else t.unsqueeze(0) for t, d in zip(arguments, dims, strict=True)]
+        # A value that all records share has no place for the batch.
+        whole = [
+            t if d is None or use.is_split or i in use.bare else t.unsqueeze(0)
+            for i, (t, d) in enumerate(zip(arguments, dims, strict=True))
+        ]
         args, kwargs = use.call.without(_is_cache).arguments(whole)
         with use.autocast:
             results = _floats(functional_call(twin, weights, args, kwargs))
-        alone = results if use.is_split else [r.squeeze(0) for r in results]
+        alone = [r if use.is_split or len(dims) + i in use.bare else r.squeeze(0) for i, r in enumerate(results)]
         total = torch.stack([(r * b).sum() for r, b in zip(alone, backs, strict=True)]).sum()
         return total, tuple(r.detach() for r in alone)
 

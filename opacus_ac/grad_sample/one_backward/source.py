@@ -19,8 +19,8 @@ from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward.capture import Capture
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
-from opacus_ac.grad_sample.one_backward.layer_terms import flattening_modules, tracked
-from opacus_ac.grad_sample.one_backward.outer_products import Term
+from opacus_ac.grad_sample.one_backward.layer_terms import Terms, flattening_modules, tracked
+from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 from opacus_ac.grad_sample.one_backward.routed import Routed, RoutedBook
 from opacus_ac.grad_sample.one_backward.use import Use, by_record, records_in
@@ -134,7 +134,7 @@ class BookKeepingSource:
             tensors, gradient = by_record(use, use.tensors(), gradient)
             chunk = self._chunks[-1]
             self._check_batch(chunk, use, records_in(use, gradient))
-            for parameter, term in self._rules[use.path](use, tensors, gradient):
+            for parameter, term in self._terms(use, tensors, gradient):
                 index = self._index.get(id(parameter), self._places(parameter, use.module))
                 if index is not None and self._parameters[index].requires_grad:
                     if self._users is not None or use.folded is not None:
@@ -144,6 +144,13 @@ class BookKeepingSource:
         except BaseException:
             self._failed = True
             raise
+
+    def _terms(self, use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> Terms:
+        return (
+            [(use.parameter, Rows(gradient))]
+            if use.parameter is not None
+            else self._rules[use.path](use, tensors, gradient)
+        )
 
     def _add_term(
         self, books: dict[int, Book], index: int, parameter: nn.Parameter, term: Term | Routed, path: str

@@ -77,6 +77,10 @@ class Use:
     """The product that this use is, without its tensors, if the module holds experts."""
     gradients: tuple[Tensor | None, ...] | None = None
     """Gradients at all floating-point outputs, if the module returns several. An output without gradient has None."""
+    parameter: nn.Parameter | None = None
+    """The parameter that this use is, if it is used outside of its module."""
+    bare: frozenset[int] = frozenset()
+    """Places of the tensors that are shared by all records, and whose part for a record has no batch dimension."""
     is_split: bool = False
     """Whether the tensors came as ``[B T, d]`` and were reshaped to ``[B, T, d]``."""
 

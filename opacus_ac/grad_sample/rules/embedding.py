@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opacus_ac.grad_sample.module_replay import bare_twin, call_forward, map_tensors, to_double, written_type
-from opacus_ac.grad_sample.one_backward.outer_products import Lookup, Term
+from opacus_ac.grad_sample.one_backward.bounds import wide
+from opacus_ac.grad_sample.one_backward.outer_products import Lookup, Rows, Term
 
 
 def unsupported(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
@@ -51,7 +52,22 @@ def lookup_terms(module: nn.Module, ids: Tensor, backprops: Tensor) -> list[tupl
     if module.padding_idx is not None:
         values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
     batch = ids.shape[0]
-    return [(weight, Lookup(ids.reshape(batch, -1), values.reshape(batch, -1, values.shape[-1])))]
+    flat = ids.reshape(batch, -1 if ids.numel() else 0)
+    if (
+        len(weight) <= flat.shape[1]
+    ):  # as for relative positions, of which there are T^2: the gradient is the smaller one
+        return [(weight, Rows(_written_down(flat, wide(values), weight.shape)))]
+    return [(weight, Lookup(flat, values.reshape(batch, -1, values.shape[-1])))]
+
+
+def _written_down(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """Return the gradients of a table ``[V, D]``, ``[B, V, D]``, from ids ``[B, n]`` and values ``[B, ..., D]``."""
+    batch, (rows, width) = ids.shape[0], shape
+    # One flat index_add over B * V rows needs no index tensor [B, n, D], and no special case for an empty batch.
+    first = torch.arange(batch, device=ids.device) * rows
+    grad = torch.zeros(batch * rows, width, device=values.device, dtype=values.dtype)
+    grad.index_add_(0, (ids + first.unsqueeze(1)).reshape(-1), values.reshape(-1, width))
+    return grad.view(batch, rows, width)
 
 
 def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -82,20 +98,17 @@ def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor
     values = backprops if isinstance(scale, float) and scale == 1.0 else backprops * scale
     if module.padding_idx is not None:
         values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
-    batch, (rows, width) = ids.shape[0], weight.shape
-    # One flat index_add over B * V rows needs no index tensor [B, T, D], and no special case for an empty batch.
-    first = torch.arange(batch, device=ids.device) * rows
-    flat = ids.reshape(batch, -1 if ids.numel() else 0) + first.unsqueeze(1)
-    grad = torch.zeros(batch * rows, width, device=values.device, dtype=values.dtype)
-    grad.index_add_(0, flat.reshape(-1), values.reshape(-1, width))
-    return {weight: grad.view(batch, rows, width)}
+    batch = ids.shape[0]
+    flat = ids.reshape(batch, -1 if ids.numel() else 0)
+    return {weight: _written_down(flat, values, weight.shape)}
 
 
 class _RecordLookup(TorchFunctionMode):
-    """Notes the ids and the result of every ``F.embedding`` that runs under it."""
+    """Notes the ids and the result of every lookup in a table that runs under it."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: Tensor) -> None:
         super().__init__()
+        self.table = table
         self.lookups: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(
@@ -104,6 +117,8 @@ class _RecordLookup(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func is F.embedding:
             self.lookups.append((args[0] if args else (kwargs or {})["input"], output))
+        elif func is Tensor.__getitem__ and args[0] is self.table:
+            self.lookups.append((torch.arange(len(self.table), device=self.table.device)[args[1]], output))
         return output
 
 
@@ -119,12 +134,13 @@ def replayed_ids(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, 
     Raises:
         ValueError: If its output is not the unchanged rows of one lookup.
     """
-    with torch.no_grad(), _RecordLookup() as recorder:
-        written_type(module).forward(bare_twin(module), *args, **kwargs)
+    twin = bare_twin(module)
+    with torch.no_grad(), _RecordLookup(twin.weight) as recorder:
+        written_type(module).forward(twin, *args, **kwargs)
     if len(recorder.lookups) != 1 or not torch.equal(recorder.lookups[0][1], output):
         name = type(module).__name__
         raise ValueError(
-            f"{name} is not a plain lookup: its forward does not return the rows of one F.embedding. Write a rule "
+            f"{name} is not a plain lookup: its forward does not return the rows of one lookup. Write a rule "
             f"for it and pass it to register_rule({name}, rule), or freeze it with requires_grad_(False)"
         )
     return recorder.lookups[0][0]

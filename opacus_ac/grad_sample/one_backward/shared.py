@@ -1,0 +1,296 @@
+"""Values that are computed once for all records, such as a table of position biases.
+
+A model may look up its positions once, shape them, and add the result to the scores of all records. The gradient of
+such a value is already summed over the batch. So the value gets one copy per record behind it, ``[B, *shape]``. The
+model sees one value, and what it does to that value is done to each copy. Where the value meets a tensor that has the
+records as first dimension, copy i meets record i. So the gradient at copy i is that of record i.
+
+Each kind of call is compared with the same call on the one value when it is first seen. A use that cannot be followed
+gets no gradient: the backward pass is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from opacus_ac.grad_sample.one_backward.shared_ways import (
+    Function,
+    Way,
+    aligned,
+    on_copies,
+    on_copies_by_loop,
+    on_the_value,
+    repeated,
+    with_records,
+    with_records_by_loop,
+)
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_LOW_TOLERANCE = 5e-2
+_MOST_KINDS = 4096
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+TRANSPOSED = tuple(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
+_CONSTANTS = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+_ARITHMETIC = ("add_", "sub_", "mul_", "div_")
+
+
+class Shared(Tensor):
+    """One value for all records, with a copy per record.
+
+    Attributes:
+        rows: the copies ``[B, *shape]``, which are connected to the graph.
+        value: the value without a graph.
+        lengths: sizes that other dimensions of the batch have.
+    """
+
+    rows: Tensor
+    value: Tensor
+    lengths: frozenset[int]
+
+    @staticmethod
+    def of(rows: Tensor, lengths: frozenset[int]) -> Shared:
+        """Return the value of which ``rows`` are the copies."""
+        value = rows.detach()[0]
+        # What reaches this leaf has gone around __torch_function__, so its records are lost.
+        guard = value.detach().requires_grad_()
+        guard.register_hook(_refuse)
+        shared = guard.as_subclass(Shared)
+        shared.rows, shared.value, shared.lengths = rows, value, lengths
+        return shared
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Function, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Do to each copy what the model does to the value."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return SharedCall(func, args, kwargs or {}, _caller()).result()
+
+    @property
+    def has_batch_of_one(self) -> bool:
+        """Whether the value has a first dimension of size one, in the place of the records."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.dim() > 1 and self.shape[0] == 1
+
+    def records(self) -> Tensor:
+        """Return the copies as a layer would get them from a batch: without a first dimension of size one."""
+        return self.rows.squeeze(1) if self.has_batch_of_one else self.rows
+
+    @staticmethod
+    def from_records(records: Tensor, batch_of_one: bool, lengths: frozenset[int]) -> Shared:
+        """Return the value of copies that :meth:`records` returned."""
+        return Shared.of(records.unsqueeze(1) if batch_of_one else records, lengths)
+
+    def again(self, records: Tensor) -> Shared:
+        """Return the value of what :meth:`records` returned, after it went through the graph."""
+        return Shared.from_records(records, self.has_batch_of_one, self.lengths)
+
+
+def _caller() -> FrameType:
+    """Return the frame of the model's code."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__package__") == __package__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _refuse(_gradient: Tensor | None = None) -> NoReturn:
+    raise ValueError(
+        "a value that was computed once for all records (a table of positions, a parameter used outside of its module, "
+        "or an input with a first dimension of 1) was used in a way that does not tell the records apart. Give it the "
+        "batch as first dimension, with one part per record, or freeze the parameters that it comes from"
+    )
+
+
+class SharedCall:
+    """One call of a function of torch with a shared value among its arguments."""
+
+    # What was found for a kind of call: the way that gives the same as the plain call.
+    known: ClassVar[dict[Any, Way]] = {}
+    # Whether a place in the source brings records and copies together, from batches whose shapes tell.
+    places: ClassVar[dict[Any, bool]] = {}
+
+    def __init__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType) -> None:
+        if kwargs.get("inplace"):
+            kwargs = {**kwargs, "inplace": False}  # the copies are one memory
+        self.func = func
+        self.caller = caller
+        self.spec: TreeSpec
+        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.shared = {i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Shared)}
+        one = self.leaves[min(self.shared)]
+        self.batch, self.lengths = one.rows.shape[0], one.lengths
+        self.others = {
+            i: leaf
+            for i, leaf in enumerate(self.leaves)
+            if isinstance(leaf, Tensor)
+            and i not in self.shared
+            and leaf.dim() > 0
+            and not isinstance(leaf, nn.Parameter)
+        }
+
+    @property
+    def place(self) -> Any:
+        """The place in the source where the function is called."""
+        return self.func, self.caller.f_code, self.caller.f_lasti
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return str(getattr(self.func, "__name__", self.func))
+
+    def run(self, leaves: Iterable[Any]) -> Any:
+        """Call the function with these leaves of its arguments."""
+        args, kwargs = tree_unflatten(list(leaves), self.spec)
+        return self.func(*args, **kwargs)
+
+    def result(self) -> Any:
+        """Return what the call gives, with the records told apart.
+
+        Raises:
+            ValueError: If it is not clear which record uses which part of a value.
+        """
+        if self.func is _REQUIRES_GRAD:
+            return True
+        if self.func is Tensor.backward:
+            _refuse()
+        if self.func in _CONSTANTS or not torch.is_grad_enabled():
+            return on_the_value(self)
+        if self._writes():
+            return self._in_place()
+        kind = self._kind()
+        way = self.known.get(kind)
+        if way is None:
+            way, result = self._find()
+            if len(self.known) >= _MOST_KINDS:
+                self.known.clear()
+            self.known[kind] = way
+            return result
+        return way(self)
+
+    def keep(self, rows: Tensor) -> Shared:
+        """Return a result that is the same for all records, from its copies."""
+        return Shared.of(rows, self.lengths)
+
+    def _kind(self) -> Any:
+        def described(i: int, leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return (
+                    i in self.shared,
+                    tuple(leaf.shape),
+                    leaf.dtype,
+                    leaf.requires_grad,
+                    isinstance(leaf, nn.Parameter),
+                )
+            return repr(leaf)
+
+        return (
+            self.place,
+            self.batch,
+            self.batch in self.lengths,
+            *(described(i, leaf) for i, leaf in enumerate(self.leaves)),
+        )
+
+    def _writes(self) -> bool:
+        kept = isinstance(self.spec, TreeSpec) and "out" in (self.spec.unflatten(self.leaves)[1])
+        return (
+            kept or self.name in ("__setitem__", *_ARITHMETIC) or (self.name.endswith("_") and self.name[-2:] != "__")
+        )
+
+    def _in_place(self) -> Any:
+        """Change a tensor that has the records first, or each copy of a value."""
+        target = self.leaves[0]
+        if self.name in _ARITHMETIC and 0 in self.shared:
+            args, kwargs = tree_unflatten(self.leaves, self.spec)
+            changed = SharedCall(getattr(Tensor, self.name[:-1]), args, kwargs, self.caller).result()
+            if isinstance(changed, Shared):
+                target.rows, target.value = changed.rows, changed.value
+                return target
+        elif self.name in _ARITHMETIC and target.shape[0] == self.batch:
+            return aligned(self, target.dim())
+        raise ValueError(
+            f"{self.name} writes to a value that was computed once for all records, or writes such a value to a tensor "
+            "without the records as first dimension. Use the function that returns a new tensor"
+        )
+
+    def _find(self) -> tuple[Way, Any]:
+        """Return the way that gives what the call gives on the one value, with its result."""
+        with torch.random.fork_rng(), torch.no_grad():
+            want = on_the_value(self)
+        if not _floats(want):
+            return on_the_value, want
+        meeting, apart = self._ways(want)
+        told = self.batch not in self.lengths
+        if not told and self.place in self.places:
+            meeting, apart = (meeting, []) if self.places[self.place] else ([], apart)
+        met = self._first(meeting, want)
+        alone = self._first(apart, want) if met is None or not told else None
+        if met is not None and alone is not None:
+            raise ValueError(
+                f"{self.name} gets a value that was computed once for all records, {self._shapes(self.shared)}. A size "
+                f"of {self.batch} may be that of the batch or of the sequence. Give the first batch another length"
+            )
+        found = alone if met is None else met
+        if found is None:
+            raise ValueError(
+                f"{self.name} gets a value that was computed once for all records, {self._shapes(self.shared)}, beside "
+                f"{self._shapes(self.others) or 'no other tensor'}, and it is not clear which record uses which part "
+                "of it. Give the value the batch as first dimension, or freeze the parameters that it comes from"
+            )
+        if told:
+            self.places[self.place] = met is not None
+        return found
+
+    def _first(self, ways: list[Way], want: Any) -> tuple[Way, Any] | None:
+        """Return the first way that gives what is wanted, with its result."""
+        for way in ways:
+            try:
+                result = way(self)
+            except (RuntimeError, ValueError, IndexError, TypeError):
+                continue
+            if self._agrees(result, want):
+                return way, result
+        return None
+
+    def _shapes(self, places: Iterable[int]) -> str:
+        return ", ".join(str(list(self.leaves[i].shape)) for i in places)
+
+    def _ways(self, want: Any) -> tuple[list[Way], list[Way]]:
+        """Return the ways in which the value may meet the records, and those in which it stays one for all of them."""
+        tensors = _floats(want)
+        certain = any(t.requires_grad for t in self.others.values())
+        first = tensors[0].shape[0] if tensors[0].dim() else 0
+        meeting: list[Way] = []
+        if certain or any(t.shape[0] == self.batch for t in self.others.values()):
+            dim = max(t.dim() for t in self.others.values())
+            meeting = [lambda call: aligned(call, dim), with_records, with_records_by_loop]
+        elif self.name in ("expand", "expand_as", "broadcast_to") and first == self.batch:
+            dim = tensors[0].dim()
+            meeting = [lambda call: aligned(call, dim)]
+        elif self.name == "repeat" and first % self.batch == 0:
+            meeting = [repeated]
+        return meeting, [] if certain else [on_copies, on_copies_by_loop]
+
+    def _agrees(self, result: Any, want: Any) -> bool:
+        found, wanted = _floats(result), _floats(want)
+        found = [f.value if isinstance(f, Shared) else f for f in found]
+        return len(found) == len(wanted) and all(_is_close(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def _floats(output: Any) -> list[Tensor]:
+    leaves = tree_flatten(output)[0]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _is_close(found: Tensor, want: Tensor) -> bool:
+    if found.shape != want.shape or found.dtype != want.dtype:
+        return False
+    tolerance = _TOLERANCE.get(want.dtype, _LOW_TOLERANCE)
+    return torch.allclose(found.detach(), want, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
