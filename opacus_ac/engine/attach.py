@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
-from opacus import GradSampleModule
-from opacus.grad_sample import GradSampleHooks
 from torch import nn
 
 from opacus_ac.engine.parts import Job
@@ -17,7 +15,7 @@ from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.checks.coupled import check_records_apart
 from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
-from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
+from opacus_ac.grad_sample.opacus_hooks import HookedModel, ModelHooks, PerSampleSource
 from opacus_ac.models.peft import check_peft
 from opacus_ac.models.transformers import check_choices, choice_models, use_record_loss
 from opacus_ac.optimizer.model_watch import ModelWatch
@@ -83,7 +81,7 @@ def _attach_source(
     if isinstance(optimizer.source, BookKeepingSource):
         undo.append(optimizer.source.attach(folded))
         return module, optimizer.source.paused
-    wrapped = (GradSampleModule if job.wrap_model else GradSampleHooks)(
+    wrapped = (HookedModel if job.wrap_model else ModelHooks)(
         module,
         batch_first=job.batch_first,
         loss_reduction=job.loss_reduction,

@@ -235,6 +235,22 @@ _NO_FLOAT64 = {
 }
 
 
+def _check_layers(module: nn.Module) -> None:
+    """Refuse layers that take no hooks, and trained ones that hooks do not see or whose gradients are sparse."""
+    for name, part in module.named_modules():
+        trained = any(p.requires_grad for p in part.parameters())
+        if isinstance(part, torch.jit.RecursiveScriptModule) or (trained and isinstance(part, torch.jit.ScriptModule)):
+            raise ValueError(
+                f"{name or 'the model'} was scripted or traced with torch.jit, whose layers cannot be told apart: pass "
+                "the Python module that it was made of, and script the trained model later"
+            )
+        if trained and isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            raise ValueError(
+                f"{name or 'the model'} ({type(part).__name__}) has sparse=True, and with noise no entry of its "
+                "gradient is zero: set sparse=False"
+            )
+
+
 def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
     """Raise ``ValueError`` for a model and optimizer that cannot be made private; change nothing."""
     hooked = any(hasattr(m, "autograd_grad_sample_hooks") for m in module.modules())
@@ -250,6 +266,7 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
             "the model was compiled with torch.compile, which decides what runs before the hooks can: pass the "
             "original model (its attribute _orig_mod)"
         )
+    _check_layers(module)
     own = set(module.parameters())
     held = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
     if any(p not in own for p in held):

@@ -8,10 +8,12 @@ accounting. The source in this file reads the ``grad_sample`` tensors of Opacus.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from opacus.grad_sample import GradSampleHooks, GradSampleModule
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.folded_rows import FoldedRows
@@ -28,6 +30,33 @@ _SUM_TOLERANCE = 0.01
 
 _SMALL = 1e-3
 """Share of the norm of all gradients below which the gradient of one parameter may be rounding only."""
+
+
+class _InertCopies:
+    """Opacus's hooks on a model. A copy or a pickled copy of the model has them, too, but they do nothing there."""
+
+    hooks_enabled: bool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.hooks_enabled = False
+
+
+class HookedModel(_InertCopies, GradSampleModule):
+    """Opacus's ``GradSampleModule``, a copy of which is an ordinary model."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled parameters would take their per-sample gradients along. Those of a copy have none.
+        return {**self.__dict__, "_modules": copy.deepcopy(self._modules)} if self.hooks_enabled else self.__dict__
+
+
+class ModelHooks(_InertCopies, GradSampleHooks):
+    """Opacus's ``GradSampleHooks``, which do nothing on a copy of the model."""
 
 
 class PerSampleSource:
@@ -65,6 +94,7 @@ class PerSampleSource:
         self._before: list[Tensor | None] = []
         self._used = Unchanged()
         self._hooked: list[nn.Module] = []
+        self._others: list[nn.Parameter] = []
         self._marked: dict[nn.Module, int] = {}
 
     def attach(self, module: nn.Module, folded: FoldedRows | None = None) -> None:
@@ -75,6 +105,8 @@ class PerSampleSource:
             folded: parts of the model that run each record as several rows.
         """
         self._hooked = list(module.modules())
+        own = {id(p) for p in self._parameters}
+        self._others = [p for p in module.parameters() if id(p) not in own]
         if folded:
             users = self._users
             self._users = folded.records if users is None else lambda rows: users(folded.records(rows))
@@ -283,6 +315,9 @@ class PerSampleSource:
         self._squares, self._before, self._used = {}, [], Unchanged()
         if any(hasattr(parameter, "_current_grad_sample") for parameter in self._parameters):
             self._forget_broken_pass()
+        for parameter in self._others:  # of another optimizer, whose zero_grad() knows no per-sample gradients
+            if getattr(parameter, "grad_sample", None) is not None:
+                parameter.grad_sample = None  # type: ignore[attr-defined]
         for parameter in self._parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
             parameter.grad = None

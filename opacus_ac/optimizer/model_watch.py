@@ -60,6 +60,7 @@ class ModelWatch:
     def __init__(self, module: nn.Module, trained: Sequence[nn.Parameter], *, moves: bool = False) -> None:
         self._module, self._moves = module, moves
         self._trained = {id(p) for p in trained}
+        self._dtypes = [(p, p.dtype) for p in trained]
         self._has_shards = any(_sharded(p) for p in module.parameters())
         self._before: _State | None = None
         self._thorough = True
@@ -81,8 +82,14 @@ class ModelWatch:
         """Put back what the model keeps for its next batch.
 
         Raises:
-            ValueError: If anything moved since :meth:`begin`.
+            ValueError: If anything moved since :meth:`begin`, or if the model was cast.
         """
+        for parameter, dtype in self._dtypes:
+            if parameter.dtype != dtype:
+                raise ValueError(
+                    f"{self.name_of(parameter)} was cast from {dtype} to {parameter.dtype} after make_private: cast "
+                    "the model first, then build the optimizer and call make_private"
+                )
         if self._before is not None:
             self._put_back()
             self._compare("in its forward or backward pass", trained=not self._moves)

@@ -32,6 +32,7 @@ from opacus_ac.optimizer.origin import Origin
 from opacus_ac.optimizer.private_side import PrivateSide
 from opacus_ac.optimizer.public_side import PublicSide
 from opacus_ac.optimizer.state import STATE_KEY, check_private_state, load_private_state, private_state
+from opacus_ac.optimizer.torch_hooks import TorchHooks
 from opacus_ac.protocols.part import Part
 from opacus_ac.release.mechanism import GaussianMechanism
 from opacus_ac.release.statistics import StepStatistics
@@ -41,7 +42,7 @@ from opacus_ac.sampling.plan import SamplingPlan
 _PARTS = ("policy", "mechanism", "statistics", "control", "ema", "plan", "allocation")
 
 
-class AdaptiveClipDPOptimizer(DPOptimizer):
+class AdaptiveClipDPOptimizer(TorchHooks, DPOptimizer):
     """DP-Adam-AC around any ``torch.optim`` optimizer: an Opacus ``DPOptimizer`` that adapts its clipping norm.
 
     Usually built by :meth:`opacus_ac.PrivacyEngine.make_private`.
@@ -152,6 +153,7 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
             expected_batch_size=expected_batch_size, loss_reduction=loss_reduction, secure_mode=False, **kwargs,
         )  # fmt: skip
         policy.begin()
+        self._share_hooks(optimizer)
 
     def _call_step_hook(self) -> None:
         """Call the hook that accountants attach, between charge and noise."""
@@ -237,7 +239,8 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear per-sample and ordinary gradients, and, unless a logical batch is under way, the clipped sums."""
-        self._private.clear()
+        if not self._private.is_copy:
+            self._private.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
 
     def see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -283,10 +286,12 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         with self._private.applying():
             searching = self._public.learn(release)
             self._private.go_on()
+            self._run_before()
             if not searching:
                 result = self._public.apply(release, self._private.gradients())
             elif self.fused_step:
                 self.source.clear(sums=True)
+            self._run_after()
         return result
 
     def ema_weights(self) -> AbstractContextManager[None]:
@@ -305,7 +310,9 @@ class AdaptiveClipDPOptimizer(DPOptimizer):
         copied = object.__new__(type(self))
         memo[id(self)] = copied
         for name, value in self.__dict__.items():
-            copied.__dict__[name] = None if name == "step_hook" else copy.deepcopy(value, memo)
+            if not name.startswith("_optimizer_"):  # torch's own copies have no hooks, either
+                copied.__dict__[name] = None if name == "step_hook" else copy.deepcopy(value, memo)
+        copied._share_hooks(copied.__dict__["original_optimizer"])
         return copied
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:

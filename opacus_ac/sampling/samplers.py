@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import BatchSampler
 
 from opacus_ac.noise.streams import RandomStream
 from opacus_ac.sampling.passes import Pass
@@ -23,8 +23,11 @@ def _digest(indices: list[int]) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-class PrivateBatchSampler(Sampler[list[int]]):
+class PrivateBatchSampler(BatchSampler):
     """Yields the indices of physical batches, and announces each batch to the plan.
+
+    It is a ``BatchSampler`` for loaders around it, which ask for its ``batch_size``: Opacus's ``BatchMemoryManager``
+    computes its length from it. Nothing else of ``BatchSampler`` is used.
 
     Args:
         plan: sampling plan.
@@ -38,12 +41,18 @@ class PrivateBatchSampler(Sampler[list[int]]):
         ValueError: If ``max_physical_batch_size`` is below 1.
     """
 
-    def __init__(self, plan: SamplingPlan, max_physical_batch_size: int | None = None) -> None:
+    def __init__(self, plan: SamplingPlan, max_physical_batch_size: int | None = None) -> None:  # no super().__init__
         if max_physical_batch_size is not None and max_physical_batch_size < 1:
             raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size!r}")
         self.plan = plan
         self.max_physical_batch_size = max_physical_batch_size
         self.rank, self.world = 0, 1
+        self.sampler, self.drop_last = range(plan.sizes.dataset_size), False
+
+    @property
+    def batch_size(self) -> float:  # type: ignore[override]
+        """Expected size of the next logical batch."""
+        return self.plan.sizes.expected(self.plan.step)
 
     def __len__(self) -> int:
         """Return the number of logical batches of a pass."""
