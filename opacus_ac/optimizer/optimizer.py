@@ -153,7 +153,6 @@ class AdaptiveClipDPOptimizer(TorchHooks, DPOptimizer):
             expected_batch_size=expected_batch_size, loss_reduction=loss_reduction, secure_mode=False, **kwargs,
         )  # fmt: skip
         policy.begin()
-        self._share_hooks(optimizer)
 
     def _call_step_hook(self) -> None:
         """Call the hook that accountants attach, between charge and noise."""

@@ -22,6 +22,10 @@ _STATE = (
 class TorchHooks:
     """The hooks of ``torch.optim.Optimizer`` for an optimizer around another one.
 
+    Args:
+        optimizer: the other one.
+        **options: further arguments of the next class.
+
     Guarantees:
         Hooks of ``register_step_pre_hook`` and ``register_step_post_hook`` run once for every release, before and after
         it is applied. They find released gradients only. Hooks on state dicts run where the inner optimizer makes and
@@ -30,6 +34,10 @@ class TorchHooks:
 
     _optimizer_step_pre_hooks: Hooks
     _optimizer_step_post_hooks: Hooks
+
+    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+        self._share_hooks(optimizer)
+        super().__init__(optimizer, **options)  # type: ignore[call-arg]  # that of Opacus's optimizer
 
     def _share_hooks(self, inner: Optimizer | None) -> None:
         """Have no hooks on steps, and those of ``inner`` on state dicts."""
