@@ -187,7 +187,7 @@ def test_a_failure_while_attaching_takes_everything_off(monkeypatch, mode):
         raise RuntimeError("planted")
 
     attached = []
-    owner, name = (attach, "GradSampleModule") if mode == "hooks" else (nn.Module, "register_forward_hook")
+    owner, name = (attach, "HookedModel") if mode == "hooks" else (nn.Module, "register_forward_hook")
     assert capture.Capture
     whole = getattr(owner, name)
     model = classifier()
