@@ -7,7 +7,8 @@ Expanding the ids to ``[B, T]`` changes no value and keeps the records apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,14 @@ def _tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def _prompts(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of peft's prompts, which are looked up once and repeated for the records afterwards."""
+    kind = getattr(sys.modules.get("peft"), "PeftModel", ())
+    for module in model.modules():
+        if isinstance(module, kind) and isinstance(encoder := getattr(module, "prompt_encoder", None), nn.Module):
+            yield from encoder.modules()
+
+
 class BroadcastHandle:
     """Holds the hooks of :func:`expand_broadcast_embeddings`. It is also a context manager that removes them."""
 
@@ -36,7 +45,8 @@ class BroadcastHandle:
         self._running: list[torch.Size] = []
         self._last: torch.Size | None = None
         self._positional: dict[int, bool] = {}
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        prompts = {id(m) for m in _prompts(model)}
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in prompts]
         self._known = {id(m) for m in embeddings}
         self._hooks: list[RemovableHandle] = [
             # First in, last out: the batch is noted and forgotten even if another hook of the model raises.

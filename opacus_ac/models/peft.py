@@ -14,7 +14,10 @@ from torch import nn
 
 from opacus_ac.grad_sample.one_backward.layer_terms import computes_with_parts
 
-_REPEATED = "repeats one prompt over the batch, so no layer shows what each record adds to it"
+_REPEATED = (
+    "repeats one prompt over the batch, so no layer shows hooks what each record adds to it. Use "
+    'grad_sample_mode="bk", or prefix tuning'
+)
 _RANDOM = "draws random numbers in its layers, which a second run on single records cannot repeat"
 _REFUSED = {
     "ADALORA": (
@@ -23,8 +26,9 @@ _REFUSED = {
     "LILY": "averages the choices of its router over all records of a batch",
     "OSF": "changes gradients in hooks on its parameters, through which no clipped gradient goes",
     "PVERA": _RANDOM,
-    **dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), _REPEATED),
+    "CPT": "moves its weights in the forward pass",
 }
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 _OPTIONS = {
     "alora_invocation_tokens": "hands its layers a list of positions, which cannot be taken apart into records",
     "coft": "moves its weights in the forward pass",
@@ -144,6 +148,8 @@ def check_peft(model: nn.Module, *, mode: str = "bk") -> None:
         problem = _REFUSED.get(method) or _option_problem(config)
         if problem is not None:
             raise ValueError(f"the peft adapter {adapter!r} ({method}) {problem}. {_REMEDY}")
+        if mode != "bk" and method in _PROMPTS:
+            raise ValueError(f"the peft adapter {adapter!r} ({method}) {_REPEATED}")
         for layer in _computing_layers(model, adapter):
             problem = _layer_problem(config, layer, model.get_submodule(layer), mode)
             if problem is not None:

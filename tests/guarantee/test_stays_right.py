@@ -472,6 +472,10 @@ def method(cls, **options):
     return cls(**({"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | options))
 
 
+def prompt(**options):
+    return peft.PromptTuningConfig(**({"task_type": "CAUSAL_LM", "num_virtual_tokens": 3} | options))
+
+
 def checkpointed(model):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -512,6 +516,10 @@ ADAPTERS = {
     "DoRA of bert": Case(lambda: classifier(use_dora=True), sequence_rows, own_loss),
     "embedding": text(lambda: adapted("qwen2-tied", target_modules=["q_proj", "embed_tokens"])),
     "tokens": text(lambda: adapted(trainable_token_indices=[*range(3, 30)])),
+    "prompt": text(lambda: adapted("gpt2", config=prompt())),
+    "prompt, checkpointed": text(lambda: checkpointed(adapted("llama", config=prompt()))),
+    "prompt of bert": Case(lambda: peft.get_peft_model(encoder("Bert", "SequenceClassification", num_labels=3),
+                                                       prompt(task_type="SEQ_CLS")), sequence_rows, own_loss),
     "VB-LoRA": text(lambda: adapted(config=method(peft.VBLoRAConfig, r=2, num_vectors=4, vector_length=8))),
 }  # fmt: skip
 TABLES = {"model": MODELS, "layer": LAYERS, "loop": LOOPS, "adapter": ADAPTERS}

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from helpers import Rows
+from opacus.validators.errors import UnsupportedModuleError
 from tiny_models import build, one_backward, record_losses, token_batch, worst_error
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,13 +43,22 @@ def adapted(config, base="qwen2-untied"):
     return model.train()
 
 
+def p_tuning(kind):
+    return peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type=kind
+    )
+
+
 def trained_of(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def mean_loss(model, batch):
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return per_record_causal_lm_loss(logits, batch["labels"]).mean()
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if any("prefix_task_cols" in name for name, _ in model.named_parameters()):
+        given["task_ids"] = batch["input_ids"][:, 0] % 2
+    labels = batch["labels"]
+    return per_record_causal_lm_loss(model(**given).logits[:, -labels.shape[1] :], labels).mean()
 
 
 PLAIN = {
@@ -92,7 +102,15 @@ COMPUTING = {
     "tokens": lambda: peft.TrainableTokensConfig(token_indices=TOKENS, task_type="CAUSAL_LM"),
 }
 """A layer of peft computes with the parameters of its parts, so it is run again as a whole, in mode "bk" only."""
-EXACT = PLAIN | COMPUTING
+PROMPTS = {
+    "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "P-tuning": lambda: p_tuning("MLP"),
+    "multitask prompt": lambda: peft.MultitaskPromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2
+    ),
+}
+"""One prompt is looked up for all records and repeated, which mode "bk" follows."""
+EXACT = PLAIN | COMPUTING | PROMPTS
 
 
 def has_first_factors(name):
@@ -116,7 +134,7 @@ def test_norms_and_sums_are_those_of_the_loop(name, frozen_a):
     assert worst_error(sums, {n: w.sum(0) for n, w in want.items()}, floor=1e-6)[0] < 1e-7
 
 
-@pytest.mark.parametrize(("name", "mode"), [*((n, "bk") for n in COMPUTING), *((n, "hooks") for n in PLAIN)])
+@pytest.mark.parametrize(("name", "mode"), [*((n, "bk") for n in COMPUTING | PROMPTS), *((n, "hooks") for n in PLAIN)])
 def test_a_private_step_is_that_of_the_loop(name, mode):
     model, batch = adapted(EXACT[name]()), token_batch()
     gradients = per_sample_gradients(copy.deepcopy(model), batch, mean_loss)
@@ -172,10 +190,11 @@ REFUSED = {
     "LILY": (lambda: simple(peft.LilyConfig, r=2), r"\(LILY\).*over all records"),
     "OSF": (lambda: simple(peft.OSFConfig), r"\(OSF\).*hooks"),
     "PVERA": (lambda: simple(peft.PveraConfig, r=2, layers=["q_proj"]), r"\(PVERA\).*random"),
-    "PROMPT_TUNING": (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "one prompt"),
-    "P_TUNING": (
-        lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
-        "one prompt",
+    "CPT": (
+        lambda: peft.CPTConfig(
+            task_type="CAUSAL_LM", cpt_token_ids=[1, 2, 3], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 3]
+        ),
+        "moves its weights",
     ),
     "coft": (lambda: simple(peft.OFTConfig, oft_block_size=8, coft=True), "coft moves its weights"),
     "parameters": (
@@ -193,9 +212,10 @@ def test_other_methods_are_refused_by_name_and_the_model_is_left_alone(name, mod
     check_refused(adapted(config()), mode, rf"(?s){message}.*freeze_a")
 
 
-@pytest.mark.parametrize("name", COMPUTING)
-def test_modes_of_opacus_refuse_what_computes_with_its_parts(name):
-    check_refused(adapted(COMPUTING[name]()), "hooks", r'computes with the parameters of its parts.*"bk"')
+@pytest.mark.parametrize("name", COMPUTING | PROMPTS)
+def test_modes_of_opacus_refuse_what_computes_with_its_parts_or_repeats_a_prompt(name):
+    reason = "repeats one prompt" if name in PROMPTS else "computes with the parameters of its parts"
+    check_refused(adapted(EXACT[name]()), "hooks", rf'{reason}.*"bk"')
 
 
 RANDOM = {
@@ -214,6 +234,11 @@ def test_dropout_in_a_layer_that_is_run_again_is_refused(option):
 @pytest.mark.parametrize("options", [{}, {"trainable_token_indices": TOKENS}], ids=["plain", "tokens"])
 def test_lora_may_have_dropout_where_nothing_with_it_is_run_again(options):
     private(adapted(lora(lora_dropout=0.1, **options)))
+
+
+def test_p_tuning_by_lstm_is_refused_by_opacus():
+    with pytest.raises(UnsupportedModuleError, match=r"nn\.LSTM"):
+        private(adapted(p_tuning("LSTM")))
 
 
 @pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
@@ -246,7 +271,11 @@ def test_the_page_says_what_the_tables_show():
         row[2].strip() + " " + row[3].strip(): squeezed(" ".join(r[1] for r in rows if r[2:4] == row[2:4]))
         for row in rows
     }
-    for table, verdict in ((PLAIN, "exact exact"), (COMPUTING, "exact refused"), (REFUSED, "refused refused")):
+    for table, verdict in (
+        (PLAIN, "exact exact"),
+        (COMPUTING | PROMPTS, "exact refused"),
+        (REFUSED, "refused refused"),
+    ):
         for name, entry in table.items():
             config = (entry[0] if isinstance(entry, tuple) else entry)()
             assert squeezed(config.peft_type.value) in said[verdict], name
