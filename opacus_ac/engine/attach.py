@@ -14,8 +14,9 @@ from opacus_ac.grad_sample import check_model, expand_broadcast_embeddings, regi
 from opacus_ac.grad_sample.alone.records import RecordsAlone
 from opacus_ac.grad_sample.checks.coupled import check_records_apart
 from opacus_ac.grad_sample.folded_rows import FoldedRows
+from opacus_ac.grad_sample.hooked_model import HookedModel, ModelHooks
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
-from opacus_ac.grad_sample.opacus_hooks import HookedModel, ModelHooks, PerSampleSource
+from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.models.peft import check_peft
 from opacus_ac.models.transformers import check_choices, choice_models, use_record_loss
 from opacus_ac.optimizer.model_watch import ModelWatch

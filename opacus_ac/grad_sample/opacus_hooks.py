@@ -8,12 +8,10 @@ accounting. The source in this file reads the ``grad_sample`` tensors of Opacus.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleHooks, GradSampleModule
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.folded_rows import FoldedRows
@@ -30,33 +28,6 @@ _SUM_TOLERANCE = 0.01
 
 _SMALL = 1e-3
 """Share of the norm of all gradients below which the gradient of one parameter may be rounding only."""
-
-
-class _InertCopies:
-    """Opacus's hooks on a model. A copy or a pickled copy of the model has them, too, but they do nothing there."""
-
-    hooks_enabled: bool
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self)] = object.__new__(type(self))
-        copied.__setstate__({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return copied
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.hooks_enabled = False
-
-
-class HookedModel(_InertCopies, GradSampleModule):
-    """Opacus's ``GradSampleModule``, a copy of which is an ordinary model."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pickled parameters would take their per-sample gradients along. Those of a copy have none.
-        return {**self.__dict__, "_modules": copy.deepcopy(self._modules)} if self.hooks_enabled else self.__dict__
-
-
-class ModelHooks(_InertCopies, GradSampleHooks):
-    """Opacus's ``GradSampleHooks``, which do nothing on a copy of the model."""
 
 
 class PerSampleSource:

@@ -24,7 +24,17 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "linear_num_key_heads", "linear_num_heads"), 2),
     **dict.fromkeys(("head_dim", "kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"), 8),
-    **dict.fromkeys(("v_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "state_size", "mamba_d_state"), 8),
+    **dict.fromkeys(
+        (
+            "v_head_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_head_dim",
+            "state_size",
+            "mamba_d_state",
+        ),
+        8,
+    ),
     **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_chunk_size", "chunk_size", "d_kv", "rotary_dim"), 8),
     **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "bos_token_id"), 1),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
