@@ -120,8 +120,9 @@ class Sharing:
         key, rows, records = id(tracked.module), output.shape[0], batch[0]
         lengths = self.lengths.union(batch[1:])
         if output.dim() > 2 and rows == 1 < records:
-            # A part of what the model was called with is of one record.
-            return not any(_memory(t) in self._inputs for t in inputs if not t.is_floating_point())
+            # One row of what the model was called with is of one record. All rows only tell how long the records are.
+            ids = [t for t in inputs if not t.is_floating_point() and t.shape[:1] == (1,)]
+            return not any(_memory(t) in self._inputs for t in ids)
         if rows != records and rows in lengths:
             self._positions.add(key)
             return True
