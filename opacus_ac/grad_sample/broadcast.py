@@ -40,8 +40,10 @@ def _prompts(model: nn.Module) -> Iterator[nn.Module]:
 class BroadcastHandle:
     """Holds the hooks of :func:`expand_broadcast_embeddings`. It is also a context manager that removes them."""
 
-    def __init__(self, model: nn.Module, folded: FoldedRows | None = None) -> None:
+    def __init__(self, model: nn.Module, folded: FoldedRows | None = None, *, rows: bool = True) -> None:
         self._folded = folded or FoldedRows()
+        self._expands_rows = rows
+        self._lengths: set[int] = set()
         self._running: list[torch.Size] = []
         self._last: torch.Size | None = None
         self._positional: dict[int, bool] = {}
@@ -71,6 +73,7 @@ class BroadcastHandle:
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = _tensors((args, kwargs))
         self._running.append(tensors[0].shape if tensors else torch.Size([]))
+        self._lengths = {size for tensor in tensors for size in tensor.shape[1:]}
 
     def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         if self._running:
@@ -91,7 +94,7 @@ class BroadcastHandle:
             return None
         shape = self._folded.batch(module, shape)
         ids, batch = args[0], shape[0]
-        if ids.dim() == 1 and self._is_positions(module, ids, shape):
+        if ids.dim() == 1 and self._expands_rows and self._is_positions(module, ids, shape):
             ids = ids.unsqueeze(0)
         if ids.dim() < 2 or ids.shape[0] != 1 or batch == 1:
             return None if ids is args[0] else (ids, *args[1:])
@@ -99,6 +102,8 @@ class BroadcastHandle:
 
     def _is_positions(self, module: nn.Module, ids: Tensor, shape: torch.Size) -> bool:
         """Say whether one-dimensional ids are positions, which all records share. Otherwise each record has one id."""
+        if ids.shape[0] != shape[0] and ids.shape[0] not in self._lengths.union(shape[1:]):
+            return False  # the same rows for every batch, such as a codebook
         if ids.shape[0] != shape[0]:
             self._positional[id(module)] = True
         elif ids.shape[0] not in shape[1:]:
@@ -113,7 +118,9 @@ class BroadcastHandle:
         return self._positional[id(module)]
 
 
-def expand_broadcast_embeddings(model: nn.Module, folded: FoldedRows | None = None) -> BroadcastHandle:
+def expand_broadcast_embeddings(
+    model: nn.Module, folded: FoldedRows | None = None, *, rows: bool = True
+) -> BroadcastHandle:
     """Make embeddings that a model looks up once per batch look up once per record.
 
     A hook on ``model`` notes the batch size B, which is the first dimension of its first tensor argument. Hooks on
@@ -123,6 +130,7 @@ def expand_broadcast_embeddings(model: nn.Module, folded: FoldedRows | None = No
     Args:
         model: the model that is called; for a wrapped model, the inner one.
         folded: parts of the model that run each record as several rows.
+        rows: whether positions ``[T]`` are expanded, too.
 
     Returns:
         A handle with ``remove()``.
@@ -136,4 +144,4 @@ def expand_broadcast_embeddings(model: nn.Module, folded: FoldedRows | None = No
         ValueError: In the forward pass, if consecutive one-dimensional ids are as many as both the records and the
             positions of the batch, and no earlier batch has shown which of them they count.
     """
-    return BroadcastHandle(model, folded)
+    return BroadcastHandle(model, folded, rows=rows)

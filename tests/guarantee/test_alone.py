@@ -188,7 +188,7 @@ PLANTED = {
     "positions first": (lambda: Tagger(positions_first), square, MODES, "body"),
     "one constant row": (lambda: Tagger(shared_row), sequences, ["hooks"], "body"),
     "as many constants as records": (lambda: Tagger(as_many_constants), sequences, MODES, "body"),
-    "table looked up whole": (Lookup, sequences, MODES, "code"),
+    "table looked up whole": (Lookup, sequences, ["hooks", "functorch"], "code"),  # in bk it is right
     "carried over": (Carry, sequences, MODES, "carries something over|was changed"),
     "packed in another order": (lambda: Packed(False), sequences, ["hooks"], "lstm"),
     "reflecting border": (lambda: Image(padding=1, padding_mode="reflect"), sequences, ["bk", "hooks"], "conv"),

@@ -126,6 +126,8 @@ class Sharing:
         if rows != records and rows in lengths:
             self._positions.add(key)
             return True
+        if key not in self._rows and self._are_constants(tracked.module, inputs, records):
+            return True
         if rows != records:
             return output.dim() > 2 and rows % records != 0
         if rows not in lengths:
@@ -136,12 +138,29 @@ class Sharing:
             return self._are_positions(tracked, inputs, output)
         return False
 
+    def _are_constants(self, module: nn.Embedding, inputs: Sequence[Tensor], records: int) -> bool:
+        """Say whether ids ``[K]`` are the same in every batch, as those of a codebook: a buffer, or ids in a row.
+
+        As many ids as there are records may be theirs, unless they are those of the whole table.
+        """
+        ids = next((t for t in inputs if not t.is_floating_point() and t.dim()), None)
+        if ids is None or ids.dim() != 1 or _memory(ids) in self._inputs:
+            return False
+        if _memory(ids) in self._buffers:
+            return True
+        if len(ids) < 2 or (len(ids) == records and len(ids) != module.num_embeddings):
+            return False
+        return bool((ids.diff() == 1).all())
+
     def _are_positions(self, tracked: Tracked, inputs: Sequence[Tensor], output: Tensor) -> bool:
         """Say whether as many ids as there are records are those of positions. Batch and sequence are of one size."""
         ids = next((t for t in inputs if not t.is_floating_point() and t.dim()), None)
         if ids is not None and _memory(ids) in self._inputs:
             return False
-        if output.dim() == 2 and tracked.keep_output:
+        in_a_row = ids is not None and len(ids) > 1 and bool((ids.diff() == 1).all())
+        if ids is not None and ids.dim() == 1 and not in_a_row and not tracked.keep_output:
+            return False
+        if output.dim() == 2:
             raise ValueError(
                 f"{tracked.path} ({type(tracked.module).__name__}) looks up {output.shape[0]} rows, which may be "
                 "positions or records: batch and sequence are of one size. Give the first batch another length"
