@@ -138,7 +138,7 @@ class Sharing:
             return self._are_positions(tracked, inputs, output)
         return False
 
-    def _are_constants(self, module: nn.Embedding, inputs: Sequence[Tensor], records: int) -> bool:
+    def _are_constants(self, module: nn.Module, inputs: Sequence[Tensor], records: int) -> bool:
         """Say whether ids ``[K]`` are the same in every batch, as those of a codebook: a buffer, or ids in a row.
 
         As many ids as there are records may be theirs, unless they are those of the whole table.
