@@ -186,6 +186,11 @@ def _layer_problem(config: Any, path: str, layer: nn.Module, mode: str) -> str |
         unused = option == "lora_dropout" and not any(isinstance(m, nn.Dropout) and m.p for m in layer.modules())
         if option.endswith("dropout") and value and not unused:
             return f"with {option}={value} {_RANDOM}, as {path} needs. Set {option}=0, or use LoRA without variants"
+    if type(layer).__name__ == "MultiheadAttention":
+        return (
+            f"merges its factors into the weights of {path} in every forward pass. Leave nn.MultiheadAttention out of "
+            "target_modules"
+        )
     held = (type(p).__name__ for p in layer.parameters() if p.device.type == "cpu")
     if getattr(config, "use_dora", False) and {"Params4bit", "Int8Params"} & set(held):
         return f"with use_dora puts the weight of {path} anew on every forward pass on a CPU. Use a GPU, or plain LoRA"

@@ -123,6 +123,16 @@ def test_a_container_on_a_layer_with_a_rule_is_refused():
         check_model(model, mode="bk")
 
 
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+def test_hooks_on_gradients_of_parameters_are_refused(mode):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    handle = model[1].weight.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(ValueError, match=r"1\.weight: Tensor\.register_hook was called on it"):
+        check_model(model, mode=mode)
+    handle.remove()
+    check_model(model, mode=mode)
+
+
 def test_explain_says_what_is_run_again():
     rows = {row.parameter: row for row in explain(case("containers")[0])}
     for name in ("1.factors.0", "1.by_name.inner.shift", "1.mix.weight"):

@@ -236,6 +236,26 @@ def test_lora_may_have_dropout_where_nothing_with_it_is_run_again(options):
     private(adapted(lora(lora_dropout=0.1, **options)))
 
 
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_factors_that_are_merged_into_attention_are_refused():
+    def adapted_attention(*targets):
+        return peft.get_peft_model(Attending(), peft.LoraConfig(r=2, target_modules=list(targets))).train()
+
+    check_refused(
+        adapted_attention("attention"), "bk", "merges its factors into the weights of base_model.model.attention"
+    )
+    private(adapted_attention("head"))
+
+
 def test_p_tuning_by_lstm_is_refused_by_opacus():
     with pytest.raises(UnsupportedModuleError, match=r"nn\.LSTM"):
         private(adapted(p_tuning("LSTM")))

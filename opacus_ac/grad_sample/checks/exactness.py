@@ -65,9 +65,14 @@ class _Examiner:
     def problem(self, module: nn.Module) -> str | None:
         """Return why the per-sample gradients of ``module`` would not be exact, with the remedy; None if they are."""
         if isinstance(module, nn.ParameterList | nn.ParameterDict):
+            way = (
+                "the layer that holds it has a rule, which does not know its parameters: "
+                if self._mode == "bk"
+                else 'no hook sees its parameters: use grad_sample_mode="bk", which asks the module around it, '
+            )
             return (
-                "it is a container whose forward is never called, so no hook sees its parameters. Put them on a "
-                f"module that is called (LoRA: leave embedding layers out of target_modules), {_FREEZE}"
+                f"it is a container whose forward is never called, and {way}put them on a module that is called (LoRA: "
+                f"leave embedding layers out of target_modules), {_FREEZE}"
             )
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (reason := unsupported(module)) is not None:
             return f"{reason}. Switch it off, {_FREEZE}"
@@ -222,6 +227,19 @@ def _trained_inside_experts(model: nn.Module) -> dict[tuple[str, str], list[str]
     return found
 
 
+def _with_hooks(model: nn.Module) -> list[str]:
+    """Return what is wrong with trained parameters whose gradients are changed by hooks."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad and p._backward_hooks]
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [
+        f"{names[0]}{more}: Tensor.register_hook was called on it, and the clipped gradients of records do not go "
+        "through such hooks. Remove the hook; to train a part of a weight, give that part a parameter of its own "
+        "(of an embedding: TrainableTokensConfig of peft)"
+    ]
+
+
 def module_problem(mode: str) -> Callable[[nn.Module], str | None]:
     """Return a function that returns why the per-sample gradients of a module would not be exact, or None."""
     examiner = _Examiner(mode)
@@ -250,6 +268,7 @@ def check_model(model: nn.Module, *, mode: str = "hooks") -> None:
     # Mode "bk" watches each module object once, even if it is in several places.
     hooked = list(watched_modules(model) if mode == "bk" else hooked_modules(model))
     problems = [] if mode == "bk" else _shared_modules(hooked)
+    problems += _with_hooks(model)
     by_problem = _trained_inside_experts(model)
     for path, module in hooked:
         problem = problem_of(module)
