@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from opacus_ac.grad_sample.one_backward import experts
 from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
 from opacus_ac.grad_sample.one_backward.shared import Shared
 from opacus_ac.grad_sample.one_backward.sharing import OutsideUses, Sharing, kept_output
-from opacus_ac.grad_sample.one_backward.use import Call, Tracked, Use
+from opacus_ac.grad_sample.one_backward.use import Call, Tracked, Use, autocast_of
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 
@@ -31,13 +31,6 @@ from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 def _versions(module: nn.Module) -> list[tuple[int, int]]:
     """Return what changes when a buffer of a module is replaced or written."""
     return [(id(buffer), buffer._version) for buffer in module.buffers()]
-
-
-def _autocast_of(device: str) -> AbstractContextManager[Any]:
-    """Return a context with the present autocast settings, for a second run."""
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.autocast(device, dtype=torch.get_autocast_dtype(device))
-    return nullcontext()
 
 
 class Capture:
@@ -230,7 +223,7 @@ class Capture:
         # Detached, because the graph must not hold itself.
         kept = keep(self._token, *(t.records().detach() if isinstance(t, Shared) else t.detach() for t in tensors))
         flattened = self._shapes.get(self._outer.get(id(tracked.module), 0))
-        autocast = _autocast_of(device.type)
+        autocast = autocast_of(device.type)
         folded = self._folded.of(tracked.module)
         return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded, bare=bare)
 
@@ -248,6 +241,14 @@ class Capture:
         rows = parameter.detach().expand(self._sharing.batch[0], *parameter.shape)
         return Shared.of(self._pass_on(rows, lambda gradient: self._arrive(use, gradient)), self._sharing.lengths)
 
+    def _share_returned(self, tracked: Tracked, leaves: list[Any]) -> None:
+        """Put a shared value in the place of each own parameter that a module returns, for others to use."""
+        names = {id(p): name for name, p in tracked.module.named_parameters()}
+        trained = {id(p) for p in self._shards.now(tracked)}
+        for place, leaf in enumerate(leaves):
+            if isinstance(leaf, nn.Parameter) and id(leaf) in trained and id(leaf) in names:
+                leaves[place] = self._share_parameter(tracked, names[id(leaf)], leaf)
+
     def _check_buffers(self, tracked: Tracked) -> None:
         """Refuse a module that is run again and whose buffers its forward pass has changed."""
         if tracked.keep_output and self._buffers.pop(id(tracked.module), None) != _versions(tracked.module):
@@ -259,7 +260,11 @@ class Capture:
     def _after_several(self, tracked: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Note a call that returned several tensors, of which the floating-point ones carry gradients."""
         leaves, spec = tree_flatten(output)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        places = [i for i in floats if not isinstance(leaves[i], nn.Parameter)]
+        self._share_returned(tracked, leaves)
+        if not places and len(floats):
+            return tree_unflatten(leaves, spec)
         if not places:
             raise ValueError(
                 f"{tracked.path or 'the model'} ({type(tracked.module).__name__}) returns {type(output).__name__} "

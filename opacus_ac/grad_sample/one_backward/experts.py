@@ -66,6 +66,27 @@ def mixtures(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any(is_experts(child) for child in m.children())]
 
 
+def holds_own_experts(module: nn.Module) -> bool:
+    """Whether a module has stacks of experts that run in a way of their own, so that it must be run again as a whole.
+
+    Rows that such experts are handed are repeated or sorted by expert, so nothing tells which records they are of.
+    """
+    for name, inner in module._modules.items():
+        if inner is None or is_experts(inner):
+            continue
+        of_methods = _is_never_called(inner)
+        stacks = inner.parameters(recurse=of_methods) if of_methods or name == "experts" else ()
+        if any(p.dim() > 2 and p.requires_grad for p in stacks):
+            return True
+    return False
+
+
+def _is_never_called(module: nn.Module) -> bool:
+    """Whether the forward of a module does nothing but raise an error, so that others call its methods."""
+    code = getattr(written_type(module).forward, "__code__", None)
+    return code is not None and code.co_names == ("NotImplementedError",)
+
+
 class _Watched:
     """Stands in for an experts module's configuration while its forward starts, and says who watches."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.one_backward.bounds import wide
-from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, is_experts, mixtures
+from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, holds_own_experts, is_experts, mixtures
 from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
 from opacus_ac.grad_sample.one_backward.replay import replayed_rows
 from opacus_ac.grad_sample.one_backward.routed import Routed
@@ -189,7 +189,8 @@ def _written(module: nn.Module) -> tuple[str, str]:
 
 def flattening_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that are known to take ``[B, T, d]`` and to pass ``[B T, d]`` to layers inside them."""
-    return [m for m in model.modules() if _written(m) in _FLATTENING] + mixtures(model)
+    known = [m for m in model.modules() if _written(m) in _FLATTENING or holds_own_experts(m)]
+    return known + mixtures(model)
 
 
 def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -205,7 +206,8 @@ def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
             return
         seen.add(id(module))
         delegated = delegates(module)
-        if (_owns_trainable(module) and not delegated) or computes_with_parts(module):
+        as_a_whole = computes_with_parts(module) or holds_own_experts(module)
+        if (_owns_trainable(module) and not delegated) or as_a_whole:
             yield path, module
             if sampler_of(module) is None and not replays_lookup(module) and not is_experts(module):
                 return

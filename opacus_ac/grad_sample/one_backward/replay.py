@@ -43,12 +43,20 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> l
     """
     gradients = (backprops,) if use.gradients is None else use.gradients
     inputs, outputs = tensors[: -len(gradients)], tensors[-len(gradients) :]
-    backs = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True))
+    # An output without a gradient does not matter, whatever its shape is.
+    backs = tuple(None if g is None else _by_records(g, len(backprops)) for g in gradients)
     rows, again = _run_again(use, inputs, backs)
-    for got, want in zip(again, outputs, strict=True):
-        _check_replay(use, inputs, got, want)
+    for got, want in zip(again, (o for o, g in zip(outputs, gradients, strict=True) if g is not None), strict=True):
+        _check_replay(use, inputs, got, _by_records(want, len(backprops)))
     owned = dict(use.module.named_parameters())
     return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+
+
+def _by_records(tensor: Tensor, records: int) -> Tensor:
+    """Return ``[B, k, ...]`` for ``[B k, ...]``. Whether its rows are those of record after record is checked later."""
+    if tensor.dim() == 0 or len(tensor) == records or len(tensor) % records:
+        return tensor
+    return tensor.unflatten(0, (records, -1))
 
 
 def replay_sampler(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -59,12 +67,15 @@ def replay_sampler(module: nn.Module, activations: list[Tensor], backprops: Tens
     return {owned[name]: values.detach() for name, values in rows.items()}
 
 
-def _run_again(use: Use, inputs: tuple[Tensor, ...], backs: tuple[Tensor, ...]) -> tuple[Weights, tuple[Tensor, ...]]:
-    """Return the gradients ``[B, ...]`` of the trained weights, and the outputs."""
+def _run_again(
+    use: Use, inputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
+) -> tuple[Weights, tuple[Tensor, ...]]:
+    """Return the gradients ``[B, ...]`` of the trained weights, and the outputs that have gradients."""
+    backs = tuple(g for g in gradients if g is not None)
     dims = tuple(0 if t.dim() > 0 and t.shape[0] == backs[0].shape[0] else None for t in inputs)
     twin = bare_twin(use.module)
     weights = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
-    record = _record_of(use, twin, dims)
+    record = _record_of(use, twin, dims, [i for i, g in enumerate(gradients) if g is not None])
     with torch.enable_grad():
         if use.module not in _NOT_TOGETHER and not is_quantised(twin):
             try:
@@ -82,7 +93,7 @@ def _run_again(use: Use, inputs: tuple[Tensor, ...], backs: tuple[Tensor, ...]) 
     return results
 
 
-def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...]) -> Record:
+def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...], places: list[int]) -> Record:
     def record(
         weights: Weights, arguments: tuple[Tensor, ...], backs: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -94,8 +105,9 @@ def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...]) -> Recor
         ]
         args, kwargs = use.call.without(_is_cache).arguments(whole)
         with use.autocast:
-            results = _floats(functional_call(twin, weights, args, kwargs))
-        alone = [r if use.is_split or len(dims) + i in use.bare else r.squeeze(0) for i, r in enumerate(results)]
+            results = _computed(functional_call(twin, weights, args, kwargs), weights)
+        bare = [use.is_split or len(dims) + i in use.bare for i in places]
+        alone = [r if b else r.squeeze(0) for r, b in zip((results[i] for i in places), bare, strict=True)]
         total = torch.stack([(r * b).sum() for r, b in zip(alone, backs, strict=True)]).sum()
         return total, tuple(r.detach() for r in alone)
 
@@ -149,6 +161,12 @@ def _is_cache(value: Any) -> bool:
 def _floats(output: Any) -> list[Tensor]:
     """Return the floating-point tensors in an output."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _computed(output: Any, weights: Weights) -> list[Tensor]:
+    """Return the same without parameters, which a module may return for others to use."""
+    given = {id(weight) for weight in weights.values()}
+    return [t for t in _floats(output) if id(t) not in given and not isinstance(t, nn.Parameter)]
 
 
 _ORDINARY = 1e15

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -50,6 +51,13 @@ class Call:
 
 
 _ONE_TENSOR = Call([], [], None)
+
+
+def autocast_of(device: str) -> AbstractContextManager[Any]:
+    """Return a context with the present autocast settings, for a second run."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, dtype=torch.get_autocast_dtype(device))
+    return nullcontext()
 
 
 @dataclass(slots=True)
