@@ -222,7 +222,8 @@ class PrivateTrainer(SavingTrainer):
             raise ValueError(
                 f"{type(model).__name__} cannot be made private: its loss of a batch is not the mean of the losses of "
                 "its records alone. The loss or the model couples records, so clipping would not bound what one of "
-                "them does: make the loss a mean over records (see opacus_ac.testing.check_records_independent)"
+                "them does: make the loss a mean over records (see opacus_ac.testing.check_records_independent). If "
+                'padding counts in a loss, as in question answering, pad all rows to one length (padding="max_length")'
             ) from None
         finally:
             self._gate.checking = False

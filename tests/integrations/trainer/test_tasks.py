@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from loss_cases import HEADS, VOCAB, built, collate, learns, llama, of_classes, of_tokens, oracle, rows
+from loss_cases import HEADS, LENGTH, VOCAB, built, collate, learns, llama, of_classes, of_tokens, oracle, rows
 from tiny_trainer import trainer, weights
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -58,6 +58,29 @@ def test_a_step_is_that_of_a_loop_and_the_loss_is_released(task, tmp_path):
     output = made.train()
     compare(moved(model, before), expected)
     assert output.training_loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+def test_padding_that_counts_in_the_loss_is_refused_and_one_length_is_the_way_out(tmp_path):
+    """The softmax over the places of an answer includes padding, so the longest row of a batch shows."""
+    make, labels = HEADS["question answering"]
+
+    def padded(length):
+        def join(records):
+            longest = length or max(len(r["input_ids"]) for r in records)
+            more = [longest - len(r["input_ids"]) for r in records]
+            ids = [torch.cat([r["input_ids"], r["input_ids"].new_zeros(m)]) for r, m in zip(records, more, strict=True)]
+            mask = [(torch.arange(longest) < len(r["input_ids"])).long() for r in records]
+            places = {k: torch.stack([r[k] for r in records]) for k in ("start_positions", "end_positions")}
+            return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(mask), **places}
+
+        return {"options": {"data_collator": join}}
+
+    data = [{**row, "input_ids": row["input_ids"][: 5 + i % 3]} for i, row in enumerate(rows(labels))]
+    with pytest.raises(
+        ValueError, match=r'not the mean of the losses.*pad all rows to one length \(padding="max_length"\)'
+    ):
+        started(tmp_path, built(make), data, **padded(None)).train()
+    assert started(tmp_path, built(make), data, **padded(LENGTH)).train().global_step == 1
 
 
 # ---------------------------------------------------------------- the bound of the loss
