@@ -193,7 +193,7 @@ def _layer_problem(config: Any, path: str, layer: nn.Module, mode: str) -> str |
         )
     held = (type(p).__name__ for p in layer.parameters() if p.device.type == "cpu")
     if getattr(config, "use_dora", False) and {"Params4bit", "Int8Params"} & set(held):
-        return f"with use_dora puts the weight of {path} anew on every forward pass on a CPU. Use a GPU, or plain LoRA"
+        return f"with use_dora puts the weight of {path} anew on every forward pass on a CPU. Use LoRA without it"
     return None
 
 

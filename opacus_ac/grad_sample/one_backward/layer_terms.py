@@ -165,16 +165,19 @@ def computes_with_parts(module: nn.Module) -> bool:
     that are multiplied into a weight, and parts without a rule need the whole layer.
     """
     tuners, lora = (sys.modules.get(f"peft.tuners.{name}") for name in ("tuners_utils", "lora.layer"))
-    if tuners is None or lora is None or not any(p.requires_grad for p in module.parameters()):
+    if tuners is None or lora is None:
         return False
-    if not isinstance(module, tuners.BaseTunerLayer):
-        return isinstance(module, sys.modules["peft.utils.other"].TrainableTokensWrapper)
+    tokens = getattr(sys.modules["peft.utils.other"], "TrainableTokensWrapper", ())  # younger than peft's adapters
+    if not isinstance(module, (tuners.BaseTunerLayer, tokens)) or not any(p.requires_grad for p in module.parameters()):
+        return False
+    if isinstance(module, tokens):
+        return True
     parts = [part for part in module.modules() if part is not module and _owns_trainable(part)]
     if any(sampler_of(part) is None and not replays_lookup(part) and not is_experts(part) for part in parts):
         return True
     if isinstance(module, lora.LoraLayer):
-        merges = (lora.ParamWrapper, lora.MultiheadAttention)
-        return bool(module.lora_variant) or isinstance(module, merges)
+        merging = tuple(getattr(lora, name, ()) for name in ("ParamWrapper", "MultiheadAttention"))
+        return bool(getattr(module, "lora_variant", None)) or isinstance(module, merging)
     return not hasattr(module, "ln_tuning_layers")
 
 
