@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
+from opacus.validators import ModuleValidator
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.optim import Optimizer
 
@@ -233,6 +235,26 @@ _NO_FLOAT64 = {
     "mps": "which has no float64, and norms and noise are computed in it",
     "meta": "where weights have no values",
 }
+
+
+_RUN_AGAIN = (nn.MultiheadAttention, nn.LSTM, nn.GRU)
+"""Layers that Opacus has replacements for. Mode "bk" runs them again on single records."""
+
+
+def check_layers_of_opacus(module: nn.Module) -> None:
+    """Refuse what Opacus refuses, other than layers that mode "bk" runs again.
+
+    Raises:
+        UnsupportedModuleError: If a layer is left over.
+    """
+    validators = ModuleValidator.VALIDATORS
+    # The LSTM of P-tuning runs on one prompt for all records, and what it returns is not followed.
+    prompts = {id(m) for p in module.modules() if type(p).__name__ == "PromptEncoder" for m in p.modules()}
+    again = [m for m in module.modules() if type(m) in _RUN_AGAIN and id(m) not in prompts]
+    excused = {str(error) for m in again for error in validators[type(m)](m)}
+    left = [error for error in ModuleValidator.validate(module) if str(error) not in excused]
+    if left:
+        raise UnsupportedModuleError(left)
 
 
 def _check_layers(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from opacus_ac.distributed.reducers import Reducer
 from opacus_ac.engine.accounted_engine import AccountedEngine
 from opacus_ac.engine.assemble import build_optimizer
 from opacus_ac.engine.attach import attach
-from opacus_ac.engine.checks import check_model_and_optimizer
+from opacus_ac.engine.checks import check_layers_of_opacus, check_model_and_optimizer
 from opacus_ac.engine.options import OPACUS_NAMES, EngineNames, OptionNames, PrivateOptions
 from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, random_streams
 from opacus_ac.engine.ranks import check_start, rank_streams
@@ -152,7 +152,9 @@ class PrivacyEngine(AccountedEngine):
         """Check model, optimizer and options; return the processes that train the model."""
         job.check_together(accountant=self._account.accountant.name, secure_mode=self.secure_mode)
         check_model_and_optimizer(job.module, job.optimizer)
-        if job.zeroth_order is None:
+        if job.zeroth_order is None and job.grad_sample_mode == "bk":
+            check_layers_of_opacus(job.module)
+        elif job.zeroth_order is None:
             self.validate(module=job.module, optimizer=job.optimizer, data_loader=data_loader)
         else:
             check_not_random(job.module)

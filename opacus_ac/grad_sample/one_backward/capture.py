@@ -21,9 +21,17 @@ from torch.utils.hooks import RemovableHandle
 from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward import experts
 from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
+from opacus_ac.grad_sample.one_backward.inert import inert
 from opacus_ac.grad_sample.one_backward.shared import Shared
 from opacus_ac.grad_sample.one_backward.sharing import OutsideUses, Sharing, kept_output
-from opacus_ac.grad_sample.one_backward.use import Call, Tracked, Use, autocast_of
+from opacus_ac.grad_sample.one_backward.use import (
+    Call,
+    Tracked,
+    Use,
+    autocast_of,
+    in_the_second_dimension,
+    records_first,
+)
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 
@@ -114,7 +122,7 @@ class Capture:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The hooks of a pickled model do nothing.
-        return _inert, ()
+        return inert, ()
 
     def remove(self) -> None:
         """Remove all hooks and restore ``requires_grad``. A second call does nothing."""
@@ -272,10 +280,12 @@ class Capture:
             )
         call, tensors = Call.of(args, kwargs)
         outputs = [leaves[place] for place in places]
-        use = self._use(tracked, call, [*tensors, *outputs], outputs[0].device)
+        second = in_the_second_dimension(tracked.module, tensors, outputs)
+        use = self._use(tracked, call, records_first([*tensors, *outputs], second), outputs[0].device)
+        use.second = second
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> None:
-            use.gradients = gradients
+            use.gradients = gradients = records_first(gradients, {i - len(tensors) for i in second})
             self._arrive(use, next(g for g in gradients if g is not None))
 
         records = [o.records() if isinstance(o, Shared) else o for o in outputs]
@@ -331,20 +341,3 @@ def is_captured(model: nn.Module) -> bool:
     owners = (getattr(h, "__self__", None) for m in model.modules() for h in m._forward_pre_hooks.values())
     watched = [o for o in owners if isinstance(o, Capture)]
     return any(capture.watches(m) for capture in watched for m in model.modules())
-
-
-def _inert() -> Any:
-    """Return the object that replaces a hook in a pickled model; see ``Capture.__reduce__``."""
-    return _Inert()
-
-
-class _Inert:
-    def _start(self, *_: Any) -> None: ...
-
-    def _end(self, *_: Any) -> None: ...
-
-    def _before(self, *_: Any) -> None: ...
-
-    def _enter(self, *_: Any) -> None: ...
-
-    def _after(self, *_: Any) -> None: ...

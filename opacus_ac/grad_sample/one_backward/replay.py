@@ -45,11 +45,31 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> l
     inputs, outputs = tensors[: -len(gradients)], tensors[-len(gradients) :]
     # An output without a gradient does not matter, whatever its shape is.
     backs = tuple(None if g is None else _by_records(g, len(backprops)) for g in gradients)
-    rows, again = _run_again(use, inputs, backs)
-    for got, want in zip(again, (o for o, g in zip(outputs, gradients, strict=True) if g is not None), strict=True):
-        _check_replay(use, inputs, got, _by_records(want, len(backprops)))
+    wanted = [_by_records(o, len(backprops)) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+    try:
+        rows = _checked_rows(use, inputs, backs, wanted)
+    except ValueError:
+        # A mask of a sequence may be as long as there are records.
+        squares = [i for i, t in enumerate(inputs) if t.shape == (len(backprops), len(backprops))]
+        if not squares:
+            raise
+        rows = _checked_rows(use, inputs, backs, wanted, squares)
     owned = dict(use.module.named_parameters())
     return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+
+
+def _checked_rows(
+    use: Use,
+    inputs: tuple[Tensor, ...],
+    backs: tuple[Tensor | None, ...],
+    wanted: Sequence[Tensor],
+    whole: Sequence[int] = (),
+) -> Weights:
+    """Return the gradients of the records, if the second run returned what was ``wanted``."""
+    rows, again = _run_again(use, inputs, backs, whole)
+    for got, want in zip(again, wanted, strict=True):
+        _check_replay(use, inputs, got, want)
+    return rows
 
 
 def _by_records(tensor: Tensor, records: int) -> Tensor:
@@ -68,11 +88,12 @@ def replay_sampler(module: nn.Module, activations: list[Tensor], backprops: Tens
 
 
 def _run_again(
-    use: Use, inputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]
+    use: Use, inputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], whole: Sequence[int] = ()
 ) -> tuple[Weights, tuple[Tensor, ...]]:
     """Return the gradients ``[B, ...]`` of the trained weights, and the outputs that have gradients."""
     backs = tuple(g for g in gradients if g is not None)
-    dims = tuple(0 if t.dim() > 0 and t.shape[0] == backs[0].shape[0] else None for t in inputs)
+    split = [t.dim() > 0 and t.shape[0] == backs[0].shape[0] and i not in whole for i, t in enumerate(inputs)]
+    dims = tuple(0 if is_split else None for is_split in split)
     twin = bare_twin(use.module)
     weights = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
     record = _record_of(use, twin, dims, [i for i, g in enumerate(gradients) if g is not None])
@@ -100,14 +121,15 @@ def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...], places: 
         # A module that was handed [B T, d] takes the rows of one record; any other takes a batch of one.
         # A value that all records share has no place for the batch.
         whole = [
-            t if d is None or use.is_split or i in use.bare else t.unsqueeze(0)
+            t if d is None or use.is_split or i in use.bare else t.unsqueeze(int(i in use.second))
             for i, (t, d) in enumerate(zip(arguments, dims, strict=True))
         ]
         args, kwargs = use.call.without(_is_cache).arguments(whole)
         with use.autocast:
             results = _computed(functional_call(twin, weights, args, kwargs), weights)
         bare = [use.is_split or len(dims) + i in use.bare for i in places]
-        alone = [r if b else r.squeeze(0) for r, b in zip((results[i] for i in places), bare, strict=True)]
+        dim = [int(len(dims) + i in use.second) for i in places]
+        alone = [results[i] if b else results[i].squeeze(d) for i, b, d in zip(places, bare, dim, strict=True)]
         total = torch.stack([(r * b).sum() for r, b in zip(alone, backs, strict=True)]).sum()
         return total, tuple(r.detach() for r in alone)
 

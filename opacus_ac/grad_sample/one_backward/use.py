@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,8 @@ class Use:
     """The parameter that this use is, if it is used outside of its module."""
     bare: frozenset[int] = frozenset()
     """Places of the tensors that are shared by all records, and whose part for a record has no batch dimension."""
+    second: frozenset[int] = frozenset()
+    """Places of the tensors that came with the records in their second dimension."""
     is_split: bool = False
     """Whether the tensors came as ``[B T, d]`` and were reshaped to ``[B, T, d]``."""
 
@@ -116,6 +118,30 @@ class Tracked:
     parameters: tuple[nn.Parameter, ...]
     keep_output: bool = False
     is_experts: bool = False
+
+
+def in_the_second_dimension(module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> frozenset[int]:
+    """Return which tensors of a call of torch's attention or recurrent layers have the records second, ``[T, B, d]``.
+
+    Without ``batch_first``, these are the sequences. Of recurrent layers, the hidden states ``[layers, B, d]`` always.
+    """
+    if not isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        return frozenset()
+    recurrent, first = isinstance(module, nn.RNNBase), bool(module.batch_first)
+    sequences, states = (1, 2) if recurrent else (3, 0)
+    found = {i for i in range(sequences) if not first} | set(range(sequences, sequences + states))
+    found = {i for i in found if i < len(inputs)}
+    found |= {len(inputs) + i for i in range(len(outputs)) if (i > 0 and recurrent) or (i == 0 and not first)}
+    tensors = [*inputs, *outputs]
+    return frozenset(i for i in found if tensors[i].dim() == 3)
+
+
+Tensors = TypeVar("Tensors", Tensor, "Tensor | None")
+
+
+def records_first(tensors: Iterable[Tensors], second: Container[int]) -> tuple[Tensors, ...]:
+    """Return tensors with the records first, from those of which some have them second."""
+    return tuple(t if t is None or i not in second else t.transpose(0, 1) for i, t in enumerate(tensors))
 
 
 def by_record(use: Use, tensors: tuple[Tensor, ...], gradient: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
