@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from once_failed import ONCE_FAILED
 from torch import nn
 
 from opacus_ac.testing.coverage import __main__ as command
@@ -15,25 +16,6 @@ from opacus_ac.testing.coverage.case import Case, Finding
 
 pytest.importorskip("transformers.integrations.moe")  # experts are stacked from transformers 5 on
 pytest.importorskip("peft")
-
-#: Cases that once failed, with what comes of them now.
-ONCE_FAILED = {
-    "causal/bart": "exact",
-    "causal/biogpt": "exact",
-    "causal/bloom": "exact",
-    "causal/deepseek_v3": "exact",
-    "causal/falcon": "exact",
-    "causal/gpt_oss": "exact",
-    "causal/lfm2": "exact",
-    "causal/mixtral": "exact",
-    "encoders/bert: token classification": "exact",
-    "encoders/deberta-v2: sequence classification": "exact",
-    "audio/wav2vec2: classification": "exact",
-    "vision/clip": "exact",
-    "layers/EmbeddingBag, max": "exact",
-    "layers/BatchNorm2d": "refused",
-    "peft/LoRA": "exact",
-}
 
 
 @pytest.mark.parametrize("name", ONCE_FAILED)
