@@ -40,9 +40,8 @@ def _prompts(model: nn.Module) -> Iterator[nn.Module]:
 class BroadcastHandle:
     """Holds the hooks of :func:`expand_broadcast_embeddings`. It is also a context manager that removes them."""
 
-    def __init__(self, model: nn.Module, folded: FoldedRows | None = None, *, rows: bool = True) -> None:
+    def __init__(self, model: nn.Module, folded: FoldedRows | None = None) -> None:
         self._folded = folded or FoldedRows()
-        self._expands_rows = rows
         self._lengths: set[int] = set()
         self._running: list[torch.Size] = []
         self._last: torch.Size | None = None
@@ -94,7 +93,7 @@ class BroadcastHandle:
             return None
         shape = self._folded.batch(module, shape)
         ids, batch = args[0], shape[0]
-        if ids.dim() == 1 and self._expands_rows and self._is_positions(module, ids, shape):
+        if ids.dim() == 1 and self._is_positions(module, ids, shape):
             ids = ids.unsqueeze(0)
         if ids.dim() < 2 or ids.shape[0] != 1 or batch == 1:
             return None if ids is args[0] else (ids, *args[1:])
@@ -118,9 +117,7 @@ class BroadcastHandle:
         return self._positional[id(module)]
 
 
-def expand_broadcast_embeddings(
-    model: nn.Module, folded: FoldedRows | None = None, *, rows: bool = True
-) -> BroadcastHandle:
+def expand_broadcast_embeddings(model: nn.Module, folded: FoldedRows | None = None) -> BroadcastHandle:
     """Make embeddings that a model looks up once per batch look up once per record.
 
     A hook on ``model`` notes the batch size B, which is the first dimension of its first tensor argument. Hooks on
@@ -130,7 +127,6 @@ def expand_broadcast_embeddings(
     Args:
         model: the model that is called; for a wrapped model, the inner one.
         folded: parts of the model that run each record as several rows.
-        rows: whether positions ``[T]`` are expanded, too.
 
     Returns:
         A handle with ``remove()``.
@@ -144,4 +140,4 @@ def expand_broadcast_embeddings(
         ValueError: In the forward pass, if consecutive one-dimensional ids are as many as both the records and the
             positions of the batch, and no earlier batch has shown which of them they count.
     """
-    return BroadcastHandle(model, folded, rows=rows)
+    return BroadcastHandle(model, folded)

@@ -75,22 +75,21 @@ def one_backward(
     check_model(model, mode="bk")
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     source = BookKeepingSource(model, list(named.values()), list(named), reduction)
-    with expand_broadcast_embeddings(model):
-        detach = source.attach()
-        try:
-            loss_fn(model, batch).backward()
-            bounds = source.finish_batch()
-            norms = source.parameter_squares().sum(1).sqrt()
-            assert not bool((bounds < norms).any()), "a record is clipped by less than its norm"
-            source.accumulate(torch.ones_like(norms) if weights is None else weights)
-            sums = {
-                n: torch.zeros_like(p) if s is None else s
-                for (n, p), s in zip(named.items(), source.sums(), strict=True)
-            }
-            assert all(p.grad is None and p.requires_grad for p in named.values())
-        finally:
-            detach()
-            source.clear(sums=True)
+    detach = source.attach()
+    try:
+        loss_fn(model, batch).backward()
+        bounds = source.finish_batch()
+        norms = source.parameter_squares().sum(1).sqrt()
+        assert not bool((bounds < norms).any()), "a record is clipped by less than its norm"
+        source.accumulate(torch.ones_like(norms) if weights is None else weights)
+        sums = {
+            n: torch.zeros_like(p) if s is None else s for (n, p), s in zip(named.items(), source.sums(), strict=True)
+        }
+        assert all(p.grad is None and p.requires_grad for p in named.values())
+    finally:
+        detach()
+        source.clear(sums=True)
+
     return norms, sums
 
 

@@ -23,7 +23,7 @@ from opacus_ac.grad_sample.one_backward import experts
 from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
 from opacus_ac.grad_sample.one_backward.inert import inert
 from opacus_ac.grad_sample.one_backward.shared import Shared
-from opacus_ac.grad_sample.one_backward.sharing import OutsideUses, Sharing, kept_output
+from opacus_ac.grad_sample.one_backward.sharing import Sharing
 from opacus_ac.grad_sample.one_backward.use import (
     Call,
     Tracked,
@@ -32,6 +32,7 @@ from opacus_ac.grad_sample.one_backward.use import (
     in_the_second_dimension,
     records_first,
 )
+from opacus_ac.grad_sample.one_backward.watched_passes import WatchedPasses
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 
@@ -75,7 +76,7 @@ class Capture:
         self._folded = folded or FoldedRows()
         self._passes = 0
         self._sharing = Sharing(model.buffers())
-        self._outside = None if self._shards.any else OutsideUses(self._tracked.values(), self._share_parameter)
+        self._watched = WatchedPasses(() if self._shards.any else self._tracked.values(), self._share_parameter)
         self._paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
         self._buffers: dict[int, list[tuple[int, int]]] = {}
@@ -112,9 +113,7 @@ class Capture:
 
     @paused.setter
     def paused(self, value: bool) -> None:
-        self._paused = value
-        if self._outside is not None:
-            self._outside.paused = value
+        self._paused = self._watched.paused = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         # A copy of the model has the hooks, too. They do not know its modules, and do nothing.
@@ -153,13 +152,13 @@ class Capture:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
-            self._sharing.start([leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)])
-            if self._outside is not None:
-                self._outside.start(sys._getframe(1))
+            batch = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._sharing.start(batch)
+            self._watched.start(sys._getframe(1), batch)
 
     def _end(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if id(module) == self._model_id and self._outside is not None:
-            self._outside.end()
+        if id(module) == self._model_id:
+            self._watched.end(self._sharing.undecided)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else next(iter(kwargs.values()), None)
@@ -215,15 +214,20 @@ class Capture:
                 "its parameters are in layers that return one, or freeze it"
             )
         call, tensors = Call.of(args, kwargs)
-        shared = self._sharing.of(tracked, tensors, output, self._folded.batch(module, self._sharing.batch))
+        batch = self._folded.batch(module, self._sharing.batch)
+        shared = self._sharing.of(tracked, tensors, output, batch, self._watched.is_constant(output))
         if shared is not None:
             tensors = shared.inputs(tensors)
-        if tracked.keep_output:
-            tensors = [*tensors, kept_output(output, shared)]
+        if tracked.keep_output:  # what comes next may change the output in place
+            tensors = [*tensors, output.clone() if shared is None else shared.kept(output)]
         use = self._use(tracked, call, tensors, output.device)
-        if shared is None:
-            return self._watch(output, lambda gradient: self._arrive(use, gradient))
-        return shared.restored(self._pass_on(shared.records, lambda gradient: self._arrive(use, gradient)))
+        if shared is not None:
+            return shared.value.again(
+                self._pass_on(shared.value.records(), lambda gradient: self._arrive(use, gradient))
+            )
+        watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
+        self._watched.note(output if watched is None else watched)
+        return watched
 
     def _use(self, tracked: Tracked, call: Call, tensors: Iterable[Tensor], device: torch.device) -> Use:
         tensors = list(tensors)
@@ -291,6 +295,7 @@ class Capture:
         records = [o.records() if isinstance(o, Shared) else o for o in outputs]
         for place, output, passed in zip(places, outputs, pass_several(arrive, self._token, *records), strict=True):
             leaves[place] = output.again(passed) if isinstance(output, Shared) else passed
+            self._watched.note(passed)
         return tree_unflatten(leaves, spec)
 
     def _product(self, tracked: Tracked, product: experts.Product, output: Tensor) -> Tensor:
@@ -299,7 +304,9 @@ class Capture:
         use = self._use(tracked, Call([], [], None), tensors, output.device)
         use.product = product.without_tensors()
         watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
-        return output if watched is None else watched
+        output = output if watched is None else watched
+        self._watched.note(output)
+        return output
 
     def _watch(self, output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor | None:
         """Let ``arrive`` be called with the gradient at ``output``.
