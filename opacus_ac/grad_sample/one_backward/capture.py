@@ -152,9 +152,7 @@ class Capture:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
-            batch = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self._sharing.start(batch)
-            self._watched.start(sys._getframe(1), batch)
+            self._watched.start(sys._getframe(1), self._sharing.start(tree_leaves((args, kwargs))))
 
     def _end(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if id(module) == self._model_id:

@@ -63,13 +63,15 @@ class Sharing:
         self._positions: set[int] = set()
         self._rows: set[int] = set()
 
-    def start(self, inputs: Sequence[Tensor]) -> None:
-        """Note the tensors that the model is called with."""
-        shapes = [t.shape for t in inputs if t.dim()]
+    def start(self, inputs: Iterable[object]) -> list[Tensor]:
+        """Note what the model is called with. Returns the tensors that have the records first."""
+        tensors = [t for t in inputs if isinstance(t, Tensor) and t.dim()]
         self.undecided = False
-        self.batch = shapes[0] if shapes else torch.Size([0])
-        self.lengths = frozenset(size for shape in shapes for size in shape[1:])
-        self._inputs = {_memory(t) for t in inputs if t.dim() and t.shape[0] == self.batch[0]}
+        self.batch = tensors[0].shape if tensors else torch.Size([0])
+        self.lengths = frozenset(size for t in tensors for size in t.shape[1:])
+        of_records = [t for t in tensors if t.shape[0] == self.batch[0]]
+        self._inputs = {_memory(t) for t in of_records}
+        return of_records
 
     def of(
         self, tracked: Tracked, inputs: Sequence[Tensor], output: Tensor, batch: torch.Size, constant: bool | None
@@ -108,6 +110,8 @@ class Sharing:
         """Say whether a watched pass has shown that the module's output is for all records; None if not."""
         if constant is None:
             return self._known.get(key)
+        if not constant and output.shape[0] != records:
+            return None
         if constant and output.shape[0] == records:
             # As many rows as records may be those of the records, from numbers that went through Python.
             ids = [t for t in inputs if t.dim() == 1 and not t.is_floating_point()]
