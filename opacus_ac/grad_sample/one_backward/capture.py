@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_ac.grad_sample.folded_rows import FoldedRows
 from opacus_ac.grad_sample.one_backward import experts
-from opacus_ac.grad_sample.one_backward.graph_nodes import ask_for_gradient, keep, pass_on, pass_several
+from opacus_ac.grad_sample.one_backward.graph_nodes import keep, pass_on_watched, pass_several, watch_output
 from opacus_ac.grad_sample.one_backward.inert import inert
 from opacus_ac.grad_sample.one_backward.shared import Shared
 from opacus_ac.grad_sample.one_backward.sharing import Sharing
@@ -221,9 +221,9 @@ class Capture:
         use = self._use(tracked, call, tensors, output.device)
         if shared is not None:
             return shared.value.again(
-                self._pass_on(shared.value.records(), lambda gradient: self._arrive(use, gradient))
+                pass_on_watched(self._token, shared.value.records(), lambda gradient: self._arrive(use, gradient))
             )
-        watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
+        watched = watch_output(self._token, output, lambda gradient: self._arrive(use, gradient))
         self._watched.note(output if watched is None else watched)
         return watched
 
@@ -237,19 +237,14 @@ class Capture:
         folded = self._folded.of(tracked.module)
         return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded, bare=bare)
 
-    def _pass_on(self, records: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
-        """Return a view of ``records``, with ``arrive`` called with its gradient."""
-        passed: Tensor = pass_on(records) if records.requires_grad else ask_for_gradient(self._token, records)
-        passed.register_hook(arrive)
-        return passed
-
     def _share_parameter(self, tracked: Tracked, name: str, parameter: nn.Parameter) -> Shared:
         """Return a parameter that is used outside of its module, with a copy per record."""
         path = f"{tracked.path}.{name}" if tracked.path else name
         kept = keep(self._token)
         use = Use(path, tracked.module, Call([], [], None), kept, nullcontext(), self._passes, parameter=parameter)
         rows = parameter.detach().expand(self._sharing.batch[0], *parameter.shape)
-        return Shared.of(self._pass_on(rows, lambda gradient: self._arrive(use, gradient)), self._sharing.lengths)
+        rows = pass_on_watched(self._token, rows, lambda gradient: self._arrive(use, gradient))
+        return Shared.of(rows, self._sharing.lengths)
 
     def _share_returned(self, tracked: Tracked, leaves: list[Any]) -> None:
         """Put a shared value in the place of each own parameter that a module returns, for others to use."""
@@ -301,33 +296,10 @@ class Capture:
         tensors = [product.inputs, product.tokens]
         use = self._use(tracked, Call([], [], None), tensors, output.device)
         use.product = product.without_tensors()
-        watched = self._watch(output, lambda gradient: self._arrive(use, gradient))
+        watched = watch_output(self._token, output, lambda gradient: self._arrive(use, gradient))
         output = output if watched is None else watched
         self._watched.note(output)
         return output
-
-    def _watch(self, output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor | None:
-        """Let ``arrive`` be called with the gradient at ``output``.
-
-        Returns:
-            A tensor that replaces the output; None if the output stays.
-        """
-        if not output.requires_grad:
-            asked: Tensor = ask_for_gradient(self._token, output)
-            asked.register_hook(arrive)
-            return asked
-        # If a view is changed in place, its hooks are never called, but those of its base are.
-        base = output._base
-        if base is None:
-            output.register_hook(arrive)
-            return None
-        shape = output.shape
-        if base.requires_grad and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
-            base.register_hook(lambda gradient: arrive(gradient.reshape(shape)))
-            return None
-        passed: Tensor = pass_on(output)
-        passed.register_hook(arrive)
-        return passed
 
     def _arrive(self, use: Use, gradient: Tensor) -> None:
         if use.kept is None:

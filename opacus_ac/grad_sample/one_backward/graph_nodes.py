@@ -73,3 +73,32 @@ keep = _Keep.apply
 ask_for_gradient = _AskForGradient.apply
 pass_on = _Pass.apply
 pass_several = _PassSeveral.apply
+
+Arrive = Callable[[Tensor], None]
+
+
+def pass_on_watched(token: Tensor, value: Tensor, arrive: Arrive) -> Tensor:
+    """Return a view of ``value``, and let ``arrive`` be called with the gradient at it."""
+    passed: Tensor = pass_on(value) if value.requires_grad else ask_for_gradient(token, value)
+    passed.register_hook(arrive)
+    return passed
+
+
+def watch_output(token: Tensor, output: Tensor, arrive: Arrive) -> Tensor | None:
+    """Let ``arrive`` be called with the gradient at ``output``.
+
+    Returns:
+        A tensor that replaces the output; None if the output stays.
+    """
+    # If a view is changed in place, its hooks are never called, but those of its base are.
+    base = output._base
+    if not output.requires_grad:
+        return pass_on_watched(token, output, arrive)
+    if base is None:
+        output.register_hook(arrive)
+        return None
+    shape = output.shape
+    if base.requires_grad and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+        base.register_hook(lambda gradient: arrive(gradient.reshape(shape)))
+        return None
+    return pass_on_watched(token, output, arrive)
