@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.grad_sample import register_rules
+from opacus_ac.grad_sample.one_backward import capture as capture_module
 from opacus_ac.grad_sample.one_backward.capture import is_captured
+from opacus_ac.grad_sample.one_backward.graph_nodes import watch_output
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.one_backward.use import Use
 from opacus_ac.grad_sample.registry import STOCK, sampler_of
@@ -547,20 +549,19 @@ def test_the_oracle_refuses_a_model_whose_uses_are_captured(check: Any) -> None:
 # ---------------------------------------------------------------- memory
 
 
-def outputs_alive(model: nn.Module, batch: Any) -> int:
+def outputs_alive(model: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many outputs of watched modules are still held, by autograd or by the hooks, when the forward pass is over."""
     source, detach = attached(model)
     held: list[Any] = []
-    capture = source._capture
-    watch = capture._watch
 
-    def watched(output: Tensor, arrive: Any) -> Any:
+    def watched(token: Tensor, output: Tensor, arrive: Any) -> Any:
         held.append(weakref.ref(output))
-        return watch(output, arrive)
+        return watch_output(token, output, arrive)
 
-    capture._watch = watched
+    monkeypatch.setattr(capture_module, "watch_output", watched)
     value = tiny_models.mean_loss(model, batch)
     gc.collect()
+    assert held
     alive = sum(1 for reference in held if reference() is not None)
     value.backward()
     assert source.finish_batch().shape == (4,)
@@ -569,12 +570,12 @@ def outputs_alive(model: nn.Module, batch: Any) -> int:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_saves_the_memory_that_it_is_for(reentrant: bool) -> None:
+def test_checkpointing_saves_the_memory_that_it_is_for(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tiny_models.token_batch()
-    plain = outputs_alive(tiny_models.build("qwen2-tied"), batch)
+    plain = outputs_alive(tiny_models.build("qwen2-tied"), batch, monkeypatch)
     model = tiny_models.build("qwen2-tied")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert outputs_alive(model, batch) <= plain / 2
+    assert outputs_alive(model, batch, monkeypatch) <= plain / 2
 
 
 def test_records_are_gone_when_the_sums_are_formed() -> None:
