@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.rules.bitlinear import auto_bitlinear, ste_linear
+from opacus_ac.grad_sample.rules.convolution import convolution
 from opacus_ac.grad_sample.rules.embedding import embedding, is_scaled_lookup
 from opacus_ac.grad_sample.rules.embedding_bag import embedding_bag
 from opacus_ac.grad_sample.rules.linear import conv1d, is_plain_linear
@@ -58,6 +59,7 @@ STOCK: dict[type[nn.Module], GradSampler] = {
 OWN_RULES: tuple[GradSampler, ...] = (
     auto_bitlinear,
     conv1d,
+    convolution,
     embedding,
     embedding_bag,
     layer_norm,
@@ -129,14 +131,16 @@ def _register_fixed_types() -> None:
     _replace(nn.Embedding, embedding)
     _replace(nn.EmbeddingBag, embedding_bag)
     _replace(nn.LayerNorm, layer_norm)
+    for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        _replace(cls, convolution)
     # If a model has layers of transformers, their modules are imported already. So they need no import here.
     for source, name, rule in (
         ("transformers.integrations.bitnet", "AutoBitLinear", auto_bitlinear),
         ("transformers.pytorch_utils", "Conv1D", conv1d),
     ):
-        cls = getattr(sys.modules.get(source), name, None)
-        if cls is not None:
-            _replace(cls, rule)
+        found = getattr(sys.modules.get(source), name, None)
+        if found is not None:
+            _replace(found, rule)
 
 
 def _recognised(modules: list[nn.Module]) -> GradSampler | None:
@@ -155,9 +159,9 @@ def register_rules(model: nn.Module | None = None) -> None:
     """Add the rules of this package to Opacus's table. A second call changes nothing.
 
     Without a model, these are rules for ``nn.Embedding`` (correct for ``padding_idx``), ``nn.LayerNorm`` (also with
-    ``bias=False``) and, if transformers is imported, ``AutoBitLinear`` and ``Conv1D``. With a model, rules for the
-    types of RMSNorm and scaled embedding in it are added. They are recognised by a numerical test, not by name. Apart
-    from the four types above, a type that has a rule keeps it.
+    ``bias=False``), convolutions (any memory format and padding mode) and, if transformers is imported,
+    ``AutoBitLinear`` and ``Conv1D``. With a model, rules for the types of RMSNorm and scaled embedding in it are added.
+    They are recognised by a numerical test, not by name. Apart from the types above, a type that has a rule keeps it.
 
     Args:
         model: the model that will be made private.

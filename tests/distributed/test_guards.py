@@ -47,7 +47,7 @@ REFUSED = {
     "model differs": "differ in trained parameter 0: ",
 }
 STOPPED = {
-    "direct use, ddp": "last.weight has an ordinary gradient, which was not clipped",
+    "penalty on weights, ddp": "0.weight has an ordinary gradient, which was not clipped",
     "direct use, fsdp2": "last.weight has an ordinary gradient, which was not clipped",
     "skipped batch": "not in the same step: batch of the loader is 2 on rank 0 and 3 on rank 1",
     "own bound": "not in the same step: max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1",

@@ -181,12 +181,19 @@ def mesh_refusals(rank: int, world: int) -> dict[str, str]:
     }
 
 
+def penalized() -> None:
+    """The loss has a term of the weights themselves."""
+    _, model, optimizer, loader = private(classifier())
+    batch = next(iter(loader))
+    (loss_of(model, batch) + next(model.parameters()).square().sum()).backward()
+    optimizer.step()
+
+
 def in_the_loop(rank: int, world: int) -> dict[str, str]:
     """Return with which words a loop is stopped in which one rank does something else, or something is wrong."""
 
-    def direct(shard: bool) -> None:
-        model = fully_shard(DirectUse()) if shard else DirectUse()
-        train(*private(model)[1:])
+    def direct() -> None:
+        train(*private(fully_shard(DirectUse()))[1:])
 
     def skipping() -> None:
         train(*private(classifier())[1:], before=lambda step: not (rank == 1 and step == 1))
@@ -234,8 +241,8 @@ def in_the_loop(rank: int, world: int) -> dict[str, str]:
         engine.load_checkpoint(path=file, module=model, optimizer=optimizer)
 
     cases = {
-        "direct use, ddp": lambda: direct(False),
-        "direct use, fsdp2": lambda: direct(True),
+        "penalty on weights, ddp": penalized,
+        "direct use, fsdp2": direct,
         "skipped batch": skipping,
         "own bound": own_bound,
         "own batch": own_batch,

@@ -68,7 +68,7 @@ def gpt2(cls, **changes):
 
 
 def t5():
-    model = hf.T5ForConditionalGeneration(
+    return hf.T5ForConditionalGeneration(
         hf.T5Config(
             vocab_size=VOCAB,
             d_model=16,
@@ -80,9 +80,6 @@ def t5():
             decoder_start_token_id=0,
         )
     )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("relative_attention_bias" not in name)
-    return model
 
 
 def of_tokens(cut):
@@ -167,7 +164,7 @@ def two_berts():
 
 
 def segformer():
-    """Its BatchNorm couples records, so it is replaced; its convolutions are frozen, because this is about the loss."""
+    """Its BatchNorm couples records, so it is replaced."""
     config = hf.SegformerConfig(
         num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 8], num_attention_heads=[1, 2], decoder_hidden_size=8,
         patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -175,9 +172,6 @@ def segformer():
     )  # fmt: skip
     model = hf.SegformerForSemanticSegmentation(config)
     model.decode_head.batch_norm = nn.GroupNorm(2, 8)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.requires_grad_(False)
     return model
 
 
