@@ -175,7 +175,20 @@ def ids_through_python(net: Net, x: Tensor) -> Tensor:
     return net.first(x) + net.places(ids).unsqueeze(1)
 
 
+def slopes(net: Net, x: Tensor) -> Tensor:
+    """A constant per head: there may be as many heads as records."""
+    distances = net.table.weight.sum(1)[net.relative(x.shape[1])]
+    return net.scores(x) + distances * torch.tensor([0.5, 2.0], dtype=x.dtype)[:, None, None]
+
+
+def expanded_to_heads(net: Net, x: Tensor) -> Tensor:
+    distances = net.table.weight.sum(1)[net.relative(x.shape[1])]
+    return net.scores(x) * distances.unsqueeze(0).expand(HEADS, -1, -1)
+
+
 FOLLOWED = [
+    slopes,
+    expanded_to_heads,
     prototypes,
     prototypes_as_weight,
     layer_on_constants,
@@ -268,11 +281,40 @@ def test_any_number_of_records(bias: Any, records: int) -> None:
     check(net(bias), batch(records), before=batch(3))  # a batch whose size is no length of it tells
 
 
+def slopes_of_a_layer(net: Net, x: Tensor) -> Tensor:
+    distances = net.table(net.relative(x.shape[1])).sum(-1)
+    return net.scores(x) + distances * torch.tensor([0.5, 2.0], dtype=x.dtype)[:, None, None]
+
+
+def layer_expanded_to_heads(net: Net, x: Tensor) -> Tensor:
+    distances = net.table(net.relative(x.shape[1])).sum(-1)
+    return net.scores(x) * distances.unsqueeze(0).expand(HEADS, -1, -1)
+
+
+@pytest.mark.parametrize("bias", [slopes_of_a_layer, layer_expanded_to_heads])
+def test_as_many_records_as_heads_in_a_pass_that_is_not_watched(bias: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, empty in {"known": {}, "places": {}, "constants": set()}.items():
+        monkeypatch.setattr(SharedCall, name, empty)
+    model, x = net(bias), batch(HEADS)
+    want = per_sample_gradients(copy.deepcopy(model), x, loss)
+    source, detach = attached(model)
+    for _ in range(3):
+        loss(model, batch(3)).backward()
+        source.clear(sums=True)
+    assert source._capture is not None
+    assert not source._capture._watched._left
+    loss(model, x).backward()
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in want.values()]).sum(0).sqrt()
+    torch.testing.assert_close(source.finish_batch(), norms, rtol=1e-6, atol=0)
+    detach()
+
+
 def test_a_size_that_may_be_that_of_the_batch_is_refused_until_another_batch_has_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SharedCall, "known", {})
     monkeypatch.setattr(SharedCall, "places", {})
+    monkeypatch.setattr(SharedCall, "constants", set())
     model = net(einsum)
     source, detach = attached(model)
     with pytest.raises(ValueError, match="Give the first batch another length"):

@@ -75,8 +75,8 @@ class Capture:
         self._flattening = list(flattening)
         self._folded = folded or FoldedRows()
         self._passes = 0
-        self._sharing = Sharing(model.buffers())
         self._watched = WatchedPasses(() if self._shards.any else self._tracked.values(), self._share_parameter)
+        self._sharing = Sharing(model.buffers(), self._watched.is_constant)
         self._paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
         self._buffers: dict[int, list[tuple[int, int]]] = {}
@@ -244,7 +244,7 @@ class Capture:
         use = Use(path, tracked.module, Call([], [], None), kept, nullcontext(), self._passes, parameter=parameter)
         rows = parameter.detach().expand(self._sharing.batch[0], *parameter.shape)
         rows = pass_on_watched(self._token, rows, lambda gradient: self._arrive(use, gradient))
-        return Shared.of(rows, self._sharing.lengths)
+        return Shared.of(rows, self._sharing.known)
 
     def _share_returned(self, tracked: Tracked, leaves: list[Any]) -> None:
         """Put a shared value in the place of each own parameter that a module returns, for others to use."""

@@ -12,7 +12,8 @@ gets no gradient: the backward pass is refused.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
@@ -41,28 +42,41 @@ _CONSTANTS = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 _ARITHMETIC = ("add_", "sub_", "mul_", "div_")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What is known of the batch of a forward pass.
+
+    Attributes:
+        lengths: sizes that dimensions other than that of the records have.
+        is_constant: says whether a tensor does not come from the batch; None if that is not known.
+    """
+
+    lengths: frozenset[int]
+    is_constant: Callable[[Tensor], bool | None]
+
+
 class Shared(Tensor):
     """One value for all records, with a copy per record.
 
     Attributes:
         rows: the copies ``[B, *shape]``, which are connected to the graph.
         value: the value without a graph.
-        lengths: sizes that other dimensions of the batch have.
+        batch: what is known of the batch.
     """
 
     rows: Tensor
     value: Tensor
-    lengths: frozenset[int]
+    batch: Batch
 
     @staticmethod
-    def of(rows: Tensor, lengths: frozenset[int]) -> Shared:
+    def of(rows: Tensor, batch: Batch) -> Shared:
         """Return the value of which ``rows`` are the copies."""
         value = rows.detach()[0]
         # What reaches this leaf has gone around __torch_function__, so its records are lost.
         guard = value.detach().requires_grad_()
         guard.register_hook(_refuse)
         shared = guard.as_subclass(Shared)
-        shared.rows, shared.value, shared.lengths = rows, value, lengths
+        shared.rows, shared.value, shared.batch = rows, value, batch
         return shared
 
     @classmethod
@@ -84,13 +98,13 @@ class Shared(Tensor):
         return self.rows.squeeze(1) if self.has_batch_of_one else self.rows
 
     @staticmethod
-    def from_records(records: Tensor, batch_of_one: bool, lengths: frozenset[int]) -> Shared:
+    def from_records(records: Tensor, batch_of_one: bool, batch: Batch) -> Shared:
         """Return the value of copies that :meth:`records` returned."""
-        return Shared.of(records.unsqueeze(1) if batch_of_one else records, lengths)
+        return Shared.of(records.unsqueeze(1) if batch_of_one else records, batch)
 
     def again(self, records: Tensor) -> Shared:
         """Return the value of what :meth:`records` returned, after it went through the graph."""
-        return Shared.from_records(records, self.has_batch_of_one, self.lengths)
+        return Shared.from_records(records, self.has_batch_of_one, self.batch)
 
 
 def _caller() -> FrameType:
@@ -116,6 +130,8 @@ class SharedCall:
     known: ClassVar[dict[Any, Way]] = {}
     # Whether a place in the source brings records and copies together, from batches whose shapes tell.
     places: ClassVar[dict[Any, bool]] = {}
+    # First dimensions at a place that were not those of the records in some batch, with their sizes.
+    constants: ClassVar[set[Any]] = set()
 
     def __init__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType) -> None:
         if kwargs.get("inplace"):
@@ -126,7 +142,7 @@ class SharedCall:
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.shared = {i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Shared)}
         one = self.leaves[min(self.shared)]
-        self.batch, self.lengths = one.rows.shape[0], one.lengths
+        self.size, self.batch = one.rows.shape[0], one.batch
         self.others = {
             i: leaf
             for i, leaf in enumerate(self.leaves)
@@ -171,13 +187,15 @@ class SharedCall:
             way, result = self._find()
             if len(self.known) >= _MOST_KINDS:
                 self.known.clear()
+            if len(self.constants) >= _MOST_KINDS:
+                self.constants.clear()
             self.known[kind] = way
             return result
         return way(self)
 
     def keep(self, rows: Tensor) -> Shared:
         """Return a result that is the same for all records, from its copies."""
-        return Shared.of(rows, self.lengths)
+        return Shared.of(rows, self.batch)
 
     def _kind(self) -> Any:
         def described(i: int, leaf: Any) -> Any:
@@ -193,8 +211,8 @@ class SharedCall:
 
         return (
             self.place,
-            self.batch,
-            self.batch in self.lengths,
+            self.size,
+            self.size in self.batch.lengths,
             *(described(i, leaf) for i, leaf in enumerate(self.leaves)),
         )
 
@@ -213,7 +231,7 @@ class SharedCall:
             if isinstance(changed, Shared):
                 target.rows, target.value = changed.rows, changed.value
                 return target
-        elif self.name in _ARITHMETIC and target.shape[0] == self.batch:
+        elif self.name in _ARITHMETIC and target.shape[0] == self.size:
             return aligned(self, target.dim())
         raise ValueError(
             f"{self.name} writes to a value that was computed once for all records, or writes such a value to a tensor "
@@ -227,15 +245,15 @@ class SharedCall:
         if not _floats(want):
             return on_the_value, want
         meeting, apart = self._ways(want)
-        told = self.batch not in self.lengths
-        if not told and self.place in self.places:
+        clear = not meeting or not apart or self._is_clear()
+        if meeting and apart and self.place in self.places:
             meeting, apart = (meeting, []) if self.places[self.place] else ([], apart)
         met = self._first(meeting, want)
-        alone = self._first(apart, want) if met is None or not told else None
+        alone = self._first(apart, want) if met is None or not clear else None
         if met is not None and alone is not None:
             raise ValueError(
                 f"{self.name} gets a value that was computed once for all records, {self._shapes(self.shared)}. A size "
-                f"of {self.batch} may be that of the batch or of the sequence. Give the first batch another length"
+                f"of {self.size} may be that of the batch or of the sequence. Give the first batch another length"
             )
         found = alone if met is None else met
         if found is None:
@@ -244,7 +262,7 @@ class SharedCall:
                 f"{self._shapes(self.others) or 'no other tensor'}, and it is not clear which record uses which part "
                 "of it. Give the value the batch as first dimension, or freeze the parameters that it comes from"
             )
-        if told:
+        if meeting and clear:
             self.places[self.place] = met is not None
         return found
 
@@ -268,15 +286,38 @@ class SharedCall:
         certain = any(t.requires_grad for t in self.others.values())
         first = tensors[0].shape[0] if tensors[0].dim() else 0
         meeting: list[Way] = []
-        if certain or any(t.shape[0] == self.batch for t in self.others.values()):
+        carrying = [self._carries_records(i, t) for i, t in self.others.items()]  # each one is noted
+        if any(carrying):
             dim = max(t.dim() for t in self.others.values())
             meeting = [lambda call: aligned(call, dim), with_records, with_records_by_loop]
-        elif self.name in ("expand", "expand_as", "broadcast_to") and first == self.batch:
+        elif self.name in ("expand", "expand_as", "broadcast_to") and self._may_be_records(0, first):
             dim = tensors[0].dim()
             meeting = [lambda call: aligned(call, dim)]
-        elif self.name == "repeat" and first % self.batch == 0:
+        elif self.name == "repeat" and first % self.size == 0:
             meeting = [repeated]
         return meeting, [] if certain else [on_copies, on_copies_by_loop]
+
+    def _carries_records(self, place: int, tensor: Tensor) -> bool:
+        """Say whether a tensor has, or may have, the records as first dimension."""
+        if tensor.requires_grad:
+            return True
+        constant = self.batch.is_constant(tensor)
+        return self._may_be_records(place, tensor.shape[0]) and not constant
+
+    def _may_be_records(self, place: int, size: int) -> bool:
+        """Say whether a first dimension may be that of the records: it was of no other size than theirs before."""
+        key = self.place, place, size
+        if size != self.size:
+            if size != 1:
+                self.constants.add(key)
+            return False
+        return key not in self.constants
+
+    def _is_clear(self) -> bool:
+        """Say whether it is known which tensors come from the batch, or sizes tell."""
+        rows = [t for t in self.others.values() if t.shape[0] == self.size]
+        known = bool(rows) and all(self.batch.is_constant(t) is not None for t in rows)
+        return known or self.size not in self.batch.lengths
 
     def _agrees(self, result: Any, want: Any) -> bool:
         found, wanted = _floats(result), _floats(want)

@@ -64,7 +64,7 @@ def on_copies_by_loop(call: SharedCall) -> Any:
 
 def _run_with_records(call: SharedCall, batched: Batched) -> Any:
     def splits(i: int, leaf: Any) -> bool:
-        return i in call.others and leaf.shape[0] == call.batch
+        return i in call.others and leaf.shape[0] == call.size
 
     places = [i for i, leaf in enumerate(call.leaves) if i in call.shared or splits(i, leaf)]
     values = [call.leaves[i].rows if i in call.shared else call.leaves[i].unsqueeze(1) for i in places]
@@ -113,7 +113,7 @@ def repeated(call: SharedCall) -> Any:
     counts = [*args[1:], *kwargs.values()]
     counts = list(counts[0]) if isinstance(counts[0], tuple | list | torch.Size) else counts
     rows = call.leaves[0].rows
-    if counts[0] != call.batch:
+    if counts[0] != call.size:
         raise ValueError("the value is not repeated once per record")
     missing = len(counts) - rows.dim() + 1
     rows = rows.reshape(rows.shape[0], *[1] * missing, *rows.shape[1:])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.one_backward.shared import Shared
+from opacus_ac.grad_sample.one_backward.shared import Batch, Shared
 from opacus_ac.grad_sample.one_backward.use import Tracked
 
 
@@ -38,7 +38,7 @@ class SharedOutput:
 
 
 def _copied(value: Tensor, like: Shared) -> Tensor:
-    return Shared.of(value.expand(like.rows.shape[0], *value.shape), like.lengths)
+    return Shared.of(value.expand(like.rows.shape[0], *value.shape), like.batch)
 
 
 class Sharing:
@@ -46,20 +46,22 @@ class Sharing:
 
     Args:
         buffers: buffers of the model. A layer that gets a part of one of them computes for all records at once.
+        is_constant: says whether a tensor does not come from the batch; None if that is not known.
 
     Attributes:
         batch: shape of the first tensor that the model is called with. Its first dimension are the records.
-        lengths: sizes that other dimensions of its inputs have.
+        known: what is known of it.
         undecided: whether it was not clear in the present pass if something is for all records.
     """
 
-    def __init__(self, buffers: Iterable[Tensor]) -> None:
+    def __init__(self, buffers: Iterable[Tensor], is_constant: Callable[[Tensor], bool | None]) -> None:
         self._buffers = {_memory(buffer) for buffer in buffers}
         self.batch = torch.Size([0])
-        self.lengths: frozenset[int] = frozenset()
+        self._is_constant = is_constant
+        self.known = Batch(frozenset(), is_constant)
         self.undecided = False
         self._inputs: set[int] = set()
-        self._known: dict[int, bool | None] = {}
+        self._shared_before: dict[int, bool | None] = {}
         self._positions: set[int] = set()
         self._rows: set[int] = set()
 
@@ -68,7 +70,7 @@ class Sharing:
         tensors = [t for t in inputs if isinstance(t, Tensor) and t.dim()]
         self.undecided = False
         self.batch = tensors[0].shape if tensors else torch.Size([0])
-        self.lengths = frozenset(size for t in tensors for size in t.shape[1:])
+        self.known = Batch(frozenset(size for t in tensors for size in t.shape[1:]), self._is_constant)
         of_records = [t for t in tensors if t.shape[0] == self.batch[0]]
         self._inputs = {_memory(t) for t in of_records}
         return of_records
@@ -101,7 +103,7 @@ class Sharing:
             shared = self._is_of_constants(inputs) and output.shape[0] == 1 < records
         if not shared:
             return None
-        copies = Shared.of(output.expand(records, *output.shape), self.lengths)
+        copies = Shared.of(output.expand(records, *output.shape), self.known)
         return SharedOutput(copies, is_lookup, is_constant=True)
 
     def _told(
@@ -109,16 +111,16 @@ class Sharing:
     ) -> bool | None:
         """Say whether a watched pass has shown that the module's output is for all records; None if not."""
         if constant is None:
-            return self._known.get(key)
+            return self._shared_before.get(key)
         if not constant and output.shape[0] != records:
             return None
         if constant and output.shape[0] == records:
             # As many rows as records may be those of the records, from numbers that went through Python.
             ids = [t for t in inputs if t.dim() == 1 and not t.is_floating_point()]
-            if not self._known.get(key) and not (ids and bool((ids[0].diff() == 1).all())):
+            if not self._shared_before.get(key) and not (ids and bool((ids[0].diff() == 1).all())):
                 self.undecided = True
                 return None
-        self._known[key] = constant if self._known.get(key, constant) == constant else None
+        self._shared_before[key] = constant if self._shared_before.get(key, constant) == constant else None
         return constant
 
     def _is_of_constants(self, inputs: Sequence[Tensor]) -> bool:
@@ -129,7 +131,7 @@ class Sharing:
     def _is_shared_lookup(self, tracked: Tracked, inputs: Sequence[Tensor], output: Tensor, batch: torch.Size) -> bool:
         """Say whether a lookup was for all records: ``[1, T, d]``, ``[T, d]`` of positions, ``[T, T, heads]``."""
         key, rows, records = id(tracked.module), output.shape[0], batch[0]
-        lengths = self.lengths.union(batch[1:])
+        lengths = self.known.lengths.union(batch[1:])
         if output.dim() > 2 and rows == 1 < records:
             # One row of what the model was called with is of one record. All rows only tell how long the records are.
             ids = [t for t in inputs if not t.is_floating_point() and t.shape[:1] == (1,)]
