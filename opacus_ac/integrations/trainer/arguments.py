@@ -91,7 +91,8 @@ class PrivacyArguments:
         2.773
         """
         if classes is None or classes < 2 or not isinstance(self.loss_bound, DefaultBound):
-            return self.loss_bound
+            # A plain float, because the bound is kept in checkpoints.
+            return None if self.loss_bound is None else float(self.loss_bound)
         return min(float(self.loss_bound), _TIMES_CHANCE * math.log(classes))
 
     def engine_options(self, classes: int | None = None) -> dict[str, Any]:

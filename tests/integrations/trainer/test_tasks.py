@@ -120,6 +120,7 @@ def test_a_bound_that_the_user_names_holds_for_every_model(bound, tmp_path):
 def test_many_classes_have_the_bound_of_words_and_copies_keep_their_default():
     settings = PrivacyArguments(noise_multiplier=1.0)
     assert settings.bound_for(50_000) == settings.loss_bound == 10.0
+    assert type(settings.bound_for(None)) is float  # it goes into checkpoints, which hold plain types
     assert isinstance(copy.deepcopy(settings).loss_bound, DefaultBound)
     (parsed,) = hf.HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses(["--noise_multiplier", "1"])
     assert parsed.bound_for(2) == pytest.approx(4 * math.log(2))
