@@ -41,7 +41,7 @@ assert dict(GradSampleHooks.GRAD_SAMPLERS) == before
 sys.modules["transformers"] = None          # importing it is an error from here on
 opacus_ac.grad_sample.register_rules()
 added = {c.__name__ for c, s in GradSampleHooks.GRAD_SAMPLERS.items() if before.get(c) is not s}
-assert added == {"Embedding", "EmbeddingBag", "LayerNorm"}, added
+assert added == {"Conv1d", "Conv2d", "Conv3d", "Embedding", "EmbeddingBag", "LayerNorm"}, added
 import torch
 model = torch.nn.Sequential(torch.nn.Embedding(5, 4, padding_idx=0), torch.nn.Linear(4, 2)).train()
 opacus_ac.grad_sample.register_rules(model)
