@@ -77,11 +77,11 @@ def _attach_source(
     check_model(module, mode=job.grad_sample_mode)
     undo.append(use_record_loss(module, optimizer.tape, job.loss_reduction, users))
     undo.append(folded.attach())
+    undo.append(lambda: _remove_opacus_hooks(module))
     if isinstance(optimizer.source, BookKeepingSource):  # which tells what all records share
         undo.append(optimizer.source.attach(folded))
         return module, optimizer.source.paused
     undo.append(expand_broadcast_embeddings(module, folded).remove)
-    undo.append(lambda: _remove_opacus_hooks(module))
     wrapped = (HookedModel if job.wrap_model else ModelHooks)(
         module,
         batch_first=job.batch_first,
