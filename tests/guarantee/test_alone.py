@@ -191,8 +191,6 @@ PLANTED = {
     "table looked up whole": (Lookup, sequences, ["hooks", "functorch"], "code"),  # in bk it is right
     "carried over": (Carry, sequences, MODES, "carries something over|was changed"),
     "packed in another order": (lambda: Packed(False), sequences, ["hooks"], "lstm"),
-    "reflecting border": (lambda: Image(padding=1, padding_mode="reflect"), sequences, ["bk", "hooks"], "conv"),
-    "channels last": (lambda: Image(lambda x: x.contiguous(memory_format=torch.channels_last)), sequences, ["bk", "hooks"], "conv"),
 }  # fmt: skip
 
 
@@ -303,6 +301,8 @@ CLEAN = {
     "physical batches": (Tagger, classes, MODES, {"max_physical_batch_size": 4}),
     "dropout": (lambda: Tagger(body=nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5))), classes, MODES, {}),
     "image": (Image, classes, MODES, {}),
+    "reflecting border": (lambda: Image(padding=1, padding_mode="reflect"), classes, ["bk", "hooks"], {}),
+    "channels last": (lambda: Image(lambda x: x.contiguous(memory_format=torch.channels_last)), classes, ["bk", "hooks"], {}),
     "double": (lambda: Tagger().double(), classes, MODES, {}),
     "offsets of bags": (Bag, classes, ["bk", "hooks"], {}),
 }  # fmt: skip
