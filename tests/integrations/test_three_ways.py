@@ -130,4 +130,5 @@ def test_two_runs_with_the_same_seed_have_different_noise(tmp_path):
         add_noise(optimizer)
         drawn.append(torch.cat([p.grad.reshape(-1) for p in optimizer.params]))
     assert drawn[0].shape == drawn[1].shape
-    assert not torch.isclose(drawn[0], drawn[1]).any()
+    # A few of so many draws are close to each other by chance.
+    assert torch.isclose(drawn[0], drawn[1]).double().mean() < 1e-3
