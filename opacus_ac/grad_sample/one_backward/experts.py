@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -83,7 +84,8 @@ def holds_own_experts(module: nn.Module) -> bool:
 
 def _is_never_called(module: nn.Module) -> bool:
     """Whether the forward of a module does nothing but raise an error, so that others call its methods."""
-    code = getattr(written_type(module).forward, "__code__", None)
+    # Looked up without descriptors, because that of a traced module fails on its class.
+    code = getattr(inspect.getattr_static(written_type(module), "forward", None), "__code__", None)
     return code is not None and code.co_names == ("NotImplementedError",)
 
 
