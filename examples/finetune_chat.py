@@ -87,8 +87,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     privacy = trainer.privacy_report()
     result = {"target_epsilon": args.epsilon, "privacy": privacy.to_dict(), "before": before, "after": after}
     (args.output / "result.json").write_text(json.dumps(result))
-    print(f"\nloss on public dialogues: {before['heldout_loss']} before, {after['heldout_loss']} after\n\n{privacy}")
-    print(f"\nSaved {args.output}; see every release:  tensorboard --logdir {args.output} --host 127.0.0.1")
+    for name, loss in before["heldout_loss"].items():
+        print(f"\nloss on public dialogues, {name}: {loss:.3f} before, {after['heldout_loss'][name]:.3f} after")
+    print(f"\n{privacy}\n\nSaved {args.output}. Every release: tensorboard --logdir {args.output} --host 127.0.0.1")
     return result
 
 

@@ -7,8 +7,8 @@ Expanding the ids to ``[B, T]`` changes no value and keeps the records apart.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -18,23 +18,17 @@ from torch.utils.hooks import RemovableHandle
 from opacus_ac.grad_sample.folded_rows import FoldedRows
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Return the tensors with at least one dimension, in the order of the arguments."""
     if isinstance(value, Tensor):
         return [value] if value.dim() else []
     if isinstance(value, Mapping):
         value = tuple(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = tuple(vars(value).values())
     if isinstance(value, tuple | list):
-        return [t for item in value for t in _tensors(item)]
+        return [t for item in value for t in tensors_in(item)]
     return []
-
-
-def _prompts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules of peft's prompts, which are looked up once and repeated for the records afterwards."""
-    kind = getattr(sys.modules.get("peft"), "PeftModel", ())
-    for module in model.modules():
-        if isinstance(module, kind) and isinstance(encoder := getattr(module, "prompt_encoder", None), nn.Module):
-            yield from encoder.modules()
 
 
 class BroadcastHandle:
@@ -46,8 +40,7 @@ class BroadcastHandle:
         self._running: list[torch.Size] = []
         self._last: torch.Size | None = None
         self._positional: dict[int, bool] = {}
-        prompts = {id(m) for m in _prompts(model)}
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in prompts]
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
         self._known = {id(m) for m in embeddings}
         self._hooks: list[RemovableHandle] = [
             # First in, last out: the batch is noted and forgotten even if another hook of the model raises.
@@ -70,7 +63,7 @@ class BroadcastHandle:
         self.remove()
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         self._running.append(tensors[0].shape if tensors else torch.Size([]))
         self._lengths = {size for tensor in tensors for size in tensor.shape[1:]}
 

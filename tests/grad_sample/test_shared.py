@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import UserDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.grad_sample import register_rules
+from opacus_ac.grad_sample.one_backward import shared
 from opacus_ac.grad_sample.one_backward.shared import Shared, SharedCall
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.testing import per_sample_gradients
@@ -470,6 +473,81 @@ def test_an_interrupted_pass_leaves_nothing_behind() -> None:
     norms = torch.stack([g.flatten(1).square().sum(1) for g in want.values()]).sum(0).sqrt()
     torch.testing.assert_close(source.finish_batch(), norms, rtol=1e-6, atol=0)
     assert not isinstance(model.first.weight * 2, Shared)
+    detach()
+
+
+class Packed(nn.Module):
+    """Is called with one object that holds the tensors of the batch."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(batch["x"] if isinstance(batch, Mapping) else batch.x)
+
+
+@dataclass
+class Item:
+    x: Tensor
+
+
+@pytest.mark.parametrize("pack", [lambda x: UserDict(x=x), lambda x: Item(x), lambda x: {"more": [{"y": x}], "x": x}])
+@pytest.mark.parametrize("bias", [relative_bias, multiplied_positions, disentangled])
+def test_the_batch_is_found_in_mappings_and_dataclasses(bias: Any, pack: Any) -> None:
+    """transformers' BatchEncoding is a mapping that is no dict."""
+    model, x = Packed(net(bias)), batch(3)
+    want = per_sample_gradients(copy.deepcopy(model), x, lambda m, x: loss(m, pack(x)))
+    source, detach = attached(model)
+    loss(model, pack(x)).backward()
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in want.values()]).sum(0).sqrt()
+    torch.testing.assert_close(source.finish_batch(), norms, rtol=1e-6, atol=0)
+    detach()
+
+
+class Hidden:
+    """Holds a tensor where nobody looks."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+def test_without_a_batch_nothing_is_shared_and_the_step_is_refused() -> None:
+    model = Packed(net(disentangled))
+    source, detach = attached(model)
+    with pytest.raises(ValueError, match=r"records|ordinary gradient"):
+        step_on(model, source, Hidden(batch(3)))
+    detach()
+
+
+def step_on(model: nn.Module, source: BookKeepingSource, x: Any) -> None:
+    loss(model, x).backward()
+    source.finish_batch()
+
+
+def test_an_operator_with_its_overload_writes_once() -> None:
+    model = net(lambda net, x: torch.ops.aten.add_.Tensor(net.scores(x), relative(net, x)).softmax(-1))
+    check(model, batch(3))
+
+
+def relative(net: Net, x: Tensor) -> Tensor:
+    return net.table(net.relative(x.shape[1])).permute(2, 0, 1).unsqueeze(0)
+
+
+def test_sizes_of_constants_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of many lengths come before one with as many records as heads."""
+    for name, empty in {"known": {}, "places": {}, "constants": set()}.items():
+        monkeypatch.setattr(SharedCall, name, empty)
+    monkeypatch.setattr(shared, "_MOST_KINDS", 2)
+    model, x = net(slopes_of_a_layer), batch(HEADS)
+    want = per_sample_gradients(copy.deepcopy(model), x, loss)
+    source, detach = attached(model)
+    for length in (5, 6, 7, 8, 9):
+        loss(model, batch(3, length)).backward()
+        source.clear(sums=True)
+    loss(model, x).backward()
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in want.values()]).sum(0).sqrt()
+    torch.testing.assert_close(source.finish_batch(), norms, rtol=1e-6, atol=0)
     detach()
 
 

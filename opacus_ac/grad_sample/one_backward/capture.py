@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from opacus_ac.grad_sample.folded_rows import FoldedRows
@@ -152,7 +152,7 @@ class Capture:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
-            self._watched.start(sys._getframe(1), self._sharing.start(tree_leaves((args, kwargs))))
+            self._watched.start(sys._getframe(1), self._sharing.start((args, kwargs)))
 
     def _end(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if id(module) == self._model_id:
@@ -237,8 +237,10 @@ class Capture:
         folded = self._folded.of(tracked.module)
         return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded, bare=bare)
 
-    def _share_parameter(self, tracked: Tracked, name: str, parameter: nn.Parameter) -> Shared:
-        """Return a parameter that is used outside of its module, with a copy per record."""
+    def _share_parameter(self, tracked: Tracked, name: str, parameter: nn.Parameter) -> Shared | None:
+        """Return a parameter that is used outside of its module, with a copy per record; None without a batch."""
+        if not self._sharing.batch[0]:
+            return None
         path = f"{tracked.path}.{name}" if tracked.path else name
         kept = keep(self._token)
         use = Use(path, tracked.module, Call([], [], None), kept, nullcontext(), self._passes, parameter=parameter)
@@ -252,7 +254,7 @@ class Capture:
         trained = {id(p) for p in self._shards.now(tracked)}
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, nn.Parameter) and id(leaf) in trained and id(leaf) in names:
-                leaves[place] = self._share_parameter(tracked, names[id(leaf)], leaf)
+                leaves[place] = self._share_parameter(tracked, names[id(leaf)], leaf) or leaf
 
     def _check_buffers(self, tracked: Tracked) -> None:
         """Refuse a module that is run again and whose buffers its forward pass has changed."""

@@ -130,7 +130,8 @@ class SharedCall:
     known: ClassVar[dict[Any, Way]] = {}
     # Whether a place in the source brings records and copies together, from batches whose shapes tell.
     places: ClassVar[dict[Any, bool]] = {}
-    # First dimensions at a place that were not those of the records in some batch, with their sizes.
+    # First dimensions at a place that were not those of the records in some batch, with their sizes. None is
+    # forgotten, because a later batch may have just as many records.
     constants: ClassVar[set[Any]] = set()
 
     def __init__(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], caller: FrameType) -> None:
@@ -160,7 +161,7 @@ class SharedCall:
     @property
     def name(self) -> str:
         """Name of the function."""
-        return str(getattr(self.func, "__name__", self.func))
+        return str(getattr(self.func, "__name__", self.func)).split(".")[0]  # torch.ops add the overload
 
     def run(self, leaves: Iterable[Any]) -> Any:
         """Call the function with these leaves of its arguments."""
@@ -187,8 +188,6 @@ class SharedCall:
             way, result = self._find()
             if len(self.known) >= _MOST_KINDS:
                 self.known.clear()
-            if len(self.constants) >= _MOST_KINDS:
-                self.constants.clear()
             self.known[kind] = way
             return result
         return way(self)

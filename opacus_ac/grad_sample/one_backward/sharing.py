@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.broadcast import tensors_in
 from opacus_ac.grad_sample.one_backward.shared import Batch, Shared
 from opacus_ac.grad_sample.one_backward.use import Tracked
 
@@ -65,9 +66,9 @@ class Sharing:
         self._positions: set[int] = set()
         self._rows: set[int] = set()
 
-    def start(self, inputs: Iterable[object]) -> list[Tensor]:
+    def start(self, inputs: object) -> list[Tensor]:
         """Note what the model is called with. Returns the tensors that have the records first."""
-        tensors = [t for t in inputs if isinstance(t, Tensor) and t.dim()]
+        tensors = tensors_in(inputs)
         self.undecided = False
         self.batch = tensors[0].shape if tensors else torch.Size([0])
         self.known = Batch(frozenset(size for t in tensors for size in t.shape[1:]), self._is_constant)

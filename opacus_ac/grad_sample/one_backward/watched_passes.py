@@ -59,14 +59,15 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         """Run a function with shared values in the place of such parameters."""
         kwargs = kwargs or {}
-        attribute = func.__name__ in ("__get__", "__set__") and func not in TRANSPOSED
+        name = getattr(func, "__name__", "").split(".")[0]
+        attribute = name in ("__get__", "__set__") and func not in TRANSPOSED
         given = args, tuple(kwargs.values())
         if not attribute and torch.is_grad_enabled():
             args, kwargs = tuple(map(self._replaced, args)), {k: self._replaced(v) for k, v in kwargs.items()}
         result = func(*args, **kwargs)
         if any(tensor in self.of_batch for tensor in _tensors(given)):
             self.note(_tensors(result))
-            if args and isinstance(args[0], Tensor) and (func.__name__ == "__setitem__" or func.__name__[-1:] == "_"):
+            if args and isinstance(args[0], Tensor) and (name == "__setitem__" or name[-1:] == "_"):
                 self.note(args[:1])
         return result
 
@@ -86,13 +87,15 @@ class WatchedPasses:
 
     Args:
         tracked: the modules whose parameters have rules.
-        share: returns a parameter with a copy per record, from its module and its name there.
+        share: returns a parameter with a copy per record, from its module and its name there; None if it cannot.
 
     Attributes:
         paused: whether functions that run now are those of something else.
     """
 
-    def __init__(self, tracked: Iterable[Tracked], share: Callable[[Tracked, str, nn.Parameter], Shared]) -> None:
+    def __init__(
+        self, tracked: Iterable[Tracked], share: Callable[[Tracked, str, nn.Parameter], Shared | None]
+    ) -> None:
         self._homes: dict[int, tuple[Tracked, str]] = {}
         for item in tracked:
             trained = {id(p) for p in item.parameters}
@@ -155,9 +158,9 @@ class WatchedPasses:
         if self.paused or home is None or not home[0].module.training or not _is_running(self._passes[-1][1]):
             return None
         key = id(parameter)
-        if key not in self._values:
-            self._values[key] = self._share(*home, parameter)
-        return self._values[key]
+        if key not in self._values and (shared := self._share(*home, parameter)) is not None:
+            self._values[key] = shared
+        return self._values.get(key)
 
 
 def _is_running(frame: FrameType) -> bool:
