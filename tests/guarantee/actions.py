@@ -39,6 +39,7 @@ from opacus_ac.errors import PrivacyBudgetExceeded
 SITES = (
     "forward", "backward", "late backward", "hook", "fsync", "before charge", "after charge", "before noise", "after noise", "in statistics",
     "factors", "before accumulate", "after accumulate", "observe", "before inner", "after inner", "policy update",
+    "step pre hook", "step post hook",
 )  # fmt: skip
 """Where a sequence can ask for an exception."""
 
@@ -257,6 +258,13 @@ class World:
         around(optimizer.policy, "update", None, "policy update")
         around(optimizer.statistics, "observe", None, "observe")
         optimizer.attach_step_hook(lambda _: fail(reference, "hook"))
+
+        def before(*_: Any) -> None:
+            fail(reference, "step pre hook")
+            run.before_inner()  # what torch's hooks find is released
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(lambda *_: fail(reference, "step post hook"))
 
     # ------------------------------------------------------------ actions
 
