@@ -74,7 +74,8 @@ those that the method trains. One private step without noise, on six records tha
 with a loop that runs plain autograd on each record alone and clips at the median norm. The loss is that of the library.
 
 * **exact**: the released gradient is that of the loop, to a relative error of 1e-8. Where a layer or the loss computes
-  in float32, it is exact to the rounding of autograd itself.
+  in float32, the limit is ten times the rounding of autograd itself, and at most 1e-5. A model with weights that have
+  to be float32 runs in float32, and the limit is 1e-3.
 * **refused**: `make_private`, or the first batch, raises an error before anything is released. The last column has its
   first sentence.
 * **wrong**: the released gradient is another. **crash**: an error that was not meant for users.
