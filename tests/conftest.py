@@ -27,7 +27,7 @@ def library(request, monkeypatch):
     """Products by either library, on any machine and of any size, in whole and in pieces."""
     from opacus_ac.grad_sample.one_backward import matmul as products
 
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "oneDNN")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda *_: request.param == "oneDNN")
     if request.param == "oneDNN":
         if not products.onednn_is_right():
             pytest.skip("this build of torch has no products of oneDNN's")

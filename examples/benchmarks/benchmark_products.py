@@ -1,10 +1,11 @@
-"""Float32 products by torch (MKL on x86) and by oneDNN, side by side: where mode "bk" gains by the latter, and where not.
+"""Float32 products by torch (MKL on x86) and by oneDNN, side by side, and which of them mode "bk" takes.
 
     python examples/benchmarks/benchmark_products.py --threads 2
 
-``sum`` is the weighted sum of a layer, ``left^T right`` over all positions of a batch; ``Gram`` the inner products of the positions of each
-record. The two libraries take turns; billions of operations a second, medians over rounds. The last line says which one mode
-"bk" takes on this machine; the thresholds of ``opacus_ac/grad_sample/one_backward/matmul.py`` come from this table.
+``sum`` is the weighted sum of a layer, ``left^T right`` over all positions of a batch; ``Gram`` the inner products of
+the positions of each record, of which torch computes three quarters where that is faster. The two libraries take turns;
+billions of operations a second, medians over rounds. ``taken`` is what the trial of
+``opacus_ac/grad_sample/one_backward/trial.py`` chose. The last line says how long the trials took.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 import torch
 
 from opacus_ac.grad_sample.one_backward import matmul as products
+from opacus_ac.grad_sample.one_backward.gram import Gram
 
 #: B, T, I, J of the benchmark's shapes: attention, MLP and head of a; MLP and head of b; MLP of c; a larger batch.
 SUMS = [
@@ -56,11 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not products.onednn_is_right():
         print("this build of torch has no products of oneDNN's", file=sys.stderr)
         return 1
-    print("| product | torch | oneDNN | ratio |\n|---|---|---|---|")
+    print("| product | torch | oneDNN | ratio | taken |\n|---|---|---|---|---|")
+    trials = 0.0
 
-    def row(name: str, calls: Sequence[Callable[[], object]], operations: float) -> None:
+    def row(name: str, calls: Sequence[Callable[[], object]], operations: float, choose: Callable[[], bool]) -> None:
+        nonlocal trials
+        start = time.perf_counter()
+        taken = "oneDNN" if choose() else "torch"
+        trials += time.perf_counter() - start
         torchs, onednns = speeds(calls, operations, options.rounds)
-        print(f"| {name} | {torchs:.0f} | {onednns:.0f} | {onednns / torchs:.2f} |", flush=True)
+        print(f"| {name} | {torchs:.0f} | {onednns:.0f} | {onednns / torchs:.2f} | {taken} |", flush=True)
 
     few = 1 if options.quick else None
     for batch, positions, rows, columns in SUMS[:few]:
@@ -70,12 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             partial(torch.mm, left.flatten(0, 1).t(), right.flatten(0, 1), out=out),
             partial(products._add_outer_by_onednn, left, right, out, first=True),
         ]
-        row(f"sum {batch} x {positions}, {rows} x {columns}", calls, 2.0 * left.numel() * columns)
+        choose = partial(products.sum_is_faster, left, right)
+        row(f"sum {batch} x {positions}, {rows} x {columns}", calls, 2.0 * left.numel() * columns, choose)
     for batch, positions, width in GRAMS[:few]:
         x = torch.randn(batch, positions, width)
-        calls = [partial(torch.bmm, x, x.transpose(1, 2)), partial(products._inner_by_onednn, x, x)]
-        row(f"Gram {batch} x {positions}, {width}", calls, 2.0 * x.numel() * positions)
-    print(f"\nmode bk takes {'oneDNN' if products.onednn_is_faster() else 'torch'} here")
+        calls = [partial(Gram._halves, x), partial(products._inner_by_onednn, x, x)]
+        choose = partial(products.inner_is_faster, x, x)
+        row(f"Gram {batch} x {positions}, {width}", calls, 2.0 * x.numel() * positions, choose)
+    print(f"\nthe trials took {1000 * trials:.0f} ms")
     return 0
 
 

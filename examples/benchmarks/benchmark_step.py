@@ -15,8 +15,8 @@ Columns of the tables:
   (model, optimizer state); MB resident: that level, libraries included, where buffers kept between steps would show;
 * noise: share of the step that goes when ``noise_multiplier=0``, from the same rounds.
 
-Where oneDNN multiplies faster than torch does (processors of AMD with AVX-512), mode "bk" uses it, which ordinary training could
-too; the variants ``-without-onednn`` do not.
+Where oneDNN multiplies faster than torch does in a short trial, mode "bk" uses it, which ordinary training could too;
+the variants ``-without-onednn`` do not.
 
 Opacus gets this package's explicit rules for RMSNorm and the like (``register_rules``); without them its functorch path
 is slower; its strict checks stay on. Its ghost mode refuses tied weights. Waiting processes block on a pipe; their

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward import matmul as products
+from opacus_ac.grad_sample.one_backward import trial
 
 #: B, T, I, J: few rows, many, one; results in one piece and in several; every side the widest one.
 SHAPES = [
@@ -57,7 +61,7 @@ def test_inner_products_of_each_record(shape, transposed, library):
 def calls(monkeypatch):
     """Which of oneDNN's products ran, where it is taken for faster."""
     made: list[str] = []
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda *_: True)
     for name in ("_multiply", "_outer"):
         call = getattr(products, name)
         monkeypatch.setattr(products, name, lambda *args, n=name, c=call: made.append(n) or c(*args))
@@ -93,24 +97,86 @@ def test_what_onednn_has_no_fast_code_for_is_torchs_own(change, calls):
 
 
 @pytest.fixture
-def choice():
-    products.onednn_is_faster.cache_clear()
-    yield products.onednn_is_faster
-    products.onednn_is_faster.cache_clear()
+def seconds(monkeypatch):
+    """A clock for trials: what a product by torch and by oneDNN takes, of which the last is asked for again."""
+    clock = SimpleNamespace(torch=[1.0], onednn=[1.0], calls=[])
+
+    def taken(call: partial[object]) -> float:
+        name = "onednn" if "onednn" in getattr(call.func, "__name__", "") else "torch"
+        clock.calls.append(name)
+        times = getattr(clock, name)
+        return times.pop(0) if len(times) > 1 else times[0]
+
+    trial.forget()
+    monkeypatch.setattr(trial, "_seconds", taken)
+    yield clock
+    trial.forget()
 
 
-@pytest.mark.parametrize(("capability", "amd"), [("AVX512", True), ("AVX512", False), ("AVX2", True)])
-def test_the_choice_follows_from_the_machine(capability, amd, choice, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(products, "_made_by_amd", lambda: amd)
-    monkeypatch.setattr(products, "onednn_is_right", lambda: True)
-    assert choice() == (capability == "AVX512" and amd)
+@pytest.mark.parametrize(
+    ("torchs", "onednns", "onednn_wins"),
+    [
+        ([1.0], [0.5], True),
+        ([1.0], [0.9], False),  # may be chance
+        ([1.0], [1.5], False),
+        ([0.1, 1.0], [9.0, 0.5], True),  # the first calls do not count
+        ([1.0, 1.0, 0.4, 1.0], [0.5], False),  # the machine was busy in the other rounds
+        ([1.0], [1.0, 0.5, 0.5, 1.2, 0.5], False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sum", "Gram", "inner"])
+def test_onednn_must_win_every_round_of_a_trial_and_clearly(torchs, onednns, onednn_wins, kind, seconds):
+    seconds.torch, seconds.onednn = list(torchs), list(onednns)
+    assert products.onednn_is_faster(kind, 600, 300, 400) is onednn_wins
 
 
-def test_without_mkl_nothing_changes(choice, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert not choice()
+def test_a_trial_is_made_once_for_each_size_and_number_of_threads(seconds):
+    seconds.onednn = [0.5]
+    assert products.onednn_is_faster("sum", 600, 300, 400)
+    made = len(seconds.calls)
+    assert made == 2 * (trial.ROUNDS + 1)
+    seconds.onednn = [2.0]
+    assert products.onednn_is_faster("sum", 700, 260, 500)  # about the same size
+    assert len(seconds.calls) == made
+    assert not products.onednn_is_faster("inner", 600, 300, 400)
+    assert not products.onednn_is_faster("sum", 600, 300, 100)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert not products.onednn_is_faster("sum", 600, 300, 400)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_program_that_asks_for_repeatable_results_gets_torchs_own_without_a_trial(seconds):
+    seconds.onednn = [0.5]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not products.onednn_is_faster("sum", 600, 300, 400)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seconds.calls == []
+    assert products.onednn_is_faster("sum", 600, 300, 400)
+
+
+@pytest.mark.parametrize("kind", ["sum", "Gram", "inner"])
+def test_both_sides_of_a_trial_do_the_same_work(kind):
+    """For a Gram matrix, torch's side is three quarters of it."""
+    state = torch.get_rng_state()
+    usual, other = (call() for call in products._candidates(kind, 64, 32, 16))
+    assert torch.equal(torch.get_rng_state(), state)
+    if kind == "sum":
+        assert torch.equal(usual, torch.full((32, 16), 64.0))
+    else:
+        assert torch.equal(usual, torch.full((4, 64, 24 if kind == "Gram" else 32), 16.0))
+        assert torch.equal(other, torch.full((4, 64, 32), 16.0))
+
+
+def test_without_onednn_nothing_is_tried(seconds, monkeypatch):
+    seconds.onednn = [0.5]
+    monkeypatch.setattr(products, "_onednn_was_right", lambda: False)
+    assert not products.onednn_is_faster("sum", 600, 300, 400)
+    assert seconds.calls == []
 
 
 @pytest.mark.parametrize("name", ["_multiply", "conv2d_weight"])
@@ -134,4 +200,4 @@ def test_the_benchmark_compares_both(capsys):
     assert benchmark_products.main(["--quick", "--threads", "1", "--rounds", "1"]) == 0
     text = capsys.readouterr().out
     assert text.count("\n| sum ") == text.count("\n| Gram ") == 1
-    assert text.rstrip().endswith("here")
+    assert text.rstrip().endswith(" ms")

@@ -16,7 +16,6 @@ import torch
 import transformers
 
 import opacus_ac
-from opacus_ac.grad_sample.one_backward import matmul as products
 from step_benchmark.measuring import Figures
 from step_benchmark.shapes import Shape
 from step_benchmark.variants import PLAIN, Options
@@ -106,7 +105,6 @@ def environment(options: Options, arguments: Sequence[str]) -> dict[str, str]:
         "versions": ", ".join(versions),
         "device": f"{device} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)",
         "threads": f"threads: {options.threads}",
-        "products": f"products of mode bk: {'oneDNN' if products.onednn_is_faster() else 'as of torch'}",
         "dtype": "float32, bfloat16 autocast" if options.autocast else "float32",
         "command": shlex.join(["python", "examples/benchmarks/benchmark_step.py", *arguments]),
     }

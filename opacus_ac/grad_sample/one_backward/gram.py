@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward.bounds import squared_norms, stretches, wide
-from opacus_ac.grad_sample.one_backward.matmul import inner, inner_is_faster, may_be_faster
+from opacus_ac.grad_sample.one_backward.matmul import inner, inner_is_faster
 
 T = TypeVar("T")
 
@@ -32,22 +32,23 @@ def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
         b: ``[B, N, K]``.
         size: number of terms that are added up at a time.
     """
-    a, b = wide(a), wide(b)
+    same = a is b
+    a = wide(a)
+    b = a if same else wide(b)
     parts = stretches(a.shape[2], size)
     if len(parts) == 1:
         return inner(a, b)
     total: Tensor | None = None
     for part in parts:
-        x = _cut(a, part)
-        product = inner(x, x if a is b else _cut(b, part))
+        x = a[:, :, part]
+        y = x if same else b[:, :, part]
+        if inner_is_faster(x, y):  # oneDNN is slow with matrices that have gaps between their rows
+            x = x.contiguous()
+            y = x if same else y.contiguous()
+        product = inner(x, y)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
-
-
-def _cut(x: Tensor, part: slice) -> Tensor:
-    # oneDNN is slow with matrices that have gaps between their rows.
-    return x[:, :, part].contiguous() if may_be_faster(x) else x[:, :, part]
 
 
 @dataclass

@@ -1,18 +1,21 @@
 """Products of float32 matrices on the CPU, by the faster of two libraries of torch.
 
-torch multiplies matrices with MKL, and has oneDNN for convolutions and for compiled models. On AMD processors with
-AVX-512, oneDNN took little more than half the time (``examples/benchmarks/benchmark_products.py``). On others, and for
-small products, torch's own functions are used.
+torch multiplies matrices with MKL on x86, and has oneDNN for convolutions and for compiled models. On some AMD
+processors with AVX-512 oneDNN took little more than half the time, on others up to twice as long
+(``examples/benchmarks/benchmark_products.py``). So large products of each size are tried once (:mod:`trial`), and
+torch's own functions are used unless oneDNN is clearly faster. Small products are torch's own.
 """
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
+
+from opacus_ac.grad_sample.one_backward import trial
 
 _WORTH = 1 << 22
 """Number of multiplications below which oneDNN is not used."""
@@ -35,8 +38,7 @@ def add_outer(left: Tensor, right: Tensor, out: Tensor, *, first: bool) -> None:
         out: ``[I, J]``.
         first: whether ``out`` is overwritten.
     """
-    worth = left.numel() * right.shape[2] >= _WORTH
-    if worth and left.is_contiguous() and right.is_contiguous() and may_be_faster(left):
+    if left.is_contiguous() and right.is_contiguous() and sum_is_faster(left, right):
         _add_outer_by_onednn(left, right, out, first=first)
         return
     a, b = left.reshape(-1, left.shape[2]).t(), right.reshape(-1, right.shape[2])
@@ -53,13 +55,29 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
         a: ``[B, M, K]``.
         b: ``[B, N, K]``, of the same type and device.
     """
-    return _inner_by_onednn(a, b) if inner_is_faster(a, b) else torch.bmm(a, b.transpose(1, 2))
+    plain = _is_plain(a) and _is_plain(b)
+    return _inner_by_onednn(a, b) if plain and inner_is_faster(a, b) else torch.bmm(a, b.transpose(1, 2))
+
+
+def sum_is_faster(left: Tensor, right: Tensor) -> bool:
+    """Say whether oneDNN is faster for :func:`add_outer` of contiguous factors of these sizes."""
+    if left.numel() * right.shape[2] < _WORTH or not _has_choice(left):
+        return False
+    return onednn_is_faster("sum", left.shape[0] * left.shape[1], left.shape[2], right.shape[2])
 
 
 def inner_is_faster(a: Tensor, b: Tensor) -> bool:
-    """Say whether oneDNN is faster for :func:`inner`."""
-    worth = a.shape[1] * a.shape[2] * b.shape[1] >= _WORTH_A_RECORD
-    return worth and all(_is_plain(x) for x in (a, b)) and may_be_faster(a)
+    """Say whether oneDNN is faster for :func:`inner` of contiguous factors of these sizes.
+
+    For products of a tensor with itself it must be faster than three quarters of the work (:class:`gram.Gram`).
+    """
+    if a.shape[1] * a.shape[2] * b.shape[1] < _WORTH_A_RECORD or not _has_choice(a):
+        return False
+    return onednn_is_faster("Gram" if a is b else "inner", a.shape[1], b.shape[1], a.shape[2])
+
+
+def _has_choice(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -68,11 +86,6 @@ def _is_plain(x: Tensor) -> bool:
     oneDNN has fast code for these layouts only. For a transposed slice it may take a thousand times longer.
     """
     return x.is_contiguous() or x.transpose(1, 2).is_contiguous()
-
-
-def may_be_faster(x: Tensor) -> bool:
-    """Say whether oneDNN may be faster for tensors of this type and device, if the product is large enough."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster()
 
 
 def _inner_by_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -114,24 +127,48 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
-@functools.cache
-def onednn_is_faster() -> bool:
-    """Say whether oneDNN is available, faster than MKL (on AMD processors with AVX-512), and right in a trial.
+def onednn_is_faster(kind: str, rows: int, height: int, width: int) -> bool:
+    """Say whether oneDNN was clearly faster than torch in a trial of about this size, and right.
 
-    The choice depends on the machine only, so a run can be repeated exactly.
+    Args:
+        kind: "sum" for :func:`add_outer`, "inner" for :func:`inner`, "Gram" for that of a tensor with itself.
+        rows: for a sum, the number of outer products; else the number of rows of the first factor.
+        height: for a sum, the number of rows of the result; else the number of rows of the second factor.
+        width: for a sum, the number of columns of the result; else the number of terms of an inner product.
     """
-    if not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    return _made_by_amd() and onednn_is_right()
+    limits = _SUM_LIMITS if kind == "sum" else _INNER_LIMITS
+    size = tuple(min(1 << (n - 1).bit_length(), most) for n, most in zip((rows, height, width), limits, strict=True))
+    return _onednn_was_right() and trial.is_faster((kind, *size), functools.partial(_candidates, kind, *size))
 
 
-def _made_by_amd() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace")
+_SUM_LIMITS = (1024, 512, 512)
+"""Largest sizes of a trial of sums. It takes about a millisecond for every product."""
+_INNER_LIMITS = (256, 256, 512)
+"""Largest sizes of a trial of inner products, for each of ``_TRIED`` records."""
+_TRIED = 4
+
+
+def _candidates(kind: str, rows: int, height: int, width: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    if kind == "sum":
+        left, right, out = torch.ones(1, rows, height), torch.ones(1, rows, width), torch.empty(height, width)
+        usual = functools.partial(torch.mm, left[0].t(), right[0], out=out)
+        return usual, functools.partial(_add_outer_by_onednn, left, right, out, first=True)
+    a, b = torch.ones(_TRIED, rows, width), torch.ones(_TRIED, height, width)
+    # Without oneDNN, three of the four quarters of a symmetric matrix are computed.
+    part = b[:, : height * 3 // 4] if kind == "Gram" else b
+    return functools.partial(torch.bmm, a, part.transpose(1, 2)), functools.partial(_inner_by_onednn, a, b)
+
+
+@functools.cache
+def _onednn_was_right() -> bool:
+    return onednn_is_right()
 
 
 def onednn_is_right() -> bool:
-    """Say whether this build of torch has oneDNN's products, with the precision of float32."""
+    """Say whether this build of torch has oneDNN's products, with the precision of float32.
+
+    It must be called with torch's settings at full precision, as :func:`precision.exact` makes them.
+    """
     generator = torch.Generator().manual_seed(0)
     for positions in (_MANY // 4, _MANY):
         left, right = (torch.randn(2, positions, width, generator=generator) for width in (260, 200))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs
-from opacus_ac.grad_sample.one_backward.matmul import add_outer, may_be_faster
+from opacus_ac.grad_sample.one_backward.matmul import add_outer, sum_is_faster
 
 _PIECE = 1 << 20
 """Number of entries of a result that are computed at a time, if it is added to another."""
@@ -103,10 +103,10 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, firs
 
 
 def _product(left: Tensor, right: Tensor, rows: slice) -> Tensor:
-    left, right = left[rows], right[rows]
-    left = left.contiguous() if may_be_faster(left) else left
-    out = left.new_empty(left.shape[1], right.shape[1])
-    add_outer(left.unsqueeze(0), right.unsqueeze(0), out, first=True)
+    left, right = left[rows].unsqueeze(0), right[rows].unsqueeze(0)
+    left = left.contiguous() if sum_is_faster(left, right) else left
+    out = left.new_empty(left.shape[2], right.shape[2])
+    add_outer(left, right, out, first=True)
     return out
 
 
