@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 import warnings
@@ -31,7 +32,7 @@ from reference import (
     watched,
 )
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
@@ -220,7 +221,9 @@ class World:
         settings |= {"clipping": policy} if policy in ("flat", "automatic") else {"clip_policy": policy}
         if config["sampling"] == "truncated_poisson":
             settings["max_batch_size"] = 4
-        loader = DataLoader(Rows(), batch_size=config["batch_size"], shuffle=True)
+        self.reference.left_out = config["left_out"]
+        collate = leaving_out(config["left_out"]) if config["left_out"] else None
+        loader = DataLoader(Rows(), batch_size=config["batch_size"], shuffle=True, collate_fn=collate)
         common = {"module": bare, "optimizer": run.inner, "data_loader": loader}
         if config["target"]:
             made = engine.make_private_with_epsilon(
@@ -306,7 +309,7 @@ class World:
             loader: Any = DataLoader(
                 run.loader.dataset, batch_sampler=run.loader.batch_sampler, collate_fn=run.loader.collate_fn
             )
-        elif kind == "manager":
+        elif kind == "manager" and not self.config["left_out"]:  # a part of left-out records has no draw's number
             loader = BatchMemoryManager(
                 data_loader=run.loader, max_physical_batch_size=2, optimizer=run.optimizer
             ).__enter__()
@@ -325,7 +328,7 @@ class World:
         except StopIteration:
             del run.iterators[which]
             return
-        empty = [d.number for d in self.reference.draws if not d.order]
+        empty = [d.number for d in self.reference.draws if not d.records]
         is_stand_in = float(x[0, -1]) == 0  # of no draw
         now = len(self.reference.draws)
         draw = (now if now > drawn else empty[-1]) if is_stand_in else int(y[0])
@@ -383,7 +386,7 @@ class World:
         fresh = self.run.fresh
         if held.draw or fresh is None:
             return False
-        return len(fresh.x) == len(held.x) or not self.reference.draws[fresh.draw - 1].order
+        return len(fresh.x) == len(held.x) or not self.reference.draws[fresh.draw - 1].records
 
     def step(self) -> None:
         """Call ``optimizer.step()``."""
@@ -546,7 +549,7 @@ def draw_config(rng: random.Random) -> dict[str, Any]:
     schedule = rng.choice(["none"] * 4 + ["list", "function"]) if plain else "none"
     physical = rng.choice([None, None, None, 1, 2, 3])
     loop = rng.choice(["own"] * 4 + ["foreign", "manager"]) if physical is None and schedule == "none" else "own"
-    return {
+    config = {
         "mode": rng.choice(["bk", "bk", "hooks", "functorch"]),
         "sampling": sampling, "schedule": schedule, "physical": physical, "loop": loop,
         "policy": rng.choice(["flat", "percentile", "geometric", "automatic"]),
@@ -560,6 +563,24 @@ def draw_config(rng: random.Random) -> dict[str, Any]:
         "momentum": 0.0,
         "adapter": rng.choice(["trained", "trained", "frozen", "absent"]),
     }  # fmt: skip
+    return {**config, "left_out": draw_left_out(copy.deepcopy(rng), config)}
+
+
+def draw_left_out(rng: random.Random, config: dict[str, Any]) -> frozenset[int]:
+    """Draw the records that the collate function leaves out; the first one makes stand-ins."""
+    if config["physical"] is not None or config["loop"] == "manager" or rng.random() < 0.75:
+        return frozenset()
+    return frozenset(rng.sample(range(1, RECORDS), rng.choice([1, 3, 7])))
+
+
+def leaving_out(records: frozenset[int]) -> Callable[[list[tuple[Tensor, Tensor]]], Any]:
+    """Return a collate function that leaves records out."""
+
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> Any:
+        kept = [row for row in rows if int(row[0][:RECORDS].argmax()) not in records]
+        return default_collate(kept) if kept else None
+
+    return collate
 
 
 def _records(rng: random.Random) -> tuple[int, ...]:

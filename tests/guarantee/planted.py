@@ -25,6 +25,7 @@ from opacus_ac.optimizer.records import RecordSums
 from opacus_ac.optimizer.sum_release import SumRelease
 from opacus_ac.release import GaussianMechanism, StepStatistics
 from opacus_ac.sampling import SamplingPlan
+from opacus_ac.sampling.collate import EmptySafeCollate
 from opacus_ac.sampling.delivery import Delivery, Recognition
 
 Patch = tuple[Any, str, Callable[[Any], Any]]
@@ -312,6 +313,21 @@ def _realised_size(original: Any) -> Any:
 
 
 fault("sums are divided by the realised batch size", "flow", (SumRelease, "_gradient_scale", _realised_size))
+
+
+def _counted_as_one(original: Any) -> Any:
+    def _counted(self: Any, batch: Any, records: list[Any]) -> tuple[Any, int]:
+        made, count = original(self, batch, records)
+        return made, max(count, 1)
+
+    return _counted
+
+
+fault(
+    "the stand-in for records that were all left out is a record",
+    "charge draws counts",
+    (EmptySafeCollate, "_counted", _counted_as_one),
+)
 
 # ---------------------------------------------------------------- weights
 

@@ -98,12 +98,13 @@ class DrawnBatch:
     order: tuple[int, ...]
     in_pass: int
     limit: int | None = None
+    left_out: frozenset[int] = frozenset()
     uses: int = 0
 
     @property
     def records(self) -> frozenset[int]:
-        """The records as a set."""
-        return frozenset(self.order)
+        """The records that the collate function leaves in."""
+        return frozenset(self.order) - self.left_out
 
 
 @dataclass
@@ -276,6 +277,7 @@ class Reference:
         self.random = random.Random(seed)
         self.draws: list[DrawnBatch] = []
         self.passes = 0
+        self.left_out: frozenset[int] = frozenset()  # by the collate function
         self.runs: list[Any] = []
         self.releases: list[Release] = []
         self.decoded: list[Any] = []
@@ -296,7 +298,7 @@ class Reference:
             indices = [] if known is None else [i for i in known.order if i != self.without]
         if number >= DRAWS:
             raise OutOfDraws
-        self.draws.append(DrawnBatch(number, kind, rate, tuple(indices), self.passes, limit))
+        self.draws.append(DrawnBatch(number, kind, rate, tuple(indices), self.passes, limit, self.left_out))
         return [index + RECORDS * number for index in indices]
 
     # ------------------------------------------------------------ releases

@@ -25,7 +25,7 @@ PHASES = tuple(Phase) if os.environ.get("OPACUS_AC_SHRINK") else (Phase.generate
 PLAIN = {
     "mode": "bk", "sampling": "poisson", "schedule": "none", "physical": None, "loop": "own", "policy": "percentile",
     "ledger": False, "target": None, "noise": 1.0, "C": 1.0, "batch_size": 3, "reduction": "mean", "lr_control": True,
-    "momentum": 0.0, "adapter": "trained",
+    "momentum": 0.0, "adapter": "trained", "left_out": frozenset(),
 }  # fmt: skip
 
 
