@@ -27,11 +27,13 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from opacus_ac.grad_sample.transfers import on_host
 
 CHUNKS = ((384, 384), (640, 256), (1 << 60, 192))
 """Pairs: largest smaller dimension of the matrix, and number of terms of an inner product that are added up at a time.
@@ -144,23 +146,29 @@ def squared_norms(rows: Tensor) -> Tensor:
 class Certificate:
     """Norms of one parameter's gradients and their errors, record by record.
 
-    Values are ``[B]`` in float64, on the device of the records before :func:`stacked`.
+    Values are ``[B]`` in float64, on the device of the records, and errors are numbers. The result of :func:`stacked`
+    has the values of P parameters ``[P, B]`` and their errors ``[P, 1]``, on the CPU.
     """
 
     squares: Tensor
     """S, the squared norms as computed."""
     reach: Tensor
     """D, the sum of the norms of the outer products."""
-    tiny: Tensor
-    """Part of the norm that may have been lost to underflow."""
     largest: Tensor
     """Largest squared norm of a side of an outer product; 0 without outer products."""
-    relative: float
+    relative: float | Tensor
     """rho."""
-    norm_error: float
+    norm_error: float | Tensor
     """e."""
-    sum_error: float
+    sum_error: float | Tensor
     """eta."""
+    underflow: float | Tensor
+    """Part of the norm that may have been lost to underflow, if no side of an outer product is longer than 0."""
+
+    @property
+    def tiny(self) -> Tensor:
+        """Part of the norm that may have been lost to underflow, ``[B]``."""
+        return self.underflow * (1 + self.largest.sqrt())
 
     def bounds(self) -> Tensor:
         """Return N_p, the bound for this parameter, ``[B]``."""
@@ -177,8 +185,8 @@ def of_rows(rows: Tensor) -> Certificate:
     squares = squared_norms(rows)
     nothing = torch.zeros_like(squares)
     entries = rows[0].numel() if len(rows) else 0
-    tiny = torch.full_like(squares, smallest(rows.dtype) * entries**0.5)
-    return Certificate(squares, nothing, tiny, nothing, relative_error(rows, entries), 0.0, 0.0)
+    underflow = smallest(rows.dtype) * entries**0.5
+    return Certificate(squares, nothing, nothing, relative_error(rows, entries), 0.0, 0.0, underflow)
 
 
 def relative_error(held: Tensor, entries: int) -> float:
@@ -191,12 +199,9 @@ def smallest(dtype: torch.dtype) -> float:
     return float(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny ** 0.5)
 
 
-def stacked(certificates: list[Certificate]) -> list[Certificate]:
-    """Return the certificates on the CPU, with one transfer if all are on one device."""
-    values = [torch.stack([c.squares, c.reach, c.tiny, c.largest]) for c in certificates]
-    if len({v.device for v in values}) == 1:
-        values = list(torch.stack(values).cpu())
-    return [
-        replace(c, squares=v[0], reach=v[1], tiny=v[2], largest=v[3])
-        for v, c in zip((v.cpu() for v in values), certificates, strict=True)
-    ]
+def stacked(certificates: Sequence[Certificate]) -> Certificate:
+    """Return the certificates of P parameters as one on the CPU. There is one transfer, if all are on one device."""
+    values = on_host([value for c in certificates for value in (c.squares, c.reach, c.largest)])
+    errors = [[c.relative, c.norm_error, c.sum_error, c.underflow] for c in certificates]
+    columns = torch.tensor(errors, dtype=torch.float64).unsqueeze(2).unbind(1)
+    return Certificate(*values.unflatten(0, (-1, 3)).unbind(1), *columns)

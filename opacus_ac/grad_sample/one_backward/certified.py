@@ -10,45 +10,66 @@ from torch import Tensor
 from opacus_ac.grad_sample.one_backward.bounds import EXTREME, NEGLIGIBLE, WORTHWHILE, stacked
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 from opacus_ac.grad_sample.one_backward.routed import RoutedBook
+from opacus_ac.grad_sample.transfers import on_host
 
 
-def certified(books: Sequence[ParameterBook | RoutedBook], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+def certified(books: Sequence[ParameterBook | RoutedBook], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return for each record a bound of the norm of its contribution, and its squared norm for each parameter.
 
     If the bound is far above the norm, because terms cancel, or if values are too large to be squared in float32, the
     gradient of the record is computed in float64, both for the norm and for the sum.
 
+    The values of all parameters come from the device in one transfer. Such records cost one more, and so do records
+    whose gradient is zero.
+
     Args:
-        books: the books of the parameters that one backward pass has used.
+        books: the books of the P parameters that one backward pass has used.
         weights: weights of these parameters.
 
     Returns:
-        The bounds ``[B]`` and, for each book, the squared norms ``[B]``, in float64 on the CPU.
+        The bounds ``[B]`` and the squared norms ``[P, B]``, in float64 on the CPU.
 
     Raises:
         ValueError: If a tensor was written after a norm was computed from it.
     """
-    found = stacked([book.certificate() for book in books])
-    bounds = [certificate.bounds() for certificate in found]
-    squares = [certificate.squares.clamp(min=0) for certificate in found]
-    norm = _total(squares, weights).sqrt()
-    for book, known, bound, square, weight in zip(books, found, bounds, squares, weights, strict=True):
-        excess = weight * (bound - square.sqrt())
-        doubtful = (excess > WORTHWHILE * norm) & (weight * bound > NEGLIGIBLE) | (known.largest > EXTREME)
-        if book.rows is not None:
-            torch.where(doubtful, known.bounds_written_down(), bound, out=bound)
-            continue
-        for record in doubtful.nonzero().reshape(-1).tolist():
-            bound[record], square[record] = book.write_down(record)
-    for record in (norm == 0).nonzero().reshape(-1).tolist():  # such as a record without labels
-        for book, bound in zip(books, bounds, strict=True):
-            if book.is_zero(record):
-                bound[record] = 0.0
-    return _total([bound.square() for bound in bounds], weights).sqrt(), squares
+    known = stacked([book.certificate() for book in books])
+    bounds, squares = known.bounds(), known.squares.clamp(min=0)
+    factors = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+    norm = _total(squares, factors).sqrt()
+    excess = factors * (bounds - squares.sqrt())
+    doubtful = (excess > WORTHWHILE * norm) & (factors * bounds > NEGLIGIBLE) | (known.largest > EXTREME)
+    kept = torch.tensor([[book.rows is not None] for book in books])
+    bounds = torch.where(doubtful & kept, known.bounds_written_down(), bounds)
+    _write_down(books, (doubtful & ~kept).nonzero().tolist(), bounds, squares)
+    _find_zeros(books, (norm == 0).nonzero().flatten().tolist(), bounds)
+    return _total(bounds.square(), factors).sqrt(), squares
 
 
-def _total(squares: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = torch.zeros_like(squares[0])
-    for square, weight in zip(squares, weights, strict=True):
-        total += weight**2 * square
-    return total
+def _write_down(
+    books: Sequence[ParameterBook | RoutedBook], doubtful: Sequence[Sequence[int]], bounds: Tensor, squares: Tensor
+) -> None:
+    """Compute gradients in float64, and write their norms into bounds and squared norms ``[P, B]``.
+
+    Args:
+        books: the P books.
+        doubtful: pairs of a number of a book and a record.
+        bounds: overwritten where a gradient was computed.
+        squares: the same.
+    """
+    if doubtful:
+        found = on_host([books[book].write_down(record) for book, record in doubtful])
+        for (book, record), (bound, square) in zip(doubtful, found.tolist(), strict=True):
+            bounds[book, record], squares[book, record] = bound, square
+
+
+def _find_zeros(books: Sequence[ParameterBook | RoutedBook], records: Sequence[int], bounds: Tensor) -> None:
+    """Set the bounds ``[P, B]`` of gradients that are exactly zero to 0, such as those of a record without labels."""
+    if records:
+        zero = on_host([book.are_zero(records) for book in books])
+        bounds[:, records] = torch.where(zero, 0.0, bounds[:, records])
+
+
+def _total(squares: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over parameters of squared norms ``[P, B]`` times squared weights ``[P, 1]``, ``[B]``."""
+    # A cumulative sum adds one by one, so the sum of a record does not depend on how many records there are.
+    return (weights.square() * squares).cumsum(0)[-1]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.module_replay import written_type
+from opacus_ac.grad_sample.transfers import on_device
 
 _NAME = "opacus_ac"
 _MODULE = "transformers.integrations.moe"
@@ -151,7 +152,8 @@ def _by_expert(module: Any, name: str, bias: str | None, inputs: Tensor, counts:
 
 def expert_of_rows(counts: list[int], device: torch.device) -> Tensor:
     """Return the expert of each row, ``[S]``, from the number of rows of each."""
-    return torch.arange(len(counts), device=device).repeat_interleave(torch.tensor(counts, device=device))
+    repeats = on_device(torch.tensor(counts), device)
+    return torch.arange(len(counts), device=device).repeat_interleave(repeats, output_size=sum(counts))
 
 
 def stretches(counts: list[int]) -> Iterator[tuple[int, slice]]:

@@ -70,12 +70,12 @@ class NormSums:
         return Certificate(
             squares,
             self.reach,
-            smallest(held.dtype) * self.underflow * (1 + self.largest.sqrt()),
             self.largest,
             relative_error(held, entries),
             # One per cent more, because D is a computed value itself.
             1.01 * (self.terms + 8) * u,
             1.01 * (sum_terms(ROWS) + self.uses + 8) * u,
+            smallest(held.dtype) * self.underflow,
         )
 
 

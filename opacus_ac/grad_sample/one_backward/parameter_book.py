@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -109,24 +110,26 @@ class ParameterBook:
             if self._found is None:
                 return alone
             found = self._found.certify(alone.squares, self.rows, self.shape.numel())
-            return replace(found, tiny=found.tiny + alone.tiny)
+            return replace(found, underflow=found.underflow + alone.underflow)
         assert self._found is not None
         held = self.dense[0].left if self.dense else self.lookups[0].right
         return self._found.certify(self._found.squares, held, self.shape.numel())
 
-    def write_down(self, record: int) -> tuple[float, float]:
+    def write_down(self, record: int) -> Tensor:
         """Compute one record's gradient in float64 from now on. Returns a bound of its norm, and the squared norm."""
         self.apart.append(record)
         held = self.dense[0].left if self.dense else self.lookups[0].right
         return written_down.bound(self.shape, self.dense, self.lookups, record, unit(held.dtype, held.device))
 
-    def is_zero(self, record: int) -> bool:
-        """Say whether all contributions of a record are zero."""
+    def are_zero(self, records: Sequence[int]) -> Tensor:
+        """Return for each of some records whether all of its contributions are zero. The result is on the device."""
+        return ~torch.stack([self._has_any(record) for record in records])
+
+    def _has_any(self, record: int) -> Tensor:
         if self.rows is not None:
-            return not bool(self.rows[record].any())
-        sides = [(d.left[record], d.right[record]) for d in self.dense]
-        whole = all(not bool(left.any()) or not bool(right.any()) for left, right in sides)
-        return whole and not any(bool(entry.right[record].any()) for entry in self.lookups)
+            return self.rows[record].any()
+        found = [d.left[record].any() & d.right[record].any() for d in self.dense]
+        return torch.stack(found + [entry.right[record].any() for entry in self.lookups]).any()
 
     def _materialise(self) -> None:
         """Add all terms to ``rows``, because a part of the gradient is written down already."""
@@ -154,11 +157,10 @@ class ParameterBook:
         """
         self.check_unchanged()
         if self.rows is not None:
-            add_rows(weights.pick(self.rows), weights.values, out.zero_(), first=True)
+            add_rows(weights.pick(self.rows), weights.like(out), out.zero_(), first=True)
             return
         together = weights.without(self.apart)
-        factors = together.values.to(device=out.device, dtype=out.dtype)
-        self._add_terms(together, out, factors.view(-1, 1, 1))
+        self._add_terms(together, out, together.like(out).view(-1, 1, 1))
         for record in self.apart:
             if weights.of(record) != 0:
                 for part, block in written_down.blocks(self.shape, self.dense, self.lookups, record):

@@ -11,7 +11,7 @@ products (:mod:`norm_sums`). The squared norm of a record is the sum over its gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -96,25 +96,24 @@ class RoutedBook:
             self._used.note("the rows of experts", first.left, first.right, first.records)
         return self.uses[0]
 
-    def write_down(self, record: int) -> tuple[float, float]:
+    def write_down(self, record: int) -> Tensor:
         """Compute a record's gradient in float64 from now on; return a bound of its norm, and the squared norm."""
         self.apart.append(record)
         use = self._together()
-        bound, square = 0.0, 0.0
-        for _, rows in stretches(use.counts):
-            one = use.of_expert(rows, record)
-            own = unit(one.left.dtype, one.left.device)
-            part, part_square = written_down.bound(self.shape[1:], [one], [], 0, own)
-            bound, square = (bound**2 + part**2) ** 0.5, square + part_square
-        return bound, square
+        own = unit(use.left.dtype, use.left.device)
+        used = [use.of_expert(rows, record) for _, rows in stretches(use.counts)]
+        parts = [torch.zeros(2, dtype=torch.float64, device=use.left.device)]
+        parts += [written_down.bound(self.shape[1:], [one], [], 0, own) for one in used if one.left.numel()]
+        bounds, squares = torch.stack(parts).unbind(1)
+        return torch.stack([torch.linalg.vector_norm(bounds), squares.sum()])
 
-    def is_zero(self, record: int) -> bool:
-        """Whether nothing but zeros was added up for a record."""
-        return all(
-            not bool((use.left[own].abs().amax(1) * use.right[own].abs().amax(1)).any())
-            for use in self.uses
-            if len(own := (use.records == record).nonzero().reshape(-1))
-        )
+    def are_zero(self, records: Sequence[int]) -> Tensor:
+        """Return for each of some records whether all of its contributions are zero. The result is on the device."""
+        used = [(use, use.left.any(1) & use.right.any(1)) for use in self.uses]
+        found = [
+            torch.stack([(any_row & (use.records == record)).any() for use, any_row in used]) for record in records
+        ]
+        return ~torch.stack(found).any(1)
 
     def weighted_sum(self, weights: Weights, out: Tensor) -> None:
         """Write ``sum_i weights[i] G_i`` into ``out``, of the stack's shape, in its type.
@@ -125,14 +124,15 @@ class RoutedBook:
         self._used.check()
         use = self._together()
         together = weights.without(self.apart)
-        factors = together.all.to(device=out.device, dtype=out.dtype)[use.records]
+        factors = together.every_like(out)[use.records]
         one = torch.ones(1, 1, 1, dtype=out.dtype, device=out.device)
         out.zero_()
         for expert, rows in stretches(use.counts):
-            kept = factors[rows].nonzero().reshape(-1)
-            left, right = (wide(side[rows][kept]).to(out.dtype) for side in (use.left, use.right))
-            left = left * factors[rows][kept].unsqueeze(1)
-            add_product(out[expert], left.unsqueeze(0), right.unsqueeze(0), one, first=True)
+            own = factors[rows].unsqueeze(1)
+            left, right = (wide(side[rows]).to(out.dtype) for side in (use.left, use.right))
+            if together.any_zero:  # a record of weight 0 may have values that are not finite
+                left, right = left.masked_fill(own == 0, 0), right.masked_fill(own == 0, 0)
+            add_product(out[expert], (left * own).unsqueeze(0), right.unsqueeze(0), one, first=True)
         for record in self.apart:
             if weights.of(record) != 0:
                 self._add_apart(use, record, weights.of(record), out)

@@ -249,7 +249,7 @@ class BookKeepingSource:
     def record_gradients(self, record: int) -> Iterator[Tensor | None]:
         """Yield the part of each parameter's ordinary gradient that is from one record of the last backward pass."""
         chunk = self._chunks[-1]
-        chosen = torch.zeros(chunk.records, dtype=torch.float64, device=self._parameters[0].device)
+        chosen = torch.zeros(chunk.records, dtype=torch.float64)
         chosen[record] = 1.0
         weights = Weights(chosen)
         for index, parameter in enumerate(self._parameters):
@@ -260,8 +260,7 @@ class BookKeepingSource:
         """Note the factors. The sums are computed later, parameter by parameter."""
         sizes = [chunk.records for chunk in self._chunks]
         scales = [size if self._mean else 1 for size in sizes]
-        factors = factors.to(self._parameters[0].device)
-        self._weights = [Weights(f * scale) for f, scale in zip(factors.split(sizes), scales, strict=True)]
+        self._weights = [Weights(f * scale) for f, scale in zip(factors.cpu().split(sizes), scales, strict=True)]
 
     def withdraw(self) -> None:
         """Undo :meth:`accumulate`."""

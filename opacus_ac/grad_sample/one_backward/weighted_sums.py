@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs
 from opacus_ac.grad_sample.one_backward.matmul import add_outer, sum_is_faster
+from opacus_ac.grad_sample.transfers import on_device
 
 _PIECE = 1 << 20
 """Number of entries of a result that are computed at a time, if it is added to another."""
@@ -17,33 +19,64 @@ _PIECE = 1 << 20
 class Weights:
     """One weight per record, for many sums.
 
-    Records with weight 0 are left out, not multiplied by zero, because their gradients may not be finite.
+    Records with weight 0 are left out, not multiplied by zero, because their gradients may not be finite. Which ones
+    these are is known on the host, so that no sum has to wait for a device.
 
     Args:
-        values: ``[B]``, on the device of the records.
+        values: ``[B]``, on the CPU.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self.all = values
-        kept = values.nonzero().reshape(-1)
-        self._kept = None if kept.numel() == values.numel() else kept
-        self.values = values if self._kept is None else values[kept]
+        self._all = values
+        self._numbers: list[float] = values.tolist()
+        self._kept = [record for record, number in enumerate(self._numbers) if number != 0]
+        self._places: dict[torch.device, Tensor] = {}
+        self._copies: dict[tuple[bool, torch.device, torch.dtype], Tensor] = {}
+        self._others: dict[tuple[int, ...], Weights] = {}
+
+    @property
+    def any_zero(self) -> bool:
+        """Whether a record is left out."""
+        return len(self._kept) < len(self._numbers)
+
+    def _kept_on(self, device: torch.device) -> Tensor:
+        if device not in self._places:
+            self._places[device] = on_device(torch.tensor(self._kept, dtype=torch.long), device)
+        return self._places[device]
 
     def pick(self, records: Tensor) -> Tensor:
         """Return the records of ``[B, ...]`` whose weight is not 0."""
-        return records if self._kept is None else records[self._kept]
+        return records[self._kept_on(records.device)] if self.any_zero else records
+
+    def like(self, out: Tensor) -> Tensor:
+        """Return the weights that are not 0, with the type of ``out`` and on its device."""
+        return self._copy(out, every=False)
+
+    def every_like(self, out: Tensor) -> Tensor:
+        """Return all weights ``[B]``, with the type of ``out`` and on its device."""
+        return self._copy(out, every=True)
+
+    def _copy(self, out: Tensor, *, every: bool) -> Tensor:
+        key = every, out.device, out.dtype
+        if key not in self._copies:
+            values = self._all if every or not self.any_zero else self._all[self._kept]
+            self._copies[key] = on_device(values.to(out.dtype), out.device)
+        return self._copies[key]
 
     def of(self, record: int) -> float:
         """Return the weight of one record."""
-        return float(self.all[record])
+        return self._numbers[record]
 
-    def without(self, records: list[int]) -> Weights:
+    def without(self, records: Sequence[int]) -> Weights:
         """Return the same weights, but 0 for some records."""
         if not records:
             return self
-        values = self.all.clone()
-        values[records] = 0
-        return Weights(values)
+        key = tuple(records)
+        if key not in self._others:  # a record with extreme values is often one of several parameters
+            values = self._all.clone()
+            values[list(key)] = 0
+            self._others[key] = Weights(values)
+        return self._others[key]
 
 
 def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
@@ -57,8 +90,8 @@ def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False)
     """
     flat, total, factors = rows.unsqueeze(-1).flatten(1), out.view(-1), factors.to(out)
     if out.dtype != flat.dtype:  # one by one, to avoid a copy of all in another type
-        for row, factor in zip(flat, factors.tolist(), strict=True):
-            total.add_(row.to(out.dtype), alpha=factor)
+        for row, factor in zip(flat, factors, strict=True):
+            total.addcmul_(row.to(out.dtype), factor)
     elif len(flat) <= RECORDS and first:
         torch.mv(flat.t(), factors, out=total)
     elif len(flat):

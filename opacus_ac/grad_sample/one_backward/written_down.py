@@ -42,15 +42,17 @@ def blocks(
         for d in dense:
             block.addmm_(d.left[record, :, part].double().t(), d.right[record].double())
         for entry in lookups:
-            inside = (entry.ids[record] >= first) & (entry.ids[record] < part.stop)
-            block.index_add_(0, entry.ids[record][inside] - first, entry.right[record][inside].double())
+            ids = entry.ids[record] - first
+            inside = (ids >= 0) & (ids < len(block))
+            values = entry.right[record].double().masked_fill(~inside.unsqueeze(1), 0)
+            block.index_add_(0, ids.clamp(0, len(block) - 1), values)
         yield part, block
 
 
-def bound(
-    shape: torch.Size, dense: Sequence[_Dense], lookups: Sequence[_Lookup], record: int, unit: float
-) -> tuple[float, float]:
-    """Return an upper bound of the norm of one record's contribution, and its squared norm as computed.
+def bound(shape: torch.Size, dense: Sequence[_Dense], lookups: Sequence[_Lookup], record: int, unit: float) -> Tensor:
+    """Return an upper bound of the norm of one record's contribution, and its squared norm as computed, ``[2]``.
+
+    The result is on the device, in float64.
 
     Args:
         shape: shape of the parameter, ``[I, J]``.
@@ -59,17 +61,13 @@ def bound(
         record: number of the record.
         unit: unit roundoff of the type of the sum.
     """
-    reach, positions = 0.0, 0
-    for d in dense:
-        reach += float((_sizes(d.left[record]) * _sizes(d.right[record])).sum())
-        positions += d.left.shape[1]
-    for entry in lookups:
-        reach += float(_sizes(entry.right[record]).sum())
-        positions += entry.ids.shape[1]
-    if reach == 0:
-        return 0.0, 0.0
-    square = sum(float(block.square_().sum()) for _, block in blocks(shape, dense, lookups, record))
-    return float(square**0.5 * (1 + 8 * unit) + 2 * (positions + 8) * _UNIT * reach), square
+    sizes = [_sizes(d.left[record]) * _sizes(d.right[record]) for d in dense]
+    sizes += [_sizes(entry.right[record]) for entry in lookups]
+    positions = sum(len(size) for size in sizes)
+    reach = torch.stack([size.sum() for size in sizes]).sum()
+    parts = [block.square_().sum() for _, block in blocks(shape, dense, lookups, record)]
+    square = torch.stack(parts).sum()
+    return torch.stack([square.sqrt() * (1 + 8 * unit) + 2 * (positions + 8) * _UNIT * reach, square])
 
 
 def _sizes(side: Tensor) -> Tensor:
