@@ -78,6 +78,26 @@ def next_token_entries(logits: list[Tensor], labels: list[Tensor], call: Call) -
     return tokens(logits, [shifted.reshape(wanted.shape)], call)
 
 
+def several_next_tokens(logits: list[Tensor], labels: list[Tensor], call: Call) -> list[Entries]:
+    """Cross entropy of each labelled position by ProphetNet, from several streams of logits, smoothed by ``eps``.
+
+    Args:
+        logits: ``[B, T, V]`` of the first stream, and ``[B, n - 1, T, V]`` of the others if there are any.
+        labels: ``[B, T]``, which every stream predicts.
+        call: of a model that may count its first stream alone (``disable_ngram_loss``).
+    """
+    first, wanted, eps = logits[0][:, None], labels[0], call.config.eps
+    further = [] if call.model.disable_ngram_loss else logits[1:]
+    streams = torch.cat([first, *further], 1).float()  # the library has float32 here, whatever the model has
+    expected = wanted[:, None].expand(streams.shape[:3]).flatten(0, 1)
+    counted = expected != IGNORE
+    losses = token_losses(streams.flatten(0, 1), expected)
+    if eps > 0:
+        uniform = -F.log_softmax(streams.flatten(0, 1), -1).mean(-1)
+        losses = (1 - eps) * losses + eps * torch.where(counted, uniform, 0)
+    return [Entries(losses.reshape(len(wanted), -1), counted.reshape(len(wanted), -1))]
+
+
 def classes(logits: Tensor, labels: Tensor, ignored: int = IGNORE) -> Entries:
     """Cross entropy of one class per record, from logits ``[B, C]`` and labels ``[B]``."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -105,6 +125,20 @@ def rows(logits: list[Tensor], labels: list[Tensor], call: Call) -> list[Entries
         return [classes(scores, wanted.view(-1))]
     single = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
     return [_numbers(scores, wanted, single)]
+
+
+def rows_of_deberta(logits: list[Tensor], labels: list[Tensor], call: Call) -> list[Entries]:
+    """Classification or regression of whole records by DeBERTa, which has other losses without a ``problem_type``."""
+    scores, wanted = logits[0], labels[0]
+    if call.config.problem_type is not None:
+        return rows(logits, labels, call)
+    if call.config.num_labels == 1:  # its logits are flat then
+        return [_numbers(scores.reshape(len(wanted), -1), wanted, F.mse_loss)]
+    if wanted.dim() == 1:
+        return [classes(scores, torch.where(wanted < 0, IGNORE, wanted).long())]
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    losses = -(F.log_softmax(wide, -1) * wanted).sum(-1, keepdim=True)  # labels are probabilities of the classes
+    return [Entries(losses, torch.ones_like(losses, dtype=torch.bool))]
 
 
 def several_labels(logits: list[Tensor], labels: list[Tensor], _call: Call) -> list[Entries]:

@@ -29,6 +29,7 @@ class Head:
         added: whether the loss is the sum of the parts, and not their mean.
         loss: name of its loss in the output.
         few: from the model's config to the number of classes that a label chooses from; None where it does not.
+        further: from the model's config to the names of logits that follow only in some models of this kind.
     """
 
     logits: tuple[str, ...]
@@ -39,6 +40,13 @@ class Head:
     added: bool = False
     loss: str = "loss"
     few: Callable[[Any], int | None] | None = None
+    further: Callable[[Any], tuple[str, ...]] | None = None
+
+    def of(self, model: Any) -> Head:
+        """Return the head as this model has it."""
+        if self.further is None:
+            return self
+        return replace(self, logits=(*self.logits, *self.further(model.config)), further=None)
 
     def classes(self, model: Any) -> int | None:
         """Return the number of classes among which a label chooses; None where they are words, places or numbers."""
@@ -62,6 +70,7 @@ _LABELS, _LOGITS = ("labels",), ("logits",)
 _TOKENS = Head(_LOGITS, _LABELS, (of.tokens,), of_tokens=True, wide=True)
 _TAGS = replace(_TOKENS, few=lambda config: config.num_labels)
 _ROWS = Head(_LOGITS, _LABELS, (of.rows,), few=_classes_of)
+_ROWS_OF_DEBERTA = replace(_ROWS, entries=(of.rows_of_deberta,))
 _CHOICES = Head(_LOGITS, _LABELS, (of.rows,))
 _PAIRS = Head(_LOGITS, _LABELS, (of.rows,), few=lambda _config: 2)
 _ENTITIES = Head(_LOGITS, _LABELS, (of.rows, of.several_labels), few=lambda config: config.num_labels)
@@ -84,6 +93,11 @@ _WORDS_AND_ORDER = Head(
 )
 _REPLACED = Head(_LOGITS, _LABELS, (of.replaced_tokens,), of_tokens=True, few=lambda _config: 2)
 _PIXELS = Head(_LOGITS, _LABELS, (of.pixels,), of_tokens=True, few=lambda config: config.num_labels)
+_STREAMS = replace(
+    _CAUSAL,
+    entries=(of.several_next_tokens,),
+    further=lambda config: ("logits_ngram",) if config.ngram > 1 else (),
+)
 _NEXT_WORDS = Head(_LOGITS, _LABELS, (of.next_token_entries,), of_tokens=True, wide=True)
 _CHOICE = Head(("mc_logits",), ("mc_labels",), (of.rows,), loss="mc_loss")
 _TRANSCRIPT = Head(_LOGITS, _LABELS, (of.transcripts,))
@@ -91,6 +105,9 @@ _TRANSCRIPT = Head(_LOGITS, _LABELS, (of.transcripts,))
 # the loop adds up. Losses that the library's ``loss_function`` shifts are not here: a model that uses it gets the loss
 # per record in its place.
 HEADS: tuple[tuple[str, tuple[Head, ...]], ...] = (
+    ("DebertaForSequenceClassification", (_ROWS_OF_DEBERTA,)),
+    ("DebertaV2ForSequenceClassification", (_ROWS_OF_DEBERTA,)),
+    ("ProphetNetFor", (_STREAMS,)),
     *(
         (name, (_ROWS,))
         for name in (
@@ -152,7 +169,7 @@ def heads_of(model: Any) -> tuple[Head, ...]:
     for cls in bases:
         for part, heads in HEADS:
             if part in cls.__name__ and all(name in accepted for head in heads for name in head.labels):
-                return heads
+                return tuple(head.of(model) for head in heads)
     return ()
 
 

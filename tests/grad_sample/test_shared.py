@@ -138,6 +138,13 @@ def prompt(net: Net, x: Tensor) -> Tensor:
     return net.first(torch.cat([rows, x], dim=1))
 
 
+def positions_of_each_record(net: Net, x: Tensor) -> Tensor:
+    """ProphetNet: ids are counted for each record, looked up outside of the module, and put behind the record."""
+    ids = torch.ones(x.shape[:2], dtype=torch.long).cumsum(1)
+    rows = F.embedding(ids, net.places.weight) + net.norm.weight
+    return net.first(torch.cat([net.first(x), rows], dim=1)) + torch.cat([x * rows, rows], dim=1)
+
+
 def class_token(net: Net, x: Tensor) -> Tensor:
     rows = net.norm.weight[None, None, :].expand(len(x), -1, -1)
     return net.first(torch.cat([rows, x], dim=1))
@@ -211,6 +218,7 @@ FOLLOWED = [
     borrowed_kernel,
     functional_lookup,
     prompt,
+    positions_of_each_record,
     class_token,
     made_from_constants,
     einsum,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 import transformers as hf
@@ -80,6 +81,20 @@ def t5():
             decoder_start_token_id=0,
         )
     )
+
+
+def deberta(family, **changes):
+    config = getattr(hf, f"{family}Config")(**ENCODER, **changes)
+    return getattr(hf, f"{family}ForSequenceClassification")(config)
+
+
+def prophetnet(cls, **changes):
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 16, "encoder_ffn_dim": 24, "num_encoder_layers": 1, "num_encoder_attention_heads": 2,
+        "decoder_ffn_dim": 24, "num_decoder_layers": 1, "num_decoder_attention_heads": 2, "max_position_embeddings": 32, "init_std": 0.3,
+        "activation_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "decoder_start_token_id": 1, "use_cache": False,
+    }  # fmt: skip
+    return cls(hf.ProphetNetConfig(**{**shape, **changes}))
 
 
 def of_tokens(cut):
@@ -180,6 +195,16 @@ def of_spans(i, ids):
     return {"start_positions": torch.tensor([2, 99, 0, 4][i]), "end_positions": torch.tensor([3, 99, 5, 4][i])}
 
 
+# Labels of record i, and changes of the config.
+OF_DEBERTA = {
+    "one number": (lambda i, ids: {"labels": torch.tensor(0.5 * i, dtype=torch.float64)}, {"num_labels": 1}),
+    "classes": (of_classes, {"num_labels": 3}),
+    "probabilities of classes": (lambda i, ids: {"labels": (ids[:3] / ids[:3].sum()).double()}, {"num_labels": 3}),
+    "several labels": (
+        lambda i, ids: {"labels": (ids[:3] % 2).double()},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
+}
 # Model, and the labels of record i. The stock loss of a record alone is the oracle; a record without anything to learn has none.
 HEADS = {
     "masked LM": (lambda: bert(hf.BertForMaskedLM), of_tokens(VOCAB)),
@@ -210,6 +235,17 @@ HEADS = {
         lambda: bert(hf.BertForSequenceClassification, num_labels=1),
         lambda i, ids: {"labels": torch.tensor(0.5 * i, dtype=torch.float64)},
     ),
+    **{
+        f"{name} of {family}": (partial(deberta, family, **changes), labels)
+        for name, (labels, changes) in OF_DEBERTA.items()
+        for family in ("Deberta", "DebertaV2")
+    },
+    "two next words": (lambda: prophetnet(hf.ProphetNetForCausalLM), of_tokens(VOCAB)),
+    "two next words, of which one counts, smoothed": (
+        lambda: prophetnet(hf.ProphetNetForCausalLM, disable_ngram_loss=True, eps=0.1), of_tokens(VOCAB)),
+    "one next word of ProphetNet": (lambda: prophetnet(hf.ProphetNetForCausalLM, ngram=1), of_tokens(VOCAB)),
+    "seq2seq, three next words, smoothed": (
+        lambda: prophetnet(hf.ProphetNetForConditionalGeneration, ngram=3, eps=0.1), of_tokens(VOCAB)),
     "several numbers": (
         lambda: bert(hf.BertForSequenceClassification, num_labels=3, problem_type="regression"),
         lambda i, ids: {"labels": ids[:3].double() / 10},

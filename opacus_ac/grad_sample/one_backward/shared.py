@@ -29,6 +29,7 @@ from opacus_ac.grad_sample.one_backward.shared_ways import (
     on_copies_by_loop,
     on_the_value,
     repeated,
+    with_own_rows,
     with_records,
     with_records_by_loop,
 )
@@ -288,7 +289,7 @@ class SharedCall:
         carrying = [self._carries_records(i, t) for i, t in self.others.items()]  # each one is noted
         if any(carrying):
             dim = max(t.dim() for t in self.others.values())
-            meeting = [lambda call: aligned(call, dim), with_records, with_records_by_loop]
+            meeting = [lambda call: aligned(call, dim), with_records, with_records_by_loop, with_own_rows]
         elif self.name in ("expand", "expand_as", "broadcast_to") and self._may_be_records(0, first):
             dim = tensors[0].dim()
             meeting = [lambda call: aligned(call, dim)]

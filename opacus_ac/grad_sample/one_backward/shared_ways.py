@@ -6,7 +6,7 @@ give what the call gives on the one value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -52,6 +52,15 @@ def with_records_by_loop(call: SharedCall) -> Any:
     return _run_with_records(call, _looped)
 
 
+def with_own_rows(call: SharedCall) -> Any:
+    """Run the call on each record with its own row of a value that has a row for each of them."""
+    dim = max(tensor.dim() for tensor in call.others.values())
+    own = {i for i in call.shared if call.leaves[i].rows.shape[1:2] == (call.size,) and call.leaves[i].rows.dim() > dim}
+    if not own:
+        _fail("no value has a row for each record")
+    return _run_with_records(call, torch.vmap, own)
+
+
 def on_copies(call: SharedCall) -> Any:
     """Do to each copy what is done to the value."""
     return _run_on_copies(call, torch.vmap)
@@ -62,12 +71,16 @@ def on_copies_by_loop(call: SharedCall) -> Any:
     return _run_on_copies(call, _looped)
 
 
-def _run_with_records(call: SharedCall, batched: Batched) -> Any:
+def _run_with_records(call: SharedCall, batched: Batched, own: Collection[int] = ()) -> Any:
+    """Run the call on each record; copy i of the values at ``own`` places counts with its row i only."""
+
     def splits(i: int, leaf: Any) -> bool:
         return i in call.others and leaf.shape[0] == call.size
 
     places = [i for i, leaf in enumerate(call.leaves) if i in call.shared or splits(i, leaf)]
-    values = [call.leaves[i].rows if i in call.shared else call.leaves[i].unsqueeze(1) for i in places]
+    copies = {i: call.leaves[i].rows if i in call.shared else call.leaves[i].unsqueeze(1) for i in places}
+    copies |= {i: copies[i].diagonal().movedim(-1, 0).unsqueeze(1) for i in own}
+    values = list(copies.values())
     return _run_batched(call, batched, places, values, lambda result: result.squeeze(1))
 
 
