@@ -753,6 +753,65 @@ def test_padding_of_the_dataset_is_a_part_of_the_record(mode):
     assert optimizer.released is not None
 
 
+class Again(torch.autograd.Function):
+    """Reformer: the layer runs again in the backward pass, which has a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(x), gradient)
+        return x.grad, None
+
+
+def one_table(self, h, mask):
+    """MPNet: positions are looked up once for all records."""
+    length = h.shape[1]
+    return h + self.table(torch.arange(length) - torch.arange(length)[:, None] + length).mean(1)
+
+
+def backward_within_backward(self, h, mask):
+    return Again.apply(h, self.layer)
+
+
+def not_finite_in_float64(self, h, mask):
+    """ProphetNet: the difference is float32, where the least number of float64 is infinite."""
+    return self.layer(h) + 0 * ((1.0 - mask) * torch.finfo(h.dtype).min).unsqueeze(-1)
+
+
+class Bent(nn.Module):
+    """The places of answers in texts, of which ``bend`` does something to the tokens."""
+
+    def __init__(self, bend):
+        super().__init__()
+        self.inner, self.bend = span_head(), bend
+        self.table, self.layer = nn.Embedding(32, 16), nn.Linear(16, 16)
+        for one in (self.table, self.layer):
+            one.requires_grad_((one is self.table) == (bend is one_table))
+
+    def forward(self, input_ids, attention_mask, start_positions, end_positions):
+        h = self.inner.roberta(input_ids, attention_mask=attention_mask)[0]
+        logits = self.inner.qa_outputs(self.bend(self, h, attention_mask))
+        losses = [F.cross_entropy(logits[..., k], y) for k, y in enumerate((start_positions, end_positions))]
+        return {"loss": losses[0] + losses[1]}
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("bend", [one_table, backward_within_backward, not_finite_in_float64])
+def test_padding_of_the_dataset_in_models_of_all_kinds(bend, pad):
+    """It is a part of the record; padding that follows the batch is named as the reason of the refusal."""
+    data, collate = Rows(spans(pad=pad)), None if pad else LONGEST
+    with contextlib.nullcontext() if pad else pytest.raises(ValueError, match=r"pads it.*in the dataset"):
+        optimizer = run(Bent(bend), data, lambda net, batch: net(**batch)["loss"], collate=collate)
+        assert optimizer.alone.compared == 3
+
+
 @pytest.mark.parametrize("kind", ["transformers", "own", "tokenizer", "subset", "copied", "checkpointed", "bfloat16"])
 def test_fixed_padding_is_known_however_it_is_made(kind):
     import transformers

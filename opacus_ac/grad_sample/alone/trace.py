@@ -52,8 +52,19 @@ class _Seen:
     outputs: list[Tensor]
 
 
-def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float, runner: Any) -> str:
-    """Return the message of a refusal. It names the first layer that does not see the record, or the parameters."""
+def explain_difference(
+    call: Any, place: int, wrong: list[str], tolerance: float, runner: Any, by_padding: bool = False
+) -> str:
+    """Return the message of a refusal. It names the first layer that does not see the record, or the parameters.
+
+    Args:
+        call: the call of the model.
+        place: number of the record among those that were run alone.
+        wrong: names of the parameters whose gradients differ.
+        tolerance: largest relative difference that is rounding.
+        runner: runs the record again.
+        by_padding: whether the gradients are those of the record alone with its padding.
+    """
     cut: Cut = call.runs[place].cut
     loose = max(tolerance, 1e-3)
     try:
@@ -63,7 +74,7 @@ def explain_difference(call: Any, place: int, wrong: list[str], tolerance: float
         alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
         if not _same_outputs(call, again, loose):
             return _INTRO + _CARRIED
-        found = _first(batch, alone, full, loose)
+        found = _first(batch, alone, full, loose, constants=by_padding)
         if found is None and cut.positions is not None:
             trimmed, _ = _trace(call, cut.take(call.arguments), cut.first, cut.count, runner)
             found = _first(batch, trimmed, cut, loose)
@@ -83,7 +94,7 @@ def sees_the_record(call: Any, place: int, tolerance: float, runner: Any) -> boo
     full = cut.padded()
     batch, _ = _trace(call, Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments), 0, call.rows, runner)
     alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
-    return len(batch) == len(alone) and _first(batch, alone, full, max(tolerance, 1e-3)) is None
+    return len(batch) == len(alone) and _first(batch, alone, full, max(tolerance, 1e-3), constants=True) is None
 
 
 def _trace(call: Any, arguments: Any, first: int, count: int, runner: Any) -> tuple[list[_Seen], Any]:
@@ -126,13 +137,25 @@ def _same_outputs(call: Any, output: Any, tolerance: float) -> bool:
     return all(path in again and _close(again[path].detach(), t, tolerance) for path, t in call.outputs.items())
 
 
-def _first(batch: list[_Seen], alone: list[_Seen], cut: Cut, tolerance: float) -> tuple[_Seen, str] | None:
-    """Return the first layer with another input or output for the record than in the batch, and the message for it."""
+def _first(
+    batch: list[_Seen], alone: list[_Seen], cut: Cut, tolerance: float, constants: bool = False
+) -> tuple[_Seen, str] | None:
+    """Return the first layer with another input or output for the record than in the batch, and the message for it.
+
+    Args:
+        batch: the layers of the batch.
+        alone: the layers of the record alone.
+        cut: the rows of the record.
+        tolerance: largest relative difference that is rounding.
+        constants: whether a layer may get a value that has no dimension of records, and is the same for all of them.
+    """
     for one, other in zip(batch, alone, strict=False):
         if one.name != other.name:
             return one, _INPUT
         for wholes, owns, message in ((one.inputs, other.inputs, _INPUT), (one.outputs, other.outputs, _OUTPUT)):
             for whole, own in zip(wholes, owns, strict=False):
+                if constants and _close(whole, own, tolerance):
+                    continue
                 if not _is_record(whole, own, cut, tolerance):
                     return one, message
     return None

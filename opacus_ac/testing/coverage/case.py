@@ -11,9 +11,11 @@ from torch import Tensor, nn
 Row = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
-#: The gradient is that of autograd; the package refuses to go on; it goes on and the gradient differs; an error that is
-#: no refusal; the model does not exist in this environment; the time was up.
-OUTCOMES = ("exact", "refused", "wrong", "crash", "not built", "time out")
+ONE_LENGTH = "exact (one length)"
+#: The gradient is that of autograd; the package refuses to go on, but not with records of one length, whose gradient is
+#: that of autograd; it refuses to go on; it goes on and the gradient differs; an error that is no refusal; the model
+#: does not exist in this environment; the time was up.
+OUTCOMES = ("exact", ONE_LENGTH, "refused", "wrong", "crash", "not built", "time out")
 
 
 class NotBuilt(Exception):
@@ -50,7 +52,8 @@ class Finding:
         mode: "bk" or "hooks".
         outcome: one of ``OUTCOMES``.
         where: what had been reached: "make_private" or "first batch"; empty where it does not matter.
-        message: the first sentence of a refusal, the error, or the parameter that is off most.
+        message: the first sentence of a refusal, the error, or the parameter that is off most; of ``ONE_LENGTH`` the
+            first sentence of the refusal of other records.
         error: norm of the difference of the released gradient from autograd's, relative; None where there is none.
         floor: by how much autograd differs from itself when a record is repeated, relative.
         seconds: time for the case.

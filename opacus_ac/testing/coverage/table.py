@@ -71,11 +71,16 @@ transformers {transformers} and peft {peft}.
 
 Each case is a small model with random weights in float64, trained with all its parameters or, for PEFT methods, with
 those that the method trains. One private step without noise, on six records that are padded to one length, is compared
-with a loop that runs plain autograd on each record alone and clips at the median norm. The loss is that of the library.
+with a loop that runs plain autograd on each record alone, padded, and clips at the median norm. The loss is that of the
+library.
 
 * **exact**: the released gradient is that of the loop, to a relative error of 1e-8. Where a layer or the loss computes
   in float32, the limit is ten times the rounding of autograd itself, and at most 1e-5. A model with weights that have
   to be float32 runs in float32, and the limit is 1e-3.
+* **exact (one length)**: the gradient of a record depends on the length to which it is padded, as where the
+  softmax of an answer's place runs over padding. A batch that may be padded to its longest record is refused, as the
+  last column says. The same batch from the default `collate_fn`, which cannot pad, is exact: pad every record to one
+  length in the dataset.
 * **refused**: `make_private`, or the first batch, raises an error before anything is released. The last column has its
   first sentence.
 * **wrong**: the released gradient is another. **crash**: an error that was not meant for users.
