@@ -115,9 +115,11 @@ def test_the_kept_route_is_taken_where_it_is_cheaper():
 
 @pytest.mark.parametrize("name", ["dense", "tied", "tied twice", "three lookups", "two dense"])
 @pytest.mark.parametrize("limit", [1, 300])
-def test_long_sequences_are_taken_in_slices_of_records(name, limit, monkeypatch):
+@pytest.mark.parametrize("tile", [1, 2, 4, 1024])
+def test_long_sequences_are_taken_in_slices_of_records_and_tiles_of_positions(name, limit, tile, monkeypatch):
     whole = squares_of(book_of(CASES[name](torch.float64)))
     monkeypatch.setattr(norm_sums, "_GRAM_BYTES", limit)
+    monkeypatch.setattr(gram, "TILE", tile)
     torch.testing.assert_close(squares_of(book_of(CASES[name](torch.float64))), whole, rtol=1e-13, atol=0)
 
 

@@ -32,19 +32,15 @@ def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
         b: ``[B, N, K]``.
         size: number of terms that are added up at a time.
     """
-    same = a is b
-    a = wide(a)
-    b = a if same else wide(b)
     parts = stretches(a.shape[2], size)
-    if len(parts) == 1:
-        return inner(a, b)
     total: Tensor | None = None
     for part in parts:
-        x = a[:, :, part]
-        y = x if same else b[:, :, part]
-        if inner_is_faster(x, y):  # oneDNN is slow with matrices that have gaps between their rows
+        # Half precision is widened piece by piece, because one side may be as large as the logits.
+        x = wide(a[:, :, part])
+        y = x if a is b else wide(b[:, :, part])
+        if len(parts) > 1 and inner_is_faster(x, y):  # oneDNN is slow with matrices that have gaps between their rows
             x = x.contiguous()
-            y = x if same else y.contiguous()
+            y = x if a is b else y.contiguous()
         product = inner(x, y)
         total = product if total is None else total.add_(product)
     assert total is not None
@@ -72,15 +68,14 @@ class Gram:
             x: ``[B, T, d]``.
             size: number of terms that are added up at a time.
         """
-        x = wide(x)
         positions, width = x.shape[1:]
         halved = positions % 2 == 0 and positions >= _HALVED[0] and width <= _HALVED[1] and x.is_contiguous()
         if not halved or inner_is_faster(x, x):
             return cls(inner_by_pieces(x, x, size), None)
         first, *others = stretches(width, size)
-        blocks, above = cls._halves(x[:, :, first])
+        blocks, above = cls._halves(wide(x[:, :, first]))
         for part in others:
-            more = cls._halves(x[:, :, part])
+            more = cls._halves(wide(x[:, :, part]))
             blocks, above = blocks.add_(more[0]), above.add_(more[1])
         return cls(blocks, above)
 
@@ -106,9 +101,17 @@ class Gram:
 
 def sizes(x: Tensor) -> Tensor:
     """Return the norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64, exact to a thousandth."""
-    if x.shape[2] > _WIDE:
-        return squared_norms(x.flatten(0, 1)).sqrt_().view(x.shape[:2])
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).double()
+    rows, width = x.reshape(-1, x.shape[2]), x.shape[2]
+    if width <= _WIDE and x.dtype in (torch.float32, torch.float64):
+        return torch.linalg.vector_norm(x, dim=-1).double()
+    # Some rows at a time, because they are widened.
+    parts = rows.split(max(1, _NUMBERS // max(width, 1)))
+    found = [squared_norms(part).sqrt_() if width > _WIDE else wide(part).norm(dim=-1).double() for part in parts]
+    return torch.cat(found).view(x.shape[:2])
+
+
+_NUMBERS = 1 << 22
+"""Numbers of a tensor of half precision that are widened at a time."""
 
 
 class GramCache:
@@ -160,3 +163,28 @@ def products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
         above = (left.above * right.above).sum((1, 2), dtype=torch.float64)
         total = total.view(-1, 2).sum(1) + 2 * above
     return total, reach, torch.maximum(a.amax(-1), b.amax(-1))
+
+
+def products_by_tiles(left: Tensor, right: Tensor, pieces: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same as :func:`products`, without Gram matrices larger than tiles of ``TILE`` by ``TILE`` positions.
+
+    Args:
+        left: left sides ``[B, T, I]``.
+        right: right sides ``[B, T, J]``.
+        pieces: number of terms of an inner product that are added up at a time, for either side.
+    """
+    batch, positions = left.shape[:2]
+    total, reach, largest = torch.zeros(3, batch, dtype=torch.float64, device=left.device)
+    tiles = stretches(positions, TILE)
+    for number, rows in enumerate(tiles):
+        on = products(Gram.of(left[:, rows], pieces[0]), Gram.of(right[:, rows], pieces[1]))
+        total, reach, largest = total + on[0], reach + on[1], torch.maximum(largest, on[2])
+        for columns in tiles[number + 1 :]:
+            a = inner_by_pieces(left[:, rows], left[:, columns], pieces[0])
+            b = inner_by_pieces(right[:, rows], right[:, columns], pieces[1])
+            total += 2 * a.mul_(b).sum((1, 2), dtype=torch.float64)
+    return total, reach, largest
+
+
+TILE = 1024
+"""Number of positions of a tile of a Gram matrix that is too large to be computed at once."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from opacus_ac.grad_sample.one_backward import trial
+from opacus_ac.grad_sample.one_backward.bounds import wide
 
 _WORTH = 1 << 22
 """Number of multiplications below which oneDNN is not used."""
@@ -49,14 +50,32 @@ def add_outer(left: Tensor, right: Tensor, out: Tensor, *, first: bool) -> None:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a_i b_i^T`` for every record, ``[B, M, N]``.
+    """Return ``a_i b_i^T`` for every record, ``[B, M, N]`` in float32 or float64.
 
     Args:
         a: ``[B, M, K]``.
         b: ``[B, N, K]``, of the same type and device.
     """
+    if a.dtype != wide(a[:0]).dtype:
+        return _inner_of_halves(a, b)
     plain = _is_plain(a) and _is_plain(b)
     return _inner_by_onednn(a, b) if plain and inner_is_faster(a, b) else torch.bmm(a, b.transpose(1, 2))
+
+
+def _inner_of_halves(a: Tensor, b: Tensor) -> Tensor:
+    """Do the same as :func:`inner` with factors in half precision, which are widened some records at a time."""
+    step = max(1, _WIDENED // max(a.shape[1] * a.shape[2], b.shape[1] * b.shape[2], 1))
+    if step >= len(a):
+        return inner(wide(a), wide(b))
+    out = torch.empty(len(a), a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
+    for start in range(0, len(a), step):
+        some = slice(start, start + step)
+        out[some] = inner(wide(a[some]), wide(b[some]))
+    return out
+
+
+_WIDENED = 1 << 21
+"""Number of entries of a factor in half precision that are widened at a time."""
 
 
 def sum_is_faster(left: Tensor, right: Tensor) -> bool:

@@ -9,12 +9,13 @@ References:
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from opacus_ac.grad_sample.one_backward import gram
 from opacus_ac.grad_sample.one_backward.bounds import (
     ROWS,
     Certificate,
@@ -22,11 +23,12 @@ from opacus_ac.grad_sample.one_backward.bounds import (
     inner_terms,
     relative_error,
     smallest,
+    stretches,
     sum_terms,
     unit,
     wide,
 )
-from opacus_ac.grad_sample.one_backward.gram import Gram, GramCache, inner_by_pieces, products, sizes
+from opacus_ac.grad_sample.one_backward.gram import GramCache, inner_by_pieces, products, products_by_tiles, sizes
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup
 
 _GRAM_BYTES = 1 << 26
@@ -79,21 +81,34 @@ class NormSums:
         )
 
 
-def _slices(batch: int, *positions: int) -> list[slice]:
-    """Return slices of records whose ``[T, T']`` matrices fit into ``_GRAM_BYTES``."""
-    step = max(1, _GRAM_BYTES // max(1, 4 * math.prod(positions)))
+def _slices(batch: int, rows: int, columns: int) -> list[slice]:
+    """Return slices of records whose ``[rows, columns]`` matrices fit into ``_GRAM_BYTES``."""
+    step = max(1, _GRAM_BYTES // max(1, 4 * rows * columns))
     return [slice(start, start + step) for start in range(0, batch, step)]
+
+
+def _tiles(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield slices of records, rows and columns that together cover the matrices ``[B, rows, columns]``.
+
+    A matrix of one record that does not fit into ``_GRAM_BYTES`` is cut into tiles.
+    """
+    whole = 4 * rows * columns <= _GRAM_BYTES
+    height, width = (max(rows, 1), max(columns, 1)) if whole else (gram.TILE, gram.TILE)
+    for records in _slices(batch, height, width):
+        for across in stretches(rows, height):
+            for along in stretches(columns, width):
+                yield records, across, along
 
 
 def dense_sums(term: Dense, cache: GramCache) -> NormSums:
     """Return the sums of one use by a dense layer, squared norms included."""
     batch, positions = term.left.shape[:2]
-    slices = _slices(batch, positions, positions)
     terms = _chunks(term)
-    if len(slices) == 1:
+    if 4 * batch * positions**2 <= _GRAM_BYTES:
         return _dense_norm_sums(term, *products(cache.gram(term.left, terms[0]), cache.gram(term.right, terms[1])))
     # Matrices of long sequences are too large for the cache, and no other layer uses the same slices.
-    parts = [products(Gram.of(term.left[i], terms[0]), Gram.of(term.right[i], terms[1])) for i in slices]
+    side = min(positions, gram.TILE)
+    parts = [products_by_tiles(term.left[i], term.right[i], terms) for i in _slices(batch, side, side)]
     return _dense_norm_sums(term, *(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -131,30 +146,35 @@ def lookup_sums(term: Lookup, *, written_down: bool) -> NormSums:
 
 def lookup_cross(one: Lookup, other: Lookup) -> Tensor:
     """Return ``sum_{s,t} [ids_s = ids'_t] <right_s, right'_t>`` for each record, ``[B]`` in float64."""
-    parts = []
-    for i in _slices(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
-        same = one.ids[i].unsqueeze(2) == other.ids[i].unsqueeze(1)
-        angles = inner_by_pieces(one.right[i], other.right[i], chunk(one.right.shape[2], one.right.shape[2]))
-        parts.append((same * angles).sum((1, 2), dtype=torch.float64))
-    return torch.cat(parts)
+    total = _zeros(one.right)
+    size = chunk(one.right.shape[2], one.right.shape[2])
+    for i, rows, columns in _tiles(one.ids.shape[0], one.ids.shape[1], other.ids.shape[1]):
+        same = one.ids[i, rows].unsqueeze(2) == other.ids[i, columns].unsqueeze(1)
+        angles = inner_by_pieces(one.right[i, rows], other.right[i, columns], size)
+        total[i] += angles.mul_(same).sum((1, 2), dtype=torch.float64)
+    return total
 
 
 def dense_cross(one: Dense, other: Dense) -> Tensor:
     """Return ``sum_{s,t} <left_s, left'_t> <right_s, right'_t>`` for each record, ``[B]`` in float64."""
-    parts = []
-    for i in _slices(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
-        left = inner_by_pieces(one.left[i], other.left[i], _chunks(one)[0])
-        right = inner_by_pieces(one.right[i], other.right[i], _chunks(one)[1])
-        parts.append((left * right).sum((1, 2), dtype=torch.float64))
-    return torch.cat(parts)
+    total = _zeros(one.right)
+    for i, rows, columns in _tiles(one.left.shape[0], one.left.shape[1], other.left.shape[1]):
+        left = inner_by_pieces(one.left[i, rows], other.left[i, columns], _chunks(one)[0])
+        right = inner_by_pieces(one.right[i, rows], other.right[i, columns], _chunks(one)[1])
+        total[i] += left.mul_(right).sum((1, 2), dtype=torch.float64)
+    return total
 
 
 def dense_lookup_cross(dense: Dense, lookup: Lookup) -> Tensor:
     """Return ``<G_dense, G_lookup> = sum_{s,t} left_s[ids_t] <right_s, e_t>`` for each record, ``[B]`` in float64."""
-    parts = []
-    for i in _slices(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
-        ids, right = lookup.ids[i], wide(dense.right[i])
-        picked = dense.left[i].gather(2, ids.unsqueeze(1).expand(-1, dense.left.shape[1], -1))
-        angles = inner_by_pieces(right, wide(lookup.right[i]).to(right.dtype), _chunks(dense)[1])
-        parts.append((wide(picked) * angles).sum((1, 2), dtype=torch.float64))
-    return torch.cat(parts)
+    total = _zeros(dense.right)
+    for i, rows, columns in _tiles(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
+        left, ids, right = dense.left[i, rows], lookup.ids[i, columns], wide(dense.right[i, rows])
+        picked = left.gather(2, ids.unsqueeze(1).expand(-1, left.shape[1], -1))
+        angles = inner_by_pieces(right, wide(lookup.right[i, columns]).to(right.dtype), _chunks(dense)[1])
+        total[i] += angles.mul_(wide(picked)).sum((1, 2), dtype=torch.float64)
+    return total
+
+
+def _zeros(held: Tensor) -> Tensor:
+    return torch.zeros(held.shape[0], dtype=torch.float64, device=held.device)

@@ -19,7 +19,6 @@ from torch import Tensor
 from opacus_ac.grad_sample.one_backward import written_down
 from opacus_ac.grad_sample.one_backward.bounds import Certificate, of_rows, unit, wide
 from opacus_ac.grad_sample.one_backward.gram import GramCache
-from opacus_ac.grad_sample.one_backward.matmul import inner
 from opacus_ac.grad_sample.one_backward.norm_sums import (
     NormSums,
     dense_cross,
@@ -86,7 +85,7 @@ class ParameterBook:
             self.rows = self.rows + values
 
     def _keep(self, term: Dense) -> None:
-        rows = inner(wide(term.left).transpose(1, 2), wide(term.right).transpose(1, 2))
+        rows = written_down.gradients(term.left, term.right)
         self.rows = rows if self.rows is None else self.rows + rows.view(self.rows.shape)
 
     def check_unchanged(self) -> None:
@@ -170,8 +169,7 @@ class ParameterBook:
         """Write the weighted sum of all outer products into ``out``. The factors ``[kept, 1, 1]`` have its type."""
         first = True
         for d in self.dense if len(factors) else []:
-            left, right = wide(weights.pick(d.left)).to(out.dtype), wide(weights.pick(d.right)).to(out.dtype)
-            add_product(out, left, right, factors, first=first)
+            add_product(out, weights.pick(d.left), weights.pick(d.right), factors, first=first)
             first = False
         if first:
             out.zero_()

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward import written_down
-from opacus_ac.grad_sample.one_backward.bounds import Certificate, squared_norms, unit, wide
+from opacus_ac.grad_sample.one_backward.bounds import Certificate, squared_norms, unit
 from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, stretches
 from opacus_ac.grad_sample.one_backward.gram import GramCache
-from opacus_ac.grad_sample.one_backward.matmul import inner
 from opacus_ac.grad_sample.one_backward.norm_sums import NormSums, dense_sizes, dense_sums
 from opacus_ac.grad_sample.one_backward.outer_products import Dense
 from opacus_ac.grad_sample.one_backward.weighted_sums import Weights, add_product
@@ -125,14 +124,14 @@ class RoutedBook:
         use = self._together()
         together = weights.without(self.apart)
         factors = together.every_like(out)[use.records]
-        one = torch.ones(1, 1, 1, dtype=out.dtype, device=out.device)
         out.zero_()
         for expert, rows in stretches(use.counts):
             own = factors[rows].unsqueeze(1)
-            left, right = (wide(side[rows]).to(out.dtype) for side in (use.left, use.right))
+            left, right = use.left[rows], use.right[rows]
             if together.any_zero:  # a record of weight 0 may have values that are not finite
                 left, right = left.masked_fill(own == 0, 0), right.masked_fill(own == 0, 0)
-            add_product(out[expert], (left * own).unsqueeze(0), right.unsqueeze(0), one, first=True)
+            # Each row is a record of its own here, with one position.
+            add_product(out[expert], left.unsqueeze(1), right.unsqueeze(1), own.unsqueeze(2), first=True)
         for record in self.apart:
             if weights.of(record) != 0:
                 self._add_apart(use, record, weights.of(record), out)
@@ -198,8 +197,8 @@ def _groups_found(groups: Dense) -> NormSums:
     step = max(1, _NUMBERS // (height * width))
     parts = []
     for first in range(0, len(groups.left), step):
-        left, right = (wide(side[first : first + step]) for side in (groups.left, groups.right))
-        parts.append(squared_norms(inner(left.transpose(1, 2), right.transpose(1, 2))))
+        some = slice(first, first + step)
+        parts.append(squared_norms(written_down.gradients(groups.left[some], groups.right[some])))
     return replace(found, squares=torch.cat(parts))
 
 

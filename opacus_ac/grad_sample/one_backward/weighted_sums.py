@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs
+from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs, wide
 from opacus_ac.grad_sample.one_backward.matmul import add_outer, sum_is_faster
 from opacus_ac.grad_sample.transfers import on_device
 
@@ -110,34 +110,42 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, firs
 
     Args:
         out: ``[I, J]``.
-        left: ``[B, T, I]``.
-        right: ``[B, T, J]``.
-        scale: ``[B, 1, 1]``.
+        left: ``[B, T, I]``, in the type of ``out`` or in a narrower one.
+        right: ``[B, T, J]``, likewise.
+        scale: ``[B, 1, 1]``, in the type of ``out``.
         first: whether ``out`` is overwritten.
     """
+    rows = left.shape[0] * left.shape[1]
+    if not rows:
+        if first:
+            out.zero_()
+        return
     # The narrower side is multiplied by the weights, because the other may be as wide as the vocabulary.
     if left.shape[2] < right.shape[2]:
-        left = left * scale
+        left = wide(left).to(out.dtype) * scale
     else:
-        right = right * scale
-    rows = left.shape[0] * left.shape[1]
-    if rows <= ROWS and first:
+        right = wide(right).to(out.dtype) * scale
+    if rows <= ROWS and first and left.dtype == right.dtype:
         add_outer(left, right, out, first=True)
         return
-    if not rows:
-        return
     left, right = left.flatten(0, 1), right.flatten(0, 1)
-    step = max(1, _PIECE // max(out.shape[1], 1))
-    for start in range(0, out.shape[0], step):
+    # The result is computed in pieces along its wider dimension. A wide side in half precision is widened in pieces.
+    along = int(left.shape[1] < right.shape[1])
+    widened = left.dtype != right.dtype
+    step = max(1, _PIECE // max(out.shape[1 - along], min(rows, ROWS) * widened, 1))
+    for start in range(0, out.shape[along], step):
         part = slice(start, start + step)
-        product = in_pairs(rows, ROWS, partial(_product, left[:, part], right))
+        sides = (left, right[:, part]) if along else (left[:, part], right)
+        product = in_pairs(rows, ROWS, partial(_product, *sides, out.dtype))
+        piece = out[:, part] if along else out[part]
         # Added after it was computed. A product that starts from the sum so far rounds once per row.
-        out[part] = product if first else product.add_(out[part])
+        piece.copy_(product if first else product.add_(piece))
 
 
-def _product(left: Tensor, right: Tensor, rows: slice) -> Tensor:
-    left, right = left[rows].unsqueeze(0), right[rows].unsqueeze(0)
-    left = left.contiguous() if sum_is_faster(left, right) else left
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, rows: slice) -> Tensor:
+    left, right = (wide(side[rows]).to(dtype).unsqueeze(0) for side in (left, right))
+    if sum_is_faster(left, right):  # with oneDNN, which wants contiguous factors
+        left, right = left.contiguous(), right.contiguous()
     out = left.new_empty(left.shape[2], right.shape[2])
     add_outer(left, right, out, first=True)
     return out

@@ -1,8 +1,8 @@
-"""Gradients of single records, written down in float64 some rows at a time. This is expensive and seldom needed.
+"""Gradients of records that are written down: of all records, or of single ones in float64, some rows at a time.
 
-It is needed if the norm from float32 products is as small as its rounding error, because terms cancel. It is also
-needed if one side of an outer product is so large that the square of the other side, or a clip factor times it, is lost
-to underflow. The norm and the sum then use the same numbers.
+The latter is expensive and seldom needed. It is needed if the norm from float32 products is as small as its rounding
+error, because terms cancel. It is also needed if one side of an outer product is so large that the square of the other
+side, or a clip factor times it, is lost to underflow. The norm and the sum then use the same numbers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from opacus_ac.grad_sample.one_backward.bounds import ROWS, in_pairs
+from opacus_ac.grad_sample.one_backward.matmul import inner
 
 _BLOCK = 1 << 22
 """Number of entries that are written down at a time."""
@@ -27,6 +30,22 @@ class _Dense(Protocol):
 class _Lookup(Protocol):
     ids: Tensor
     right: Tensor
+
+
+def gradients(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``sum_t left[i, t] (x) right[i, t]`` for every record, ``[B, I, J]`` in float32 or float64.
+
+    Outer products are added up ``ROWS`` at a time, so that the error does not grow with the number of positions.
+
+    Args:
+        left: ``[B, T, I]``.
+        right: ``[B, T, J]``.
+    """
+
+    def product(positions: slice) -> Tensor:
+        return inner(left[:, positions].transpose(1, 2), right[:, positions].transpose(1, 2))
+
+    return in_pairs(max(left.shape[1], 1), ROWS, product)
 
 
 def blocks(
