@@ -17,6 +17,7 @@ _names, __getattr__, __dir__ = lazy_names(
         "PrivacyBudgetExceeded": "errors",
         "StepRelease": "release.values",
         "NoiseAllocation": "allocation.settings",
+        "AutoAdam": "optimizer.auto_adam",
         "DPAdamW": "optimizer.dp_adamw",
         "RandomProjection": "models.projection",
         "ZerothOrderSettings": "zeroth_order.settings",

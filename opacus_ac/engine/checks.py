@@ -78,6 +78,7 @@ _FORWARD_ONLY = _other("zeroth_order", None)
 _HOOKS = _one("grad_sample_mode", "hooks", "functorch")
 _NOT_ADAPTIVE = _one("clipping", "flat", "automatic")
 _LAPLACE = _one("mechanism", "laplace")
+_AUTO = _one("inner_optimizer", "AutoAdam")
 _NO_GRADIENTS = "forward passes give no gradients that it could apply to"
 
 CONFLICTS = (
@@ -133,6 +134,24 @@ CONFLICTS = (
     Conflict(_one("fused_step", True), _FORWARD_ONLY, _NO_GRADIENTS, "leave it out"),
     Conflict(_other("noise_allocation", None), _FORWARD_ONLY, _NO_GRADIENTS, "leave it out"),
     Conflict(_HOOKS, _FORWARD_ONLY, _NO_GRADIENTS, "leave it out"),
+    Conflict(
+        _AUTO,
+        _FORWARD_ONLY,
+        "it finds its rate from inner products of released gradients, and forward passes release none",
+        "use torch.optim.SGD or AdamW, with a learning rate",
+    ),
+    Conflict(
+        _AUTO,
+        _one("processes", "fsdp2", "hsdp"),
+        "every rank would measure the path of its own shards only",
+        "leave fully_shard out, or use torch.optim.AdamW with a learning rate",
+    ),
+    Conflict(
+        _one("fused_step", True),
+        _AUTO,
+        "it measures all released gradients of a step before it moves the first weight",
+        "use fused_step=False, or torch.optim.AdamW with a learning rate",
+    ),
     Conflict(
         _other("ema_decay", None, OPTIONS["ema_decay"].default),
         _FORWARD_ONLY,
@@ -216,7 +235,7 @@ CONFLICTS = (
 
 Settings have the names of its arguments. Beside them there are ``sampling``, as it follows from ``poisson_sampling``
 too; ``mechanism``, "gaussian" or "laplace", which ``zeroth_order`` decides; ``processes``, the name of the reducer;
-and ``accountant`` and ``secure_mode`` of the engine.
+``inner_optimizer``, "AutoAdam" or "another"; and ``accountant`` and ``secure_mode`` of the engine.
 """
 
 

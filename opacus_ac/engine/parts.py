@@ -22,6 +22,7 @@ from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.grad_sample.opacus_hooks import PerSampleSource
 from opacus_ac.grad_sample.source import GradientSource
 from opacus_ac.noise.streams import RandomStream, noise_stream
+from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.lr_control import ClipRateControl
 from opacus_ac.optimizer.parameters import named_parameters
 from opacus_ac.release.statistics import DEFAULT_WEIGHT, StepStatistics, default_histogram_weight
@@ -70,6 +71,7 @@ class Job:
         groups = (options.clipping, options.release, options.sampling, options.update, options.performance)
         settings = {name: value for group in groups for name, value in vars(group).items()} | vars(self) | others
         settings["clip_policy"] = getattr(policy, "name", policy)
+        settings["inner_optimizer"] = "AutoAdam" if isinstance(self.optimizer, AutoAdam) else "another"
         settings["mechanism"] = "gaussian" if self.zeroth_order is None else self.zeroth_order.mechanism
         check_together(settings)
 

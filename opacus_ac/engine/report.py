@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from opacus_ac.budget.charges import privacy_unit
+from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling.plan import SamplingPlan
 
@@ -36,6 +37,7 @@ class PrivacyReport:
         released: what every step released.
         noise_source: where the noise came from.
         ledger: the privacy ledger in words: charges, runs, head; None without one.
+        learning_rate: how the inner optimizer found its learning rate; None where it was given one.
         warnings: what the reader must know.
     """
 
@@ -57,6 +59,7 @@ class PrivacyReport:
     released: list[str]
     noise_source: str
     ledger: str | None = None
+    learning_rate: str | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ class PrivacyReport:
             f"(gradient {self.gradient_noise_multiplier:.4f} C), {self.noise_source}",
             f"  clipping        {self.clip_policy}, next C = {self.max_grad_norm:.4g}",
             f"  released        {'; '.join(self.released)}",
+            *([f"  learning rate   {self.learning_rate}"] if self.learning_rate is not None else []),
             *([f"  ledger          {self.ledger}"] if self.ledger is not None else []),
             *(f"  WARNING         {warning}" for warning in self.warnings),
         ]
@@ -124,6 +128,7 @@ def make_report(
     accountant = min(bounds, key=lambda name: bounds[name])
     sizes = [rate * plan.sizes.dataset_size for _, rate, _ in history if plan.sampling != "shuffled"]
     sizes = sizes or [plan.sizes.expected(0)]
+    inner = optimizer.original_optimizer
     return PrivacyReport(
         epsilon=bounds[accountant],
         delta=delta,
@@ -143,6 +148,7 @@ def make_report(
         released=_released(optimizer),
         noise_source=optimizer.mechanism.stream.description,
         ledger=ledger,
+        learning_rate=inner.describe() if isinstance(inner, AutoAdam) else None,
         warnings=_warnings(optimizer, delta, plan.sizes.dataset_size, unknown_batches, notes),
     )
 
@@ -160,6 +166,8 @@ def _warnings(
     found = [line for part in optimizer.parts.values() if part is not None for line in part.warnings()]
     if delta >= 1 / records:
         found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
+    if isinstance(optimizer.original_optimizer, AutoAdam):
+        found += optimizer.original_optimizer.warnings()
     found += notes
     if unknown_batches:
         found.append(f"{unknown_batches} steps on batches of unknown origin were charged at sample rate 1")

@@ -51,6 +51,8 @@ class PublicSide:
     ) -> None:
         self.inner, self.update, self.policy, self.control = inner, update, policy, control
         self.ema, self.allocation, self.reducer = ema, allocation, reducer
+        if reducer.world > 1 and hasattr(inner, "agree"):
+            inner.agree = reducer.agree  # AutoAdam's measurements, which decide about all weights
 
     def learn(self, release: StepRelease) -> bool:
         """Choose the next C; return whether the step served to find C only, so that its gradient is not applied.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import classifier, loader
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.clipping.table import POLICIES
 from opacus_ac.engine import checks
@@ -21,7 +21,7 @@ from opacus_ac.zeroth_order import ZerothOrderSettings
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
 
 #: Settings that are not arguments of ``make_private``.
-DERIVED = {"processes", "mechanism", "accountant", "secure_mode"}
+DERIVED = {"processes", "inner_optimizer", "mechanism", "accountant", "secure_mode"}
 #: A value for a row that refuses all values but some.
 EXAMPLES: dict[str, Any] = {
     "processes": "ddp",
@@ -55,6 +55,8 @@ def arguments(name: str, value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {name: value}, {}
     if name == "processes":
         return {}, {"reducer": SimpleNamespace(name=value, rank=0, world=2)}
+    if name == "inner_optimizer":
+        return {}, {}  # the test builds it
     if name == "mechanism":
         laplace = ZerothOrderSettings(num_directions=2, mechanism="laplace")
         return ({"accountant": "pure"}, {"zeroth_order": laplace}) if value == "laplace" else ({}, {})
@@ -77,7 +79,8 @@ def test_what_does_not_go_together_is_refused_and_leaves_no_trace(row: Conflict,
     engine = PrivacyEngine(ledger=tmp_path / "ledger", **{**theirs[0], **ours[0]} | _own(row, first, second))
     model = classifier().eval() if "zeroth_order" in ours[1] | theirs[1] else classifier()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    own = AutoAdam if "inner_optimizer" in (row.refused.name, row.beside.name) else torch.optim.SGD
+    inner = own(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=re.escape(row.why)) as error:
         engine.make_private(
             module=model, optimizer=inner, data_loader=loader(64, 16), noise_multiplier=1.0, **ours[1] | theirs[1]

@@ -12,6 +12,8 @@ FILES = {
         "optimizer/public_side.py",
         "optimizer/update.py",
         "optimizer/fused.py",
+        "optimizer/auto_adam.py",
+        "optimizer/path_length.py",
         "zeroth_order/directional_update.py",
     )
 }
@@ -34,7 +36,7 @@ PRIVATE_NAMES = {
     "watch",
 }
 RECEIVED = {
-    "None", "Any", "bool", "dict", "float", "int", "list", "str", "AbstractContextManager", "Announce", "Apply", "ClipPolicy",
+    "None", "Any", "bool", "Callable", "Iterable", "Mapping", "Sequence", "tuple", "dict", "float", "int", "list", "str", "AbstractContextManager", "Announce", "Apply", "ClipPolicy",
     "ClipRateControl", "Course", "GroupWeights", "Optimizer", "Parameter", "Reducer", "ReleasedGradients", "StepRelease",
     "Tensor", "Update", "WeightEMA", "nn",
 }  # fmt: skip

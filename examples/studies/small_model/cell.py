@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.loss import per_record_causal_lm_loss
+from opacus_ac.optimizer import AutoAdam
 
 VERSION = 1  # of what a row means: results of other versions are not mixed with these
 RECORDS, HELD_OUT = 10_000, 250
@@ -239,6 +240,8 @@ def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Resu
             course["C"].append(released.max_grad_norm)
             course["clip_rate"].append(released.clip_rate)
             course["lr_multiplier"].append(released.lr_multiplier)
+            if isinstance(inner, AutoAdam):
+                course.setdefault("found_rate", []).append(inner.learning_rates[0])
     if method.averaged:
         with optimizer.ema_weights():
             kept = {name: value.clone() for name, value in model.state_dict().items()}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from opacus_ac.optimizer import DPAdamW
+from opacus_ac.optimizer import AutoAdam, DPAdamW
 
 Parameters = Iterable[torch.nn.Parameter]
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
         parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
     ),
     "dp-adamw": lambda parameters, rate, beta1: DPAdamW(parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0),
+    "auto": lambda parameters, rate, beta1: AutoAdam(parameters, lr=rate, beta1=beta1),
     "sgd": lambda parameters, rate, beta1: torch.optim.SGD(parameters, lr=rate, momentum=beta1),
 }
 
@@ -64,6 +65,7 @@ _FLAT: dict[str, Any] = {"clipping": "flat", "lr_control": False, "ema_decay": N
 METHODS: dict[str, Method] = {
     "dp-sgd": Method("sgd", rate=0.3, arguments=_FLAT),
     "adamw-flat": Method(arguments=_FLAT),
+    "auto-flat": Method("auto", rate=1e-3, beta1=0.5, arguments=_FLAT),
     "opacus-adaptive": Method(engine="opacus"),
     "dp-adam-ac": Method(),
     "dp-adam-ac+": Method("dp-adamw", rate=0.003, averaged=True),

@@ -1,0 +1,276 @@
+"""AutoAdam: an Adam that finds its learning rate from inner products of released gradients, at no epsilon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from opacus_ac._validate import not_negative
+from opacus_ac.optimizer.momentum import planned_beta1
+from opacus_ac.optimizer.path_length import PathLength
+
+_TINY = 1e-30  # of a denominator
+_NO_PLAN = 0.5  # beta1 where the number of steps is not known
+
+
+class AutoAdam(Optimizer):
+    """Adam with one denominator per tensor, whose learning rate is found from released gradients and their known noise.
+
+    A released gradient is ``g_t = gradient + noise`` with noise of known std ``sigma_t``. The weights are
+    ``theta_t = theta_0 - s_t Delta_t``, where the path ``Delta_t`` is the sum of all steps at the hinted rate, and
+    s one factor for the whole path. At step t, with the first release ``g_1``::
+
+        D0 = <g_1, Delta> - c        minus the slope at the start; c is the noise that g_1 and Delta have in common
+        D1 = <g_t, Delta>            minus the slope at the end; its noise is independent of Delta
+        sd = sqrt(sum sigma_t^2 |Delta|^2)
+
+        s    follows  s D0 / (D0 - D1), where a quadratic has slope 0       (PathLength)
+        m    = beta1 m + (1 - beta1) g_t
+        Delta += lr w m / ((1 - beta1^t) rms)                               rms of the releases of the tensor so far
+        w    ~ max(|sum g|^2 / (d sum sigma^2) - 1, sqrt(2 / d))^(share / 2),  scaled to sum d w^2 = sum d
+
+    s begins at 0.1. While D0 / (D0 - D1) is at least 2.5, the path is too short to have left its start: s grows by that
+    factor, at most tenfold per step, and the steps so far are averaged. Later a scalar Kalman filter for ln(s) weighs
+    each measurement by its noise. When ``D1 < -D0`` the path is too long, and is cut at once. Where D0 is not told from
+    its noise, s becomes 1 and stays, so that a run in which nothing can be measured is one at the hinted rate.
+
+    Args:
+        params: parameters or groups of them.
+        lr: a hint of the learning rate, in Adam's units. A group with another ``lr`` takes steps of another length.
+            Schedules and ``lr_control`` multiply the steps to come.
+        steps: planned number of steps, a public number, for ``beta1``.
+        beta1: momentum; None for that of :func:`opacus_ac.optimizer.momentum.planned_beta1`, or 0.5 without ``steps``.
+        weight_decay: decoupled weight decay, at the learning rate that was found.
+        share: how far a tensor's steps follow its share of signal. 0 for steps of one length; 1 suits runs over all
+            weights of a small model.
+
+    Attributes:
+        learning_rates: the learning rate of each group that the next step starts from, ``s lr``.
+        agree: how several processes agree on values, those of rank 0; None for one process. The private optimizer
+            sets it.
+
+    Guarantees:
+        A function of released gradients, the stated std of their noise and public constants: no sensitivity is added,
+        and nothing is charged.
+
+        A parameter without a gradient stays where it is.
+
+        With several processes, each of which has the whole model, the measurements of rank 0 count.
+
+    Not guaranteed:
+        That the rate is good. The rule is exact for a quadratic loss and gradients whose only error is the stated
+        noise; the randomness of the batch is not counted. The hint has to be within a factor of 100 below and 10 above
+        a good rate, and a hint that far off costs steps, which short runs do not have.
+
+    Four buffers of the size of the weights are kept, where Adam has two. The path is an average already: use
+    ``ema_decay=None``.
+
+    Raises:
+        ValueError: If a value is out of range; in :meth:`step`, if the noise in a gradient was not stated.
+
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = AutoAdam([weight], lr=0.01)
+    >>> for _ in range(20):
+    ...     weight.grad = weight.detach().clone()  # of the loss |weight|^2 / 2, without noise
+    ...     optimizer.noise_std(weight, 0.0)
+    ...     optimizer.step()
+    >>> bool(weight.abs().max() < 0.01)
+    True
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        steps: int | None = None,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        share: float = 0.5,
+    ) -> None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("share", share)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"AutoAdam needs a finite {name} >= 0, got {value!r}")
+        if steps is not None and steps < 1:
+            raise ValueError(f"AutoAdam needs steps >= 1, the planned number of steps, got {steps!r}")
+        if beta1 is None:
+            beta1 = _NO_PLAN if steps is None else planned_beta1(steps)
+        if not 0 <= beta1 < 1:
+            raise ValueError(f"AutoAdam needs beta1 in [0, 1), got {beta1!r}")
+        settings = {"lr": lr, "beta1": beta1, "weight_decay": weight_decay, "share": share}
+        self._told: dict[int, float] = {}
+        self.agree: Callable[[Any], Any] | None = None
+        super().__init__(params, settings)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, whose path begins here, at the scale that the others have."""
+        length = PathLength() if not self.param_groups else PathLength.of(self.param_groups[0])
+        super().add_param_group({**length.entries(), **param_group})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._told, self.agree = {}, None
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The learning rate of each group that the next step starts from."""
+        return [group["path_scale"] * group["lr"] for group in self.param_groups]
+
+    def describe(self) -> str:
+        """Return in words what was found, for the report."""
+        length, found = PathLength.of(self.param_groups[0]), ", ".join(f"{rate:.3g}" for rate in self.learning_rates)
+        hints = ", ".join(f"{group['lr']:.3g}" for group in self.param_groups)
+        count = length.measured + length.blind
+        return (
+            f"{found} found by AutoAdam from releases (hint {hints}), beta1 {self.param_groups[0]['beta1']:g}; "
+            f"{length.measured} of {count} measurements told from noise, path cut {length.falls} times"
+        )
+
+    def warnings(self) -> list[str]:
+        """Return what a reader of the report must know."""
+        length = PathLength.of(self.param_groups[0])
+        if length.blind <= length.measured:
+            return []
+        return [
+            f"AutoAdam told the slope of the loss from noise in {length.measured} of "
+            f"{length.measured + length.blind} steps only, so the learning rate is the hint for the most part: take "
+            "larger batches, train fewer weights, or choose the rate on public data"
+        ]
+
+    def noise_std(self, parameter: Tensor, std: float) -> None:
+        """State the std of the noise in the ``grad`` of ``parameter`` that the next step will see; 0 for none.
+
+        :class:`opacus_ac.AdaptiveClipDPOptimizer` calls this by itself.
+        """
+        self._told[id(parameter)] = not_negative(**{"std of the noise": std})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``.
+
+        Raises:
+            ValueError: If it was written by another optimizer; nothing was changed.
+        """
+        if not all("path_scale" in group for group in state_dict["param_groups"]):
+            raise ValueError(
+                "the state was not written by AutoAdam: it has no path whose length could be found. Start anew"
+            )
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a step on every parameter that has a gradient.
+
+        Raises:
+            ValueError: If the noise in a gradient was not stated since the last step; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(id(p) not in self._told for _, p in found):
+            raise ValueError(
+                "nobody stated the noise in the gradients, and inner products cannot be judged without: use AutoAdam "
+                "inside of opacus_ac's make_private, or call optimizer.noise_std(parameter, std) for each before every "
+                "step"
+            )
+        if found:
+            self._move(found, [self._told.pop(id(p)) for _, p in found])
+        return loss
+
+    def _move(self, found: Sequence[tuple[dict[str, Any], Tensor]], stds: Sequence[float]) -> None:
+        """Measure the path, give it its length, and take the next step along it."""
+        length = PathLength.of(self.param_groups[0])
+        states = [self._observed(p, std) for (_, p), std in zip(found, stds, strict=True)]
+        measured = self._numbers([_products(p, state) for (_, p), state in zip(found, states, strict=True)])
+        start = sum(row[1] - state["shared_noise"] for row, state in zip(measured, states, strict=True))
+        noise = math.sqrt(sum((std**2) * row[2] for row, std in zip(measured, stds, strict=True)))
+        # Before the first step there is no path to measure.
+        kept = length.follow(start, sum(row[0] for row in measured), noise) if any(row[2] for row in measured) else 1.0
+        for state, (_, _, _, squares, energy) in zip(states, measured, strict=True):
+            state["squares"] += squares
+            state["energy"] = energy
+        weights = _weights(found, states)
+        for (group, parameter), state, weight in zip(found, states, weights, strict=True):
+            _step(parameter, group, state, weight, length.scale, kept)
+        for group in self.param_groups:
+            group.update(length.entries())
+
+    def _numbers(self, rows: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+        """Return the values of scalars, with one transfer from the device, and those of rank 0 on every rank."""
+        device = rows[0][0].device
+        values: list[list[float]] = torch.stack([torch.stack(list(row)).to(device) for row in rows]).tolist()
+        if self.agree is not None:
+            agreed = self.agree(np.array(values).reshape(-1))
+            values = agreed.reshape(len(rows), -1).tolist()
+        return values
+
+    def _observed(self, parameter: Tensor, std: float) -> dict[str, Any]:
+        """Return the state of a parameter, after it took in the release."""
+        gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
+        if not state:
+            for name in ("path", "exp_avg", "total"):
+                state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["first"] = gradient.detach().clone()
+            state |= {"step": 0, "first_std": std, "variance": 0.0, "squares": 0.0, "shared_noise": 0.0, "scale": 1.0}
+        state["step"] += 1
+        state["total"].add_(gradient)
+        state["variance"] += std**2
+        return state
+
+
+def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
+    """Return ``<g, Delta>, <g_1, Delta>, |Delta|^2, |g|^2, |sum g|^2`` of a parameter."""
+    gradient, path = parameter.grad, state["path"]
+    pairs = ((gradient, path), (state["first"], path), (path, path), (gradient, gradient), (state["total"],) * 2)
+    return [torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in pairs]
+
+
+def _weights(found: Sequence[tuple[dict[str, Any], Tensor]], states: Sequence[dict[str, Any]]) -> list[float]:
+    """Return the length of each tensor's steps, by its share of signal; 1 at first, and where there is no noise."""
+    raw = []
+    for (group, parameter), state in zip(found, states, strict=True):
+        size, weight = parameter.numel(), 1.0
+        if state["step"] > 1 and state["variance"] > 0:
+            signal = state["energy"] / (size * state["variance"]) - 1
+            weight = max(signal, math.sqrt(2 / size)) ** (group["share"] / 2)
+        raw.append((size, weight))
+    unit = math.sqrt(sum(size for size, _ in raw) / sum(size * weight**2 for size, weight in raw))
+    return [unit * weight for _, weight in raw]
+
+
+def _step(
+    parameter: Tensor, group: dict[str, Any], state: dict[str, Any], weight: float, scale: float, kept: float
+) -> None:
+    """Bring the path of a parameter to its length, and go a step further.
+
+    Args:
+        parameter: the parameter, at ``theta_0 - state["scale"] Delta``.
+        group: its group.
+        state: its state.
+        weight: length of the tensor's step.
+        scale: the factor on the path from now on.
+        kept: the factor by which the steps in the path count from now on.
+    """
+    beta1, rate, size, steps = group["beta1"], group["lr"], parameter.numel(), state["step"]
+    path, correction = state["path"], 1 - beta1**steps
+    parameter.add_(path, alpha=state["scale"] - scale * kept)
+    decay = 1 - scale * rate * group["weight_decay"]
+    if decay != 1:
+        parameter.mul_(decay)  # start and path alike
+    path.mul_(kept * decay)
+    state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+    rms = max(math.sqrt(state["squares"] / (size * steps)), _TINY)
+    step = state["exp_avg"] * (rate * weight / (correction * rms))
+    path.add_(step)
+    parameter.sub_(step, alpha=scale)
+    of_first = (1 - beta1) * beta1 ** (steps - 1) / correction * rate * weight / rms
+    state["shared_noise"] = kept * decay * state["shared_noise"] + of_first * size * state["first_std"] ** 2
+    state["scale"] = scale

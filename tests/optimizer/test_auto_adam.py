@@ -1,0 +1,558 @@
+"""AutoAdam: its equations in a plain loop, what it does without noise and in noise alone, starts that are far off, and private runs."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import classifier, loader, loss_of, train
+from torch import nn
+
+from opacus_ac import AutoAdam, PrivacyEngine
+from opacus_ac.allocation import NoiseAllocation
+from opacus_ac.clipping.table import POLICIES
+from opacus_ac.optimizer.momentum import planned_beta1, run_worth
+from opacus_ac.optimizer.path_length import PathLength
+
+pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
+SHAPES = ((30, 20), (40,), (7, 3))
+
+
+def draws(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def parameters(shapes=SHAPES, seed=0):
+    normal = draws(seed)
+    return [nn.Parameter(normal(*shape)) for shape in shapes]
+
+
+# ---------------------------------------------------------------- the equations
+
+
+class PlainLoop:
+    """The equations of the docstring with the start of the path kept, and every number computed from nothing."""
+
+    def __init__(self, weights, *, lr, beta1, share):
+        self.start, self.lr, self.beta1, self.share = [w.clone() for w in weights], lr, beta1, share
+        self.path = [torch.zeros_like(w) for w in weights]
+        self.common = 0.0
+        self.length, self.variance, self.averaged, self.searching = 0.1, 0.09, 1, True
+        self.releases = []
+
+    def follow(self, d0, d1, sd):
+        """The rule for the length in its printed form."""
+        if d1 < -max(d0, 2 * sd):
+            self.length *= max(0.1, max(d0, sd) / (max(d0, sd) - d1))
+            self.variance, self.searching = 0.09, False
+            return 1.0
+        if d0 <= (2 if self.searching else 1) * sd:
+            self.length = max(self.length, 1.0) if self.searching else self.length
+            return 1.0
+        if self.searching and d0 / max(d0 - d1, d0 / 10) >= 2.5:
+            self.length *= d0 / max(d0 - d1, d0 / 10)
+            self.averaged += 1
+            return (self.averaged - 1) / self.averaged
+        self.searching = False
+        change = d0 / max(d0 - d1, d0 / 4)
+        noise = (sd * change / d0) ** 2 + 0.05**2 + (0.3 * math.log(change)) ** 2
+        self.variance += 0.07**2
+        gain = self.variance / (self.variance + noise)
+        self.length *= math.exp(min(1, max(-1, gain * math.log(change))))
+        self.variance *= 1 - gain
+        return 1.0
+
+    def step(self, gradients, stds):
+        self.releases.append(([g.clone() for g in gradients], stds))
+        t, first, first_stds = len(self.releases), *self.releases[0]
+        if t > 1:
+            d0 = sum(float((a * b).sum()) for a, b in zip(first, self.path, strict=True)) - self.common
+            d1 = sum(float((a * b).sum()) for a, b in zip(gradients, self.path, strict=True))
+            sd = math.sqrt(sum(s**2 * float((p * p).sum()) for s, p in zip(stds, self.path, strict=True)))
+            kept = self.follow(d0, d1, sd)
+            self.path = [kept * p for p in self.path]
+            self.common *= kept
+        sizes = [g.numel() for g in gradients]
+        weights = [1.0] * len(sizes)
+        if t > 1:
+            for i, size in enumerate(sizes):
+                total = sum(release[i] for release, _ in self.releases)
+                variance = sum(noise[i] ** 2 for _, noise in self.releases)
+                signal = max(float((total * total).sum()) / (size * variance) - 1, math.sqrt(2 / size))
+                weights[i] = signal ** (self.share / 2)
+            unit = math.sqrt(sum(sizes) / sum(d * w * w for d, w in zip(sizes, weights, strict=True)))
+            weights = [unit * w for w in weights]
+        decays = [(1 - self.beta1) * self.beta1 ** (t - 1 - i) / (1 - self.beta1**t) for i in range(t)]
+        for i, size in enumerate(sizes):
+            rms = math.sqrt(sum(float((release[i] ** 2).mean()) for release, _ in self.releases) / t)
+            mean = sum(c * release[i] for c, (release, _) in zip(decays, self.releases, strict=True))
+            self.path[i] = self.path[i] + self.lr * weights[i] * mean / rms
+            self.common += decays[0] * self.lr * weights[i] / rms * size * first_stds[i] ** 2
+        return [w - self.length * p for w, p in zip(self.start, self.path, strict=True)]
+
+
+CASES = {  # lr, beta1, share, noise per coordinate, where the gradient is about 1
+    "search": (1e-4, 0.5, 0.5, 0.05),
+    "near": (0.05, 0.8, 1.0, 0.2),
+    "high": (3.0, 0.0, 0.0, 0.02),
+    "cut": (300.0, 0.5, 0.5, 0.1),
+    "noise": (0.02, 0.5, 0.5, 10.0),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_plain_loop(case):
+    """The same releases, of a quadratic along the way, and the same weights to 1e-12; and the case is what its name says."""
+    lr, beta1, share, noise = CASES[case]
+    weights, normal = parameters(), draws(1)
+    optimizer = AutoAdam(weights, lr=lr, beta1=beta1, share=share)
+    oracle = PlainLoop([w.detach() for w in weights], lr=lr, beta1=beta1, share=share)
+    stds = [noise, 2 * noise, 0.5 * noise]
+    for _ in range(20):
+        gradients = [w.detach() + s * normal(*w.shape) for w, s in zip(weights, stds, strict=True)]
+        for weight, gradient, std in zip(weights, gradients, stds, strict=True):
+            weight.grad = gradient
+            optimizer.noise_std(weight, std)
+        optimizer.step()
+        expected = oracle.step(gradients, stds)
+        for weight, other in zip(weights, expected, strict=True):
+            assert torch.allclose(weight.detach(), other, rtol=1e-12, atol=1e-12 * float(other.abs().max()))
+    length = PathLength.of(optimizer.param_groups[0])
+    assert length.scale == pytest.approx(oracle.length, rel=1e-11)
+    assert length.averaged == oracle.averaged
+    assert (length.averaged > 3) == (case == "search")
+    assert (length.falls > 0) == (case == "cut")
+    assert (length.blind > 0) == (case == "noise")
+    assert length.measured + length.blind == 19
+
+
+# ---------------------------------------------------------------- noisy quadratics
+
+
+def quadratic(lr, *, noise, steps, seed=0, shapes=SHAPES, make=None):
+    """Train on ``sum h w^2 / 2`` with noise of a norm that is ``noise`` times that of the gradient at the start.
+
+    Returns:
+        Loss over that at the start, and the optimizer.
+    """
+    normal = draws(seed)
+    weights = [nn.Parameter(normal(*shape)) for shape in shapes]
+    curvature = [(1 + i) * normal(*shape).exp() for i, shape in enumerate(shapes)]
+    start = math.sqrt(sum(float((h * w.detach()).square().sum()) for h, w in zip(curvature, weights, strict=True)))
+    std = noise * start / math.sqrt(sum(w.numel() for w in weights))
+
+    def loss():
+        return sum(float((h * w.detach() ** 2).sum()) for h, w in zip(curvature, weights, strict=True)) / 2
+
+    before = loss()
+    optimizer = AutoAdam(weights, lr=lr, beta1=0.5) if make is None else make(weights, lr)
+    for _ in range(steps):
+        for weight, h in zip(weights, curvature, strict=True):
+            weight.grad = h * weight.detach() + std * normal(*weight.shape)
+            if isinstance(optimizer, AutoAdam):
+                optimizer.noise_std(weight, std)
+        optimizer.step()
+    return loss() / before, optimizer
+
+
+def adamw(weights, lr):
+    return torch.optim.AdamW(weights, lr=lr, betas=(0.5, 0.999), weight_decay=0.0)
+
+
+WIDE = ((60, 50), (40, 25), (300,), (20,))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("steps", [15, 40])
+def test_a_hint_over_three_decades_ends_where_the_best_rate_by_hand_does(steps):
+    """Means of 12 seeds, noise twice the gradient: at most 12 % above the best of AdamW's rates, chosen on these seeds."""
+    seeds, rates = range(12), (0.05, 0.1, 0.2, 0.4, 0.8)
+    by_hand = {
+        lr: np.mean([quadratic(lr, noise=2.0, steps=steps, seed=s, shapes=WIDE, make=adamw)[0] for s in seeds])
+        for lr in rates
+    }
+    best = min(by_hand, key=by_hand.get)
+    assert best not in (rates[0], rates[-1])  # the sweep holds the best rate
+    for factor in (0.01, 0.1, 1.0, 10.0):
+        found = np.mean([quadratic(best * factor, noise=2.0, steps=steps, seed=s, shapes=WIDE)[0] for s in seeds])
+        assert found < by_hand[best] * 1.12, factor
+    assert (
+        quadratic(best * 10, noise=2.0, steps=steps, shapes=WIDE, make=adamw)[0] > 1.5
+    )  # what the hint alone would do
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("noise", [1.0, 10.0])
+@pytest.mark.parametrize("steps", [15, 200])
+def test_it_does_not_diverge(noise, steps):
+    for factor in (0.003, 1.0, 3.0):
+        assert max(quadratic(0.1 * factor, noise=noise, steps=steps, seed=s, shapes=WIDE)[0] for s in range(6)) < 1.1
+
+
+def test_without_noise_it_descends_and_says_that_all_was_measured():
+    left, optimizer = quadratic(1e-3, noise=0.0, steps=60)
+    assert left < 0.02
+    assert "59 of 59 measurements" in optimizer.describe()
+    assert PathLength.of(optimizer.param_groups[0]).blind == 0
+    assert optimizer.warnings() == []
+
+
+def test_in_noise_alone_the_hint_stays_and_is_named():
+    """Gradients that are noise and nothing else, with the std that was stated."""
+    normal, (weight,) = draws(3), parameters([(200, 50)])
+    optimizer = AutoAdam([weight], lr=1e-3)
+    for _ in range(20):
+        weight.grad = normal(200, 50)
+        optimizer.noise_std(weight, 1.0)
+        optimizer.step()
+    length = PathLength.of(optimizer.param_groups[0])
+    assert length.blind > length.measured
+    assert 0.2 < length.scale < 2
+    assert "the learning rate is the hint" in optimizer.warnings()[0]
+    assert "hint 0.001" in optimizer.describe()
+
+
+def test_the_scale_of_the_gradients_does_not_matter():
+    paths = []
+    for unit in (1.0, 2.0**-20):
+        weights, normal = parameters(), draws(1)
+        optimizer = AutoAdam(weights, lr=0.01)
+        for _ in range(10):
+            for weight in weights:
+                weight.grad = unit * (weight.detach() + 0.1 * normal(*weight.shape))
+                optimizer.noise_std(weight, unit * 0.1)
+            optimizer.step()
+        paths.append([w.detach() for w in weights])
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*paths, strict=True))
+
+
+# ---------------------------------------------------------------- groups, schedules, decay, missing gradients
+
+
+def run(weights, optimizer, steps, normal, noise=0.1, before=lambda step: None):
+    for step in range(steps):
+        before(step)
+        for weight in weights:
+            if weight.requires_grad:
+                weight.grad = weight.detach() + noise * normal(*weight.shape)
+                optimizer.noise_std(weight, noise)
+        optimizer.step()
+
+
+def test_a_group_with_another_rate_takes_steps_of_that_length():
+    (one, other), normal = parameters([(50, 10), (50, 10)]), draws(1)
+    before = [one.detach().clone(), other.detach().clone()]
+    optimizer = AutoAdam([{"params": [one]}, {"params": [other], "lr": 3e-3}], lr=1e-3)
+    assert optimizer.learning_rates == pytest.approx([1e-4, 3e-4])
+    run([one, other], optimizer, 1, normal)
+    moved = [float((w.detach() - b).square().mean().sqrt()) for w, b in zip((one, other), before, strict=True)]
+    assert moved == pytest.approx([1e-4, 3e-4])
+    run([one, other], optimizer, 5, normal)
+    rates = optimizer.learning_rates
+    assert rates[1] == pytest.approx(3 * rates[0])
+    assert optimizer.param_groups[0]["path_scale"] == optimizer.param_groups[1]["path_scale"] != 0.1
+
+
+def test_groups_of_one_rate_are_one_group():
+    ends = []
+    for split in (False, True):
+        weights = parameters()
+        groups = [{"params": [w]} for w in weights] if split else weights
+        run(weights, AutoAdam(groups, lr=1e-3), 12, draws(1))
+        ends.append(torch.cat([w.detach().reshape(-1) for w in weights]))
+    assert torch.equal(*ends)
+
+
+def test_a_schedule_multiplies_the_steps_to_come():
+    """Rate 0 from step 6 on: nothing is added to the path, and only its length still follows the slope."""
+    weights = parameters()
+    optimizer = AutoAdam(weights, lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 6 else 0.0)
+    paths = []
+
+    def note(step):
+        paths.append(torch.cat([optimizer.state[w]["path"].reshape(-1).clone() for w in weights]) if step else None)
+        if step:
+            scheduler.step()
+
+    run(weights, optimizer, 10, draws(1), before=note)
+    assert torch.equal(paths[7], paths[9])
+    assert not torch.equal(paths[5], paths[6])
+
+
+def test_a_warm_up_from_zero_starts_the_path_later():
+    weights = parameters()
+    before = [w.detach().clone() for w in weights]
+    optimizer = AutoAdam(weights, lr=1e-2)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    run(weights, optimizer, 3, draws(1))
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    assert PathLength.of(optimizer.param_groups[0]) == PathLength()
+
+
+def test_weight_decay_is_decoupled():
+    """Without a gradient's part, ``lr * s`` times the decay is all that happens, to start and path alike."""
+    (weight,) = parameters([(3, 4)])
+    before = weight.detach().clone()
+    optimizer = AutoAdam([weight], lr=0.1, weight_decay=0.5)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.noise_std(weight, 0.0)
+    optimizer.step()
+    assert torch.allclose(weight.detach(), before * (1 - 0.1 * 0.1 * 0.5), rtol=1e-15)
+
+
+def test_decay_keeps_weights_and_path_together():
+    """``theta + s Delta`` is the decayed start: what is left of the start after all the steps' decay."""
+    weights = parameters()
+    before = [w.detach().clone() for w in weights]
+    optimizer, kept = AutoAdam(weights, lr=0.02, weight_decay=0.3), 1.0
+    for _ in range(8):
+        run(weights, optimizer, 1, draws(1))
+        kept *= 1 - optimizer.param_groups[0]["path_scale"] * 0.02 * 0.3
+    for weight, start in zip(weights, before, strict=True):
+        state = optimizer.state[weight]
+        assert torch.allclose(weight.detach() + state["scale"] * state["path"], kept * start, rtol=1e-10, atol=1e-12)
+
+
+def test_a_parameter_without_a_gradient_stays_and_comes_back():
+    weights = parameters()
+    optimizer, frozen = AutoAdam(weights, lr=1e-3), weights[1]
+    run(weights, optimizer, 4, draws(1))
+    frozen.requires_grad_(False)
+    frozen.grad, place = None, frozen.detach().clone()
+    run(weights, optimizer, 6, draws(2))
+    assert torch.equal(frozen.detach(), place)
+    assert optimizer.state[frozen]["step"] == 4
+    scale = optimizer.state[frozen]["scale"]
+    assert scale != optimizer.param_groups[0]["path_scale"]
+    frozen.requires_grad_(True)
+    start = frozen.detach() + scale * optimizer.state[frozen]["path"]
+    run(weights, optimizer, 1, draws(3))
+    state = optimizer.state[frozen]
+    assert state["scale"] == optimizer.param_groups[0]["path_scale"]
+    assert torch.allclose(frozen.detach() + state["scale"] * state["path"], start, rtol=1e-12)
+
+
+def test_a_group_that_is_added_later_begins_at_the_scale_of_the_others():
+    one, other = parameters([(20, 5), (20, 5)])
+    optimizer = AutoAdam([one], lr=1e-3)
+    run([one], optimizer, 5, draws(1))
+    optimizer.add_param_group({"params": [other]})
+    scale = optimizer.param_groups[0]["path_scale"]
+    assert optimizer.param_groups[1]["path_scale"] == scale != 0.1
+    run([one, other], optimizer, 3, draws(2))
+    assert optimizer.state[other]["step"] == 3
+
+
+def test_no_gradient_at_all_is_no_step():
+    weights = parameters()
+    optimizer = AutoAdam(weights)
+    optimizer.step()
+    assert not optimizer.state
+
+
+# ---------------------------------------------------------------- momentum
+
+
+def test_momentum_follows_the_planned_steps():
+    chosen = [planned_beta1(steps) for steps in (2, 10, 30, 60, 120, 300, 3000)]
+    assert chosen == sorted(chosen)
+    assert (chosen[0], chosen[-1]) == (0.5, 0.9)
+    for steps, beta1 in ((60, planned_beta1(60)), (120, planned_beta1(120))):
+        assert run_worth(beta1, steps) >= 0.97 > run_worth(beta1 + 0.01, steps)
+    weights = parameters()
+    assert AutoAdam(weights, steps=120).param_groups[0]["beta1"] == planned_beta1(120)
+    assert AutoAdam(weights, steps=120, beta1=0.3).param_groups[0]["beta1"] == 0.3
+    assert AutoAdam(weights).param_groups[0]["beta1"] == 0.5
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9])
+def test_the_worth_of_a_run_is_that_of_its_weights(beta1):
+    steps = 23
+    weights = [
+        sum((1 - beta1) * beta1 ** (s - t) / (1 - beta1**s) for s in range(t, steps + 1)) for t in range(1, steps + 1)
+    ]
+    assert run_worth(beta1, steps) == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) / steps)
+
+
+# ---------------------------------------------------------------- states and refusals
+
+
+def test_a_loaded_state_goes_on_bit_for_bit(tmp_path):
+    ends = []
+    for interrupted in (False, True):
+        weights, normal = parameters(), draws(1)
+        optimizer = AutoAdam(weights, lr=1e-3, steps=20)
+        run(weights, optimizer, 7, normal)
+        if interrupted:
+            torch.save(optimizer.state_dict(), tmp_path / "state")
+            weights = [nn.Parameter(w.detach().clone()) for w in weights]
+            optimizer = AutoAdam(weights, lr=1.0)
+            optimizer.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        run(weights, optimizer, 7, normal)
+        ends.append(torch.cat([w.detach().reshape(-1) for w in weights]))
+    assert torch.equal(*ends)
+
+
+def test_a_copy_goes_on_alike():
+    weights, normal = parameters(), draws(1)
+    optimizer = AutoAdam(weights, lr=1e-3)
+    run(weights, optimizer, 3, normal)
+    copied = copy.deepcopy(optimizer)
+    theirs = [p for group in copied.param_groups for p in group["params"]]
+    run(weights, optimizer, 3, draws(2))
+    run(theirs, copied, 3, draws(2))
+    assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
+
+
+def test_a_state_of_another_optimizer_is_refused():
+    weights = parameters()
+    with pytest.raises(ValueError, match="not written by AutoAdam"):
+        AutoAdam(weights).load_state_dict(torch.optim.AdamW(weights).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"weight_decay": math.inf}, "weight_decay"),
+        ({"share": math.nan}, "share"),
+        ({"steps": 0}, "steps"),
+        ({"beta1": 1.0}, "beta1"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AutoAdam(parameters(), **arguments)
+
+
+def test_a_gradient_whose_noise_nobody_stated_is_refused_before_anything_moves():
+    first, second = parameters([(3,), (4,)])
+    before = [first.detach().clone(), second.detach().clone()]
+    optimizer = AutoAdam([first, second])
+    first.grad, second.grad = torch.ones_like(first), torch.ones_like(second)
+    optimizer.noise_std(first, 1.0)
+    with pytest.raises(ValueError, match="nobody stated the noise"):
+        optimizer.step()
+    assert torch.equal(first, before[0])
+    assert not optimizer.state
+    with pytest.raises(ValueError, match="std of the noise"):
+        optimizer.noise_std(first, -1.0)
+
+
+def test_ranks_go_by_the_measurements_of_the_first():
+    """A rank whose sums differ in the last bits takes the numbers of rank 0."""
+    weights, others = parameters(), parameters()
+    mine, theirs = AutoAdam(weights, lr=1e-3), AutoAdam(others, lr=1e-3)
+    said = []
+    mine.agree = lambda values: (said.append(values), values)[1]
+    theirs.agree = lambda values: said[-1]
+    for step in range(6):
+        run(weights, mine, 1, draws(step))
+        run(others, theirs, 1, draws(step), noise=0.1 + 1e-9)
+    assert mine.param_groups[0]["path_scale"] == pytest.approx(theirs.param_groups[0]["path_scale"], rel=1e-6)
+    assert len(said) == 6
+    assert said[0].shape == (3 * 5,)
+
+
+# ---------------------------------------------------------------- in a private run
+
+
+def private(engine=None, **options):
+    torch.manual_seed(5)
+    model = classifier()
+    arguments = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "ema_decay": None, **options}
+    return (engine or PrivacyEngine()).make_private(
+        module=model,
+        optimizer=AutoAdam(model.parameters(), lr=1e-2, steps=8),
+        data_loader=loader(64, 16),
+        noise_generator=torch.Generator().manual_seed(3),
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"clip_policy": name} for name in POLICIES),
+        {"clipping": "flat"},
+        {"clipping": "automatic"},
+        {"grad_sample_mode": "hooks"},
+        {"loss_reduction": "sum"},
+        {"noise_multiplier": 0.0},
+        {"max_physical_batch_size": 5},
+        {"noise_allocation": NoiseAllocation("dimension")},
+    ],
+    ids=str,
+)
+def test_it_trains_with_every_policy_and_is_in_the_report(options):
+    engine = PrivacyEngine()
+    model, optimizer, batches = private(engine, **options)
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for _ in range(2):
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_of(model, batch, options.get("loss_reduction", "mean")).backward()
+            optimizer.step()
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
+    report = engine.privacy_report(delta=1e-3)
+    assert "found by AutoAdam" in report.learning_rate
+    assert "  learning rate   " in str(report)
+
+
+def test_another_optimizer_has_no_line_in_the_report():
+    engine, model = PrivacyEngine(), classifier()
+    engine.make_private(
+        module=model, optimizer=torch.optim.AdamW(model.parameters()), data_loader=loader(64, 16), noise_multiplier=1.0
+    )
+    assert engine.privacy_report(delta=1e-3).learning_rate is None
+    assert "learning rate" not in str(engine.privacy_report(delta=1e-3))
+
+
+def test_noise_that_drowns_the_signal_is_a_warning_of_the_report():
+    engine = PrivacyEngine()
+    model, optimizer, batches = private(engine, noise_multiplier=200.0, clipping="flat")
+    for _ in range(3):
+        train(model, optimizer, batches)
+    assert any("the learning rate is the hint" in warning for warning in engine.privacy_report(1e-3).warnings)
+
+
+def test_a_private_run_goes_on_from_a_checkpoint(tmp_path):
+    ends = []
+    for interrupted in (False, True):
+        engine = PrivacyEngine()
+        model, optimizer, batches = private(engine)
+        train(model, optimizer, batches)
+        if interrupted:
+            engine.save_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)
+            stream = copy.deepcopy(batches.batch_sampler.stream.state_dict())
+            engine = PrivacyEngine()
+            model, optimizer, batches = private(engine)
+            engine.load_checkpoint(path=tmp_path / "run", module=model, optimizer=optimizer)
+            batches.batch_sampler.stream.load_state_dict(stream)
+        train(model, optimizer, batches)
+        ends.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_frozen_weights_have_no_path():
+    engine, model = PrivacyEngine(), classifier()
+    model[0].weight.requires_grad_(False)
+    place = model[0].weight.detach().clone()
+    inner = AutoAdam(model.parameters(), lr=1e-2)
+    _, optimizer, batches = engine.make_private(
+        module=model, optimizer=inner, data_loader=loader(64, 16), noise_multiplier=1.0, ema_decay=None
+    )
+    train(model, optimizer, batches)
+    assert torch.equal(model[0].weight.detach(), place)
+    assert len(inner.state) == 3
+
+
+@pytest.mark.parametrize("options", [{"fused_step": True}, {"zeroth_order": "aggzo"}])
+def test_what_it_cannot_do_is_refused_with_the_reason(options):
+    with pytest.raises(ValueError, match="inner_optimizer"):
+        private(**options)
