@@ -229,6 +229,7 @@ class AutoAdam(Optimizer):
 def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
     """Return ``<g, Delta>, <g_1, Delta>, |Delta|^2, |g|^2, |sum g|^2`` of a parameter."""
     gradient, path = parameter.grad, state["path"]
+    assert gradient is not None
     pairs = ((gradient, path), (state["first"], path), (path, path), (gradient, gradient), (state["total"],) * 2)
     return [torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in pairs]
 
