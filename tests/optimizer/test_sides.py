@@ -52,7 +52,7 @@ def trespasses(text: str) -> Iterator[str]:
                     yield f"imports {name}"
         elif isinstance(node, ast.Attribute) and node.attr in PRIVATE_NAMES:
             yield f"reads .{node.attr}"
-        elif isinstance(node, ast.arg) and node.arg != "self":
+        elif isinstance(node, ast.arg) and node.arg not in ("self", "cls"):
             if node.annotation is None:
                 yield f"{node.arg} has no type"
                 continue
