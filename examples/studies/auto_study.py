@@ -1,0 +1,138 @@
+"""AutoAdam against AdamW tuned by hand: held-out loss from hints over decades, beside the best of AdamW's rates and momenta.
+
+    python examples/studies/auto_study.py --jobs 2                       # stop it and go on at any time
+    python examples/studies/auto_study.py --steps 12 --seeds 41 42 43
+    python examples/studies/auto_study.py --quick                        # one seed, two rates, one hint: 6 steps
+    python examples/studies/auto_study.py --report                       # run nothing, print the table
+
+All runs of a seed share data, draws and noise, and spend the same epsilon. The best of AdamW's runs is chosen for each seed by the
+held-out loss, which no private run could do for nothing: a sweep costs the epsilon of every run in it. AutoAdam's runs are one each.
+Noise is seeded, and the records are invented: a study, which protects nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from common.results import Result, append, read, results_of
+from common.tone_dialogues import TONES
+from small_model import cell as cells
+from small_model import public
+from small_model.cell import Cell
+from small_model.report import grouped, markdown
+
+from opacus_ac.optimizer.momentum import planned_beta1
+
+SEEDS = (31, 32, 33)
+RATES = (0.006, 0.009, 0.013, 0.02)
+MOMENTA = (0.5, 0.9)
+HINTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+PLACE = ("model", "tone", "epsilon", "steps")
+
+
+def by_hand(places: Iterable[dict[str, Any]], rates: Sequence[float]) -> list[Cell]:
+    """AdamW with flat C at every rate and momentum."""
+    return [Cell("adamw-flat", rate=rate, beta1=b, **p) for p, b, rate in product(places, MOMENTA, rates)]
+
+
+def automatic(places: Iterable[dict[str, Any]], hints: Sequence[float]) -> list[Cell]:
+    """AutoAdam with flat C from every hint, with the momentum of the planned steps."""
+    return [Cell("auto-flat", rate=hint, beta1=planned_beta1(p["steps"]), **p) for p, hint in product(places, hints)]
+
+
+def percent(losses: Sequence[float], references: Sequence[float]) -> str:
+    """Return the mean difference in per cent, with its standard error over seeds."""
+    found = [100 * (a / b - 1) for a, b in zip(losses, references, strict=True)]
+    error = f" ± {statistics.stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):+.1f}{error}"
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the table: a row for each place, in per cent of the best AdamW of each seed."""
+    hints = sorted({r["rate"] for r in results if r["method"] == "auto-flat"})
+    head = ["model, tone, epsilon, steps", "seeds", "best AdamW", *(f"AdamW, beta1 {b:g}" for b in MOMENTA)]
+    rows = []
+    for place, here in grouped(results, *PLACE).items():
+        runs = {(r["method"], r["seed"], r["rate"], r["beta1"]): r["loss"] for r in here}
+        adamw = {k: loss for k, loss in runs.items() if k[0] == "adamw-flat"}
+        seeds = sorted({seed for _, seed, _, _ in adamw})
+        best = [min(loss for (_, s, _, _), loss in adamw.items() if s == seed) for seed in seeds]
+        cells_of_row = [", ".join(map(str, place)), str(len(seeds)), f"{statistics.fmean(best):.3f}" if best else ""]
+        for momentum in MOMENTA:
+            own = [
+                min((loss for (_, s, _, b), loss in adamw.items() if (s, b) == (seed, momentum)), default=None)
+                for seed in seeds
+            ]
+            cells_of_row.append(_against([(s, v) for s, v in zip(seeds, own, strict=True)], seeds, best))
+        for hint in hints:
+            mine = {s: loss for (m, s, rate, _), loss in runs.items() if (m, rate) == ("auto-flat", hint)}
+            cells_of_row.append(_against(list(mine.items()), seeds, best))
+        rows.append(cells_of_row)
+    return markdown([*head, *(f"AutoAdam from {hint:g}" for hint in hints)], rows)
+
+
+def _against(losses: Sequence[tuple[int, float | None]], seeds: Sequence[int], best: Sequence[float]) -> str:
+    known = dict(zip(seeds, best, strict=True))
+    pairs = [(loss, known[seed]) for seed, loss in losses if loss is not None and seed in known]
+    return percent(*zip(*pairs, strict=True)) if pairs else ""
+
+
+def wanted(arguments: argparse.Namespace) -> list[Cell]:
+    """Return the runs that the arguments ask for, the seeds one after the other."""
+    steps, rates, hints, seeds = arguments.steps, arguments.rates, arguments.hints, arguments.seeds
+    if arguments.quick:
+        steps, rates, hints, seeds = [6], [0.009, 0.02], [1e-3], seeds[:1]
+    settings = product(seeds, arguments.models, arguments.tones, arguments.epsilons, steps)
+    names = ("seed", *PLACE)
+    places = [dict(zip(names, values, strict=True)) for values in settings]
+    return [c for place in places for c in (*by_hand([place], rates), *automatic([place], hints))]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--quick", action="store_true", help="a run of minutes, to see that it works")
+    made.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    made.add_argument("--models", nargs="+", choices=public.MODELS, default=["llama"])
+    made.add_argument("--tones", nargs="+", choices=TONES, default=["loving"])
+    made.add_argument("--epsilons", type=float, nargs="+", default=[4.0])
+    made.add_argument("--steps", type=int, nargs="+", default=[30, 12])
+    made.add_argument("--rates", type=float, nargs="+", default=RATES, help="of AdamW")
+    made.add_argument("--hints", type=float, nargs="+", default=HINTS, help="of AutoAdam")
+    made.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    made.add_argument("--out", type=Path, default=Path("runs/auto/results.jsonl"))
+    made.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing and print the table."""
+    arguments = parser().parse_args(argv)
+    grid = {c.key(): c for c in wanted(arguments)}
+    if not arguments.report:
+        done = {result["key"] for result in read(arguments.out)}
+        missing = [c for key, c in grid.items() if key not in done]
+        for model in sorted({c.model for c in missing}):
+            public.public_model(model)
+        for number, result in enumerate(results_of(cells.run, [(c,) for c in missing], arguments.jobs), start=1):
+            append(arguments.out, result)
+            print(
+                f"[{number}/{len(missing)}] {result['method']} {result['steps']} steps, rate {result['rate']:g}, beta1 "
+                f"{result['beta1']:g}, seed {result['seed']}: loss {result['loss']:.4f}, {result['seconds']:.0f} s",
+                flush=True,
+            )
+    results = [result for result in read(arguments.out) if result["key"] in grid]
+    if not results:
+        raise SystemExit(f"no finished run in {arguments.out}: run it first, without --report")
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
