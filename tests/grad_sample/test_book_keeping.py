@@ -488,17 +488,19 @@ def test_a_fallback_that_does_not_repeat_itself_is_refused(inner: nn.Module) -> 
 
 
 class Processed(nn.Embedding):
-    """Not a plain lookup."""
+    """Not a lookup only."""
 
     def forward(self, mask: Tensor) -> Tensor:
-        return super().forward(mask.cumsum(-1)) ** 2
+        return super().forward(mask.cumsum(-1)) @ self.weight.T
 
 
-def test_an_embedding_that_processes_its_rows_is_refused_before_anything_is_released() -> None:
+def test_an_embedding_that_also_multiplies_with_its_table_is_refused_before_anything_is_released() -> None:
     register_rules()
     model = nn.Sequential(Processed(10, 6)).double().to(DEVICE).train()
     check_model(model, mode="bk")
-    with pytest.raises(ValueError, match=r"Processed is not a plain lookup.*register_rule"):
+    with pytest.raises(
+        ValueError, match=r"0 \(Processed\).*otherwise than by lookups.*register_rule\(Processed, rule\)"
+    ):
         one_backward(model, (IDS > 0).long(), quadratic)
 
 

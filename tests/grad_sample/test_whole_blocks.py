@@ -24,6 +24,10 @@ SMALL: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "gpt_neox_japanese": {"attention_dropout": 0.0, "hidden_dropout": 0.0},
     "llama4_text": {"intermediate_size_mlp": 12, "moe_layers": [1], "attention_chunk_size": 16},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 12, "moe_top_k": 2},
+        "d_model": 16, "n_heads": 2, "n_layers": 1,
+    },
     "longcat_flash": {
         "ffn_hidden_size": 12, "expert_ffn_hidden_size": 8, "n_routed_experts": 3, "zero_expert_num": 1, "moe_topk": 2,
         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
@@ -169,6 +173,43 @@ class ByMethods(nn.Module):
         return (self.mixture.run(rows) + bias).view_as(x)
 
 
+class Lent(nn.Module):
+    """Holds the stacks ``[E J, d]`` of experts, and is called with the part of one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(EXPERTS * 5, D) / D) for _ in range(2))
+
+    def forward(self, rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return (rows @ up.T).tanh() @ down
+
+
+class Lending(nn.Module):
+    """Sorts tokens by their expert, as DBRX does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = Lent()
+
+    def forward(self, x: Tensor, scores: Tensor) -> Tensor:
+        rows, out = x.reshape(-1, D), torch.zeros_like(x).reshape(-1, D)
+        best = scores.argmax(1)
+        for expert in best.unique().tolist():
+            own = (best == expert).nonzero().reshape(-1)
+            up, down = (stack.view(EXPERTS, 5, D)[expert] for stack in (self.parts.up, self.parts.down))
+            out.index_add_(0, own, self.parts(rows[own], up, down) * scores[own, expert, None])
+        return out.view_as(x)
+
+
+class WithLentStacks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.router = Lending(), nn.Linear(D, EXPERTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.router(x.reshape(-1, D)).softmax(-1))
+
+
 class Bias(nn.Module):
     """Returns its bias for others to add, frozen or not."""
 
@@ -202,6 +243,7 @@ BLOCKS = {
     "records, and scores in rows": lambda: Around(Unfolded(), second=True),
     "scores in rows without gradient": lambda: Around(Unfolded()),
     "methods": lambda: Around(ByMethods()),
+    "lent stacks": lambda: Around(WithLentStacks()),
     "a bias for others": lambda: Around(Bias()),
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from opacus_ac.grad_sample.one_backward.graph_nodes import keep, pass_on_watched
 from opacus_ac.grad_sample.one_backward.inert import inert
 from opacus_ac.grad_sample.one_backward.shared import Shared
 from opacus_ac.grad_sample.one_backward.sharing import Sharing
+from opacus_ac.grad_sample.one_backward.states import NO_STATES, Place, States, attributes, replaced
 from opacus_ac.grad_sample.one_backward.use import (
     Call,
     Tracked,
@@ -35,6 +36,13 @@ from opacus_ac.grad_sample.one_backward.use import (
 from opacus_ac.grad_sample.one_backward.watched_passes import WatchedPasses
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
+
+
+class _Before(NamedTuple):
+    """What a module that is run again had before a call."""
+
+    buffers: list[tuple[int, int]]
+    attributes: dict[Place, Any]
 
 
 def _versions(module: nn.Module) -> list[tuple[int, int]]:
@@ -79,7 +87,7 @@ class Capture:
         self._sharing = Sharing(model.buffers(), self._watched.is_constant)
         self._paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
-        self._buffers: dict[int, list[tuple[int, int]]] = {}
+        self._before_call: dict[int, _Before] = {}
         # Inside of experts the rows are sorted by expert, so nothing there has the records one after the other.
         within = {
             id(inner) for e in model.modules() if experts.is_experts(e) for inner in e.modules() if inner is not e
@@ -175,7 +183,7 @@ class Capture:
             parameter.requires_grad = False
         self._running.append((id(module), off))
         if tracked.keep_output:
-            self._buffers[id(module)] = _versions(module)
+            self._before_call[id(module)] = _Before(_versions(module), attributes(module))
         if tracked.is_experts:
             experts.watch(module, lambda product, output: self._product(tracked, product, output))
 
@@ -197,14 +205,16 @@ class Capture:
         return any(id(p) in switched for p in self._shards.now(self._tracked[own]))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before = self._before_call.pop(id(module), None)
         if not self._leave(module) or output is None:  # the output is None if the forward raised
             return None
         tracked = self._tracked[id(module)]
         if tracked.is_experts:
             return None  # each product was recorded separately
-        self._check_buffers(tracked)
+        states, kept = (NO_STATES, []) if before is None else self._changed(tracked, before)
         if tracked.keep_output and not isinstance(output, Tensor):
-            return self._after_several(tracked, args, kwargs, output)
+            call, tensors = Call.of(args, kwargs)
+            return self._after_several(tracked, call, [*tensors, *kept], output, states)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ValueError(
                 f"{tracked.path or 'the model'} ({type(module).__name__}) returns {type(output).__name__}, and a "
@@ -217,8 +227,9 @@ class Capture:
         if shared is not None:
             tensors = shared.inputs(tensors)
         if tracked.keep_output:  # what comes next may change the output in place
-            tensors = [*tensors, output.clone() if shared is None else shared.kept(output)]
+            tensors = [*tensors, *kept, output.clone() if shared is None else shared.kept(output)]
         use = self._use(tracked, call, tensors, output.device)
+        use.states = states
         if shared is not None:
             return shared.value.again(
                 pass_on_watched(self._token, shared.value.records(), lambda gradient: self._arrive(use, gradient))
@@ -254,17 +265,19 @@ class Capture:
         trained = {id(p) for p in self._shards.now(tracked)}
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, nn.Parameter) and id(leaf) in trained and id(leaf) in names:
-                leaves[place] = self._share_parameter(tracked, names[id(leaf)], leaf) or leaf
+                shared = self._share_parameter(tracked, names[id(leaf)], leaf)
+                leaves[place] = leaf if shared is None else shared
 
-    def _check_buffers(self, tracked: Tracked) -> None:
-        """Refuse a module that is run again and whose buffers its forward pass has changed."""
-        if tracked.keep_output and self._buffers.pop(id(tracked.module), None) != _versions(tracked.module):
+    def _changed(self, tracked: Tracked, before: _Before) -> tuple[States, list[Tensor]]:
+        """Return the states that a call has replaced, and refuse a module whose buffers it has changed."""
+        if before.buffers != _versions(tracked.module):
             raise ValueError(
                 f"{tracked.path or 'the model'} ({type(tracked.module).__name__}) changes its buffers in the forward "
                 "pass, which would publish statistics of the data. Register a rule with register_rule, or freeze it"
             )
+        return replaced(tracked.module, before.attributes)
 
-    def _after_several(self, tracked: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_several(self, tracked: Tracked, call: Call, tensors: list[Tensor], output: Any, states: States) -> Any:
         """Note a call that returned several tensors, of which the floating-point ones carry gradients."""
         leaves, spec = tree_flatten(output)
         floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -277,11 +290,10 @@ class Capture:
                 f"{tracked.path or 'the model'} ({type(tracked.module).__name__}) returns {type(output).__name__} "
                 "without a floating-point tensor, so no gradient comes back to it. Freeze it"
             )
-        call, tensors = Call.of(args, kwargs)
         outputs = [leaves[place] for place in places]
         second = in_the_second_dimension(tracked.module, tensors, outputs)
         use = self._use(tracked, call, records_first([*tensors, *outputs], second), outputs[0].device)
-        use.second = second
+        use.second, use.states = second, states
 
         def arrive(gradients: tuple[Tensor | None, ...]) -> None:
             use.gradients = gradients = records_first(gradients, {i - len(tensors) for i in second})

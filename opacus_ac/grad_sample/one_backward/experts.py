@@ -80,7 +80,26 @@ def holds_own_experts(module: nn.Module) -> bool:
         stacks = inner.parameters(recurse=of_methods) if of_methods or name == "experts" else ()
         if any(p.dim() > 2 and p.requires_grad for p in stacks):
             return True
+        if name == "experts" and any(_lends_its_parameters(part) for part in inner.children()):
+            return True  # stacks [E J, d], of which the module around takes the rows of an expert
     return False
+
+
+def _lends_its_parameters(module: nn.Module) -> bool:
+    """Whether a module has trained parameters that none of its methods names, so that only others can use them."""
+    own = {name for name, p in module._parameters.items() if p is not None and p.requires_grad}
+    classes = written_type(module).__mro__
+    methods = [item for cls in classes[: classes.index(nn.Module)] for item in vars(cls).items()]
+    named = {word for name, f in methods if name != "__init__" for word in _names_in(getattr(f, "__code__", None))}
+    return bool(own) and not own & named
+
+
+def _names_in(code: Any) -> Iterator[str]:
+    """Yield the names of attributes and functions that some code uses, with the functions inside of it."""
+    if code is not None:
+        yield from code.co_names
+        for inner in code.co_consts:
+            yield from _names_in(inner if inspect.iscode(inner) else None)
 
 
 def _is_never_called(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, holds_own_experts, is_experts, mixtures
 from opacus_ac.grad_sample.one_backward.outer_products import Rows, Term
 from opacus_ac.grad_sample.one_backward.replay import replayed_rows
+from opacus_ac.grad_sample.one_backward.replayed_lookup import replayed_lookup
 from opacus_ac.grad_sample.one_backward.routed import Routed
 from opacus_ac.grad_sample.one_backward.use import Tracked, Use
 from opacus_ac.grad_sample.registry import STOCK, GradSampler, sampler_of
@@ -28,7 +29,7 @@ from opacus_ac.grad_sample.rules.bitlinear import (
     ste_linear,
     ste_linear_factors,
 )
-from opacus_ac.grad_sample.rules.embedding import embedding, lookup_terms, replayed_ids
+from opacus_ac.grad_sample.rules.embedding import embedding, ids_by_record, lookup_terms
 from opacus_ac.grad_sample.rules.embedding_bag import bag_terms, bags_of, embedding_bag
 from opacus_ac.grad_sample.rules.linear import conv1d, dense_terms
 from opacus_ac.grad_sample.rules.normalization import offset_rms_norm, rms_norm, rms_norm_rows
@@ -46,7 +47,7 @@ def _conv1d(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
 
 
 def _lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    return lookup_terms(use.module, _ids_by_record(tensors[0], backprops), backprops)
+    return lookup_terms(use.module, ids_by_record(tensors[0], backprops), backprops)
 
 
 def _bag(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -83,21 +84,6 @@ def _rows_of(sampler: GradSampler) -> TermRule:
         return [(parameter, Rows(values)) for parameter, values in rows.items()]
 
     return rule
-
-
-def _replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    """Return the terms of an embedding that computes its ids itself (OPT's positions), from a second run."""
-    assert isinstance(use.module, nn.Embedding)
-    args, kwargs = use.call.arguments(tensors[:-1])
-    ids = replayed_ids(use.module, args, kwargs, tensors[-1])
-    return lookup_terms(use.module, _ids_by_record(ids, backprops), backprops)
-
-
-def _ids_by_record(ids: Tensor, backprops: Tensor) -> Tensor:
-    """Return ids ``[B, ...]``, if they came as ``[1, ...]`` or as positions ``[T]`` for all records."""
-    if ids.dim() + 1 < backprops.dim():
-        ids = ids.unsqueeze(0)
-    return ids.expand(backprops.shape[:-1])
 
 
 def _routed(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -240,7 +226,7 @@ def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
     if sampler is None and is_experts(module):
         return _routed, "routed"
     if sampler is None:
-        return (_replayed_lookup, "lookup") if replays_lookup(module) else (replayed_rows, "replay")
+        return (replayed_lookup, "lookup") if replays_lookup(module) else (replayed_rows, "replay")
     if sampler is auto_bitlinear:
         return _auto_bitlinear(shared), "dense"
     if sampler in _FAMILIES:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from opacus_ac.grad_sample.module_replay import bare_twin, is_quantised
 from opacus_ac.grad_sample.one_backward.outer_products import Rows
+from opacus_ac.grad_sample.one_backward.states import StatesOfTwin
 from opacus_ac.grad_sample.one_backward.use import Call, Use
 from opacus_ac.grad_sample.precision import less_was_asked
 
@@ -46,30 +48,49 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> l
     # An output without a gradient does not matter, whatever its shape is.
     backs = tuple(None if g is None else _by_records(g, len(backprops)) for g in gradients)
     wanted = [_by_records(o, len(backprops)) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-    try:
-        rows = _checked_rows(use, inputs, backs, wanted)
-    except ValueError:
-        # A mask of a sequence may be as long as there are records.
-        squares = [i for i, t in enumerate(inputs) if t.shape == (len(backprops), len(backprops))]
-        if not squares:
-            raise
-        rows = _checked_rows(use, inputs, backs, wanted, squares)
-    owned = dict(use.module.named_parameters())
-    return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+    first: ValueError | None = None
+    for split in _splits(inputs, outputs, len(backprops)):
+        try:
+            rows, again = _run_again(use, split, backs)
+            for got, want in zip(again, wanted, strict=True):
+                _check_replay(use, inputs, got, want)
+        except ValueError as error:
+            first = first or error
+            continue
+        owned = dict(use.module.named_parameters())
+        return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
+    assert first is not None
+    raise first
 
 
-def _checked_rows(
-    use: Use,
-    inputs: tuple[Tensor, ...],
-    backs: tuple[Tensor | None, ...],
-    wanted: Sequence[Tensor],
-    whole: Sequence[int] = (),
-) -> Weights:
-    """Return the gradients of the records, if the second run returned what was ``wanted``."""
-    rows, again = _run_again(use, inputs, backs, whole)
-    for got, want in zip(again, wanted, strict=True):
-        _check_replay(use, inputs, got, want)
-    return rows
+@dataclass(frozen=True)
+class _Split:
+    """The tensors of a call, and what a record gets of each.
+
+    Attributes:
+        tensors: the tensors. Those of which a record gets a part have the records first.
+        dims: 0 for those, None for tensors that every record gets as they are.
+        rows: places of tensors that came as ``[B T, ...]``. A record gets ``[T, ...]`` of them, not a batch of one.
+    """
+
+    tensors: tuple[Tensor, ...]
+    dims: tuple[int | None, ...]
+    rows: frozenset[int] = frozenset()
+
+
+def _splits(inputs: Sequence[Tensor], outputs: Sequence[Tensor], records: int) -> Iterator[_Split]:
+    """Yield the ways to take the tensors of a call apart. The first one that returns what was returned is right."""
+    of_records = [t for t in (*inputs, *outputs) if t.dim() > 1 and t.shape[0] == records]
+    lengths = {t.shape[1] for t in of_records if t.shape[1] > 1}
+    # Scores of a router come as [B T, E] beside states [B, T, d].
+    rows = frozenset(i for i, t in enumerate(inputs) if t.dim() and t.shape[0] in {records * n for n in lengths})
+    # A mask of a sequence may be as long as there are records.
+    squares = {i for i, t in enumerate(inputs) if t.shape == (records, records)}
+    for split_rows in (rows, frozenset[int]()) if rows else (rows,):
+        tensors = tuple(_by_records(t, records) if i in split_rows else t for i, t in enumerate(inputs))
+        for whole in (set[int](), squares) if squares else (squares,):
+            dims = tuple(0 if t.dim() and len(t) == records and i not in whole else None for i, t in enumerate(tensors))
+            yield _Split(tensors, dims, split_rows)
 
 
 def _by_records(tensor: Tensor, records: int) -> Tensor:
@@ -82,21 +103,18 @@ def _by_records(tensor: Tensor, records: int) -> Tensor:
 def replay_sampler(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """Return the same for a module with one input, in the form of a grad sampler of Opacus, for tests of modules."""
     use = Use("", module, Call.of(tuple(activations), {})[0], None, nullcontext(), 0)
-    rows, _ = _run_again(use, tuple(activations), (backprops,))
+    rows, _ = _run_again(use, next(_splits(activations, (backprops,), len(backprops))), (backprops,))
     owned = dict(module.named_parameters())
     return {owned[name]: values.detach() for name, values in rows.items()}
 
 
-def _run_again(
-    use: Use, inputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], whole: Sequence[int] = ()
-) -> tuple[Weights, tuple[Tensor, ...]]:
+def _run_again(use: Use, split: _Split, gradients: tuple[Tensor | None, ...]) -> tuple[Weights, tuple[Tensor, ...]]:
     """Return the gradients ``[B, ...]`` of the trained weights, and the outputs that have gradients."""
     backs = tuple(g for g in gradients if g is not None)
-    split = [t.dim() > 0 and t.shape[0] == backs[0].shape[0] and i not in whole for i, t in enumerate(inputs)]
-    dims = tuple(0 if is_split else None for is_split in split)
+    inputs, dims = split.tensors, split.dims
     twin = bare_twin(use.module)
     weights = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
-    record = _record_of(use, twin, dims, [i for i, g in enumerate(gradients) if g is not None])
+    record = _record_of(use, twin, split, [i for i, g in enumerate(gradients) if g is not None])
     with torch.enable_grad():
         if use.module not in _NOT_TOGETHER and not is_quantised(twin):
             try:
@@ -114,17 +132,20 @@ def _run_again(
     return results
 
 
-def _record_of(use: Use, twin: nn.Module, dims: tuple[int | None, ...], places: list[int]) -> Record:
+def _record_of(use: Use, twin: nn.Module, split: _Split, places: list[int]) -> Record:
+    dims = split.dims
+    states = StatesOfTwin(twin, use.states)
+
     def record(
         weights: Weights, arguments: tuple[Tensor, ...], backs: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         # A module that was handed [B T, d] takes the rows of one record; any other takes a batch of one.
         # A value that all records share has no place for the batch.
         whole = [
-            t if d is None or use.is_split or i in use.bare else t.unsqueeze(int(i in use.second))
+            t if d is None or use.is_split or i in use.bare or i in split.rows else t.unsqueeze(int(i in use.second))
             for i, (t, d) in enumerate(zip(arguments, dims, strict=True))
         ]
-        args, kwargs = use.call.without(_is_cache).arguments(whole)
+        args, kwargs = use.call.without(_is_cache).arguments(states.restore(whole))
         with use.autocast:
             results = _computed(functional_call(twin, weights, args, kwargs), weights)
         bare = [use.is_split or len(dims) + i in use.bare for i in places]
@@ -222,6 +243,11 @@ def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
         tolerance = _LOW_TOLERANCE
     # A record with small outputs gets the tolerance of a median one, and one with large outputs its own.
     return bool((difference <= tolerance * torch.maximum(size, size.median())).all())
+
+
+def returns_the_same(got: Tensor, want: Tensor) -> bool:
+    """Say whether a second run returned the same, but for rounding; the records are the first dimension."""
+    return _is_replay(got, want, _ordinary_records((), want)) if want.dim() > 0 else got.shape == want.shape
 
 
 def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor) -> None:

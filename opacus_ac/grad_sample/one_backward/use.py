@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from opacus_ac.grad_sample.one_backward.experts import Product
+from opacus_ac.grad_sample.one_backward.states import NO_STATES, States
 
 
 @dataclass
@@ -91,6 +92,8 @@ class Use:
     """Places of the tensors that are shared by all records, and whose part for a record has no batch dimension."""
     second: frozenset[int] = frozenset()
     """Places of the tensors that came with the records in their second dimension."""
+    states: States = NO_STATES
+    """The attributes that the call has replaced. Those that were tensors are kept after its arguments."""
     is_split: bool = False
     """Whether the tensors came as ``[B T, d]`` and were reshaped to ``[B, T, d]``."""
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from opacus_ac.grad_sample.module_replay import bare_twin, call_forward, map_tensors, to_double, written_type
+from opacus_ac.grad_sample.module_replay import bare_twin, call_forward, map_tensors, to_double
 from opacus_ac.grad_sample.one_backward.bounds import wide
 from opacus_ac.grad_sample.one_backward.outer_products import Lookup, Rows, Term
 
@@ -49,8 +44,22 @@ def lookup_terms(module: nn.Module, ids: Tensor, backprops: Tensor) -> list[tupl
         return []
     scale = scale_of(module)
     values = backprops if isinstance(scale, float) and scale == 1.0 else backprops * scale
-    if module.padding_idx is not None:
-        values = values.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0)
+    return table_terms(weight, ids, values, module.padding_idx)
+
+
+def table_terms(
+    weight: nn.Parameter, ids: Tensor, values: Tensor, padding_idx: int | None
+) -> list[tuple[nn.Parameter, Term]]:
+    """Return the term that rows ``ids`` ``[B, ...]`` add to the gradient of a table.
+
+    Args:
+        weight: the table ``[V, D]``.
+        ids: ``[B, ...]``.
+        values: gradient at the rows, ``[B, ..., D]``.
+        padding_idx: the row that gets no gradient, or None.
+    """
+    if padding_idx is not None:
+        values = values.masked_fill((ids == padding_idx).unsqueeze(-1), 0)
     batch = ids.shape[0]
     flat = ids.reshape(batch, -1 if ids.numel() else 0)
     if (
@@ -58,6 +67,13 @@ def lookup_terms(module: nn.Module, ids: Tensor, backprops: Tensor) -> list[tupl
     ):  # as for relative positions, of which there are T^2: the gradient is the smaller one
         return [(weight, Rows(_written_down(flat, wide(values), weight.shape)))]
     return [(weight, Lookup(flat, values.reshape(batch, -1, values.shape[-1])))]
+
+
+def ids_by_record(ids: Tensor, backprops: Tensor) -> Tensor:
+    """Return ids ``[B, ...]``, if they came as ``[1, ...]`` or as positions ``[T]`` for all records."""
+    if ids.dim() + 1 < backprops.dim():
+        ids = ids.unsqueeze(0)
+    return ids.expand(backprops.shape[:-1])
 
 
 def _written_down(ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
@@ -101,49 +117,6 @@ def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor
     batch = ids.shape[0]
     flat = ids.reshape(batch, -1 if ids.numel() else 0)
     return {weight: _written_down(flat, values, weight.shape)}
-
-
-class _RecordLookup(TorchFunctionMode):
-    """Notes the ids and the result of every lookup in a table that runs under it."""
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.table = table
-        self.lookups: list[tuple[Tensor, Tensor]] = []
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func is F.embedding:
-            self.lookups.append((args[0] if args else (kwargs or {})["input"], output))
-        elif func is Tensor.__getitem__ and args[0] is self.table:
-            self.lookups.append((torch.arange(len(self.table), device=self.table.device)[args[1]], output))
-        return output
-
-
-def replayed_ids(module: nn.Embedding, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Return the ids ``[B, ...]`` that an embedding with its own forward looks up, from a second run.
-
-    Args:
-        module: the layer.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        output: its output in the first run, ``[B, ..., D]``.
-
-    Raises:
-        ValueError: If its output is not the unchanged rows of one lookup.
-    """
-    twin = bare_twin(module)
-    with torch.no_grad(), _RecordLookup(twin.weight) as recorder:
-        written_type(module).forward(twin, *args, **kwargs)
-    if len(recorder.lookups) != 1 or not torch.equal(recorder.lookups[0][1], output):
-        name = type(module).__name__
-        raise ValueError(
-            f"{name} is not a plain lookup: its forward does not return the rows of one lookup. Write a rule "
-            f"for it and pass it to register_rule({name}, rule), or freeze it with requires_grad_(False)"
-        )
-    return recorder.lookups[0][0]
 
 
 def is_scaled_lookup(module: nn.Module) -> bool:

@@ -57,7 +57,7 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], **_TWO_ROPES},
     "dbrx": {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 4, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 24},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_top_k": 2},  # of one expert, the router would get no gradient
     },
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
