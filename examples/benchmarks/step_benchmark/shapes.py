@@ -44,8 +44,10 @@ SHAPES = {
     "c": Shape(896, 24, 14, 2, 4864, 151936, 2, 64, at_once=1),
     "bitnet": Shape(384, 6, 6, 3, 1056, 8192, 8, 128, family="BitNet"),
     "lora": Shape(512, 4, 8, 4, 1408, 49152, 8, 64, lora_rank=8),
-    "mixtral": Shape(256, 4, 8, 4, 512, 8192, 8, 128, tied=False, family="Mixtral", experts=8),
-    "qwen3-moe": Shape(256, 4, 8, 4, 512, 8192, 8, 128, tied=False, family="Qwen3Moe", experts=8),
+    "mixtral": Shape(256, 4, 8, 4, 512, 8192, 8, 512, tied=False, family="Mixtral", experts=8),
+    "qwen3-moe": Shape(256, 4, 8, 4, 512, 8192, 8, 512, tied=False, family="Qwen3Moe", experts=8),
+    # With few tokens for its size: noise has a cost for each parameter.
+    "qwen3-moe-short": Shape(256, 4, 8, 4, 512, 8192, 8, 128, tied=False, family="Qwen3Moe", experts=8),
     "gpu": Shape(576, 30, 9, 3, 1536, 49152, 16, 512),
     "tiny": Shape(32, 1, 4, 2, 48, 64, 2, 8, tied=False),
 }

@@ -162,9 +162,11 @@ def _forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 def _by_expert(module: Any, name: str, bias: str | None, inputs: Tensor, counts: list[int]) -> Tensor:
     weights = getattr(module, name)
     parts = []
-    for expert, stretch in stretches(counts):
-        weight = weights[expert].t() if module.is_transposed else weights[expert]
-        parts.append(F.linear(inputs[stretch], weight, None if bias is None else getattr(module, bias)[expert]))
+    # Split, because the gradient of a slice is a tensor of the whole's size.
+    for expert, rows in enumerate(inputs.split(counts)):
+        if len(rows):
+            weight = weights[expert].t() if module.is_transposed else weights[expert]
+            parts.append(F.linear(rows, weight, None if bias is None else getattr(module, bias)[expert]))
     width = weights.shape[2 if module.is_transposed else 1]
     return torch.cat(parts) if parts else inputs.new_zeros(0, width)
 

@@ -124,14 +124,16 @@ class RoutedBook:
         use = self._together()
         together = weights.without(self.apart)
         factors = together.every_like(out)[use.records]
-        out.zero_()
-        for expert, rows in stretches(use.counts):
-            own = factors[rows].unsqueeze(1)
-            left, right = use.left[rows], use.right[rows]
-            if together.any_zero:  # a record of weight 0 may have values that are not finite
-                left, right = left.masked_fill(own == 0, 0), right.masked_fill(own == 0, 0)
-            # Each row is a record of its own here, with one position.
-            add_product(out[expert], left.unsqueeze(1), right.unsqueeze(1), own.unsqueeze(2), first=True)
+        left, right = use.left, use.right
+        if together.any_zero:  # a record of weight 0 may have values that are not finite
+            gone = (factors == 0).unsqueeze(1)
+            left, right = left.masked_fill(gone, 0), right.masked_fill(gone, 0)
+        parts = zip(*(x.unsqueeze(1).split(use.counts) for x in (left, right, factors.view(-1, 1))), strict=True)
+        for expert, (own_left, own_right, own) in enumerate(parts):
+            if len(own):  # each row is like a record of one position
+                add_product(out[expert], own_left, own_right, own, first=True)
+            else:
+                out[expert].zero_()
         for record in self.apart:
             if weights.of(record) != 0:
                 self._add_apart(use, record, weights.of(record), out)
@@ -163,29 +165,47 @@ def _joined(one: Routed, other: Routed) -> Routed:
 
 def _found(use: Routed) -> NormSums:
     """Return what is known of the norms of records, from that of their groups."""
-    ids, sizes = use.groups().unique(return_counts=True)  # rows of a group need not be next to each other
-    order = use.groups().argsort(stable=True)
-    starts = sizes.cumsum(0) - sizes
     batch, device = use.batch, use.left.device
-    total = None
-    for length, chosen in _by_length(sizes):
-        place = starts[chosen].unsqueeze(1) + torch.arange(length, device=device)
-        inside = place < (starts + sizes)[chosen].unsqueeze(1)
-        rows = order[place.clamp(max=len(order) - 1)]
-        left, right = (side[rows].masked_fill(~inside.unsqueeze(2), 0) for side in (use.left, use.right))
-        part = _of_records(_groups_found(Dense(left, right)), ids[chosen] % batch, batch)
-        total = part if total is None else replace(total.plus(part), uses=1)
-    if total is None:  # no row at all
-        zeros = torch.zeros(batch, dtype=torch.float64, device=device)
-        total = NormSums(zeros, zeros, zeros, 1, 1, 0.0)
+    zeros = torch.zeros(batch, dtype=torch.float64, device=device)
+    total = NormSums(zeros, zeros, zeros, 0, 1, 0.0)
+    for ids, groups in _filled_up(use):
+        total = replace(total.plus(_of_records(_groups_found(groups), ids % batch, batch)), uses=1)
     return total
 
 
+def _filled_up(use: Routed) -> Iterator[tuple[Tensor, Dense]]:
+    """Yield groups of one length after filling up with zeros: their numbers ``[G]``, and their outer products."""
+    of_rows = use.groups()
+    ids, sizes = of_rows.unique(return_counts=True)
+    order = of_rows.argsort(stable=True)  # rows of a group need not be next to each other
+    starts = sizes.cumsum(0) - sizes
+    chosen, places, outside = [], [], []
+    for length, groups in _by_length(sizes):
+        place = starts[groups].unsqueeze(1) + torch.arange(length, device=order.device)
+        chosen.append(groups)
+        places.append(place)
+        outside.append(place >= (starts + sizes)[groups].unsqueeze(1))
+    if not chosen:
+        return
+    rows = order[torch.cat([place.reshape(-1) for place in places]).clamp_(max=len(order) - 1)]
+    filling = torch.cat([out.reshape(-1) for out in outside]).nonzero().reshape(-1)
+    # All at once: there are many lengths, and few groups of each.
+    left, right = (side.index_select(0, rows).index_fill_(0, filling, 0) for side in (use.left, use.right))
+    numbers = [place.numel() for place in places]
+    sides = zip(left.split(numbers), right.split(numbers), strict=True)
+    for groups, place, (one, other) in zip(chosen, places, sides, strict=True):
+        yield ids[groups], Dense(one.unflatten(0, place.shape), other.unflatten(0, place.shape))
+
+
 def _by_length(sizes: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield groups ``[G]`` by the power of two that their size is filled up to; it does not depend on other groups."""
-    powers = (sizes - 1).clamp(min=0).double().add(0.5).log2().floor().add(1).clamp(min=0).long()
-    for power in powers.unique().tolist():
-        yield 1 << power, (powers == power).nonzero().reshape(-1)
+    """Yield groups ``[G]`` by the length that they are filled up to; it does not depend on other groups.
+
+    There are two lengths for each power of two, so that at most half of a group is filling.
+    """
+    steps = (sizes.clamp(min=1).double().log2().floor() - 1).clamp(min=0).exp2().long()
+    lengths = (sizes + steps - 1) // steps * steps
+    for length in lengths.unique().tolist():
+        yield length, (lengths == length).nonzero().reshape(-1)
 
 
 def _groups_found(groups: Dense) -> NormSums:
