@@ -13,13 +13,15 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def fresh_start():
+def fresh_start(request):
     """Opacus's registries are global and ``make_private`` fills them: every test starts from Opacus's own."""
+    from gpu_state import stop_if_broken
     from tiny_models import opacus_table_restored
 
     torch.manual_seed(0)
     with opacus_table_restored():
         yield
+    stop_if_broken(request.node.nodeid)
 
 
 @pytest.fixture(params=["torch", "oneDNN"])

@@ -1,7 +1,7 @@
 """Private steps on a device beside those on the processor, with the same seeded noise: every policy, mode, setting, method.
 
-``OPACUS_AC_TEST_DEVICE=cuda pytest tests/engine/test_devices.py tests/grad_sample/test_book_keeping.py`` runs them on a GPU; without it they show
-that runs repeat.
+``OPACUS_AC_TEST_DEVICE=cuda pytest tests/engine/test_devices.py tests/engine/test_device_routes.py tests/grad_sample/test_book_keeping.py``
+runs them on a GPU; without it they show that runs repeat. ``examples/benchmarks/device_check.py`` does so, and measures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tiny_models
 import tiny_trainer
 import torch
 from allocation_runs import HISTORY, PAID, UNEVEN
+from device_runs import CPU, adamw, lm_run, moved, outcome, private
 from helpers import classifier, loader, loss_of
 from tiny_models import DEVICE
 from torch import Tensor, nn
@@ -28,42 +29,8 @@ from opacus_ac.grad_sample import expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.loss import fused_causal_lm_loss, per_record_causal_lm_loss
 
-CPU = torch.device("cpu")
 ON_GPU = DEVICE.type == "cuda"
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
-
-
-def moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
-        return {name: values.to(device) for name, values in batch.items()}
-    return [values.to(device) for values in batch]
-
-
-def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.01, **options)
-
-
-def private(
-    model: nn.Module, optimizer: Callable[[nn.Module], Any] = adamw, data: Any = None, **settings: Any
-) -> tuple[Any, ...]:
-    """Return (engine, model, optimizer, loader) with seeded noise, drawn on the processor for every device."""
-    torch.manual_seed(5)
-    arguments = {"noise_multiplier": 0.7, "max_grad_norm": 0.5, "ema_decay": 0.9, **settings}
-    engine = PrivacyEngine()
-    made = engine.make_private(
-        module=model, optimizer=optimizer(model), data_loader=loader(64, 16) if data is None else data,
-        noise_generator=torch.Generator().manual_seed(3), **arguments,
-    )  # fmt: skip
-    return engine, *made
-
-
-def outcome(model: nn.Module, optimizer: Any) -> Tensor:
-    """Weights, averaged weights, C and the learning-rate multiplier."""
-    values = [p.detach().reshape(-1) for p in model.parameters()]
-    if optimizer.ema is not None:
-        values += [a.reshape(-1) for a in optimizer.ema._average]
-    numbers = torch.tensor([optimizer.max_grad_norm, optimizer.released.lr_multiplier])
-    return torch.cat([v.double().cpu() for v in values] + [numbers.double()])
 
 
 def run(device: torch.device, optimizer: Callable[[nn.Module], Any] = adamw, **settings: Any) -> Tensor:
@@ -107,21 +74,6 @@ def test_a_run_is_the_same_on_every_device(name: str) -> None:
         warnings.simplefilter("ignore")
         results = [run(device, **RUNS[name]) for device in (CPU, DEVICE)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
-
-
-def lm_run(name: str, device: torch.device, loss: Callable[..., Tensor], **settings: Any) -> Tensor:
-    model = tiny_models.build(name, dtype=torch.float64).to(device)
-    rows = DataLoader(tiny_trainer.rows(64), batch_size=16)
-    _, model, optimizer, batches = private(model, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), rows, **settings)
-    for batch in batches:
-        optimizer.zero_grad()
-        batch = moved(batch, device)
-        losses = loss(
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"]
-        )
-        losses.mean().backward()
-        optimizer.step()
-    return outcome(model, optimizer)
 
 
 @pytest.mark.parametrize("loss", [per_record_causal_lm_loss, fused_causal_lm_loss])

@@ -7,13 +7,14 @@ import multiprocessing
 import multiprocessing.dummy
 import random
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from step_benchmark.shapes import Shape
-from step_benchmark.variants import NO_NOISE, PLAIN, VARIANTS, Options, not_applicable
-from step_benchmark.workers import Failed, Worker
+from step_benchmark.variants import NO_NOISE, PLAIN, VARIANTS, Options, Variant, not_applicable
+from step_benchmark.workers import Failed, Worker, in_processes
 
 LOSS_TOLERANCE = {False: 1e-4, True: 2e-2}  # relative, without and with autocast
 
@@ -30,6 +31,8 @@ class Figures:
     idle_share: float = 0.0
     trained: int = 0
     parameters: int = 0
+    parts: int = 1
+    syncs: dict[str, Any] = field(default_factory=dict)
     failure: str = ""
     note: str = ""
 
@@ -37,11 +40,13 @@ class Figures:
 class Group:
     """Variants that live at the same time, ``plain`` always among them."""
 
-    def __init__(self, shape: Shape, names: Sequence[str], options: Options, results: dict[str, Figures]) -> None:
+    def __init__(
+        self, shape: Shape, variants: Mapping[str, Variant], options: Options, results: dict[str, Figures]
+    ) -> None:
         self.options, self.results = options, results
         self.losses: dict[str, float] = {}
-        context: Any = multiprocessing.get_context("spawn") if options.device == "cpu" else multiprocessing.dummy
-        self.workers = {name: Worker(context, shape, VARIANTS[name], options) for name in names}
+        context: Any = multiprocessing.get_context("spawn") if in_processes(options) else multiprocessing.dummy
+        self.workers = {name: Worker(context, shape, variant, options) for name, variant in variants.items()}
 
     def ask(self, name: str, request: str) -> Any:
         """Return the worker's answer; None once it has failed, which is noted and reported at once."""
@@ -66,6 +71,7 @@ class Group:
             if built is None:
                 continue
             self.results[name].trained, self.results[name].parameters = built["counts"]
+            self.results[name].parts = built["parts"]
             self.losses[name] = built["loss"]
             wanted = self.losses.get(PLAIN, built["loss"])
             if not math.isclose(built["loss"], wanted, rel_tol=LOSS_TOLERANCE[self.options.autocast]):
@@ -75,7 +81,10 @@ class Group:
         """Build, time the rounds, measure memory."""
         self.build()
         order, shuffle = list(self.workers), random.Random(0).shuffle
+        start = time.monotonic()
         for number in range(self.options.rounds):
+            if number and time.monotonic() - start > self.options.seconds:
+                break
             shuffle(order)
             print(f"round {number + 1} of {self.options.rounds}", file=sys.stderr, flush=True)
             self.note_times({name: seconds for name in order if (seconds := self.ask(name, "time")) is not None})
@@ -84,6 +93,8 @@ class Group:
                 if (measured := self.ask(name, "memory")) is not None:
                     self.results[name].peak_mib.append(measured[0])
                     self.results[name].resident_mib.append(measured[1])
+        for name in order if self.options.count_syncs else ():
+            self.results[name].syncs = self.ask(name, "syncs") or {}
         for name in order:
             self.results[name].idle_share = max(self.results[name].idle_share, self.ask(name, "idle") or 0.0)
 
@@ -117,12 +128,18 @@ def groups(names: Sequence[str], at_once: int) -> Iterator[list[str]]:
     yield [PLAIN, *group]
 
 
-def measure(shape: Shape, names: Sequence[str], options: Options, at_once: int) -> dict[str, Figures]:
+def measure(
+    shape: Shape,
+    names: Sequence[str],
+    options: Options,
+    at_once: int,
+    variants: Mapping[str, Variant] = VARIANTS,
+) -> dict[str, Figures]:
     """Measure the named variants of a shape, ``plain`` with them."""
     results = {name: Figures(note=not_applicable(name, shape)) for name in dict.fromkeys([PLAIN, *names])}
     for members in groups([name for name, figures in results.items() if not figures.note], at_once):
         print(f"measuring {', '.join(members)}", file=sys.stderr, flush=True)
-        group = Group(shape, members, options, results)
+        group = Group(shape, {name: variants[name] for name in members}, options, results)
         try:
             group.run()
         finally:

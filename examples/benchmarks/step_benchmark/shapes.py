@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -13,7 +14,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a batch; ``at_once`` variants live beside ``plain`` at the same time (0: all of them)."""
+    """A model and a batch.
+
+    ``batch`` records reach the model at once, and ``parts`` such batches are one step. ``at_once`` variants live beside
+    ``plain`` at the same time (0: all of them). ``base`` is the type of frozen weights beside adapters. With ``image`` the
+    model is a vision transformer for images of so many pixels a side, and ``vocab`` the number of classes.
+    """
 
     hidden: int
     layers: int
@@ -28,13 +34,26 @@ class Shape:
     lora_rank: int = 0
     experts: int = 0
     at_once: int = 0
+    parts: int = 1
+    base: str = "float32"
+    image: int = 0
+
+    @property
+    def records(self) -> int:
+        """Records of a step."""
+        return self.batch * self.parts
 
     def __str__(self) -> str:
         tied = "tied" if self.tied else "untied"
         lora = f", LoRA r{self.lora_rank} on q and v" if self.lora_rank else ""
+        lora += f" of a {self.base} base" if self.base != "float32" else ""
+        batch = f"{self.parts} x {self.batch}" if self.parts > 1 else f"{self.batch}"
+        if self.image:
+            size = f"hidden {self.hidden}, {self.layers} layers, {self.vocab} classes"
+            return f"{self.family}, {size}{lora}; {batch} images of {self.image} x {self.image}"
         size = f"hidden {self.hidden}, {self.layers} layers, vocabulary {self.vocab}"
         experts = f", two of {self.experts} experts for a token" if self.experts else ""
-        return f"{self.family}, {size}{experts}, {tied}{lora}; {self.batch} records of {self.length} tokens"
+        return f"{self.family}, {size}{experts}, {tied}{lora}; {batch} records of {self.length} tokens"
 
 
 SHAPES = {
@@ -53,37 +72,76 @@ SHAPES = {
 }
 
 
-def new_model(shape: Shape) -> nn.Module:
-    """Return the untrained model, the same at every call."""
+def new_model(shape: Shape, device: str = "cpu") -> nn.Module:
+    """Return the untrained model, the same at every call; a large one is made where it is used."""
     torch.manual_seed(0)
-    config = {
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, shape.base))
+    try:
+        with torch.device(device):
+            model = _untrained(shape)
+    finally:
+        torch.set_default_dtype(before)
+    if shape.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["query", "value"] if shape.family == "ViT" else ["q_proj", "v_proj"]
+        task = None if shape.image else "CAUSAL_LM"
+        model = get_peft_model(model, LoraConfig(r=shape.lora_rank, target_modules=targets, task_type=task))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model.train()
+
+
+def _untrained(shape: Shape) -> nn.Module:
+    if shape.image:
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**_sizes_of_images(shape)))
+    config = _sizes_of_texts(shape)
+    if shape.family == "BitNet":
+        return _with_bit_linears(transformers.BitNetForCausalLM(transformers.BitNetConfig(**config)))
+    kind = getattr(transformers, f"{shape.family}Config")
+    model: nn.Module = getattr(transformers, f"{shape.family}ForCausalLM")(kind(**config))
+    return model
+
+
+def _sizes_of_texts(shape: Shape) -> dict[str, Any]:
+    """Return the arguments of the configuration of a language model."""
+    config: dict[str, Any] = {
         "vocab_size": shape.vocab,
         "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
         "max_position_embeddings": max(shape.length, 512),
         "tie_word_embeddings": shape.tied,
         "use_cache": False,
-        "pad_token_id": None,
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if shape.family == "BitNet":
-        return _with_bit_linears(transformers.BitNetForCausalLM(transformers.BitNetConfig(**config))).train()
+    if shape.family == "OPT":
+        still = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "pad_token_id": 1}
+        return config | still | {"ffn_dim": shape.intermediate, "word_embed_proj_dim": shape.hidden}
+    config |= {"num_key_value_heads": shape.kv_heads, "intermediate_size": shape.intermediate, "pad_token_id": None}
     if shape.experts:
         names = ("num_local_experts",) if shape.family == "Mixtral" else ("num_experts",)
         config |= dict.fromkeys(names, shape.experts) | {"num_experts_per_tok": 2}
         config |= {} if shape.family == "Mixtral" else {"moe_intermediate_size": shape.intermediate, "head_dim": 32}
-    kind = getattr(transformers, f"{shape.family}Config")
-    model = getattr(transformers, f"{shape.family}ForCausalLM")(kind(**config))
-    if shape.lora_rank:
-        from peft import LoraConfig, get_peft_model
+    return config
 
-        targets = ["q_proj", "v_proj"]
-        model = get_peft_model(model, LoraConfig(r=shape.lora_rank, target_modules=targets, task_type="CAUSAL_LM"))
-    return model.train()
+
+def _sizes_of_images(shape: Shape) -> dict[str, Any]:
+    """Return the arguments of the configuration of a vision transformer, with patches of 16 pixels or a quarter."""
+    return {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "image_size": shape.image,
+        "patch_size": min(16, shape.image // 4),
+        "num_labels": shape.vocab,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
 
 
 def _with_bit_linears(model: nn.Module) -> nn.Module:
@@ -100,7 +158,12 @@ def _with_bit_linears(model: nn.Module) -> nn.Module:
     return model
 
 
-def new_batch(shape: Shape, device: str) -> Batch:
-    """Return the fixed batch of random tokens, every one of them labelled."""
-    ids = torch.randint(shape.vocab, (shape.batch, shape.length), generator=torch.Generator().manual_seed(0))
+def new_batch(shape: Shape, device: str, seed: int = 0) -> Batch:
+    """Return a fixed batch of random tokens, every one of them labelled, or of random images."""
+    generator = torch.Generator().manual_seed(seed)
+    if shape.image:
+        pixels = torch.randn(shape.batch, 3, shape.image, shape.image, generator=generator)
+        labels = torch.randint(shape.vocab, (shape.batch,), generator=generator)
+        return {"pixel_values": pixels.to(device), "labels": labels.to(device)}
+    ids = torch.randint(shape.vocab, (shape.batch, shape.length), generator=generator)
     return {"input_ids": ids.to(device), "labels": ids.to(device)}

@@ -35,6 +35,10 @@ class Variant:
     onednn: bool = True
     """Whether oneDNN's products may be used where they are faster than torch's own."""
 
+    def ready(self, shape: Shape, options: Options) -> Any:
+        """Return the variant on a model: a :class:`Trial`, or something with its methods."""
+        return Trial(shape, self, options)
+
 
 VARIANTS = {
     PLAIN: Variant(),
@@ -54,7 +58,7 @@ VARIANTS = {
 
 def not_applicable(variant: str, shape: Shape) -> str:
     """Why a variant cannot run on a shape by its nature, or ""."""
-    if variant == "opacus-ghost" and shape.tied and not shape.lora_rank:
+    if variant == "opacus-ghost" and shape.tied and not shape.lora_rank and not shape.image:
         return "Opacus's ghost mode refuses tied weights"
     return ""
 
@@ -71,6 +75,14 @@ class Options:
     rounds: int = 9
     steps_per_round: int = 1
     memory_rounds: int = 3
+    apart: bool = True
+    """Whether each variant has a process of its own, which it never has on a GPU."""
+    halve: bool = False
+    """Whether a batch that does not fit into memory is halved, at twice as many parts of a step."""
+    count_syncs: bool = False
+    """Whether it is counted how often a step waits for the GPU."""
+    seconds: float = math.inf
+    """Seconds after which no further round begins."""
 
 
 class Trial:
@@ -79,12 +91,16 @@ class Trial:
     def __init__(self, shape: Shape, variant: Variant, options: Options) -> None:
         self.options = options
         self.before = torch.cuda.memory_allocated() if options.device == "cuda" else 0
-        self.batch = new_batch(shape, options.device)
-        self.model: Any = new_model(shape).to(options.device)
+        self.batches = [new_batch(shape, options.device, seed) for seed in range(shape.parts)]
+        self.batch = self.batches[0]
+        self.model: Any = new_model(shape, options.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.counts = (sum(p.numel() for p in self.parameters), sum(p.numel() for p in self.model.parameters()))
         self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
-        self.loss: Callable[[], Any] = self._fused_loss if variant.fused_loss else self._library_loss
+        self.loss: Callable[[], Any] = (
+            self._fused_loss if variant.fused_loss and not shape.image else self._library_loss
+        )
+        self.private = bool(variant.engine)
         if variant.engine == "opacus_ac":
             self._make_private(shape, variant)
         elif variant.engine == "opacus":
@@ -100,13 +116,15 @@ class Trial:
         return result
 
     def _ghost_loss(self) -> Any:
+        if "pixel_values" in self.batch:
+            return self.criterion(self.model(pixel_values=self.batch["pixel_values"]).logits, self.batch["labels"])
         logits = self.model(input_ids=self.batch["input_ids"]).logits[:, :-1]
         labels = self.batch["labels"][:, 1:]
         return self.criterion(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), shape=logits.shape)
 
     def _loader(self, shape: Shape) -> DataLoader[Batch]:
-        rows: Any = [{"input_ids": torch.zeros(shape.length, dtype=torch.long)}] * (100 * shape.batch)
-        return DataLoader(rows, batch_size=shape.batch)
+        rows: Any = [{"input_ids": torch.zeros(shape.length, dtype=torch.long)}] * (100 * shape.records)
+        return DataLoader(rows, batch_size=shape.records)
 
     def _make_private(self, shape: Shape, variant: Variant) -> None:
         arguments: dict[str, Any] = {"ema_decay": 0.999 if self.options.ema else None}
@@ -139,13 +157,20 @@ class Trial:
             self.loss = self._ghost_loss
 
     def step(self) -> Any:
-        """Take one step and free the gradients; return the loss."""
-        with torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.autocast):
-            value = self.loss()
-        value.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return value
+        """Take one step, of one batch or several, and free the gradients; return the loss of the first batch."""
+        first, parts = None, len(self.batches)
+        for number, batch in enumerate(self.batches, start=1):
+            self.batch = batch
+            if self.private and parts > 1:
+                self.optimizer.signal_skip_step(do_skip=number < parts)
+            with torch.autocast(self.options.device, torch.bfloat16, enabled=self.options.autocast):
+                value = self.loss()
+            (value if self.private or parts == 1 else value / parts).backward()
+            first = value if first is None else first
+            if self.private or number == parts:
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        return first
 
     def synchronize(self) -> None:
         if self.options.device == "cuda":
@@ -164,10 +189,14 @@ class Trial:
         self.step()
         if all(torch.equal(b, p.detach().reshape(-1)[:64]) for b, p in zip(before, self.parameters, strict=True)):
             raise RuntimeError("the last warm-up step did not move the weights: take more of them (--warmup)")
+        self.note_own_memory()
+        return first
+
+    def note_own_memory(self) -> None:
+        """Note what this variant keeps between steps."""
         if self.options.device == "cuda":
             self.synchronize()
             self.own = (torch.cuda.memory_allocated() - self.before) / MIB
-        return first
 
     def time(self, steps: int) -> float:
         """Return the seconds that a step took."""

@@ -6,14 +6,22 @@ import contextlib
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from opacus_ac.grad_sample.one_backward import matmul as products
+from step_benchmark.memory import release_memory
 from step_benchmark.shapes import Shape
-from step_benchmark.variants import Options, Trial, Variant
+from step_benchmark.syncs import count_syncs
+from step_benchmark.variants import Options, Variant
+
+
+def in_processes(options: Options) -> bool:
+    """Say whether variants have processes of their own; else they are threads that take turns."""
+    return options.apart and options.device == "cpu"
 
 
 class Failed(Exception):
@@ -31,18 +39,40 @@ def serve(pipe: Connection, shape: Shape, variant: Variant, options: Options) ->
         while (request := pipe.recv()) != "stop":
             idle.ends()
             if request == "build":
-                trial = Trial(shape, variant, options)
-                answer: Any = {"loss": trial.warm_up(), "counts": trial.counts}
+                trial, loss, parts = fitting(shape, variant, options)
+                answer: Any = {"loss": loss, "counts": trial.counts, "parts": parts}
             elif request == "time":
                 answer = trial.time(options.steps_per_round)
             elif request == "memory":
                 answer = trial.memory()
+            elif request == "syncs":
+                answer = count_syncs(trial, options.device)
             else:
                 answer = idle.share()
             pipe.send(("done", answer))
             idle.starts()
     except BaseException:
         pipe.send(("failed", traceback.format_exc()))
+
+
+def fitting(shape: Shape, variant: Variant, options: Options) -> tuple[Any, float, int]:
+    """Return the variant, warmed up, with its first loss and the number of parts of its step.
+
+    Where that is allowed, a batch that does not fit into memory is halved, and the step has twice as many parts.
+    """
+    while True:
+        trial = None
+        try:
+            trial = variant.ready(shape, options)
+            return trial, trial.warm_up(), shape.parts
+        except torch.OutOfMemoryError:
+            if not options.halve or shape.batch % 2:
+                raise
+            shape = replace(shape, batch=shape.batch // 2, parts=2 * shape.parts)
+        trial = None
+        release_memory()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 def prepare_process(options: Options) -> None:
@@ -77,7 +107,7 @@ class Worker:
         self.process = context.Process(target=serve, args=(theirs, shape, variant, options))
         self.process.daemon = True
         self.process.start()
-        if options.device == "cpu":
+        if in_processes(options):
             theirs.close()
 
     def ask(self, request: str) -> Any:
