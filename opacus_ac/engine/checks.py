@@ -250,10 +250,23 @@ def check_together(settings: Mapping[str, Any]) -> None:
             raise ValueError(conflict.message(settings))
 
 
-_NO_FLOAT64 = {
+_DEVICES = ("cpu", "cuda")
+"""Types of devices that random masks, autocast and precision are handled for. ROCm's are "cuda" too."""
+
+_NOT_A_DEVICE = {
     "mps": "which has no float64, and norms and noise are computed in it",
     "meta": "where weights have no values",
 }
+_UNHANDLED = "where masks would come from a generator with a public seed, and autocast would reach the norms"
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    """Refuse a device on which a step would not be exact, or not private."""
+    if device.type not in _DEVICES:
+        raise ValueError(
+            f"{name} is on the device {device}, {_NOT_A_DEVICE.get(device.type, _UNHANDLED)}: move the model to the "
+            "processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
+        )
 
 
 _RUN_AGAIN = (nn.MultiheadAttention, nn.LSTM, nn.GRU)
@@ -324,9 +337,8 @@ def check_model_and_optimizer(module: nn.Module, optimizer: Optimizer) -> None:
                 f"{name} is trained in {parameter.dtype}: sums of clipped gradients would round beyond C. Keep "
                 "trainable weights in float32 (frozen weights may be bfloat16)"
             )
-        if parameter.device.type in _NO_FLOAT64:
-            raise ValueError(
-                f"{name} is on the device {parameter.device}, {_NO_FLOAT64[parameter.device.type]}: move the model to "
-                "the processor (use_cpu=True in TrainingArguments) or to a CUDA device first"
-            )
+        _check_device(name, parameter.device)
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta:  # frozen weights may be there while a library keeps them on disk
+            _check_device(name, parameter.device)
     check_environment({p.device.type for p in trainable})

@@ -139,11 +139,41 @@ BAD = {
 }
 
 
-def test_a_device_without_float64_is_refused():
-    """Apple's "mps" is one; where no such device is, weights without values stand in for it."""
+def test_weights_without_values_are_refused():
     model = classifier().to("meta")
     with pytest.raises(ValueError, match=r"0.weight is on the device meta.*move the model to the processor"):
         make(model=model)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+class Elsewhere(torch.Tensor):
+    """A weight that says it is on a device which this machine does not have."""
+
+    @staticmethod
+    def __new__(cls, device, trained):
+        weight = torch.Tensor._make_wrapper_subclass(cls, (8, 4), dtype=torch.float64, device=device)
+        weight._is_param = True
+        return weight.requires_grad_(trained)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} touched a weight of a device that is refused")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [("mps", "no float64"), ("xpu", "public seed"), ("hpu", "public seed"), ("privateuseone", "public seed")],
+)
+def test_devices_that_are_not_handled_are_refused_by_name(device, why, trained):
+    """ "cuda" and the processor are handled; what is frozen counts too, because masks may be drawn there."""
+    model = classifier()
+    model[0]._parameters["weight"] = Elsewhere(device, trained)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(
+        ValueError, match=rf"0.weight is on the device {device}.*{why}.*move the model to the processor"
+    ):
+        make(model=model, optimizer=optimizer)
     assert all(not m._forward_pre_hooks for m in model.modules())
 
 

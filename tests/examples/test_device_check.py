@@ -242,7 +242,7 @@ class Faked(Variant):
         return Fake(shape.batch)
 
 
-@pytest.mark.parametrize(("free", "records"), [(200, 2), (700, 16), (1000, 32), (10_000, speed.RECORDS_AT_MOST)])
+@pytest.mark.parametrize(("free", "records"), [(200, 2), (500, 16), (1000, 32), (10_000, speed.RECORDS_AT_MOST)])
 def test_the_largest_batch_that_fits(free, records, monkeypatch):
     """Two variants hold 50 MiB each; a step takes 100 and 10 a record: 0.85 free - 200 is left for records."""
     monkeypatch.setattr(
