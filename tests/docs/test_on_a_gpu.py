@@ -2,16 +2,17 @@
 
 import re
 
-import memory_table
 import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import memory_table
 from checkout import ROOT
 from device_checks.entries import ENTRIES
 from device_checks.speed import SPEEDS
 
 from opacus_ac.engine.checks import _DEVICES, _NOT_A_DEVICE
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
 
 PAGE = (ROOT / "docs" / "on-a-gpu.md").read_text(encoding="utf-8")
 

@@ -120,16 +120,20 @@ def embedding(module: nn.Embedding, activations: list[Tensor], backprops: Tensor
 
 
 def is_scaled_lookup(module: nn.Module) -> bool:
-    """Say whether ``module`` computes ``embed_scale * weight[ids]``, from a float64 test with eight of its rows."""
+    """Say whether ``module`` computes ``embed_scale * weight[ids]``, from a float64 test with eight of its rows.
+
+    The test runs on the processor. A forward that looks up other rows than ``ids`` (OPT's, which counts positions) may
+    ask for one that is not there. The processor raises an exception; a GPU would fail at every later call.
+    """
     if not isinstance(module, nn.Embedding) or module.weight.is_meta or unsupported(module) is not None:
         return False
     rows = min(8, module.weight.shape[0])
     twin = bare_twin(module)
-    map_tensors(twin, lambda t: to_double(t[:rows] if t.shape == module.weight.shape else t))
+    map_tensors(twin, lambda t: to_double((t[:rows] if t.shape == module.weight.shape else t).cpu()))
     twin.num_embeddings = rows
     if twin.padding_idx is not None:
         twin.padding_idx = min(twin.padding_idx, rows - 1)
-    ids = torch.arange(2 * rows, device=twin.weight.device).remainder(rows).view(2, rows)
+    ids = torch.arange(2 * rows).remainder(rows).view(2, rows)
     try:
         with torch.no_grad():
             output = call_forward(twin, ids)
