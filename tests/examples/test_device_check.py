@@ -88,8 +88,9 @@ def test_what_goes_wrong_is_a_row_and_the_others_run(tmp_path, monkeypatch, caps
     planted = {
         "raises": (Wrong("raises", "raises"), "RuntimeError: CUDA error: planted"),
         "dies": (Wrong("dies", "dies"), "the process ended with status 7"),
-        "hangs": (Wrong("hangs", "hangs", 0.5), "stopped after 0 s"),
+        "hangs": (Wrong("hangs", "hangs", 0.5), "stopped after 5 s"),
     }
+    monkeypatch.setenv("DEVICE_CHECK_PATIENCE", "10")
     for name, (entry, _) in planted.items():
         monkeypatch.setitem(ENTRIES, name, ("noise", entry))
     last = "noise of the device"

@@ -102,5 +102,5 @@ BATTERIES = (
     ),
     Battery("routes and shards", "tests/engine/test_device_routes.py", "one_rank and gpt2", 60),
     Battery("gradients", "tests/grad_sample/test_book_keeping.py", "one_token or both_routes and opt", 120),
-    Battery("noise kernel", "tests/noise/test_device_noise.py", "nothing_else_does", 60),
+    Battery("noise kernel", "tests/noise/test_device_noise.py", "every_value and 7", 60),
 )
