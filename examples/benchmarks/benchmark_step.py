@@ -104,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; return 1 when a variant failed."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(given)
-    values = {name: getattr(arguments, name) for name in asdict(Options())} | {"autocast": bool(arguments.autocast)}
-    options = Options(**values)
+    values = {name: value for name, value in vars(arguments).items() if name in asdict(Options())}
+    options = Options(**values | {"autocast": bool(arguments.autocast)})
     facts = environment(options, given)
     print("; ".join(facts.values()) + "\n", flush=True)
     failed, raw = False, {}
