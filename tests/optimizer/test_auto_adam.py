@@ -39,20 +39,20 @@ class PlainLoop:
         self.start, self.lr, self.beta1, self.share = [w.clone() for w in weights], lr, beta1, share
         self.path = [torch.zeros_like(w) for w in weights]
         self.common = 0.0
-        self.length, self.variance, self.averaged, self.searching = 0.1, 0.09, 1, True
+        self.length, self.variance, self.averaged, self.searching = 0.1, 0.36, 1, True
         self.releases = []
 
     def follow(self, d0, d1, sd):
         """The rule for the length in its printed form."""
         if d1 < -max(d0, 2 * sd):
             self.length *= max(0.1, max(d0, sd) / (max(d0, sd) - d1))
-            self.variance, self.searching = 0.09, False
+            self.variance, self.searching = 0.36, False
             return 1.0
         if d0 <= (2 if self.searching else 1) * sd:
             self.length = max(self.length, 1.0) if self.searching else self.length
             return 1.0
-        if self.searching and d0 / max(d0 - d1, d0 / 10) >= 2.5:
-            self.length *= d0 / max(d0 - d1, d0 / 10)
+        if self.searching and d0 / max(d0 - d1 - sd, d0 / 10) >= 2.5:
+            self.length *= d0 / max(d0 - d1 - sd, d0 / 10)
             self.averaged += 1
             return (self.averaged - 1) / self.averaged
         self.searching = False
