@@ -12,7 +12,7 @@ from distributed_cases import difference
 from distributed_launch import run
 
 PARITY = {
-    2: ["ddp_tied", "fsdp_tied", "fsdp_frozen", "fsdp_checkpointed", "ddp_checkpointed", "fsdp_gpt2", "fsdp_bitnet", "fsdp_mamba", "leaves_tied", "ddp_mixtral", "fsdp_mixtral", "fsdp_experts"],
+    2: ["ddp_tied", "fsdp_tied", "fsdp_frozen", "fsdp_checkpointed", "ddp_checkpointed", "fsdp_gpt2", "fsdp_bitnet", "fsdp_mamba", "leaves_tied", "ddp_mixtral", "fsdp_mixtral", "fsdp_experts", "ddp_auto"],
     3: ["ddp_untied", "fsdp_untied", "leaves_untied"],
     4: ["ddp_tied", "fsdp_tied", "hybrid_tied"],
 }  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
 from opacus_ac.sampling import PoissonBatchSampler
 
 FOLDER = Path(os.environ.get("CASES_FOLDER", "."))
@@ -90,7 +90,7 @@ def fixed_draws(draws: list[list[int]]) -> Callable[..., list[int]]:
 
 def prepare(model: nn.Module, data: Dataset | None = None, **options: Any) -> tuple[Any, ...]:
     """Return (engine, model, optimizer, loader) of the run that all parity tests share."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = options.pop("inner", torch.optim.AdamW)(model.parameters(), lr=1e-2)
     ledger = options.pop("ledger", None)
     engine = PrivacyEngine(ledger=ledger)
     arguments = {
@@ -212,9 +212,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+INNER: dict[str, Any] = {"auto": AutoAdam}
+"""The inner optimizers of the kinds that have another than AdamW."""
+
+
 def single(kind: str = "tied") -> dict[str, Any]:
     """Train in one process."""
-    return train(MODELS[kind]())
+    return train(MODELS.get(kind, language_model)(), inner=INNER.get(kind, torch.optim.AdamW))
 
 
 def layers_of(model: nn.Module) -> Any:
@@ -225,6 +229,11 @@ def layers_of(model: nn.Module) -> Any:
 def ddp_tied(rank: int, world: int) -> dict[str, Any]:
     """The ranks begin with other weights than rank 0."""
     return train(language_model(rank=rank))
+
+
+def ddp_auto(rank: int, world: int) -> dict[str, Any]:
+    """The rate is found from the sums of all ranks."""
+    return train(language_model(rank=rank), inner=AutoAdam)
 
 
 def ddp_untied(rank: int, world: int) -> dict[str, Any]:
