@@ -36,3 +36,27 @@ def library(request, monkeypatch):
         for name, value in {"_WORTH": 0, "_WORTH_A_RECORD": 0, "_WHOLE": 64, "_ROWS": 7, "_MANY": 20}.items():
             monkeypatch.setattr(products, name, value)
     return request.param
+
+
+@pytest.fixture(params=["widened", "as they are"])
+def halves(request, monkeypatch):
+    """Products of half precision: widened, as on a CPU, or as on a device that multiplies it with float32 results.
+
+    The latter is played by float64 products on the CPU, which take nothing but half precision. Returns the types of all of them.
+    """
+    from opacus_ac.grad_sample.one_backward import half_products
+
+    seen: list[torch.dtype] = []
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert a.dtype == b.dtype
+        assert a.dtype in (torch.bfloat16, torch.float16)
+        assert a.dim() == b.dim() == 3
+        seen.append(a.dtype)
+        return torch.bmm(a.double(), b.double()).float()
+
+    if request.param == "as they are":
+        monkeypatch.setattr(half_products, "_are_right", lambda *_: True)
+        monkeypatch.setattr(half_products, "multiply", multiply)
+    seen_of = {"widened": None, "as they are": seen}
+    return seen_of[request.param]

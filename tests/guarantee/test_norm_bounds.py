@@ -247,6 +247,16 @@ def test_no_record_adds_more_than_the_bound(route, kind, mode):
     assert moved["ordinary"] >= 0.99, moved  # and a record that is clipped uses its room
 
 
+@pytest.mark.parametrize("halves", ["as they are"], indirect=True)
+@pytest.mark.parametrize("route", ["gram", "kept", "cross", "two uses", "users", "experts", "experts, written down"])
+def test_no_record_adds_more_by_products_of_half_precision(route, halves):
+    """On a device that multiplies bfloat16 with float32 results, which is played on the CPU."""
+    moved = Run(route, "bfloat16 autocast", "bk").moves()
+    assert halves
+    assert max(moved.values()) <= 1 + SLACK, moved
+    assert moved["ordinary"] >= 0.99, moved
+
+
 def bare(self: Certificate) -> Tensor:
     return self.squares.clamp(min=0).sqrt()
 

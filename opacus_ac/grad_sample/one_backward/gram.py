@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from opacus_ac.grad_sample.one_backward import half_products
 from opacus_ac.grad_sample.one_backward.bounds import squared_norms, stretches, wide
 from opacus_ac.grad_sample.one_backward.matmul import inner, inner_is_faster
 
@@ -35,9 +36,8 @@ def inner_by_pieces(a: Tensor, b: Tensor, size: int) -> Tensor:
     parts = stretches(a.shape[2], size)
     total: Tensor | None = None
     for part in parts:
-        # Half precision is widened piece by piece, because one side may be as large as the logits.
-        x = wide(a[:, :, part])
-        y = x if a is b else wide(b[:, :, part])
+        x = a[:, :, part]
+        y = x if a is b else b[:, :, part]
         if len(parts) > 1 and inner_is_faster(x, y):  # oneDNN is slow with matrices that have gaps between their rows
             x = x.contiguous()
             y = x if a is b else y.contiguous()
@@ -73,17 +73,19 @@ class Gram:
         if not halved or inner_is_faster(x, x):
             return cls(inner_by_pieces(x, x, size), None)
         first, *others = stretches(width, size)
-        blocks, above = cls._halves(wide(x[:, :, first]))
+        blocks, above = cls._halves(x[:, :, first])
         for part in others:
-            more = cls._halves(wide(x[:, :, part]))
+            more = cls._halves(x[:, :, part])
             blocks, above = blocks.add_(more[0]), above.add_(more[1])
         return cls(blocks, above)
 
     @staticmethod
     def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if half_products.available(x) else wide(x)
+        multiply = torch.bmm if x.dtype in (torch.float32, torch.float64) else half_products.multiply
         half = x.shape[1] // 2
         halves = x.unflatten(1, (2, half)).flatten(0, 1)
-        return torch.bmm(halves, halves.transpose(1, 2)), torch.bmm(x[:, :half], x[:, half:].transpose(1, 2))
+        return multiply(halves, halves.transpose(1, 2)), multiply(x[:, :half], x[:, half:].transpose(1, 2))
 
     def whole(self) -> Tensor:
         """Return the whole matrix ``[B, T, T]``."""

@@ -95,6 +95,7 @@ def _routed(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
     terms: list[tuple[nn.Parameter, Term | Routed]] = []
     weight = use.module._parameters[product.weight]
     if weight is not None and weight.requires_grad:
+        inputs = inputs.to(backprops.dtype)  # as the product under autocast rounded it
         sides = (inputs, backprops) if use.module.is_transposed else (backprops, inputs)
         terms.append((weight, Routed(*sides, records, product.counts, batch)))
     bias = None if product.bias is None else use.module._parameters[product.bias]

@@ -1,4 +1,4 @@
-"""Products of float32 matrices on the CPU, by the faster of two libraries of torch.
+"""Products of matrices; those of float32 on the CPU by the faster of two libraries of torch.
 
 torch multiplies matrices with MKL on x86, and has oneDNN for convolutions and for compiled models. On some AMD
 processors with AVX-512 oneDNN took little more than half the time, on others up to twice as long
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from opacus_ac.grad_sample.one_backward import trial
+from opacus_ac.grad_sample.one_backward import half_products, trial
 from opacus_ac.grad_sample.one_backward.bounds import wide
 
 _WORTH = 1 << 22
@@ -54,19 +54,23 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: ``[B, M, K]``.
-        b: ``[B, N, K]``, of the same type and device.
+        b: ``[B, N, K]``, on the same device. Of two types, the wider one is taken.
     """
-    if a.dtype != wide(a[:0]).dtype:
-        return _inner_of_halves(a, b)
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(wide(a[:0]).dtype, wide(b[:0]).dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return half_products.multiply(a, b.transpose(1, 2)) if half_products.available(a) else _widened_inner(a, b)
     plain = _is_plain(a) and _is_plain(b)
     return _inner_by_onednn(a, b) if plain and inner_is_faster(a, b) else torch.bmm(a, b.transpose(1, 2))
 
 
-def _inner_of_halves(a: Tensor, b: Tensor) -> Tensor:
+def _widened_inner(a: Tensor, b: Tensor) -> Tensor:
     """Do the same as :func:`inner` with factors in half precision, which are widened some records at a time."""
     step = max(1, _WIDENED // max(a.shape[1] * a.shape[2], b.shape[1] * b.shape[2], 1))
     if step >= len(a):
-        return inner(wide(a), wide(b))
+        widened = wide(a)
+        return inner(widened, widened if a is b else wide(b))
     out = torch.empty(len(a), a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
     for start in range(0, len(a), step):
         some = slice(start, start + step)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample.one_backward import gram
+from opacus_ac.grad_sample.one_backward import gram, half_products
 from opacus_ac.grad_sample.one_backward.bounds import (
     ROWS,
     Certificate,
@@ -48,6 +48,8 @@ class NormSums:
     """Error of the inner products, in units of u."""
     underflow: float
     """Part of a norm that may be lost to underflow, if the other side has length 1."""
+    split: float = 0.0
+    """Error of weighted sums whose sides are multiplied in two parts."""
 
     def plus(self, other: NormSums) -> NormSums:
         """Return the sums for the uses of both. One of them has the cross terms."""
@@ -58,6 +60,7 @@ class NormSums:
             self.uses + other.uses,
             max(self.terms, other.terms),
             self.underflow + other.underflow,
+            max(self.split, other.split),
         )
 
     def certify(self, squares: Tensor, held: Tensor, entries: int) -> Certificate:
@@ -76,7 +79,7 @@ class NormSums:
             relative_error(held, entries),
             # One per cent more, because D is a computed value itself.
             1.01 * (self.terms + 8) * u,
-            1.01 * (sum_terms(ROWS) + self.uses + 8) * u,
+            1.01 * ((sum_terms(ROWS) + self.uses + 8) * u + self.split),
             smallest(held.dtype) * self.underflow,
         )
 
@@ -132,7 +135,8 @@ def _dense_norm_sums(term: Dense, squares: Tensor, reach: Tensor, largest: Tenso
     positions, height = term.left.shape[1:]
     width = term.right.shape[2]
     terms = inner_terms(height, width) + inner_terms(width, height)
-    return NormSums(squares, reach, largest, 1, terms, positions * (height + width + 1) ** 0.5)
+    underflow = positions * (height + width + 1) ** 0.5
+    return NormSums(squares, reach, largest, 1, terms, underflow, half_products.sum_error(term.left, term.right))
 
 
 def lookup_sums(term: Lookup, *, written_down: bool) -> NormSums:
@@ -169,9 +173,9 @@ def dense_lookup_cross(dense: Dense, lookup: Lookup) -> Tensor:
     """Return ``<G_dense, G_lookup> = sum_{s,t} left_s[ids_t] <right_s, e_t>`` for each record, ``[B]`` in float64."""
     total = _zeros(dense.right)
     for i, rows, columns in _tiles(dense.left.shape[0], dense.left.shape[1], lookup.ids.shape[1]):
-        left, ids, right = dense.left[i, rows], lookup.ids[i, columns], wide(dense.right[i, rows])
+        left, ids, right = dense.left[i, rows], lookup.ids[i, columns], dense.right[i, rows]
         picked = left.gather(2, ids.unsqueeze(1).expand(-1, left.shape[1], -1))
-        angles = inner_by_pieces(right, wide(lookup.right[i, columns]).to(right.dtype), _chunks(dense)[1])
+        angles = inner_by_pieces(right, lookup.right[i, columns], _chunks(dense)[1])
         total[i] += angles.mul_(wide(picked)).sum((1, 2), dtype=torch.float64)
     return total
 

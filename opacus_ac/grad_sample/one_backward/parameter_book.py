@@ -29,6 +29,7 @@ from opacus_ac.grad_sample.one_backward.norm_sums import (
     lookup_sums,
 )
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup, Rows, Term
+from opacus_ac.grad_sample.one_backward.routes import is_written_down
 from opacus_ac.grad_sample.one_backward.weighted_sums import Weights, add_lookups, add_product, add_rows
 from opacus_ac.grad_sample.unchanged import Unchanged
 
@@ -54,7 +55,7 @@ class ParameterBook:
         """Add one use of the parameter, by the module ``path``."""
         if isinstance(term, Rows):
             self._add_rows(term.values, path)
-        elif isinstance(term, Dense) and (self.rows is not None or (not self.dense and term.worth_keeping)):
+        elif isinstance(term, Dense) and (self.rows is not None or (not self.dense and is_written_down(term))):
             self._keep(term)
             self._count(dense_sizes(term, cache), [])
         elif isinstance(term, Dense):

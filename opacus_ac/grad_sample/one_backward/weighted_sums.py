@@ -8,12 +8,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from opacus_ac.grad_sample.one_backward import half_products
 from opacus_ac.grad_sample.one_backward.bounds import RECORDS, ROWS, in_pairs, wide
 from opacus_ac.grad_sample.one_backward.matmul import add_outer, sum_is_faster
 from opacus_ac.grad_sample.transfers import on_device
 
 _PIECE = 1 << 20
 """Number of entries of a result that are computed at a time, if it is added to another."""
+
+_LARGE_PIECE = 1 << 24
+"""The same on other devices than the CPU, where small products leave most of the device idle."""
 
 
 class Weights:
@@ -131,24 +135,37 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, firs
     left, right = left.flatten(0, 1), right.flatten(0, 1)
     # The result is computed in pieces along its wider dimension. A wide side in half precision is widened in pieces.
     along = int(left.shape[1] < right.shape[1])
-    widened = left.dtype != right.dtype
-    step = max(1, _PIECE // max(out.shape[1 - along], min(rows, ROWS) * widened, 1))
+    widened = left.dtype != right.dtype and not any(half_products.has_sums(side, out) for side in (left, right))
+    piece = _PIECE if out.device.type == "cpu" else _LARGE_PIECE
+    step = max(1, piece // max(out.shape[1 - along], min(rows, ROWS) * widened, 1))
     for start in range(0, out.shape[along], step):
         part = slice(start, start + step)
         sides = (left, right[:, part]) if along else (left[:, part], right)
-        product = in_pairs(rows, ROWS, partial(_product, *sides, out.dtype))
-        piece = out[:, part] if along else out[part]
+        product = in_pairs(rows, ROWS, partial(_product, *sides, out))
+        into = out[:, part] if along else out[part]
         # Added after it was computed. A product that starts from the sum so far rounds once per row.
-        piece.copy_(product if first else product.add_(piece))
+        into.copy_(product if first else product.add_(into))
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype, rows: slice) -> Tensor:
-    left, right = (wide(side[rows]).to(dtype).unsqueeze(0) for side in (left, right))
+def _product(left: Tensor, right: Tensor, out: Tensor, rows: slice) -> Tensor:
+    """Return ``sum_r left_r (x) right_r`` in the type of ``out``, over some rows of sides ``[R, I]`` and ``[R, J]``."""
+    left, right = left[rows].unsqueeze(0), right[rows].unsqueeze(0)
+    if half_products.has_sums(left, out):
+        high, low = half_products.split(right)
+        return _of_halves(left, high).add_(_of_halves(left, low))
+    if half_products.has_sums(right, out):
+        high, low = half_products.split(left)
+        return _of_halves(high, right).add_(_of_halves(low, right))
+    left, right = wide(left).to(out.dtype), wide(right).to(out.dtype)
     if sum_is_faster(left, right):  # with oneDNN, which wants contiguous factors
         left, right = left.contiguous(), right.contiguous()
-    out = left.new_empty(left.shape[2], right.shape[2])
-    add_outer(left, right, out, first=True)
-    return out
+    product = left.new_empty(left.shape[2], right.shape[2])
+    add_outer(left, right, product, first=True)
+    return product
+
+
+def _of_halves(left: Tensor, right: Tensor) -> Tensor:
+    return half_products.multiply(left.transpose(1, 2), right)[0]
 
 
 def add_lookups(ids: Tensor, values: Tensor, out: Tensor) -> None:
