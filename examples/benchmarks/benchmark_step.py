@@ -30,6 +30,12 @@ Examples::
     python examples/benchmarks/benchmark_step.py
     python examples/benchmarks/benchmark_step.py --shapes c --variants bk-fused-step opacus-hooks --rounds 5
     python examples/benchmarks/benchmark_step.py --shapes b --profile bk
+    python examples/benchmarks/benchmark_step.py --defaults --rounds 25
+
+``--defaults`` measures what the defaults of ``make_private`` cost (mode "bk", the average of the weights, the noise) at 128,
+512 and 2,048 tokens a record, and ends with a table of ratios to the ordinary step: with the defaults, without the average,
+with torch's own products, and by Opacus's hooks. The last column is the floor of the norms: their products beside those of the
+ordinary step's layers, on top of which come the noise and the average, which do not grow with the batch.
 
 The exit status is 1 when a variant failed; its traceback goes to stderr and the others are still measured.
 """
@@ -51,11 +57,13 @@ from pathlib import Path
 import torch
 from step_benchmark.measuring import measure
 from step_benchmark.shapes import SHAPES, Shape
-from step_benchmark.tables import environment, report
+from step_benchmark.tables import environment, of_defaults, report
 from step_benchmark.variants import VARIANTS, Options, Trial, Variant
 from step_benchmark.workers import prepare_process
 
-QUICK = [name for name in SHAPES if name not in ("c", "gpu", "tiny")]
+DEFAULTS_SHAPES = ["t128", "t512", "t2048"]
+DEFAULTS_VARIANTS = ["bk-defaults", "bk", "bk-without-onednn", "opacus-hooks"]
+QUICK = [name for name in SHAPES if name not in ("c", "gpu", "tiny", *DEFAULTS_SHAPES)]
 DEFAULT_VARIANTS = [name for name in VARIANTS if not name.startswith("hooks")]
 
 
@@ -80,10 +88,9 @@ def positive(text: str) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and memory of a private step beside the ordinary one.")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=QUICK, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=DEFAULT_VARIANTS, metavar="NAME", help=", ".join(VARIANTS)
-    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=", ".join(VARIANTS))
+    parser.add_argument("--defaults", action="store_true", help="what the defaults cost, by tokens of a record")
     parser.add_argument("--rounds", type=positive, default=Options.rounds)
     parser.add_argument("--steps-per-round", type=positive, default=Options.steps_per_round)
     parser.add_argument("--memory-rounds", type=positive, default=Options.memory_rounds)
@@ -97,7 +104,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures")
     parser.add_argument("--profile", choices=VARIANTS, metavar="NAME", help="print the top operators of one variant")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.shapes = arguments.shapes or (DEFAULTS_SHAPES if arguments.defaults else QUICK)
+    arguments.variants = arguments.variants or (DEFAULTS_VARIANTS if arguments.defaults else DEFAULT_VARIANTS)
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = Options(**values | {"autocast": bool(arguments.autocast)})
     facts = environment(options, given)
     print("; ".join(facts.values()) + "\n", flush=True)
-    failed, raw = False, {}
+    failed, raw, measured = False, {}, {}
     for name in dict.fromkeys(arguments.shapes):
         shape = SHAPES[name]
         if arguments.profile:
@@ -117,10 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         at_once = shape.at_once if arguments.at_once is None else arguments.at_once
         results = measure(shape, arguments.variants, options, at_once)
         print(report(name, shape, results), flush=True)
+        measured[name] = results
         raw[name] = {variant: asdict(figures) for variant, figures in results.items()}
         failed = failed or any(figures.failure for figures in results.values())
         if arguments.json:
             arguments.json.write_text(json.dumps({"environment": facts, "shapes": raw}, indent=1) + "\n")
+    if arguments.defaults and measured:
+        print(of_defaults(measured), flush=True)
     return int(failed)
 
 

@@ -61,6 +61,39 @@ def test_exit_status_and_share_of_the_noise(capsys, monkeypatch):
     assert [cells[-1] for cells in table.values()] == ["-", "25%", "-"]
 
 
+def test_the_defaults_have_a_table_of_their_own(capsys, monkeypatch):
+    """Ratios of rounds by hand, for all lengths."""
+    asked = []
+
+    def measure(shape, names, options, at_once):
+        asked.append((shape.length, tuple(names)))
+        group = object.__new__(Group)
+        group.results = {name: Figures() for name in ("plain", *names)}
+        for slow in (1.0, 2.0, 40.0):
+            group.note_times({"plain": slow, **{name: slow * (1.5 if name == "bk" else 2) for name in names}})
+        group.note_times({"plain": 1.0, **dict.fromkeys(names, 3.0)})
+        return group.results
+
+    monkeypatch.setattr(benchmark_step, "measure", measure)
+    assert benchmark_step.main(["--defaults"]) == 0
+    assert [length for length, _ in asked] == [128, 512, 2048]
+    assert all(names[:2] == ("bk-defaults", "bk") for _, names in asked)
+    table = rows(capsys.readouterr().out)
+    assert table["8 x 128"] == [
+        "1500",
+        "2.00 (2.00 to 2.25)",
+        "1.50 (1.50 to 1.88)",
+        *["2.00 (2.00 to 2.25)"] * 2,
+        "14%",
+    ]
+    assert table["2 x 2048"][-1] == "0%"  # all gradients are written down
+
+
+def test_variants_keep_the_average_where_they_say_so():
+    for name, kept in (("bk-defaults", True), ("bk", False)):
+        assert (Trial(SHAPES["tiny"], VARIANTS[name], Options(threads=1)).optimizer.ema is not None) == kept
+
+
 def test_profile_names_operators(capsys, monkeypatch):
     monkeypatch.setattr(benchmark_step, "prepare_process", lambda options: None)
     assert benchmark_step.main(["--shapes", "tiny", "--profile", "plain"]) == 0

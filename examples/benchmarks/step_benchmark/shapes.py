@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.one_backward.outer_products import keeps
+
 Batch = dict[str, Tensor]
 
 
@@ -68,6 +70,9 @@ SHAPES = {
     # With few tokens for its size: noise has a cost for each parameter.
     "qwen3-moe-short": Shape(256, 4, 8, 4, 512, 8192, 8, 128, tied=False, family="Qwen3Moe", experts=8),
     "gpu": Shape(576, 30, 9, 3, 1536, 49152, 16, 512),
+    "t128": Shape(384, 6, 6, 3, 1056, 8192, 8, 128),
+    "t512": Shape(384, 6, 6, 3, 1056, 8192, 4, 512),
+    "t2048": Shape(384, 6, 6, 3, 1056, 8192, 2, 2048),
     "tiny": Shape(32, 1, 4, 2, 48, 64, 2, 8, tied=False),
 }
 
@@ -142,6 +147,18 @@ def _sizes_of_images(shape: Shape) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
+
+
+def products_of_norms(shape: Shape) -> float:
+    """Return the multiplications of the Gram matrices, beside those of the layers of an ordinary step.
+
+    It is one product ``[T, d] [d, T]`` for every side and record. A layer whose gradients are written down has none,
+    because their product stands for that of the weight gradient.
+    """
+    weights = [m.weight.shape for m in new_model(shape).modules() if isinstance(m, nn.Linear)]
+    ordinary = sum(3 * rows * columns for rows, columns in weights)
+    grams = [shape.length * (i + j) for i, j in weights if not keeps(shape.length, i, j)]
+    return sum(grams) / ordinary
 
 
 def _with_bit_linears(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ import transformers
 
 import opacus_ac
 from step_benchmark.measuring import Figures
-from step_benchmark.shapes import Shape
+from step_benchmark.shapes import SHAPES, Shape, products_of_norms
 from step_benchmark.variants import PLAIN, Options
 
 
@@ -79,6 +79,26 @@ def report(name: str, shape: Shape, results: dict[str, Figures]) -> str:
         f"{len(plain.seconds)} rounds of {PLAIN}; a waiting process used at most {idle:.1%} of a core; {load()}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def of_defaults(results: dict[str, dict[str, Figures]]) -> str:
+    """Return what the defaults cost, one line for each shape: ratios to the ordinary step of the same round."""
+    names = [name for name in next(iter(results.values())) if name != PLAIN]
+    header = ["tokens", "ordinary step, ms", *names, "norms' products"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for shape, figures in results.items():
+        size = SHAPES[shape]
+        cells = [f"{size.batch} x {size.length}", cell(1000 * median(figures[PLAIN].seconds))]
+        cells += [with_quartiles(figures[name].ratios) for name in names]
+        lines.append(f"| {' | '.join([*cells, format(products_of_norms(size), '.0%')])} |")
+    return "\n".join(lines) + "\n\nMedians, and quartiles in brackets.\n"
+
+
+def with_quartiles(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return cell(median(values), ".2f")
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{median(values):.2f} ({low:.2f} to {high:.2f})"
 
 
 def load() -> str:

@@ -34,6 +34,8 @@ class Variant:
     fused_step: bool = False
     onednn: bool = True
     """Whether oneDNN's products may be used where they are faster than torch's own."""
+    ema: bool = False
+    """Whether the average of the weights is kept, as ``make_private`` does unless it is told otherwise."""
 
     def ready(self, shape: Shape, options: Options) -> Any:
         """Return the variant on a model: a :class:`Trial`, or something with its methods."""
@@ -44,6 +46,7 @@ VARIANTS = {
     PLAIN: Variant(),
     "plain-fused-loss": Variant(fused_loss=True),
     "bk": Variant("opacus_ac", "bk"),
+    "bk-defaults": Variant("opacus_ac", "bk", ema=True),
     "bk-no-noise": Variant("opacus_ac", "bk", 0.0),
     "bk-without-onednn": Variant("opacus_ac", "bk", onednn=False),
     "bk-fused-loss": Variant("opacus_ac", "bk", fused_loss=True),
@@ -127,7 +130,7 @@ class Trial:
         return DataLoader(rows, batch_size=shape.records)
 
     def _make_private(self, shape: Shape, variant: Variant) -> None:
-        arguments: dict[str, Any] = {"ema_decay": 0.999 if self.options.ema else None}
+        arguments: dict[str, Any] = {"ema_decay": 0.999 if self.options.ema or variant.ema else None}
         if variant.fused_step:
             arguments["fused_step"] = True
         self.model, self.optimizer, _ = PrivacyEngine().make_private(

@@ -155,8 +155,8 @@ def _joined(one: Routed, other: Routed) -> Routed:
     groups = torch.cat([one.groups(), other.groups()])
     order = groups.argsort(stable=True)
     return Routed(
-        torch.cat([one.left, other.left.to(one.left.dtype)])[order],
-        torch.cat([one.right, other.right.to(one.right.dtype)])[order],
+        torch.cat([one.left, other.left])[order],
+        torch.cat([one.right, other.right])[order],
         torch.cat([one.records, other.records])[order],
         [a + b for a, b in zip(one.counts, other.counts, strict=True)],
         one.batch,
