@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.transfers import on_host
+
 _SAMPLED = 16
 """Values of a tensor that are compared at every step."""
 
@@ -210,11 +212,12 @@ def _spread(tensor: Tensor) -> Tensor:
 
 def _sums(tensors: list[Tensor]) -> list[float]:
     """Return the sum over all values of each tensor."""
-    return [
-        float(t.sum(dtype=torch.float64).nan_to_num())
+    found = [
+        t.sum(dtype=torch.float64).nan_to_num()
         for t in tensors
         if not t.is_complex() and t.numel() and not _quantized(t)
     ]
+    return on_host(found).tolist() if found else []
 
 
 def _quantized(tensor: Any) -> bool:

@@ -481,9 +481,17 @@ def test_a_fallback_that_does_not_repeat_itself_is_refused(inner: nn.Module) -> 
 
     model = nn.Sequential(nn.Linear(6, 6), Dropped(inner)).double().to(DEVICE).train()
     named = dict(model.named_parameters())
-    detach = BookKeepingSource(model, list(named.values()), list(named)).attach()
+    source = BookKeepingSource(model, list(named.values()), list(named))
+    detach = source.attach()
+    quadratic(model, FLOATS).backward()
     with pytest.raises(ValueError, match=r"1 \(Dropped\).*single records"):
-        quadratic(model, FLOATS).backward()
+        source.finish_batch()
+    with pytest.raises(ValueError, match="failed half-way"):  # what was found once is not forgotten
+        source.finish_batch()
+    source.clear(sums=True)
+    model[1].inner = nn.Identity()
+    quadratic(model, FLOATS).backward()
+    assert bool(source.finish_batch().isfinite().all())
     detach()
 
 

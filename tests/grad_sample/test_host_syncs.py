@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from bit_layers import DetachBitLinear
 from tiny_models import DEVICE
 from tiny_trainer import rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from waits import Waits
+from waits import Operations, Waits
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.clipping import POLICIES
+from opacus_ac.grad_sample import register_ste_linear
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
+from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 from opacus_ac.loss import fused_causal_lm_loss, per_record_causal_lm_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
@@ -31,6 +34,7 @@ ON_THE_HOST = {
     "grad_sample/one_backward/certified.py certified",
     "grad_sample/one_backward/weighted_sums.py __init__",
     "grad_sample/one_backward/source.py accumulate",
+    "grad_sample/late_checks.py verify",
     "optimizer/records.py _add_records",
     "optimizer/records.py _factors",
     "clipping/paper.py observe_private",
@@ -63,6 +67,43 @@ class Layers(nn.Module):
         x = self.table(input_ids)
         for dense, norm in self.blocks:
             x = x + torch.tanh(dense(norm(x)))
+        return self.head(x)
+
+
+class Positions(nn.Embedding):
+    """Makes its ids itself."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return super().forward(mask.cumsum(1) % self.num_embeddings)
+
+
+class Gain(nn.Module):
+    """Without a rule: it is run again on single records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.gain)
+
+
+class OwnLayers(nn.Module):
+    """Blocks of layers whose rules check their second run: straight-through, own lookups, without a rule."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(tiny_models.VOCAB, WIDTH)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([DetachBitLinear(WIDTH, WIDTH), Positions(5, WIDTH), Gain()]) for _ in range(layers)
+        )
+        self.head = nn.Linear(WIDTH, tiny_models.VOCAB)
+        register_ste_linear(DetachBitLinear)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        for dense, positions, gain in self.blocks:
+            x = x + gain(dense(x) + positions(attention_mask))
         return self.head(x)
 
 
@@ -106,6 +147,7 @@ CASES: dict[str, tuple[tuple[int, ...], Callable[[int], nn.Module], dict[str, An
     "loss": (FEW, Layers, {"loss_bound": 3.0}),
     "physical batches": (FEW, Layers, {"max_physical_batch_size": RECORDS // 2}),
     "convolutions": (MANY, Pictures, {}),
+    "own layers": (MANY, OwnLayers, {}),
     "transformer": (FEW, transformer, {}),
     "bfloat16": (FEW, transformer, {"autocast": True}),
     "fused loss": (FEW, transformer, {"loss": fused_causal_lm_loss}),
@@ -181,8 +223,8 @@ def test_one_wait_for_each_parameter_is_found(kind, monkeypatch):
     }
     certificate = ParameterBook.certificate
 
-    def planted(book: ParameterBook) -> Any:
-        found = certificate(book)
+    def planted(book: ParameterBook, *squares: Any) -> Any:
+        found = certificate(book, *squares)
         asks[kind](found.squares)
         return found
 
@@ -231,3 +273,24 @@ def test_the_counter_sees_nothing_else():
         x[torch.zeros(3, dtype=torch.long, device=DEVICE)].clone().copy_(x[:3])
         torch.stack([x, x]).to(torch.float64).unbind()
     assert not found.found
+
+
+def test_small_parameters_are_one_computation(monkeypatch):
+    """What is asked of the device after the backward pass, for the norms, does not grow with the number of layers."""
+
+    def operations(layers: int) -> int:
+        counts = []
+        finish = BookKeepingSource.finish_batch
+
+        def counted(source: BookKeepingSource, *weights: Any) -> Tensor:
+            with Operations() as found:
+                norms = finish(source, *weights)
+            counts.append(found.count)
+            return norms
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BookKeepingSource, "finish_batch", counted)
+            waits(Layers(layers))
+        return counts[-1]
+
+    assert operations(2) == operations(16)

@@ -10,7 +10,7 @@ from torch import Tensor
 from opacus_ac.grad_sample.one_backward import certified as certification
 from opacus_ac.grad_sample.one_backward import gram, norm_sums
 from opacus_ac.grad_sample.one_backward import outer_products as terms
-from opacus_ac.grad_sample.one_backward.bounds import squared_norms
+from opacus_ac.grad_sample.one_backward.bounds import squared_norms, squared_norms_of_many
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup
@@ -161,6 +161,21 @@ def test_squared_norms_of_millions_of_entries_are_not_biased():
         squared_norms(rows.bfloat16()), rows.bfloat16().double().square().sum((1, 2)), rtol=1e-6, atol=0
     )
     assert squared_norms(torch.zeros(3, 0)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_squared_norms_of_many_are_those_of_each(dtype):
+    """To the last bit, so a parameter's norm does not depend on which others are trained."""
+    shapes = [(B, 7), (B, 7), (B, 1500), (B, 3, 5), (B, 1500), (2, 7), (B,), (B, 9000), (B, 7), (B, 0), (B, 9000)]
+    rows = [draw(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    rows[1][2, 3] = float("nan")
+    found = squared_norms_of_many([*rows, None])
+    assert found.pop() is None
+    for values, squares in zip(rows, found, strict=True):
+        if values.shape[1:].numel() == 9000:
+            assert squares is None
+        else:
+            assert torch.equal(squares.nan_to_num(-1), squared_norms(values).nan_to_num(-1))
 
 
 @pytest.mark.parametrize("positions", [2, 3, 8, 64, 65])

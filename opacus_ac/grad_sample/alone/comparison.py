@@ -14,6 +14,7 @@ from opacus_ac.grad_sample.alone.own_length import OwnLengths
 from opacus_ac.grad_sample.alone.runner import Runner
 from opacus_ac.grad_sample.alone.trace import explain_difference, sees_the_record
 from opacus_ac.grad_sample.source import GradientSource
+from opacus_ac.grad_sample.transfers import on_host
 
 _TOLERANCE = (1e-3, 1e-2)
 """Tolerances in float32: largest relative difference, and smallest norm of a gradient relative to the whole gradient.
@@ -79,22 +80,20 @@ class Comparison:
         """
         alone = self._gradients_alone()
         tolerance, floor = _COARSE if self._coarse else _TOLERANCE
-        errors, norms, whole = [], [], [0.0, 0.0]
+        found = []
         for parameter, given in zip(self.parameters, self.source.record_gradients(self._record), strict=True):
             if not parameter.requires_grad:  # a parameter that was frozen since is not released
                 given = None
             own = alone.get(id(parameter))
-            mine, theirs = _norm(own), _norm(given)
-            errors.append(_norm(_difference(own, given)))
-            norms.append(max(mine, theirs))
-            whole = [whole[0] + mine**2, whole[1] + theirs**2]
-        size = max(whole) ** 0.5
+            found.append(_norms(own, given, _difference(own, given)))
+        norms = on_host(found).tolist() if found else []
+        size = max(sum(mine**2 for mine, _, _ in norms), sum(theirs**2 for _, theirs, _ in norms)) ** 0.5
         if not size < float("inf"):  # a record that is not finite is left out
             return False
         wrong = [
             name
-            for name, error, norm in zip(self.names, errors, norms, strict=True)
-            if not error <= tolerance * max(norm, floor * size)
+            for name, (mine, theirs, error) in zip(self.names, norms, strict=True)
+            if not error <= tolerance * max(mine, theirs, floor * size)
         ]
         if wrong and not (
             self._agrees(size, rounded=alone if self._coarse else None) or self._agrees_with_padding(size)
@@ -151,14 +150,17 @@ class Comparison:
         if alone is None:
             return False
         tolerance, floor = _COARSE if self._coarse and not wide else _TOLERANCE
+        found = []
         for parameter, given in zip(self.parameters, self.source.record_gradients(self._record), strict=True):
             exact = alone.get(id(parameter))
-            norm = max(_norm(exact), floor * size)
+            coarse = exact if rounded is None else rounded.get(id(parameter))
+            found.append(_norms(exact, _difference(exact, coarse), _difference(exact, given)))
+        for exact_norm, own_rounding, off in on_host(found).tolist() if found else []:
+            norm = max(exact_norm, floor * size)
             allowed = tolerance * norm
             if rounded is not None:
-                own_rounding = _norm(_difference(exact, rounded.get(id(parameter))))
                 allowed = min(_COARSE[0] / 2 * norm + _OWN_ROUNDING * own_rounding, _MOST_ROUNDING * norm)
-            if not _norm(_difference(exact, given)) <= allowed:
+            if not off <= allowed:
                 return False
         return True
 
@@ -197,8 +199,13 @@ def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | N
     return [one if two is None else two if one is None else one + two for one, two in zip(found, left, strict=True)]
 
 
-def _norm(value: Tensor | None) -> float:
-    return 0.0 if value is None else float(torch.linalg.vector_norm(value.detach(), dtype=torch.float64))
+def _norms(*gradients: Tensor | None) -> Tensor:
+    """Return the norms of gradients, ``[n]`` in float64 on their device; 0 for None."""
+    device = next((g.device for g in gradients if g is not None), None)
+    none = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(
+        [none if g is None else torch.linalg.vector_norm(g.detach(), dtype=torch.float64) for g in gradients]
+    )
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> Tensor | None:

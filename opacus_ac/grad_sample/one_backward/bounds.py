@@ -41,6 +41,9 @@ CHUNKS = ((384, 384), (640, 256), (1 << 60, 192))
 Gram matrices are used for batches that are no longer than that dimension, and e matters more the longer they are.
 """
 
+_SMALL = 1 << 13
+"""Number of entries of a written-down gradient up to which its norm is computed together with others."""
+
 ROWS = 2048
 """Number of rows of a weighted sum of outer products that are added up at a time."""
 
@@ -152,10 +155,10 @@ class Certificate:
 
     squares: Tensor
     """S, the squared norms as computed."""
-    reach: Tensor
-    """D, the sum of the norms of the outer products."""
-    largest: Tensor
-    """Largest squared norm of a side of an outer product; 0 without outer products."""
+    reach: Tensor | None
+    """D, the sum of the norms of the outer products; None for 0, without outer products."""
+    largest: Tensor | None
+    """Largest squared norm of a side of an outer product; None for 0."""
     relative: float | Tensor
     """rho."""
     norm_error: float | Tensor
@@ -168,25 +171,58 @@ class Certificate:
     @property
     def tiny(self) -> Tensor:
         """Part of the norm that may have been lost to underflow, ``[B]``."""
-        return self.underflow * (1 + self.largest.sqrt())
+        return self.underflow * (1 + self.largest_side().sqrt())
+
+    def largest_side(self) -> Tensor:
+        """Return the largest squared norm of a side of an outer product, ``[B]``."""
+        return self._or_zero(self.largest)
+
+    def _or_zero(self, values: Tensor | None) -> Tensor:
+        return torch.zeros_like(self.squares) if values is None else values
 
     def bounds(self) -> Tensor:
         """Return N_p, the bound for this parameter, ``[B]``."""
-        inexact = (self.squares.clamp(min=0) + self.norm_error * self.reach.square()).sqrt()
-        return (1 + self.relative) * inexact + self.sum_error * self.reach + self.tiny
+        reach = self._or_zero(self.reach)
+        inexact = (self.squares.clamp(min=0) + self.norm_error * reach.square()).sqrt()
+        return (1 + self.relative) * inexact + self.sum_error * reach + self.tiny
 
     def bounds_written_down(self) -> Tensor:
         """Return the bound for written-down gradients, ``[B]``. They are added as they are, so they have less error."""
         return (1 + self.relative) * self.squares.sqrt() + self.tiny
 
 
-def of_rows(rows: Tensor) -> Certificate:
-    """Return the certificate of written-down gradients ``[B, ...]`` that are not sums of outer products."""
-    squares = squared_norms(rows)
-    nothing = torch.zeros_like(squares)
+def squared_norms_of_many(rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return :func:`squared_norms` of small tensors, with one computation for all of the same shape and type.
+
+    Most parameters of a model are biases and weights of norms. On a GPU, the norm of one of them takes as long to ask
+    for as that of all.
+
+    Returns:
+        A list with None for large tensors, and for None.
+    """
+    found: list[Tensor | None] = [None] * len(rows)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, values in enumerate(rows):
+        if values is not None and values.shape[1:].numel() <= _SMALL:
+            groups.setdefault((values.shape, values.dtype, values.device), []).append(place)
+    for places in groups.values():
+        together = torch.stack([values for place in places if (values := rows[place]) is not None])
+        for place, squares in zip(places, squared_norms(together.flatten(0, 1)).view(together.shape[:2]), strict=True):
+            found[place] = squares
+    return found
+
+
+def of_rows(rows: Tensor, squares: Tensor | None = None) -> Certificate:
+    """Return the certificate of written-down gradients ``[B, ...]`` that are not sums of outer products.
+
+    Args:
+        rows: the gradients.
+        squares: their squared norms; None to compute them.
+    """
+    squares = squared_norms(rows) if squares is None else squares
     entries = rows[0].numel() if len(rows) else 0
     underflow = smallest(rows.dtype) * entries**0.5
-    return Certificate(squares, nothing, nothing, relative_error(rows, entries), 0.0, 0.0, underflow)
+    return Certificate(squares, None, None, relative_error(rows, entries), 0.0, 0.0, underflow)
 
 
 def relative_error(held: Tensor, entries: int) -> float:
@@ -201,7 +237,9 @@ def smallest(dtype: torch.dtype) -> float:
 
 def stacked(certificates: Sequence[Certificate]) -> Certificate:
     """Return the certificates of P parameters as one on the CPU. There is one transfer, if all are on one device."""
-    values = on_host([value for c in certificates for value in (c.squares, c.reach, c.largest)])
+    zero = torch.zeros(len(certificates[0].squares), dtype=torch.float64)
+    parts = [zero if part is None else part for c in certificates for part in (c.squares, c.reach, c.largest)]
+    values = on_host(parts)
     errors = [[c.relative, c.norm_error, c.sum_error, c.underflow] for c in certificates]
     columns = torch.tensor(errors, dtype=torch.float64).unsqueeze(2).unbind(1)
     return Certificate(*values.unflatten(0, (-1, 3)).unbind(1), *columns)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opacus_ac.grad_sample.one_backward.bounds import EXTREME, NEGLIGIBLE, WORTHWHILE, stacked
+from opacus_ac.grad_sample.one_backward.bounds import EXTREME, NEGLIGIBLE, WORTHWHILE, squared_norms_of_many, stacked
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 from opacus_ac.grad_sample.one_backward.routed import RoutedBook
 from opacus_ac.grad_sample.transfers import on_host
@@ -32,12 +32,13 @@ def certified(books: Sequence[ParameterBook | RoutedBook], weights: Sequence[flo
     Raises:
         ValueError: If a tensor was written after a norm was computed from it.
     """
-    known = stacked([book.certificate() for book in books])
+    of_many = squared_norms_of_many([book.only_rows for book in books])
+    known = stacked([book.certificate(own) for book, own in zip(books, of_many, strict=True)])
     bounds, squares = known.bounds(), known.squares.clamp(min=0)
     factors = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
     norm = _total(squares, factors).sqrt()
     excess = factors * (bounds - squares.sqrt())
-    doubtful = (excess > WORTHWHILE * norm) & (factors * bounds > NEGLIGIBLE) | (known.largest > EXTREME)
+    doubtful = (excess > WORTHWHILE * norm) & (factors * bounds > NEGLIGIBLE) | (known.largest_side() > EXTREME)
     kept = torch.tensor([[book.rows is not None] for book in books])
     bounds = torch.where(doubtful & kept, known.bounds_written_down(), bounds)
     _write_down(books, (doubtful & ~kept).nonzero().tolist(), bounds, squares)

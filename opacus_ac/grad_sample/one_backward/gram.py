@@ -59,6 +59,7 @@ class Gram:
     """The matrix ``[B, T, T]``, or its diagonal blocks ``[2 B, T / 2, T / 2]``."""
     above: Tensor | None
     """The block above the diagonal blocks ``[B, T / 2, T / 2]``; None if ``blocks`` is the matrix."""
+    _squares: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, size: int = 1 << 60) -> Gram:
@@ -96,9 +97,11 @@ class Gram:
         return torch.cat([torch.cat([first, self.above], 2), torch.cat([self.above.transpose(1, 2), second], 2)], 1)
 
     def squares(self) -> Tensor:
-        """Return the squared norms of the positions, ``[B, T]`` in float64."""
-        diagonal = self.blocks.diagonal(dim1=1, dim2=2).double()
-        return diagonal if self.above is None else diagonal.reshape(self.above.shape[0], -1)
+        """Return the squared norms of the positions, ``[B, T]`` in float64. They must not be written to."""
+        if self._squares is None:
+            diagonal = self.blocks.diagonal(dim1=1, dim2=2).double()
+            self._squares = diagonal if self.above is None else diagonal.reshape(self.above.shape[0], -1)
+        return self._squares
 
 
 def sizes(x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def _bag(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
 
 
 def _ste_linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    factors = ste_linear_factors(use.module, tensors[0], backprops)
+    factors = ste_linear_factors(use.module, tensors[0], backprops, use.late)
     return dense_terms(use.module, factors.inputs, factors.backprops)
 
 

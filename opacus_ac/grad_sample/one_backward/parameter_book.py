@@ -97,8 +97,16 @@ class ParameterBook:
         """
         self._used.check()
 
-    def certificate(self) -> Certificate:
+    @property
+    def only_rows(self) -> Tensor | None:
+        """The written-down gradients ``[B, ...]``, if there is nothing to add to them."""
+        return None if self.dense or self.lookups else self.rows
+
+    def certificate(self, squares: Tensor | None = None) -> Certificate:
         """Return the norm of each record, with its error.
+
+        Args:
+            squares: squared norms of :attr:`only_rows`, if they are known.
 
         Raises:
             ValueError: If a tensor was written after a norm was computed from it.
@@ -106,7 +114,7 @@ class ParameterBook:
         self.check_unchanged()
         if self.rows is not None:
             self._materialise()
-            alone = of_rows(self.rows)
+            alone = of_rows(self.rows, squares)
             if self._found is None:
                 return alone
             found = self._found.certify(alone.squares, self.rows, self.shape.numel())

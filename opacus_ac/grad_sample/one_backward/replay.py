@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves
 
+from opacus_ac.grad_sample.late_checks import LateChecks
 from opacus_ac.grad_sample.module_replay import bare_twin, is_quantised
 from opacus_ac.grad_sample.one_backward.outer_products import Rows
 from opacus_ac.grad_sample.one_backward.states import StatesOfTwin
@@ -41,7 +44,7 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> l
     Records are run together by ``torch.vmap``, or one after the other where it does not know an operation.
 
     Raises:
-        ValueError: If the output differs.
+        ValueError: If the output differs. That is looked at later (``use.late``), unless there is another way to split.
     """
     gradients = (backprops,) if use.gradients is None else use.gradients
     inputs, outputs = tensors[: -len(gradients)], tensors[-len(gradients) :]
@@ -49,13 +52,18 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> l
     backs = tuple(None if g is None else _by_records(g, len(backprops)) for g in gradients)
     wanted = [_by_records(o, len(backprops)) for o, g in zip(outputs, gradients, strict=True) if g is not None]
     first: ValueError | None = None
-    for split in _splits(inputs, outputs, len(backprops)):
+    splits = list(_splits(inputs, outputs, len(backprops)))
+    error = partial(_refusal, use.path, type(use.module).__name__)
+    for split in splits:
+        late = use.late if len(splits) == 1 else LateChecks()
         try:
             rows, again = _run_again(use, split, backs)
             for got, want in zip(again, wanted, strict=True):
-                _check_replay(use, inputs, got, want)
-        except ValueError as error:
-            first = first or error
+                check_again(late, got, want, error, inputs)
+            if late is not use.late:
+                late.verify()
+        except ValueError as found:
+            first = first or found
             continue
         owned = dict(use.module.named_parameters())
         return [(owned[name], Rows(values.detach())) for name, values in rows.items()]
@@ -228,34 +236,44 @@ def _ordinary_records(inputs: Sequence[Tensor], want: Tensor) -> Tensor:
     return ordinary
 
 
-def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> bool:
-    """Say whether a second run returned the same, for each record without extreme values."""
-    if got.shape != want.shape:
-        return False
-    got, want = (t[ordinary].flatten(1) if t.dim() > 1 else t[ordinary].unsqueeze(1) for t in (got, want))
-    if not want.numel():
-        return True
+def _is_replay(got: Tensor, want: Tensor, ordinary: Tensor) -> Tensor:
+    """Return whether a second run returned the same, for each record without extreme values: one truth value."""
+    got, want = (t.flatten(1) if t.dim() > 1 else t.unsqueeze(1) for t in (got, want))
     finite = torch.isfinite(want)
     difference = torch.where(finite, (got - want).abs(), 0).amax(1)
     size = torch.where(finite, want.abs(), 0).amax(1)
     tolerance = _REPLAY_TOLERANCE.get(want.dtype, _LOW_TOLERANCE)
     if want.dtype == torch.float32 and less_was_asked():  # in the first run only
         tolerance = _LOW_TOLERANCE
-    # A record with small outputs gets the tolerance of a median one, and one with large outputs its own.
-    return bool((difference <= tolerance * torch.maximum(size, size.median())).all())
+    # A record with small outputs gets the tolerance of a median one, and one with large outputs its own. The lower of
+    # two medians is taken, as torch.median does; torch.nanmedian would wait for the device.
+    middle = ((ordinary.sum() - 1) // 2).clamp(min=0).view(1)
+    median = torch.where(ordinary, size, math.inf).sort().values.gather(0, middle)
+    same = difference <= tolerance * torch.maximum(size, median)
+    return (same | ~ordinary).all()
 
 
-def returns_the_same(got: Tensor, want: Tensor) -> bool:
-    """Say whether a second run returned the same, but for rounding; the records are the first dimension."""
-    return _is_replay(got, want, _ordinary_records((), want)) if want.dim() > 0 else got.shape == want.shape
+def check_again(
+    late: LateChecks, got: Tensor, want: Tensor, error: Callable[[], Exception], inputs: Sequence[Tensor] = ()
+) -> None:
+    """Have ``late`` check that a second run returned the same, but for rounding; the records are the first dimension.
+
+    Args:
+        late: takes the check.
+        got: what the second run returned.
+        want: what the first run returned.
+        error: returns what is raised otherwise, at once if the shapes differ.
+        inputs: records with extreme values in one of these are left out.
+    """
+    if got.shape != want.shape:
+        raise error()
+    if want.dim() > 0 and want.numel():
+        late.note(_is_replay(got, want, _ordinary_records(inputs, want)), error)
 
 
-def _check_replay(use: Use, inputs: Sequence[Tensor], got: Tensor, want: Tensor) -> None:
-    same = _is_replay(got, want, _ordinary_records(inputs, want)) if want.dim() > 0 else got.shape == want.shape
-    if not same:
-        raise ValueError(
-            f"{use.path or 'the model'} ({type(use.module).__name__}) has no rule, and run again on single records it "
-            "does not return what it returned on the batch: it is random (dropout inside it?), or its arguments do not "
-            "have the records as first dimension. Set its dropout to 0, register a rule with register_rule, or freeze "
-            "it"
-        )
+def _refusal(path: str, name: str) -> ValueError:
+    return ValueError(
+        f"{path or 'the model'} ({name}) has no rule, and run again on single records it does not return what it "
+        "returned on the batch: it is random (dropout inside it?), or its arguments do not have the records as first "
+        "dimension. Set its dropout to 0, register a rule with register_rule, or freeze it"
+    )

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from opacus_ac.grad_sample.module_replay import bare_twin, written_type
 from opacus_ac.grad_sample.one_backward.outer_products import Term
-from opacus_ac.grad_sample.one_backward.replay import returns_the_same
+from opacus_ac.grad_sample.one_backward.replay import check_again
 from opacus_ac.grad_sample.one_backward.states import StatesOfTwin
 from opacus_ac.grad_sample.one_backward.use import Use
 from opacus_ac.grad_sample.rules.embedding import ids_by_record, table_terms
@@ -98,7 +98,8 @@ def replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) ->
         again = written_type(module).forward(twin, *args, **kwargs)
     if not notes.found:
         raise _refusal(use, "its forward does not look up rows of its weight")
-    if len(notes.found) == 1 and again is notes.found[0].rows and torch.equal(again, output):
+    if len(notes.found) == 1 and again is notes.found[0].rows and again.shape == output.shape:
+        check_again(use.late, again.detach(), output, _is_random(use))
         gradients = [backprops]
     else:
         gradients = _through_the_forward(use, twin, again, output, notes.found, backprops)
@@ -114,8 +115,9 @@ def _through_the_forward(
     """Return the gradient at the rows of each lookup, ``[B, ..., D]``."""
     copies = backprops.numel() // max(again.numel(), 1)  # of a lookup that was for all records at once
     want = output if output.numel() == again.numel() else output[0]
-    if want.numel() != again.numel() or not returns_the_same(again.detach(), want.reshape(again.shape)):
-        raise _refusal(use, "run again it does not return what it returned in the forward pass: it is random")
+    if want.numel() != again.numel():
+        raise _is_random(use)()
+    check_again(use.late, again.detach(), want.reshape(again.shape), _is_random(use))
     if any(one.rows.shape[:-1] != again.shape[:-1] for one in found):
         raise _refusal(use, "its output does not have a place for each row that is looked up")
     wanted = (twin.weight, *(one.rows for one in found))
@@ -129,6 +131,11 @@ def _through_the_forward(
         torch.zeros(shape, dtype=one.rows.dtype, device=one.rows.device) if g is None else g.reshape(shape)
         for one, g, shape in zip(found, gradients, shapes, strict=True)
     ]
+
+
+def _is_random(use: Use) -> Callable[[], ValueError]:
+    error = _refusal(use, "run again it does not return what it returned in the forward pass: it is random")
+    return lambda: error
 
 
 def _refusal(use: Use, reason: str) -> ValueError:

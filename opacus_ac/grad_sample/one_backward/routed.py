@@ -66,14 +66,14 @@ class RoutedBook:
     uses: list[Routed] = field(default_factory=list)
     apart: list[int] = field(default_factory=list)
     _used: Unchanged = field(default_factory=Unchanged)
-    rows = None
+    rows = only_rows = None
 
     def add(self, term: Routed, cache: GramCache, path: str = "") -> None:
         """Add one use of the stack, by the module ``path``."""
         self.uses.append(term)
         self._used.note(f"rows of {path}", term.left, term.right, term.records)
 
-    def certificate(self) -> Certificate:
+    def certificate(self, squares: Tensor | None = None) -> Certificate:
         """What is known of each record's norm.
 
         Raises:

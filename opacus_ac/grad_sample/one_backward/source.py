@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.folded_rows import FoldedRows
+from opacus_ac.grad_sample.late_checks import LateChecks
 from opacus_ac.grad_sample.one_backward.capture import Capture
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
@@ -40,6 +41,7 @@ class _Chunk:
     books: dict[int, Book] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     model_passes: set[int] = field(default_factory=set)
+    late: LateChecks = field(default_factory=LateChecks)
     rows: int = 0
     records: int = 0
 
@@ -133,6 +135,7 @@ class BookKeepingSource:
         try:
             tensors, gradient = by_record(use, use.tensors(), gradient)
             chunk = self._chunks[-1]
+            use.late = chunk.late
             self._check_batch(chunk, use, records_in(use, gradient))
             for parameter, term in self._terms(use, tensors, gradient):
                 index = self._index.get(id(parameter), self._places(parameter, use.module))
@@ -191,7 +194,8 @@ class BookKeepingSource:
 
         Raises:
             ValueError: If there was no backward pass or an interrupted one, if a parameter was used where no rule sees
-                it, if gradients of the last step were not cleared, or if inputs or gradients were written in between.
+                it, if gradients of the last step were not cleared, if inputs or gradients were written in between, or
+                if a check of a layer's rule failed.
         """
         if self._capture is not None:
             self._capture.restore()
@@ -199,6 +203,12 @@ class BookKeepingSource:
         self._chunks = [c for c in self._chunks if c.books]
         self._shared()
         self._grams = GramCache()
+        try:
+            for chunk in self._chunks:
+                chunk.late.verify()
+        except BaseException:
+            self._failed = True
+            raise
         with exact():
             norms = [self._norms(chunk, weights) for chunk in self._chunks]
         return torch.cat(norms)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from opacus_ac.grad_sample.late_checks import LateChecks
 from opacus_ac.grad_sample.one_backward.experts import Product
 from opacus_ac.grad_sample.one_backward.states import NO_STATES, States
 
@@ -96,6 +97,8 @@ class Use:
     """The attributes that the call has replaced. Those that were tensors are kept after its arguments."""
     is_split: bool = False
     """Whether the tensors came as ``[B T, d]`` and were reshaped to ``[B, T, d]``."""
+    late: LateChecks = field(default_factory=LateChecks)
+    """Takes the checks of the rule whose outcomes need not be known at once."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the kept tensors, which are recomputed if the forward pass was checkpointed. Works once only."""

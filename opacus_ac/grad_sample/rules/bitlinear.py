@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from opacus_ac.grad_sample.late_checks import LateChecks
 from opacus_ac.grad_sample.module_replay import call_forward
 from opacus_ac.grad_sample.rules.linear import outer_products, sum_positions
 
@@ -170,9 +171,9 @@ def _check_parameters(module: nn.Module, product: _Product) -> None:
         raise _refuse(module, "its bias is not the bias argument of F.linear")
 
 
-def _same(got: Tensor, want: Tensor) -> bool:
-    """Say whether all entries are equal up to a cast, so that one masked entry among millions is found."""
-    return bool(((got - want).abs() <= 4 * torch.finfo(got.dtype).eps * want.abs()).all())
+def _same(got: Tensor, want: Tensor) -> Tensor:
+    """Return whether all entries are equal up to a cast, so that one masked entry among millions is found."""
+    return ((got - want).abs() <= 4 * torch.finfo(got.dtype).eps * want.abs()).all()
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
@@ -181,8 +182,9 @@ def _close(got: Tensor, want: Tensor) -> bool:
     return bool((got - want).abs().max() <= slack * want.abs().max())
 
 
-def _check_identity(module: nn.Module, product: _Product, cotangent: Tensor) -> None:
+def _check_identity(module: nn.Module, product: _Product, cotangent: Tensor, late: LateChecks) -> None:
     """Check that the gradient of the quantised weight reaches the weight unchanged."""
+    reason = "the gradient does not pass unchanged from the quantised weight to the weight"
     weight = module._parameters["weight"]
     assert weight is not None
     same: tuple[Tensor | None, ...] = (cotangent,)
@@ -191,28 +193,33 @@ def _check_identity(module: nn.Module, product: _Product, cotangent: Tensor) -> 
             raise _refuse(module, "its weight does not reach F.linear differentiably")
         cotangent = cotangent.to(product.weight.dtype)
         same = torch.autograd.grad(product.weight, weight, cotangent, retain_graph=True, allow_unused=True)
-    if same[0] is None or not _same(same[0], cotangent.to(same[0].dtype)):
-        raise _refuse(module, "the gradient does not pass unchanged from the quantised weight to the weight")
+    if same[0] is None:
+        raise _refuse(module, reason)
+    late.note(_same(same[0], cotangent.to(same[0].dtype)), lambda: _refuse(module, reason))
 
 
 def _check_structure(module: nn.Module, replay: _Replay, backprops: Tensor, total: Tensor) -> None:
-    """Check, once per layer, that the weight acts on the output only through the one product."""
+    """Check, once per layer and at once, that the weight acts on the output only through the one product."""
     weight = module._parameters["weight"]
     assert weight is not None
     generator = torch.Generator().manual_seed(0)
-    _check_identity(module, replay.product, torch.randn(weight.shape, generator=generator).to(total))
+    checks = LateChecks()
+    _check_identity(module, replay.product, torch.randn(weight.shape, generator=generator).to(total), checks)
+    _check_identity(module, replay.product, total, checks)
+    checks.verify()
     whole = torch.autograd.grad(replay.output, weight, backprops, retain_graph=True)[0]
     if not _close(total.to(whole.dtype), whole):
         raise _refuse(module, "its weight acts on the output by another way than the one F.linear")
 
 
-def ste_linear_factors(module: nn.Module, x: Tensor, backprops: Tensor) -> Factors:
+def ste_linear_factors(module: nn.Module, x: Tensor, backprops: Tensor, late: LateChecks | None = None) -> Factors:
     """Return the factors of a user's straight-through linear layer, from a second run of its forward.
 
     Args:
         module: the layer. Its forward takes one tensor and calls ``F.linear`` exactly once.
         x: its input ``[B, ..., in]``.
         backprops: the gradient at its output ``[B, ..., out]``.
+        late: takes checks whose outcomes need not be known at once; None to look at all of them.
 
     Raises:
         ValueError: If the layer is not a straight-through linear layer. The path to the weight is checked at every
@@ -223,7 +230,10 @@ def ste_linear_factors(module: nn.Module, x: Tensor, backprops: Tensor) -> Facto
     factors, backprops = _factors_of(replay, backprops)
     weight = module._parameters.get("weight")
     if weight is not None and weight.requires_grad:
-        _check_weight_path(module, replay, factors, x.detach(), backprops)
+        checks = LateChecks() if late is None else late
+        _check_weight_path(module, replay, factors, x.detach(), backprops, checks)
+        if late is None:
+            checks.verify()
     return factors
 
 
@@ -247,21 +257,30 @@ def _ordinary_records(factors: Factors) -> Tensor:
     return inputs * backprops < _ORDINARY  # False for NaN and infinity
 
 
-def _check_weight_path(module: nn.Module, replay: _Replay, factors: Factors, x: Tensor, backprops: Tensor) -> None:
+def _check_weight_path(
+    module: nn.Module, replay: _Replay, factors: Factors, x: Tensor, backprops: Tensor, late: LateChecks
+) -> None:
     """Compare the factors with autograd, for records without extreme values."""
     ordinary = _ordinary_records(factors)
+    if module in _STRUCTURE_CHECKED:
+        shape = (-1,) + (1,) * (factors.inputs.dim() - 1)
+        zeroed = Factors(*(part.masked_fill(~ordinary.view(shape), 0) for part in factors))
+        _check_identity(module, replay.product, _total(zeroed), late)
+        return
     if not bool(ordinary.any()):
         return
     if not bool(ordinary.all()):
         x, backprops = x[ordinary], backprops[ordinary]
         replay = _replay(module, x, backprops.dtype)
         factors, backprops = _factors_of(replay, backprops)
-    flat_b, flat_a = (part.reshape(-1, part.shape[-1]) for part in (factors.backprops, factors.inputs))
-    total = flat_b.T @ flat_a
-    if module not in _STRUCTURE_CHECKED:
-        _check_structure(module, replay, backprops, total)
-        _STRUCTURE_CHECKED.add(module)
-    _check_identity(module, replay.product, total)
+    _check_structure(module, replay, backprops, _total(factors))
+    _STRUCTURE_CHECKED.add(module)
+
+
+def _total(factors: Factors) -> Tensor:
+    """Return the weight gradient of the batch, ``[out, in]``."""
+    inputs, backprops = (part.reshape(-1, part.shape[-1]) for part in factors)
+    return backprops.T @ inputs
 
 
 def ste_linear(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
