@@ -172,6 +172,13 @@ def test_a_battery_that_cannot_run_says_why(missing, reason, tmp_path, monkeypat
     assert reason in found.reason
 
 
+@pytest.mark.parametrize("name", [one.name for one in speed.SPEEDS if one.shape.lora_rank])
+def test_adapters_without_peft_are_skipped(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("device_checks.entries.importlib.util.find_spec", lambda package: None)
+    found = Process("cpu", True).run(name, tmp_path, 60)
+    assert (found.status, found.reason) == (SKIPPED, "peft is not installed")
+
+
 def test_batteries_are_tests_that_are_there():
     assert all((batteries.ROOT / battery.file).is_file() for battery in batteries.BATTERIES)
 

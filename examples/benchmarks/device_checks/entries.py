@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from device_checks.batteries import BATTERIES, Battery
 from device_checks.lengths import Lengths
 from device_checks.noise import Noise
-from device_checks.results import FAILED, PASSED, Result
+from device_checks.results import FAILED, PASSED, SKIPPED, Result
 from device_checks.speed import SPEEDS
 
 EXACTNESS, SPEED, NOISE, LENGTH = "exactness", "speed and memory", "noise", "memory against length"
@@ -53,6 +54,9 @@ class Process:
     def run(self, name: str, folder: Path, seconds: float) -> Result:
         """Run an entry and return its result; after a failure the next entry has a new process."""
         entry, start = ENTRIES[name][1], time.monotonic()
+        for package in getattr(entry, "needs", ()):
+            if importlib.util.find_spec(package) is None:
+                return Result(name, SKIPPED, f"{package} is not installed")
         tests = isinstance(entry, Battery)
         result = entry.run(self.device, self.tiny, folder, seconds) if tests else self._ask(name, entry, seconds)
         result.seconds = round(time.monotonic() - start, 1)

@@ -44,6 +44,11 @@ class Speed:
     variants: Mapping[str, Variant] = field(default_factory=lambda: FIRST_ORDER)
     rounds: int = 7
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Packages without which there is nothing to measure."""
+        return ("peft",) if self.shape.lora_rank else ()
+
     def run(self, device: str, tiny: bool) -> dict[str, Any]:
         """Measure; return the shape that was measured, and the figures of every variant."""
         shape = self.tiny if tiny else self.shape
