@@ -9,7 +9,7 @@ gradients follow from the numbers of weights; what is held for a record is what 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -65,9 +65,12 @@ def lines() -> Iterator[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="What a private step holds in memory, by model.")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/on-a-gpu.md")
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     table = "\n".join(lines())
-    if "--write" not in sys.argv[1:]:
+    if not arguments.write:
         print(table)
         return
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
