@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 _INPUTS = ("input_ids", "inputs_embeds")
+
+
+class Fold(NamedTuple):
+    """How many rows there are where a record has several.
+
+    Attributes:
+        records: number of records B.
+        rows: number of rows K of each record.
+        windows: whether these are the windows of a layer that cuts records into windows.
+    """
+
+    records: int
+    rows: int
+    windows: bool = False
 
 
 class FoldedRows:
@@ -60,10 +74,10 @@ class FoldedRows:
             if isinstance(value, Tensor) and value.dim() == dims:
                 self._shapes[id(module)] = value.shape
 
-    def of(self, module: nn.Module) -> tuple[int, int] | None:
-        """Return ``(B, K)`` of the last call of what ``module`` is inside of; None where it is not inside of any."""
+    def of(self, module: nn.Module) -> Fold | None:
+        """Return B and K of the last call of what ``module`` is inside of; None where it is not inside of any."""
         shape = self._shapes.get(self._outer.get(id(module), 0))
-        return None if shape is None else (shape[0], shape[1])
+        return None if shape is None else Fold(shape[0], shape[1])
 
     def batch(self, module: nn.Module, shape: torch.Size) -> torch.Size:
         """Return the shape of a batch as ``module`` sees it, where the model was called with ``shape``."""

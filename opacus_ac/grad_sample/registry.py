@@ -205,7 +205,7 @@ def register_ste_linear(cls: ClassT) -> ClassT:
         >>> register_ste_linear(HalfPrecisionLinear).__name__
         'HalfPrecisionLinear'
     """
-    _require_module_class(cls)
+    require_module_class(cls)
     register_grad_sampler(cls)(ste_linear)
     return cls
 
@@ -232,12 +232,13 @@ def register_rule(
     Raises:
         TypeError: If ``cls`` is not a module class, or ``rule`` is not callable.
     """
-    _require_module_class(cls)
+    require_module_class(cls)
     if not callable(rule):
         raise TypeError(f"rule must be callable, not {type(rule).__name__}")
     register_grad_sampler(cls)(UserRule(rule, probe_input, constant_buffers))
 
 
-def _require_module_class(cls: object) -> None:
+def require_module_class(cls: object) -> None:
+    """Raise TypeError unless ``cls`` is a class of modules."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"expected a subclass of torch.nn.Module, not {cls!r}")

@@ -34,6 +34,7 @@ from opacus_ac.grad_sample.one_backward.use import (
     records_first,
 )
 from opacus_ac.grad_sample.one_backward.watched_passes import WatchedPasses
+from opacus_ac.grad_sample.one_backward.windows import Windows
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.sharded_parameters import ShardedParameters
 
@@ -84,7 +85,8 @@ class Capture:
         self._folded = folded or FoldedRows()
         self._passes = 0
         self._watched = WatchedPasses(() if self._shards.any else self._tracked.values(), self._share_parameter)
-        self._sharing = Sharing(model.buffers(), self._watched.is_constant)
+        self._windows = Windows(model, self._watched.note)
+        self._sharing = Sharing(model.buffers(), self._watched.is_constant, self._windows.rows_of_a_record)
         self._paused = False
         self._shapes: dict[int, tuple[int, int] | None] = {}
         self._before_call: dict[int, _Before] = {}
@@ -105,6 +107,7 @@ class Capture:
     def _attach(self, model: nn.Module) -> None:
         self._handles.append(model.register_forward_pre_hook(self._start, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end, prepend=True, always_call=True))
+        self._handles += self._windows.attach()
         for module in self._flattening:
             self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
         for item in self._tracked.values():
@@ -143,6 +146,7 @@ class Capture:
 
     def restore(self) -> None:
         """Restore ``requires_grad`` after an interrupted forward pass."""
+        self._windows.forget()
         while self._running:
             self._switch_on(*self._running.pop())
 
@@ -160,6 +164,7 @@ class Capture:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) == self._model_id and module.training and torch.is_grad_enabled() and not self.paused:
             self._passes += 1
+            self._windows.forget()
             self._watched.start(sys._getframe(1), self._sharing.start((args, kwargs)))
 
     def _end(self, module: nn.Module, _args: Any, _output: Any) -> None:
@@ -228,13 +233,22 @@ class Capture:
             tensors = shared.inputs(tensors)
         if tracked.keep_output:  # what comes next may change the output in place
             tensors = [*tensors, *kept, output.clone() if shared is None else shared.kept(output)]
-        use = self._use(tracked, call, tensors, output.device)
-        use.states = states
+        second = frozenset[int]()
+        if shared is None and tracked.is_time_first:
+            second = in_the_second_dimension(tracked, tensors, ())
+        use = self._use(tracked, call, records_first(tensors, second), output.device)
+        use.second, use.states = second, states
         if shared is not None:
+            use.is_shared = True
             return shared.value.again(
                 pass_on_watched(self._token, shared.value.records(), lambda gradient: self._arrive(use, gradient))
             )
-        watched = watch_output(self._token, output, lambda gradient: self._arrive(use, gradient))
+        turned = range(int(bool(second) and output.dim() == 3))
+
+        def arrive(gradient: Tensor) -> None:
+            self._arrive(use, *records_first((gradient,), turned))
+
+        watched = watch_output(self._token, output, arrive)
         self._watched.note(output if watched is None else watched)
         return watched
 
@@ -245,7 +259,7 @@ class Capture:
         kept = keep(self._token, *(t.records().detach() if isinstance(t, Shared) else t.detach() for t in tensors))
         flattened = self._shapes.get(self._outer.get(id(tracked.module), 0))
         autocast = autocast_of(device.type)
-        folded = self._folded.of(tracked.module)
+        folded = self._windows.now or self._folded.of(tracked.module)
         return Use(tracked.path, tracked.module, call, kept, autocast, self._passes, flattened, folded, bare=bare)
 
     def _share_parameter(self, tracked: Tracked, name: str, parameter: nn.Parameter) -> Shared | None:
@@ -291,7 +305,7 @@ class Capture:
                 "without a floating-point tensor, so no gradient comes back to it. Freeze it"
             )
         outputs = [leaves[place] for place in places]
-        second = in_the_second_dimension(tracked.module, tensors, outputs)
+        second = in_the_second_dimension(tracked, tensors, outputs)
         use = self._use(tracked, call, records_first([*tensors, *outputs], second), outputs[0].device)
         use.second, use.states = second, states
 

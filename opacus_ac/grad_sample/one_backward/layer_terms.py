@@ -172,6 +172,13 @@ def computes_with_parts(module: nn.Module) -> bool:
 _FLATTENING = {("transformers.models.opt.modeling_opt", "OPTDecoderLayer")}
 
 
+# In the source of these classes, all layers get the states [B, T, d] as [T, B, d].
+_TIME_FIRST = {
+    ("transformers.models.led.modeling_led", "LEDEncoderSelfAttention"),
+    ("transformers.models.longformer.modeling_longformer", "LongformerSelfAttention"),
+}
+
+
 def _written(module: nn.Module) -> tuple[str, str]:
     cls = written_type(module)
     return cls.__module__, cls.__qualname__
@@ -238,13 +245,16 @@ def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
 def tracked(model: nn.Module) -> tuple[list[Tracked], dict[str, TermRule], QuantizedInputs]:
     """Return the modules that ``Capture`` must watch, the rule for each path, and the inputs that rules share."""
     shared = QuantizedInputs()
+    outer = [m for m in model.modules() if _written(m) in _TIME_FIRST]
+    time_first = {id(inner) for module in outer for inner in module.modules() if inner is not module}
     items, rules = [], {}
     for path, module in watched_modules(model):
         rules[path], name = rule_of(module, shared)
         replayed = name == "replay" or replays_lookup(module)
         parameters: Iterable[nn.Parameter] = module.parameters(recurse=name == "replay")
         trained = tuple(p for p in parameters if p.requires_grad)
-        items.append(Tracked(path, module, trained, keep_output=replayed, is_experts=name == "routed"))
+        is_experts, is_time_first = name == "routed", id(module) in time_first
+        items.append(Tracked(path, module, trained, replayed, is_experts, is_time_first))
     return items, rules, shared
 
 

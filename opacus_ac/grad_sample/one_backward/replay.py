@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves
 
+from opacus_ac.grad_sample.folded_rows import Fold
 from opacus_ac.grad_sample.late_checks import LateChecks
 from opacus_ac.grad_sample.module_replay import bare_twin, is_quantised
 from opacus_ac.grad_sample.one_backward.outer_products import Rows
@@ -48,11 +49,17 @@ def replayed_rows(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> l
     """
     gradients = (backprops,) if use.gradients is None else use.gradients
     inputs, outputs = tensors[: -len(gradients)], tensors[-len(gradients) :]
+    windows = use.folded if use.folded is not None and use.folded.windows and not use.is_shared else None
+    use.is_split = use.is_split or windows is not None  # K windows are a batch, and need no dimension more
+
+    def apart(tensor: Tensor) -> Tensor:
+        return _by_records(tensor, len(backprops)) if windows is None else _by_windows(tensor, windows)
+
     # An output without a gradient does not matter, whatever its shape is.
-    backs = tuple(None if g is None else _by_records(g, len(backprops)) for g in gradients)
-    wanted = [_by_records(o, len(backprops)) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+    backs = tuple(None if g is None else apart(g) for g in gradients)
+    wanted = [apart(o) for o, g in zip(outputs, gradients, strict=True) if g is not None]
     first: ValueError | None = None
-    splits = list(_splits(inputs, outputs, len(backprops)))
+    splits = [_split_windows(use, inputs, windows)] if windows else list(_splits(inputs, outputs, len(backprops)))
     error = partial(_refusal, use.path, type(use.module).__name__)
     for split in splits:
         late = use.late if len(splits) == 1 else LateChecks()
@@ -106,6 +113,24 @@ def _by_records(tensor: Tensor, records: int) -> Tensor:
     if tensor.dim() == 0 or len(tensor) == records or len(tensor) % records:
         return tensor
     return tensor.unflatten(0, (records, -1))
+
+
+def _split_windows(use: Use, inputs: Sequence[Tensor], windows: Fold) -> _Split:
+    """Return what a record gets inside of windows: its K rows, and whatever does not have a row for each window."""
+    tensors = tuple(t if i in use.bare else _by_windows(t, windows) for i, t in enumerate(inputs))
+    parts = [
+        i in use.bare or after is not before for i, (before, after) in enumerate(zip(inputs, tensors, strict=True))
+    ]
+    return _Split(tensors, tuple(0 if part else None for part in parts))
+
+
+def _by_windows(tensor: Tensor, windows: Fold) -> Tensor:
+    """Return ``[B, K, ...]`` for ``[B K, ...]``, and any other tensor as it is."""
+    if windows.records == 1:  # to which everything belongs
+        return tensor.unsqueeze(0)
+    if tensor.dim() == 0 or len(tensor) != windows.records * windows.rows:
+        return tensor
+    return tensor.unflatten(0, (windows.records, windows.rows))
 
 
 def replay_sampler(module: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:

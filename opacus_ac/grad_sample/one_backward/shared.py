@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
@@ -50,10 +51,13 @@ class Batch:
     Attributes:
         lengths: sizes that dimensions other than that of the records have.
         is_constant: says whether a tensor does not come from the batch; None if that is not known.
+        rows_of_a_record: returns the number K of rows that each record has where the model is at the moment, one after
+            the other. It is 1 outside of windows.
     """
 
     lengths: frozenset[int]
     is_constant: Callable[[Tensor], bool | None]
+    rows_of_a_record: Callable[[], int]
 
 
 class Shared(Tensor):
@@ -145,6 +149,8 @@ class SharedCall:
         self.shared = {i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Shared)}
         one = self.leaves[min(self.shared)]
         self.size, self.batch = one.rows.shape[0], one.batch
+        self.each = self.batch.rows_of_a_record()
+        self.rows = self.size * self.each
         self.others = {
             i: leaf
             for i, leaf in enumerate(self.leaves)
@@ -212,6 +218,7 @@ class SharedCall:
         return (
             self.place,
             self.size,
+            self.each,
             self.size in self.batch.lengths,
             *(described(i, leaf) for i, leaf in enumerate(self.leaves)),
         )
@@ -231,7 +238,7 @@ class SharedCall:
             if isinstance(changed, Shared):
                 target.rows, target.value = changed.rows, changed.value
                 return target
-        elif self.name in _ARITHMETIC and target.shape[0] == self.size:
+        elif self.name in _ARITHMETIC and target.shape[0] == self.rows:
             return aligned(self, target.dim())
         raise ValueError(
             f"{self.name} writes to a value that was computed once for all records, or writes such a value to a tensor "
@@ -251,9 +258,10 @@ class SharedCall:
         met = self._first(meeting, want)
         alone = self._first(apart, want) if met is None or not clear else None
         if met is not None and alone is not None:
+            remedy = "Add it without expand() or repeat()" if self.each > 1 else "Give the first batch another length"
             raise ValueError(
                 f"{self.name} gets a value that was computed once for all records, {self._shapes(self.shared)}. A size "
-                f"of {self.size} may be that of the batch or of the sequence. Give the first batch another length"
+                f"of {self.rows} may be that of the batch or of the sequence. {remedy}"
             )
         found = alone if met is None else met
         if found is None:
@@ -289,11 +297,13 @@ class SharedCall:
         carrying = [self._carries_records(i, t) for i, t in self.others.items()]  # each one is noted
         if any(carrying):
             dim = max(t.dim() for t in self.others.values())
-            meeting = [lambda call: aligned(call, dim), with_records, with_records_by_loop, with_own_rows]
+            meeting = [partial(aligned, dim=dim), with_records, with_records_by_loop, with_own_rows]
+            if self.each > 1:  # the first writes a copy for each row, and no copy counts with one row only
+                meeting = [*meeting[1:3], meeting[0]]
         elif self.name in ("expand", "expand_as", "broadcast_to") and self._may_be_records(0, first):
             dim = tensors[0].dim()
-            meeting = [lambda call: aligned(call, dim)]
-        elif self.name == "repeat" and first % self.size == 0:
+            meeting = [partial(aligned, dim=dim)]
+        elif self.name == "repeat" and first % self.rows == 0:
             meeting = [repeated]
         return meeting, [] if certain else [on_copies, on_copies_by_loop]
 
@@ -302,12 +312,14 @@ class SharedCall:
         if tensor.requires_grad:
             return True
         constant = self.batch.is_constant(tensor)
+        if constant and self.each > 1:  # a later batch may have just as many rows, in a pass that is not watched
+            self.constants.add((self.place, place, tensor.shape[0]))
         return self._may_be_records(place, tensor.shape[0]) and not constant
 
     def _may_be_records(self, place: int, size: int) -> bool:
         """Say whether a first dimension may be that of the records: it was of no other size than theirs before."""
         key = self.place, place, size
-        if size != self.size:
+        if size != self.rows:
             if size != 1:
                 self.constants.add(key)
             return False
@@ -315,9 +327,9 @@ class SharedCall:
 
     def _is_clear(self) -> bool:
         """Say whether it is known which tensors come from the batch, or sizes tell."""
-        rows = [t for t in self.others.values() if t.shape[0] == self.size]
+        rows = [t for t in self.others.values() if t.shape[0] == self.rows]
         known = bool(rows) and all(self.batch.is_constant(t) is not None for t in rows)
-        return known or self.size not in self.batch.lengths
+        return known or (self.each == 1 and self.size not in self.batch.lengths)
 
     def _agrees(self, result: Any, want: Any) -> bool:
         found, wanted = _floats(result), _floats(want)

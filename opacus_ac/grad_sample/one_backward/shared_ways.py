@@ -30,7 +30,7 @@ def aligned(call: SharedCall, dim: int) -> Any:
     """Give copy i the place of record i, by broadcasting."""
 
     def placed(leaf: Shared) -> Tensor:
-        rows, missing = leaf.rows, dim - leaf.rows.dim() + 1
+        rows, missing = _for_each_row(call, leaf), dim - leaf.rows.dim() + 1
         if missing == 0:
             return rows.squeeze(1) if rows.shape[1] == 1 else _fail("the value has its own first dimension")
         return rows.reshape(rows.shape[0], *[1] * (missing - 1), *rows.shape[1:])
@@ -38,12 +38,17 @@ def aligned(call: SharedCall, dim: int) -> Any:
     return call.run(placed(leaf) if i in call.shared else leaf for i, leaf in enumerate(call.leaves))
 
 
+def _for_each_row(call: SharedCall, leaf: Shared) -> Tensor:
+    """Return the copies of the records, or in windows, those of their rows ``[B K, *shape]``."""
+    return leaf.rows if call.each == 1 else leaf.rows.repeat_interleave(call.each, 0)
+
+
 def _fail(reason: str) -> NoReturn:
     raise ValueError(reason)
 
 
 def with_records(call: SharedCall) -> Any:
-    """Run the call on each record, as a batch of one, with its copy."""
+    """Run the call on each record, as a batch of one (in windows, of K rows), with its copy."""
     return _run_with_records(call, torch.vmap)
 
 
@@ -75,13 +80,16 @@ def _run_with_records(call: SharedCall, batched: Batched, own: Collection[int] =
     """Run the call on each record; copy i of the values at ``own`` places counts with its row i only."""
 
     def splits(i: int, leaf: Any) -> bool:
-        return i in call.others and leaf.shape[0] == call.size
+        return i in call.others and leaf.shape[0] == call.rows
+
+    def joined(result: Tensor) -> Tensor:
+        return result.squeeze(1) if call.each == 1 else result.flatten(0, 1)
 
     places = [i for i, leaf in enumerate(call.leaves) if i in call.shared or splits(i, leaf)]
-    copies = {i: call.leaves[i].rows if i in call.shared else call.leaves[i].unsqueeze(1) for i in places}
+    parts = (call.size, call.each)
+    copies = {i: call.leaves[i].rows if i in call.shared else call.leaves[i].unflatten(0, parts) for i in places}
     copies |= {i: copies[i].diagonal().movedim(-1, 0).unsqueeze(1) for i in own}
-    values = list(copies.values())
-    return _run_batched(call, batched, places, values, lambda result: result.squeeze(1))
+    return _run_batched(call, batched, places, list(copies.values()), joined)
 
 
 def _run_on_copies(call: SharedCall, batched: Batched) -> Any:

@@ -48,6 +48,7 @@ class Sharing:
     Args:
         buffers: buffers of the model. A layer that gets a part of one of them computes for all records at once.
         is_constant: says whether a tensor does not come from the batch; None if that is not known.
+        rows_of_a_record: returns the number of rows that each record has where the model is at the moment.
 
     Attributes:
         batch: shape of the first tensor that the model is called with. Its first dimension are the records.
@@ -55,11 +56,16 @@ class Sharing:
         undecided: whether it was not clear in the present pass if something is for all records.
     """
 
-    def __init__(self, buffers: Iterable[Tensor], is_constant: Callable[[Tensor], bool | None]) -> None:
+    def __init__(
+        self,
+        buffers: Iterable[Tensor],
+        is_constant: Callable[[Tensor], bool | None],
+        rows_of_a_record: Callable[[], int],
+    ) -> None:
         self._buffers = {_memory(buffer) for buffer in buffers}
         self.batch = torch.Size([0])
-        self._is_constant = is_constant
-        self.known = Batch(frozenset(), is_constant)
+        self._is_constant, self._rows_of_a_record = is_constant, rows_of_a_record
+        self.known = Batch(frozenset(), is_constant, rows_of_a_record)
         self.undecided = False
         self._inputs: set[int] = set()
         self._shared_before: dict[int, bool | None] = {}
@@ -71,7 +77,8 @@ class Sharing:
         tensors = tensors_in(inputs)
         self.undecided = False
         self.batch = tensors[0].shape if tensors else torch.Size([0])
-        self.known = Batch(frozenset(size for t in tensors for size in t.shape[1:]), self._is_constant)
+        lengths = frozenset(size for t in tensors for size in t.shape[1:])
+        self.known = Batch(lengths, self._is_constant, self._rows_of_a_record)
         of_records = [t for t in tensors if t.shape[0] == self.batch[0]]
         self._inputs = {_memory(t) for t in of_records}
         return of_records
@@ -93,15 +100,15 @@ class Sharing:
         """
         if isinstance(output, Shared):
             return SharedOutput(output)
-        records = batch[0]
+        records, rows = batch[0], batch[0] * self._rows_of_a_record()
         if records == 0 or output.dim() < 2 or any(isinstance(t, Shared) for t in inputs):
             return None
         is_lookup = isinstance(tracked.module, nn.Embedding)
-        shared = self._told(id(tracked.module), inputs, output, records, constant)
+        shared = self._told(id(tracked.module), inputs, output, rows, constant)
         if shared is None and is_lookup:
-            shared = self._is_shared_lookup(tracked, inputs, output, batch)
+            shared = self._is_shared_lookup(tracked, inputs, output, torch.Size([rows, *batch[1:]]))
         elif shared is None:
-            shared = self._is_of_constants(inputs) and output.shape[0] == 1 < records
+            shared = self._is_of_constants(inputs) and output.shape[0] == 1 < rows
         if not shared:
             return None
         copies = Shared.of(output.expand(records, *output.shape), self.known)

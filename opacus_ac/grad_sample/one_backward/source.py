@@ -182,7 +182,8 @@ class BookKeepingSource:
         if rows != chunk.rows or rows == 0:
             raise ValueError(
                 f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of {rows} records, others "
-                f"have {chunk.rows}: the batch must be the first dimension of every layer's input and output"
+                f"have {chunk.rows}: the batch must be the first dimension of every layer's input and output. A layer "
+                "that cuts records into windows is named with register_windows"
             )
         if not chunk.books:
             chunk.records = rows if self._users is None else self._users(rows)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from opacus_ac.grad_sample.folded_rows import Fold
 from opacus_ac.grad_sample.late_checks import LateChecks
 from opacus_ac.grad_sample.one_backward.experts import Product
 from opacus_ac.grad_sample.one_backward.states import NO_STATES, States
@@ -81,12 +82,14 @@ class Use:
     """Number of the forward pass of the model."""
     flattened: tuple[int, int] | None = None
     """``(B, T)`` if the module may have been called with ``[B T, d]`` instead of ``[B, T, d]``."""
-    folded: tuple[int, int] | None = None
-    """``(B, K)`` if the module may have been called with K rows of each record, ``[B K, ...]``."""
+    folded: Fold | None = None
+    """B and K if the module may have been called with K rows of each record, ``[B K, ...]``."""
     product: Product | None = None
     """The product that this use is, without its tensors, if the module holds experts."""
     gradients: tuple[Tensor | None, ...] | None = None
     """Gradients at all floating-point outputs, if the module returns several. An output without gradient has None."""
+    is_shared: bool = False
+    """Whether the use is for all records at once, so that the gradient at its output is that of B copies."""
     parameter: nn.Parameter | None = None
     """The parameter that this use is, if it is used outside of its module."""
     bare: frozenset[int] = frozenset()
@@ -117,6 +120,7 @@ class Tracked:
         parameters: the parameters whose gradients are computed from its uses.
         keep_output: whether a use keeps the output, too.
         is_experts: whether it holds experts. Each of their products is a use.
+        is_time_first: whether it gets and returns ``[T, B, d]``, by the source of the layer around it.
     """
 
     path: str
@@ -124,13 +128,18 @@ class Tracked:
     parameters: tuple[nn.Parameter, ...]
     keep_output: bool = False
     is_experts: bool = False
+    is_time_first: bool = False
 
 
-def in_the_second_dimension(module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> frozenset[int]:
-    """Return which tensors of a call of torch's attention or recurrent layers have the records second, ``[T, B, d]``.
+def in_the_second_dimension(tracked: Tracked, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> frozenset[int]:
+    """Return which tensors of a call have the records second, ``[T, B, d]``.
 
-    Without ``batch_first``, these are the sequences. Of recurrent layers, the hidden states ``[layers, B, d]`` always.
+    Of torch's attention and recurrent layers without ``batch_first``, these are the sequences. Of recurrent layers, the
+    hidden states ``[layers, B, d]`` always.
     """
+    module, tensors = tracked.module, [*inputs, *outputs]
+    if tracked.is_time_first:
+        return frozenset(i for i, t in enumerate(tensors) if t.dim() == 3)
     if not isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         return frozenset()
     recurrent, first = isinstance(module, nn.RNNBase), bool(module.batch_first)
@@ -138,7 +147,6 @@ def in_the_second_dimension(module: nn.Module, inputs: Sequence[Tensor], outputs
     found = {i for i in range(sequences) if not first} | set(range(sequences, sequences + states))
     found = {i for i in found if i < len(inputs)}
     found |= {len(inputs) + i for i in range(len(outputs)) if (i > 0 and recurrent) or (i == 0 and not first)}
-    tensors = [*inputs, *outputs]
     return frozenset(i for i in found if tensors[i].dim() == 3)
 
 
@@ -172,10 +180,19 @@ def records_in(use: Use, gradient: Tensor) -> int:
     """Return the number of records of a use; 0 where the gradient at its output has no dimension for them.
 
     Raises:
-        ValueError: If rows are handed to experts of which nothing tells which record they belong to.
+        ValueError: If rows are handed to experts, or to a layer inside of windows, of which nothing tells which record
+            they belong to.
     """
-    rows = _rows_in(use, gradient)
-    return use.folded[0] if use.folded is not None and rows == use.folded[0] * use.folded[1] else rows
+    rows, folded = _rows_in(use, gradient), use.folded
+    if folded is None or (use.is_shared and folded.windows):
+        return rows
+    if folded.windows and rows != folded.records * folded.rows and folded.records > 1:
+        raise ValueError(
+            f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of {rows} rows inside of a layer "
+            f"with {folded.rows} windows of each of {folded.records} records, so it is not clear which record they "
+            "belong to. Call it with a row for each window, or freeze it"
+        )
+    return folded.records if rows == folded.records * folded.rows else rows
 
 
 def _rows_in(use: Use, gradient: Tensor) -> int:
