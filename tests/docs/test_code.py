@@ -112,6 +112,7 @@ PAGES = {
     "docs/lightning.md": Page(dict, prints_the_statement),
     "docs/tensorboard.md": Page(dots_filled, lambda scope, _: [*Path("runs/first").glob("events.*")]),
     "docs/allocation.md": Page(dots_filled, lambda scope, _: scope["engine"].engine.get_epsilon(1e-3) < 20),
+    "docs/automatic-rate.md": Page(dots_filled, lambda scope, printed: "found by AutoAdam from releases" in printed),
     "docs/zeroth-order.md": Page(language_model, lambda scope, _: scope["optimizer"].steps_taken == 5),
 }
 
