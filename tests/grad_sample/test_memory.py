@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from opacus_ac.grad_sample import register_rules
 from opacus_ac.grad_sample.one_backward import bounds, gram, norm_sums, written_down
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
@@ -177,7 +178,7 @@ class Counted(TorchDispatchMode):
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
-        self.numbers, self.number = numbers, 0
+        self.numbers, self.number, self.rounded = numbers, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -185,4 +186,42 @@ class Counted(TorchDispatchMode):
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and x.numel() >= self.numbers and x.untyped_storage().data_ptr() not in given:
                 self.number += 1
+                self.rounded += tuple(x.shape) == (2, 5, 40) and x.dtype == torch.bfloat16
         return result
+
+
+class Projections(nn.Module):
+    """Three layers of one input."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        conv1d = pytest.importorskip("transformers").pytorch_utils.Conv1D
+        made = {"Linear": lambda: nn.Linear(40, 48, bias=False), "Conv1D": lambda: conv1d(48, 40)}
+        self.layers = nn.ModuleList(made[kind]() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((number + 1) * layer(x) for number, layer in enumerate(self.layers))
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_projections_of_one_input_share_what_autocast_made_of_it(kind, autocast, monkeypatch):
+    """Its rounded form is kept once, and its Gram matrix is computed once."""
+    model = Projections(kind)
+    named = dict(model.named_parameters())
+    inputs: list[int] = []
+    product = gram.inner
+    monkeypatch.setattr(gram, "inner", lambda a, b: inputs.append(a.shape[2]) or product(a, b))
+    register_rules(model)
+    source = BookKeepingSource(model, list(named.values()), list(named), "sum")
+    detach = source.attach()
+    with Counted(2 * 5 * 40) as counted:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(randn(2, 5, 40)).square().sum()
+        counted.rounded = 0
+        loss.backward()
+    assert counted.rounded == int(autocast)
+    source.finish_batch()
+    detach()
+    assert inputs.count(40) == 1
+    assert inputs.count(48) == 3

@@ -38,12 +38,12 @@ Terms = Sequence[tuple[nn.Parameter, Term | Routed]]
 TermRule = Callable[[Use, tuple[Tensor, ...], Tensor], Terms]
 
 
-def _linear(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    return dense_terms(use.module, tensors[0], backprops)
+def _linear(shared: QuantizedInputs, *, transposed: bool = False) -> TermRule:
+    def rule(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
+        inputs = shared.rounded(tensors[0], backprops.dtype)
+        return dense_terms(use.module, inputs, backprops, transposed=transposed)
 
-
-def _conv1d(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
-    return dense_terms(use.module, tensors[0], backprops, transposed=True)
+    return rule
 
 
 def _lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) -> Terms:
@@ -217,8 +217,6 @@ def watched_modules(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn
 
 
 _FAMILIES: dict[GradSampler, TermRule] = {
-    STOCK[nn.Linear]: _linear,
-    conv1d: _conv1d,
     embedding: _lookup,
     embedding_bag: _bag,
     ste_linear: _ste_linear,
@@ -237,6 +235,8 @@ def rule_of(module: nn.Module, shared: QuantizedInputs) -> tuple[TermRule, str]:
         return (replayed_lookup, "lookup") if replays_lookup(module) else (replayed_rows, "replay")
     if sampler is auto_bitlinear:
         return _auto_bitlinear(shared), "dense"
+    if sampler in (STOCK[nn.Linear], conv1d):
+        return _linear(shared, transposed=sampler is conv1d), "dense"
     if sampler in _FAMILIES:
         return _FAMILIES[sampler], _KINDS.get(sampler, "dense")
     return _rows_of(sampler), "rows"

@@ -45,7 +45,7 @@ def _dense_grads(module: nn.Module, factors: Factors) -> dict[nn.Parameter, Tens
 
 
 class QuantizedInputs:
-    """Holds the quantised form of the last input, which the projections of that input share."""
+    """Holds the quantised or rounded form of the last input, which the projections of that input share."""
 
     def __init__(self) -> None:
         self.clear()
@@ -55,9 +55,13 @@ class QuantizedInputs:
         self._key: tuple[Any, ...] | None = None
         self._held: tuple[Tensor, Tensor] | None = None
 
-    def get(self, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ``quantize(x)``, computed once for tensors with the same memory, shape and version."""
-        key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype)
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``x`` in another type, as autocast rounds the input of a product."""
+        return x if x.dtype == dtype else self.get(x, lambda values: values.to(dtype), dtype)
+
+    def get(self, x: Tensor, quantize: Callable[[Tensor], Tensor], kind: object = None) -> Tensor:
+        """Return ``quantize(x)``, computed once for tensors with the same memory, shape and version, and one kind."""
+        key = (x.data_ptr(), x._version, tuple(x.shape), x.stride(), x.dtype, kind)
         if self._held is None or self._key != key:
             self._key, self._held = key, (x, quantize(x))
         return self._held[1]
