@@ -6,8 +6,9 @@ every child. A bare twin shares the tensors of the module and has no hooks.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,21 @@ def written_type(module: ModuleT) -> type[ModuleT]:
         original: type[ModuleT] = cls.__bases__[1]
         return original
     return cls
+
+
+def names_in_methods(module: nn.Module) -> set[str]:
+    """Return the names of attributes and functions that the methods of a module's class use, but for ``__init__``."""
+    classes = written_type(module).__mro__
+    methods = [item for cls in classes[: classes.index(nn.Module)] for item in vars(cls).items()]
+    return {word for name, f in methods if name != "__init__" for word in _names_in(getattr(f, "__code__", None))}
+
+
+def _names_in(code: Any) -> Iterator[str]:
+    """Yield the names in some code, with the functions inside of it."""
+    if code is not None:
+        yield from code.co_names
+        for inner in code.co_consts:
+            yield from _names_in(inner if inspect.iscode(inner) else None)
 
 
 def whole(tensor: Tensor) -> Tensor:

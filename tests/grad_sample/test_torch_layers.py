@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
+from opacus_ac.grad_sample.checks import coupled, exactness
 
 RECORDS, D, H = 5, 4, 6
 BOUND = 0.3
@@ -153,6 +155,19 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, batches: DataLoader
         optimizer.step()
 
 
+def check_step(model: nn.Module, data: list[dict[str, Tensor]], mode: str = "bk") -> None:
+    want = 0.0
+    for row in data:
+        gradients = torch.autograd.grad(loss(model, row["x"][None], row["y"][None]), list(model.parameters()),
+                                        allow_unused=True, materialize_grads=True)  # fmt: skip
+        flat = torch.cat([g.flatten() for g in gradients])
+        want = want + flat * min(1.0, BOUND / float(flat.norm()))
+    before = [p.detach().clone() for p in model.parameters()]
+    take(*private(model, data, mode))
+    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    torch.testing.assert_close(moved, want / len(data), rtol=1e-7, atol=1e-10)
+
+
 @pytest.mark.parametrize("length", [7, RECORDS], ids=["", "as many steps as records"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_step_is_that_of_a_loop_over_single_records(name: str, length: int) -> None:
@@ -160,16 +175,7 @@ def test_a_step_is_that_of_a_loop_over_single_records(name: str, length: int) ->
     if length != 7 and name == "PReLU of channels":
         pytest.skip("its channels are seven")
     torch.manual_seed(0)
-    model, data, want = Net(build(), use, width).double(), rows(length), 0.0
-    for row in data:
-        gradients = torch.autograd.grad(loss(model, row["x"][None], row["y"][None]), list(model.parameters()),
-                                        allow_unused=True, materialize_grads=True)  # fmt: skip
-        flat = torch.cat([g.flatten() for g in gradients])
-        want = want + flat * min(1.0, BOUND / float(flat.norm()))
-    before = [p.detach().clone() for p in model.parameters()]
-    take(*private(model, data))
-    moved = torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters(), strict=True)])
-    torch.testing.assert_close(moved, want / len(data), rtol=1e-7, atol=1e-10)
+    check_step(Net(build(), use, width).double(), rows(length))
 
 
 def packed(layer: nn.Module, x: Tensor) -> Tensor:
@@ -178,14 +184,9 @@ def packed(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Use, int, str]] = {
-    "dropout in attention": (lambda: nn.MultiheadAttention(D, 2, 0.5, batch_first=True), attend, D, "it is random"),
-    "dropout between layers": (lambda: nn.LSTM(D, H, 2, dropout=0.5, batch_first=True), last, H, "it is random"),
     "packed sequences": (lambda: nn.LSTM(D, H, batch_first=True), packed, H, "records"),
     "a norm of time first": (
         lambda: nn.TransformerEncoderLayer(D, 2, 8, 0.0), lambda layer, x: layer(x.transpose(0, 1)).mean(0), D, "records",
-    ),
-    "spectral norm": (
-        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, H)), mean_over_time, H, "changes its buffers",
     ),
 }  # fmt: skip
 
@@ -198,6 +199,130 @@ def test_what_is_not_exact_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=words):
         take(model, optimizer, batches)
     assert optimizer.steps_taken == 0
+
+
+class Scaled(nn.Module):
+    """Computes with a parameter of its own, and never calls its dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.unused = nn.Parameter(torch.randn(D)), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class DropsByName(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drops = nn.ModuleList([nn.Dropout(0.5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drops[0](super().forward(x))
+
+
+class DropsInASequence(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.ModuleDict({"first": nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5), nn.Tanh())})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside["first"](super().forward(x))
+
+
+def without_dropout(layer: nn.Module) -> None:
+    for part in layer.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        elif isinstance(part, nn.MultiheadAttention | nn.LSTM):
+            part.dropout = 0.0
+
+
+def keep_vectors(layer: nn.Module) -> None:
+    layer.parametrizations.weight[0].eval()
+
+
+def remove_norm(layer: nn.Module) -> None:
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+
+
+def spectral() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(D, H))
+
+
+class Early(NamedTuple):
+    """A layer that is refused by make_private, and what the message says to do about it."""
+
+    build: Callable[[], nn.Module]
+    use: Use
+    width: int
+    said: str
+    at_the_batch: str
+    ways_out: tuple[Callable[[nn.Module], object], ...]
+
+
+EARLY = {
+    "dropout in attention": Early(
+        lambda: nn.MultiheadAttention(D, 2, 0.5, batch_first=True), attend, D, "part .*drops other values each time",
+        "it is random", (without_dropout,),
+    ),
+    "dropout in an encoder layer": Early(
+        lambda: nn.TransformerEncoderLayer(D, 2, 8, batch_first=True), mean_over_time, D,
+        r"part.self_attn \(Multihead.*\(dropout=0.1\)", "it is random", (without_dropout,),
+    ),
+    "dropout between layers": Early(
+        lambda: nn.LSTM(D, H, 2, dropout=0.5, batch_first=True), last, H, r"LSTM drops .*\(dropout=0.5\)", "it is random",
+        (without_dropout,),
+    ),
+    "dropout by its name": Early(
+        DropsByName, mean_over_time, D, r"drops.0 drops .*\(p=0.5\)", "it is random",
+        (without_dropout, lambda layer: layer.drops.eval()),
+    ),
+    "dropout in a sequence": Early(
+        DropsInASequence, mean_over_time, D, r"inside.first.1 drops", "it is random", (without_dropout,),
+    ),
+    "spectral norm": Early(
+        spectral, mean_over_time, H, "moves its vectors by a power iteration", "changes its buffers",
+        (keep_vectors, remove_norm),
+    ),
+    "spectral norm, the old one": Early(
+        lambda: nn.utils.spectral_norm(nn.Linear(D, H)), mean_over_time, H, "moves its vectors by a power iteration",
+        "layer with buffers", (nn.utils.remove_spectral_norm,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_would_be_refused_at_the_first_batch_is_refused_by_make_private(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = EARLY[name]
+    torch.manual_seed(0)
+    model = Net(case.build(), case.use, case.width).double()
+    with pytest.raises(ValueError, match=case.said):
+        private(model, rows(7))
+    for check in (coupled, "_power_iteration"), (exactness, "random_part"):
+        monkeypatch.setattr(*check, lambda module: None)
+    with pytest.raises(ValueError, match=case.at_the_batch):  # so the check is about what is so
+        take(*private(model, rows(7)))
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "mode"),
+    [(name, way, "bk") for name, case in EARLY.items() for way in range(len(case.ways_out))]
+    + [("spectral norm", 1, "hooks"), ("spectral norm, the old one", 0, "hooks")],
+)
+def test_what_make_private_says_to_do_is_a_way_out(name: str, way: int, mode: str) -> None:
+    case = EARLY[name]
+    torch.manual_seed(0)
+    model = Net(case.build(), case.use, case.width).double()
+    case.ways_out[way](model.part)
+    check_step(model, rows(7), mode)
+
+
+def test_dropout_that_is_never_called_is_no_reason() -> None:
+    torch.manual_seed(0)
+    check_step(Net(Scaled(), mean_over_time, D).double(), rows(7))
 
 
 def test_modes_of_opacus_refuse_layers_that_opacus_replaces() -> None:

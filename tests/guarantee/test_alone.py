@@ -533,6 +533,8 @@ def test_what_cannot_be_taken_apart_is_said():
         (lambda: nn.BatchNorm1d(D).requires_grad_(False), T),
         (lambda: nn.BatchNorm1d(D, affine=False, track_running_stats=False).eval(), T),
         (lambda: nn.InstanceNorm1d(D, track_running_stats=True), T),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(D, D)).requires_grad_(False), T),
+        (lambda: nn.utils.spectral_norm(nn.Linear(D, D)).requires_grad_(False), T),
         (lambda: nn.Embedding(4, D, max_norm=1.0).requires_grad_(False), None),
         (lambda: nn.EmbeddingBag(4, D, max_norm=1.0).requires_grad_(False).eval(), None),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 
 def coupling(module: nn.Module) -> str | None:
@@ -23,6 +25,26 @@ def coupling(module: nn.Module) -> str | None:
         return (
             "max_norm rewrites the rows that a batch looks up in the forward pass, frozen or not, so that the weights "
             "tell which tokens occur. Set max_norm=None; rows may be rescaled once, before make_private"
+        )
+    return _power_iteration(module)
+
+
+def _power_iteration(module: nn.Module) -> str | None:
+    """Return why a layer with torch's spectral norm must not be used, with the remedy; None for other layers.
+
+    Its two vectors come from the weight only. But every forward pass moves them, also one over a record by itself.
+    """
+    if isinstance(module, _SpectralNorm) and module.training and module._buffers:
+        return (
+            "spectral_norm moves its vectors by a power iteration in every forward pass, so that no record meets the "
+            'same weight twice. In mode "bk", keep the vectors of now: put this parametrization in evaluation mode '
+            "after every model.train(). In any mode, make the weight of now the layer's own with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, name)"
+        )
+    if module.training and any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+        return (
+            "spectral_norm moves its vectors by a power iteration in every forward pass, so that no record meets the "
+            "same weight twice. Make the weight of now the layer's own with torch.nn.utils.remove_spectral_norm(layer)"
         )
     return None
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from opacus_ac.grad_sample.checks.probe import Verdict, probe, required_inputs
+from opacus_ac.grad_sample.checks.random_parts import random_part
 from opacus_ac.grad_sample.module_replay import written_type
 from opacus_ac.grad_sample.one_backward.experts import is_experts
 from opacus_ac.grad_sample.one_backward.layer_terms import replays_lookup, watched_modules
@@ -138,6 +139,8 @@ class _Examiner:
                 f"it has no rule, and the functorch fallback replays modules with exactly one input; its forward "
                 f"requires {inputs}. Register a rule with register_rule({type(module).__name__}, rule), {_FREEZE}"
             )
+        if self._mode == "bk" and (problem := random_part(module)) is not None:
+            return problem
         for inner in module.modules():
             if (problem := self._replay_problem(inner, module)) is not None:
                 return problem

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.module_replay import written_type
+from opacus_ac.grad_sample.module_replay import names_in_methods, written_type
 from opacus_ac.grad_sample.transfers import on_device
 
 _NAME = "opacus_ac"
@@ -88,18 +88,7 @@ def holds_own_experts(module: nn.Module) -> bool:
 def _lends_its_parameters(module: nn.Module) -> bool:
     """Whether a module has trained parameters that none of its methods names, so that only others can use them."""
     own = {name for name, p in module._parameters.items() if p is not None and p.requires_grad}
-    classes = written_type(module).__mro__
-    methods = [item for cls in classes[: classes.index(nn.Module)] for item in vars(cls).items()]
-    named = {word for name, f in methods if name != "__init__" for word in _names_in(getattr(f, "__code__", None))}
-    return bool(own) and not own & named
-
-
-def _names_in(code: Any) -> Iterator[str]:
-    """Yield the names of attributes and functions that some code uses, with the functions inside of it."""
-    if code is not None:
-        yield from code.co_names
-        for inner in code.co_consts:
-            yield from _names_in(inner if inspect.iscode(inner) else None)
+    return bool(own) and not own & names_in_methods(module)
 
 
 def _is_never_called(module: nn.Module) -> bool:

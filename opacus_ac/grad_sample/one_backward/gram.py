@@ -106,7 +106,7 @@ class Gram:
 
 def sizes(x: Tensor) -> Tensor:
     """Return the norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64, exact to a thousandth."""
-    rows, width = x.reshape(-1, x.shape[2]), x.shape[2]
+    rows, width = x.flatten(0, 1), x.shape[2]  # which may be 0
     if width <= _WIDE and x.dtype in (torch.float32, torch.float64):
         return torch.linalg.vector_norm(x, dim=-1).double()
     # Some rows at a time, because they are widened.
