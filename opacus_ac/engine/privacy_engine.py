@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
+from opacus_ac._validate import positive
 from opacus_ac.budget.planning import noise_for_target, planned_events
 from opacus_ac.distributed.choose import choose_reducer
 from opacus_ac.distributed.reducers import Reducer
@@ -312,6 +313,5 @@ class PrivacyEngine(AccountedEngine):
             data_loader, sampling=sampling, stream=SecretStream(), **loader_settings(options.sampling)
         )
         if steps is None:
-            assert epochs is not None
-            steps = math.ceil(epochs * len(template))
+            steps = math.ceil(positive(epochs=epochs) * len(template))
         return template.plan, steps

@@ -125,8 +125,11 @@ def plain(value: float) -> float | str | None:
 
 def read_meta(points: Iterable[Any]) -> dict[str, Any]:
     """Return the newest privacy record, or only a warning when it cannot be read."""
-    content = list(points)[-1].numpy.item()
+    found = list(points)[-1].numpy
     try:
+        content = found.item() if found.ndim == 0 else None
+        if not isinstance(content, bytes | str):
+            raise ValueError("it is no text")
         if len(content) > META_BYTES:
             raise ValueError("it is too long")
         meta = json.loads(content)

@@ -546,10 +546,15 @@ def test_prv_adds_its_own_error(history):
 
 @pytest.mark.parametrize("name", ["vrdp", "vpld", "rdp", "prv"])
 @pytest.mark.parametrize(
-    "amount", [{"epochs": 0}, {"epochs": -1}, {"epochs": None, "steps": 0}, {"epochs": None, "steps": 2.5}]
+    ("amount", "match"),
+    [
+        *[({"epochs": epochs}, "epochs must be a finite number > 0") for epochs in (0, -1, math.nan, math.inf, True)],
+        ({"epochs": None, "steps": 0}, "number of steps"),
+        ({"epochs": None, "steps": 2.5}, "number of steps"),
+    ],
 )
-def test_a_target_needs_a_whole_number_of_steps(name, amount):
-    with pytest.raises(ValueError, match="number of steps"):
+def test_a_target_needs_a_whole_number_of_steps(name, amount, match):
+    with pytest.raises(ValueError, match=match):
         run(PrivacyEngine(accountant=name), target_epsilon=3.0, **amount)
 
 

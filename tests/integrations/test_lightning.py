@@ -3,6 +3,7 @@
 import math
 
 import lightning
+import loss_cases
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_lightning import Classifier, made, weights
 from torch.utils.data import DataLoader, TensorDataset
 
+from opacus_ac import PrivacyEngine
 from opacus_ac.integrations.lightning import PrivacyCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -146,6 +148,56 @@ def test_another_optimizer_is_refused(tmp_path):
     run[0].private = torch.optim.SGD(run[0].parameters(), lr=0.1)
     with pytest.raises(ValueError, match="configure_optimizers"):
         fit(tmp_path, run, enable_checkpointing=False)
+
+
+class Tuned(lightning.LightningModule):
+    """A model of transformers, and its own loss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, index):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return self.private
+
+
+@pytest.mark.parametrize("head", ["classes", "several labels", "regression", "token classes"])
+def test_a_model_of_transformers_learns_classes_by_its_own_loss(head, tmp_path):
+    """The step is that of a loop of batch size 1, and the noisy loss is the mean over records (here without noise)."""
+    make, labels = loss_cases.HEADS[head]
+    data, module, bound = loss_cases.rows(labels), Tuned(loss_cases.built(make)), 50.0
+    before = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+    wanted = loss_cases.oracle(module.model, data)
+    alone = [float(module.model(**loss_cases.collate([row])).loss.detach()) for row in data if loss_cases.learns(row)]
+    engine = PrivacyEngine()
+    _, module.private, loader = engine.make_private(
+        module=module.model, optimizer=torch.optim.SGD(module.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=1e6,
+        data_loader=DataLoader(data, batch_size=len(data), collate_fn=loss_cases.collate), clipping="flat", ema_decay=None,
+        loss_bound=bound,
+    )  # fmt: skip
+    trainer = fit(tmp_path, (module, engine, module.private, loader), epochs=1, logger=CSVLogger(tmp_path))
+    for name, parameter in module.model.named_parameters():
+        torch.testing.assert_close(before[name] - parameter, wanted[name], rtol=1e-5, atol=1e-7)
+    assert max(alone) < bound
+    assert module.private.released.loss == pytest.approx(sum(alone) / len(data), rel=1e-5)
+    assert float(trainer.callback_metrics["privacy/noisy_loss"]) == pytest.approx(sum(alone) / len(data), rel=1e-5)
+
+
+def test_a_model_inside_of_the_module_is_to_be_made_private_itself(tmp_path):
+    """The positions of BERT are computed once for all records, and no pass of the outer module tells how many there are."""
+    make, labels = loss_cases.HEADS["classes"]
+    data, module, engine = loss_cases.rows(labels), Tuned(loss_cases.built(make)), PrivacyEngine()
+    _, module.private, loader = engine.make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=1.0), noise_multiplier=1.0,
+        data_loader=DataLoader(data, batch_size=len(data), collate_fn=loss_cases.collate),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"output of 1 records.*pass the part that it calls to make_private"):
+        fit(tmp_path, (module, engine, module.private, loader), epochs=1)
+    assert module.private.steps_taken == 0
+    assert engine.accountant.history == []
 
 
 def test_a_delta_is_needed():

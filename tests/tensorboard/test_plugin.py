@@ -15,6 +15,7 @@ from checkout import ROOT
 from tensorboard.backend import application
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.util.tensor_util import make_tensor_proto
 from tensorboard_runs import resumed
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
@@ -108,13 +109,20 @@ UNREADABLE = {
     "too deep": b"[" * 30_000,
     "too long": b'{"version": 1, "x": "' + b"x" * 70_000 + b'"}',
     "not utf-8": b"\xff\xfe\xff",
+    "a number": make_tensor_proto(3.0),
+    "a vector": make_tensor_proto([1.0, 2.0]),
+    "no number at all": make_tensor_proto([], dtype="float32"),
+    "several texts": make_tensor_proto([b"{}", b"{}"]),
 }
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_a_record_that_cannot_be_read_is_said_to_be_so(case, tmp_path):
     summary = meta_summary(META)
-    summary.value[0].tensor.string_val[0] = UNREADABLE[case]
+    if isinstance(UNREADABLE[case], bytes):
+        summary.value[0].tensor.string_val[0] = UNREADABLE[case]
+    else:
+        summary.value[0].tensor.CopyFrom(UNREADABLE[case])
     with SummaryWriter(str(tmp_path / "run")) as writer:
         writer._get_file_writer().add_summary(summary, 0)
     write(tmp_path / "good")

@@ -34,6 +34,12 @@ from opacus_ac.grad_sample.user_rows import CountUsers, regroup
 Book = ParameterBook | RoutedBook
 
 
+_CALL_THE_MODEL = (
+    ". If the loop calls a part of the model that make_private got, as training_step of Lightning does, pass the part "
+    "that it calls to make_private"
+)
+
+
 @dataclass
 class _Chunk:
     """The results of one backward pass: a book for each parameter, by its number, and the forward passes it used."""
@@ -180,10 +186,11 @@ class BookKeepingSource:
                 "too: add them to the dataset"
             )
         if rows != chunk.rows or rows == 0:
+            remedy = "" if use.model_pass else _CALL_THE_MODEL
             raise ValueError(
                 f"{use.path or 'the model'} ({type(use.module).__name__}) has an output of {rows} records, others "
                 f"have {chunk.rows}: the batch must be the first dimension of every layer's input and output. A layer "
-                "that cuts records into windows is named with register_windows"
+                f"that cuts records into windows is named with register_windows{remedy}"
             )
         if not chunk.books:
             chunk.records = rows if self._users is None else self._users(rows)
