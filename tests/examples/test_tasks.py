@@ -11,12 +11,14 @@ from pathlib import Path
 import answer_questions
 import classify_sentences
 import classify_tokens
+import numpy as np
 import pytest
+import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-EXAMPLES = {"accuracy": classify_sentences, "F1": classify_tokens, "exact match": answer_questions}
+EXAMPLES = {"balanced accuracy": classify_sentences, "F1": classify_tokens, "exact match": answer_questions}
 FILMS = [
     f"{first} {second}"
     for first in ("dark", "lost", "red", "last")
@@ -91,6 +93,28 @@ def test_no_public_sentence_is_a_private_one(metric, place):
     assert len(private) > len(public) > 0
     rows = {str(row["input_ids"]) for row in private}
     assert not rows & {str(row["input_ids"]) for row in public}
+
+
+def test_always_the_larger_class_is_half_right_in_balance():
+    wanted = np.array([1] * 7 + [0] * 3)
+    always = np.tile([0.0, 1.0], (10, 1))
+    found = classify_sentences.scores(transformers.EvalPrediction(always, wanted))
+    assert found == {"accuracy": 0.7, "balanced": 0.5, "larger_class": 0.7}
+    right = classify_sentences.scores(transformers.EvalPrediction(np.eye(2)[wanted], wanted))
+    assert right == {"accuracy": 1.0, "balanced": 1.0, "larger_class": 0.7}
+
+
+def test_a_sentence_has_the_scores_that_it_has_without_padding(place):
+    model = classify_sentences.MeanOfTokens.from_pretrained(place / "model", num_labels=2).eval()
+    rows = [tokenizer(place)(text) for text in ("a dull film", "in July Red River was a wonderful film")]
+    padded = transformers.DataCollatorWithPadding(tokenizer(place))(rows)
+    together = model(**padded, labels=torch.tensor([1, 0]))["logits"]
+    assert padded["attention_mask"].min() == 0
+    for one, row in zip(together, rows, strict=True):
+        alone = model(**{name: torch.tensor([values]) for name, values in row.items()}, labels=torch.tensor([0]))[
+            "logits"
+        ]
+        torch.testing.assert_close(one, alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_token_of_a_word_has_its_label(place):
