@@ -12,6 +12,15 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_file():
+    """What is made once for the tests of a file may fill Opacus's registries, too."""
+    from tiny_models import opacus_table_restored
+
+    with opacus_table_restored():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_start(request):
     """Opacus's registries are global and ``make_private`` fills them: every test starts from Opacus's own."""

@@ -86,13 +86,21 @@ class Counting(Squared):
         return super().forward(ids)
 
 
+class WithIds(nn.Embedding):
+    """Returns the ids beside the rows, as the positions of ProphetNet do."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(ids).sin(), ids
+
+
 class Around(nn.Module):
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self.tokens, self.embedding, self.head = nn.Embedding(ROWS, WIDTH), embedding, nn.Linear(WIDTH, 2)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.tokens(ids) + self.embedding(ids)).tanh()
+        rows = self.embedding(ids)
+        return self.head(self.tokens(ids) + (sum(rows[:-1]) if isinstance(rows, tuple) else rows)).tanh()
 
 
 def loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -108,7 +116,9 @@ def around(kind: Callable[..., nn.Embedding]) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "kind", [Squared, Normed, Two, ByIndex, Unpadded, Misnamed, Mixed, Positions, Counting], ids=lambda k: k.__name__
+    "kind",
+    [Squared, Normed, Two, ByIndex, Unpadded, Misnamed, Mixed, Positions, Counting, WithIds],
+    ids=lambda k: k.__name__,
 )
 def test_records_are_those_of_the_loop(kind: Callable[..., nn.Embedding]) -> None:
     model = around(kind)
@@ -137,6 +147,14 @@ class Random(nn.Embedding):
         return F.dropout(super().forward(ids), 0.5, self.training)
 
 
+class Several(nn.Embedding):
+    """Returns two functions of the rows, and the ids."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = super().forward(ids)
+        return rows.sin(), rows.cos(), ids
+
+
 class Spread(nn.Embedding):
     """Looks up one row for each record, and returns several."""
 
@@ -150,6 +168,7 @@ class Spread(nn.Embedding):
         (Product, "its forward uses its weight otherwise than by lookups"),
         (Doubled, "its forward does not look up rows of its weight"),
         (Random, "run again it does not return what it returned in the forward pass: it is random"),
+        (Several, "its forward returns 2 tensors that gradients come back to"),
         (Spread, "its output does not have a place for each row that is looked up"),
     ],
 )

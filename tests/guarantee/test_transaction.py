@@ -650,7 +650,14 @@ def test_a_copy_takes_no_step_and_harms_nothing():
 @pytest.mark.parametrize("sampling", ["poisson", "fixed_size"])
 def test_a_part_of_another_runs_batch_is_refused(mode, change, part, sampling):
     """Which records are in the first half of a draw depends on the others: one record more moves two."""
-    settings = {"max_physical_batch_size": 2, "grad_sample_mode": mode, "wide": True, "sampling": sampling}
+    # Draws of 16 of 24 records have more than two parts, of which none is a single number, but with probability 1e-7.
+    settings = {
+        "batch_size": 16,
+        "max_physical_batch_size": 2,
+        "grad_sample_mode": mode,
+        "wide": True,
+        "sampling": sampling,
+    }
     first = Run(**settings)
     batches = iter(first.loader)
     for _ in range(part):

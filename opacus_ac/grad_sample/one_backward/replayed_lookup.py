@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from opacus_ac.grad_sample.module_replay import bare_twin, written_type
 from opacus_ac.grad_sample.one_backward.outer_products import Term
@@ -92,10 +93,14 @@ def replayed_lookup(use: Use, tensors: tuple[Tensor, ...], backprops: Tensor) ->
     weight = module._parameters["weight"]
     if weight is None or not weight.requires_grad:
         return []
+    if use.gradients is not None and len(use.gradients) > 1:
+        raise _refusal(use, f"its forward returns {len(use.gradients)} tensors that gradients come back to")
     twin = bare_twin(module)
     args, kwargs = use.call.arguments(StatesOfTwin(twin, use.states).restore(tensors[:-1]))
     with torch.enable_grad(), use.autocast, _NoteLookups(twin.weight) as notes:
-        again = written_type(module).forward(twin, *args, **kwargs)
+        returned = tree_leaves(written_type(module).forward(twin, *args, **kwargs))
+    # ProphetNet's positions return their ids beside the rows.
+    again = next(value for value in returned if isinstance(value, Tensor) and value.is_floating_point())
     if not notes.found:
         raise _refusal(use, "its forward does not look up rows of its weight")
     if len(notes.found) == 1 and again is notes.found[0].rows and again.shape == output.shape:
