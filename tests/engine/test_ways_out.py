@@ -18,7 +18,8 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"x": torch.randn(4, generator=generator), "y": torch.tensor(i % 2)} for i in range(count)]
 
 
-DATA, PUBLIC = Rows(rows(24)), Rows(rows(7, seed=1))
+# Public rows are more than the records: no draw has as many as they are, which another check refuses first.
+DATA, PUBLIC = Rows(rows(24)), Rows(rows(25, seed=1))
 PUBLIC_X, PUBLIC_Y = torch.stack([r["x"] for r in PUBLIC.rows]), torch.stack([r["y"] for r in PUBLIC.rows])
 
 
