@@ -84,7 +84,8 @@ class Origin:
                 "gradients of more than one batch went into one step: a record that was drawn twice would count twice, "
                 "at the price of one draw. Call optimizer.zero_grad() and optimizer.step() once for every batch of the "
                 "loader; for larger batches choose the batch_size of the loader, for less memory "
-                "max_physical_batch_size in make_private"
+                "max_physical_batch_size in make_private. Rows that are not the loader's count as a batch: add them to "
+                "the dataset"
             )
         (sight,) = sights
         if sight.repeats:
