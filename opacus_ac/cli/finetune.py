@@ -9,10 +9,11 @@ from dataclasses import fields
 
 from opacus_ac.cli.command import INTERRUPTED, OK, Command, add_option
 from opacus_ac.integrations.finetune.arguments import EXIT_CODES, TRAINING_HELP, DataArguments, ModelArguments
+from opacus_ac.integrations.finetune.demo import DATA_OPTIONS, demo_arguments
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 
 PROG = "opacus-ac finetune"
-USAGE = f"{PROG} --train_file FILE --output_dir DIR (--target_epsilon E | --noise_multiplier S) [options]"
+USAGE = f"{PROG} (--demo | --train_file FILE --output_dir DIR (--target_epsilon E | --noise_multiplier S)) [options]"
 _GROUPS: tuple[tuple[str, Iterable[tuple[str, str]]], ...] = (
     *(
         (title, [(field.name, field.metadata["help"]) for field in fields(kind)])
@@ -23,6 +24,7 @@ _GROUPS: tuple[tuple[str, Iterable[tuple[str, str]]], ...] = (
 
 
 def _own_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--demo", action="store_true", help="a first run on 10,000 invented dialogues, into ./demo")
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line overrides it")
     add_option(parser, "dry-run", action="store_true", help="say what the run would be and cost, and end")
     add_option(parser, "help-all", action="store_true", help="show the other options of TrainingArguments too")
@@ -59,11 +61,24 @@ def light_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_demo(parser: argparse.ArgumentParser, options: argparse.Namespace, given: Sequence[str]) -> list[str]:
+    """Return the options of the demo, followed by those that were given, which override them."""
+    for name in (*DATA_OPTIONS, "config"):
+        if getattr(options, name) is not None:
+            parser.error(f"--demo brings its own data: leave out --{name}, or leave out --demo")
+    own = demo_arguments()
+    data = own[own.index("--train_file") + 1]
+    print(f"demo: 10,000 invented dialogues stand for the private data: {data}", file=sys.stderr)
+    return [*own, *given]
+
+
 def run(arguments: Sequence[str]) -> int:
     """Check the options without torch, then parse them in full and run. Returns the exit code."""
     parser = light_parser()
     options = parser.parse_known_args(arguments)[0]
-    if options.config is None and not options.help_all:
+    if options.demo:
+        arguments = _with_demo(parser, options, arguments)
+    elif options.config is None and not options.help_all:
         missing = [name for name in ("train_file", "output_dir") if not getattr(options, name)]
         if missing:
             parser.error(f"--{missing[0]} is missing")

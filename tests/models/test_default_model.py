@@ -105,7 +105,7 @@ def test_missing_package_names_the_extra(monkeypatch, tmp_path):
     _no_pip(monkeypatch)
     find = cm.importlib.util.find_spec
     monkeypatch.setattr(cm.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-    with pytest.raises(cm.ModelUnavailableError, match=r'gguf; run: pip install -e "\.\[lm\]"'):
+    with pytest.raises(cm.ModelUnavailableError, match=r'gguf; run: pip install "opacus_ac\[lm\]"'):
         cm.default_model_dir(tmp_path)
 
 

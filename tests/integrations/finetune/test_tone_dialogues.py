@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import tone_dialogues as td
+
+from opacus_ac.integrations.finetune import tone_dialogues as td
 
 N = 12_000
 
