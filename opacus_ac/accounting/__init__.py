@@ -8,6 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from opacus_ac.accounting.attacks import (
+    FALSE_POSITIVE_RATES,
+    AttackBounds,
+    attack_bounds,
+    attack_bounds_from_curve,
+    attack_bounds_of_pair,
+    attack_sentences,
+)
 from opacus_ac.accounting.calibration import calibrate_noise_multiplier, plan_epsilon
 from opacus_ac.accounting.divergence import rdp_event
 from opacus_ac.accounting.events import ADJACENCY, Event, common_adjacency
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ADJACENCY",
     "DEFAULT_ORDERS",
+    "FALSE_POSITIVE_RATES",
+    "AttackBounds",
     "Event",
     "PureDPAccountant",
     "RDPTable",
@@ -33,6 +43,10 @@ __all__ = [
     "ShuffledEpochs",
     "VariableRatePLDAccountant",
     "VariableRateRDPAccountant",
+    "attack_bounds",
+    "attack_bounds_from_curve",
+    "attack_bounds_of_pair",
+    "attack_sentences",
     "best_order",
     "calibrate_noise_multiplier",
     "common_adjacency",

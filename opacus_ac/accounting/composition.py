@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ _MIN_LOG_SIZE, _MAX_LOG_SIZE = 12, 18
 _MAX_LOSS = 300.0  # beyond, e^loss and the Chernoff factors leave floating point's reach
 _WRAPPED = 1e-4  # share of delta that the grid is planned to lose over its top
 _FINENESS = 0.05  # spacing over the root mean square of one step's loss: epsilon grows by some 0.03 %
+_FINEST = 0.002  # the same where attacks are asked for: true-positive rates grow by less than 1e-6
+_FEW_PAIRS = 4  # so many distinct pairs may have grids of the largest size
 _COARSER = 1.5  # a grid may be so much coarser before it is planned anew
 _MARGIN = 1.1
 # Exponents of the Chernoff bound, times the grid's top: two sequences that double, so that squares save exponentials.
@@ -77,6 +80,17 @@ class Grid:
         log_size = max(_MIN_LOG_SIZE, math.ceil(math.log2(2.0 * top / spacing) - 1e-9))
         size = 1 << log_size
         return Grid(min(spacing, 4.0 * _MAX_LOSS / size), log_size, top)
+
+    def finer(self, pairs: int) -> Grid:
+        """Return a grid for figures at fixed false-positive rates, for a run with so many distinct pairs.
+
+        The error of connecting the dots shrinks with the square of the spacing. The work is bounded: the more pairs
+        there are, the fewer points each gets.
+        """
+        wanted = math.ceil(math.log2(2.0 * self.needed / self.spacing * _FINENESS / _FINEST))
+        most = _MAX_LOG_SIZE - max(0, math.ceil(math.log2(max(pairs, 1) / _FEW_PAIRS)))
+        log_size = max(self.log_size, min(wanted, most))
+        return Grid(2.0 * self.needed / (1 << log_size), log_size, self.needed)
 
     def serves(self, needed: Grid) -> bool:
         """Return whether a run that needs another grid may stay on this one."""
@@ -131,9 +145,7 @@ class Composition:
 
     def _epsilon(self, direction: int, delta: float) -> float:
         transform, half = self._transform[direction], self.grid.size // 2
-        # Chernoff: P(loss >= top) <= E[e^{tilt loss}] e^{-tilt top}.
-        wrapped = math.exp(min(0.0, float((self._log_moments[direction] - _TILTS).min())))
-        left = delta - (self._infinite[direction] + wrapped + self._error + self._rounding(transform))
+        left = delta - self._missing(direction)
         if left <= 0.0:
             return math.inf
         masses = np.fft.irfft(transform, self.grid.size)
@@ -151,6 +163,33 @@ class Composition:
             return 0.0
         # Between the points first - 1 and first only the atoms from first on count.
         return max(float(losses[first - 1]), math.log((mass[first] - left) / weighted[first]))
+
+    def attacks(self, rates: Sequence[float]) -> tuple[float, list[float]]:
+        """Return the largest advantage of any attacker, and the largest true-positive rate at false-positive rates.
+
+        The true-positive rate is at most H_c(U || L) + c * false-positive rate for every c >= 0. H_c of atoms is
+        linear between their losses, so the least value is at one of them.
+
+        Args:
+            rates: false-positive rates, each in [0, 1].
+
+        Guarantees:
+            At least the true values of the composed pairs, with U as the releases that hold the record.
+        """
+        half, missing = self.grid.size // 2, self._missing(0)
+        above = np.maximum(np.fft.fftshift(np.fft.irfft(self._transform[0], self.grid.size)), 0.0)
+        losses = self.grid.spacing * np.arange(-half, half)
+        mass = np.cumsum(above[::-1])[::-1]
+        weighted = np.cumsum((above * np.exp(-losses))[::-1])[::-1]
+        scales = np.exp(losses)
+        divergences = mass - scales * weighted + missing
+        return float(divergences[half]), [min(1.0, float((divergences + scales * rate).min())) for rate in rates]
+
+    def _missing(self, direction: int) -> float:
+        """Return the probability that the masses on the grid do not show: infinite losses, and every error."""
+        # Chernoff: P(loss >= top) <= E[e^{tilt loss}] e^{-tilt top}.
+        wrapped = math.exp(min(0.0, float((self._log_moments[direction] - _TILTS).min())))
+        return float(self._infinite[direction] + wrapped + self._error + self._rounding(self._transform[direction]))
 
     def _rounding(self, transform: npt.NDArray[np.complex128]) -> float:
         """Return a bound on the sum of the absolute rounding errors of the composed masses.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from opacus_ac.accounting.composition import Composition, Grid
 from opacus_ac.accounting.dominating_pairs import Pair, PairRounding, dominating_pairs
@@ -12,6 +12,7 @@ from opacus_ac.accounting.rdp import DEFAULT_ORDERS, FloatArray, epsilon_from_rd
 from opacus_ac.accounting.rdp_table import RDPTable
 
 _GROWTH = 2.0  # a grid is planned for so much more than was spent, so that rebuilding it stays rare
+_ATTACK_DELTA = 1e-6  # the grid of attacks is planned for it, and loses 1e-10 over its top
 #: How many distinct pairs are composed without rounding.
 MAX_EXACT = 32
 
@@ -72,6 +73,24 @@ class PrivacyLosses:
             epsilons.append(composition.after(pairs[min(variant, len(pairs) - 1)], steps).epsilon(delta))
         return min(epsilons)
 
+    def attacks(self, rates: Sequence[float], rdp: FloatArray, orders: FloatArray) -> tuple[float, list[float]] | None:
+        """Return the largest advantage and true-positive rates of any attacker, on a fine grid of their own.
+
+        Args:
+            rates: false-positive rates, each in [0, 1].
+            rdp: Rényi divergences of the same events, [n]; the grid is planned from them.
+            orders: their orders, [n].
+
+        Returns:
+            See :meth:`Composition.attacks`; None where this method cannot say (losses beyond 300 nats).
+        """
+        planned = Grid.plan(rdp, orders, self._steps, _ATTACK_DELTA)
+        if planned is None:
+            return None
+        found = [c.attacks(rates) for c in _composed([Composition(planned.finer(len(self._counts)))], self._counts)]
+        advantage = min(advantage for advantage, _ in found)
+        return advantage, [min(caught) for caught in zip(*(each for _, each in found), strict=True)]
+
     def _resolved(self, event: Event, *, remember: bool) -> tuple[Pair, ...]:
         return tuple(self._rounding.resolve(pair, remember=remember) for pair in dominating_pairs(event))
 
@@ -83,13 +102,18 @@ class PrivacyLosses:
             roomy = Grid.plan(_GROWTH * rdp, orders, math.ceil(_GROWTH * max(self._steps, 1)), delta)
             self._grid = roomy if roomy is not None and roomy.serves(needed) else needed
             self._compositions, self._pending = [Composition(self._grid)], dict(self._counts)
-        for pairs, steps in self._pending.items():
-            while len(self._compositions) < len(pairs):  # until here both variants were the same
-                self._compositions.append(self._compositions[0].copy())
-            for variant, composition in enumerate(self._compositions):
-                composition.add(pairs[min(variant, len(pairs) - 1)], steps)
-        self._pending = {}
+        self._compositions, self._pending = _composed(self._compositions, self._pending), {}
         return True
+
+
+def _composed(compositions: list[Composition], counts: Mapping[tuple[Pair, ...], int]) -> list[Composition]:
+    """Return compositions with more events, one for each choice among the pairs that dominate an event."""
+    for pairs, steps in counts.items():
+        while len(compositions) < len(pairs):  # until here both variants were the same
+            compositions.append(compositions[0].copy())
+        for variant, composition in enumerate(compositions):
+            composition.add(pairs[min(variant, len(pairs) - 1)], steps)
+    return compositions
 
 
 def pld_epsilon(counts: Mapping[Event, int], delta: float) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting import Event
+from opacus_ac.accounting import FALSE_POSITIVE_RATES, AttackBounds, Event
 from opacus_ac.budget.charges import Charge, Terms, privacy_unit
 from opacus_ac.budget.guard import BudgetGuard
 from opacus_ac.budget.ledger import PrivacyLedger
@@ -155,6 +155,11 @@ class Account:
     def epsilon(self, delta: float) -> float:
         """Return the epsilon spent so far, without the privacy loss distribution: never below :meth:`bounds`."""
         return min(self.bounds(delta, tight=False).values())
+
+    def attacks(self, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> AttackBounds:
+        """Return what any attacker can do against what was spent; see :meth:`Spending.attacks`."""
+        self.refresh()
+        return self._spending.attacks(rates)
 
     def notes(self, delta: float, event: Event | None = None) -> list[str]:
         """Return what a reader of the bounds must know.

@@ -6,21 +6,25 @@ The other modules of this folder ask an :class:`AccountantAdapter` and never for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from opacus.accountants import IAccountant
 
 from opacus_ac.accounting import (
+    FALSE_POSITIVE_RATES,
+    AttackBounds,
     Event,
     PureDPAccountant,
     VariableRateRDPAccountant,
+    attack_bounds,
+    attack_bounds_from_curve,
     pld_epsilon,
     rdp_event,
 )
 from opacus_ac.accounting.events import check_delta, check_gaussian
 from opacus_ac.accounting.history import Run
-from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant
+from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant, CheckedPRVAccountant, CheckedRDPAccountant
 from opacus_ac.budget.charges import renyi_epsilon
 
 
@@ -146,6 +150,16 @@ class AccountantAdapter:
         """
         return {}
 
+    def attacks(self, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> AttackBounds:
+        """Return what any attacker can do, as far as the accountant's own epsilons say.
+
+        It holds where no rate and no noise followed from releases.
+
+        Args:
+            rates: false-positive rates.
+        """
+        return attack_bounds_from_curve(self.epsilon, rates)
+
     def notes(self, delta: float) -> list[str]:
         """Return what a reader of the bounds must know of the accountant."""
         return []
@@ -167,7 +181,15 @@ class AccountantAdapter:
         return saved
 
 
-class RenyiAdapter(AccountantAdapter):
+class GaussianAdapter(AccountantAdapter):
+    """An accountant whose history is known to be of Poisson-subsampled Gaussian releases (Opacus's "rdp" and "prv")."""
+
+    def attacks(self, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> AttackBounds:
+        """Return what any attacker can do, from the privacy losses of the releases."""
+        return attack_bounds(self.counts(), rates)
+
+
+class RenyiAdapter(GaussianAdapter):
     """An accountant of this package for Gaussian noise, whose rates and kinds of sampling may change ("vpld")."""
 
     samplings = frozenset({"poisson", "shuffled", "fixed_size", "truncated_poisson"})
@@ -248,6 +270,8 @@ _ADAPTERS: tuple[tuple[type[IAccountant], type[AccountantAdapter]], ...] = (
     (VariableRateRDPAccountant, RenyiAdapter),
     (PureDPAccountant, LaplaceAdapter),
     (CheckedGDPAccountant, ApproximateAdapter),
+    (CheckedRDPAccountant, GaussianAdapter),
+    (CheckedPRVAccountant, GaussianAdapter),
     (IAccountant, AccountantAdapter),
 )
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting import Event, common_adjacency
+from opacus_ac.accounting import FALSE_POSITIVE_RATES, AttackBounds, Event, attack_bounds_from_curve, common_adjacency
 from opacus_ac.budget.accountants import adapt
 from opacus_ac.budget.charges import Charge, Terms, privacy_unit
 
@@ -76,6 +76,19 @@ class Spending:
         if tight and not self.all_terms().unknown and 0 < figure < math.inf:
             found.update(self.accountant.tighter_bounds(delta))
         return found
+
+    def attacks(self, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> AttackBounds:
+        """Return what any attacker can do against what was spent.
+
+        Where rates or noise may have followed from releases, only the epsilons of :meth:`bounds` hold, so that the
+        figures follow from these.
+
+        Args:
+            rates: false-positive rates.
+        """
+        if self.terms.adaptive or self.all_terms().unknown:
+            return attack_bounds_from_curve(lambda delta: min(self.bounds(delta, tight=False).values()), rates)
+        return self.accountant.attacks(rates)
 
     def notes(self, delta: float, to_come: bool = False) -> list[str]:
         """Return what a reader of the bounds must know.

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from opacus_ac.cli.command import OK, Command, add_format, add_option
 
+if TYPE_CHECKING:
+    from opacus_ac.accounting import AttackBounds
+
 _METHODS = {"vrdp": "rdp", "vpld": "pld"}
+_SHOWN_RATE = 0.01
+"""The false-positive rate of the attacker in the table of ``plan``."""
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -85,9 +91,19 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _attacks(noise: float, plan: dict[str, Any]) -> AttackBounds:
+    """Return what any attacker can do against the planned run."""
+    from opacus_ac.accounting import Event, attack_bounds
+
+    event = Event(noise, plan["sample_rate"], plan["sampling"], plan["dataset_size"], plan["max_batch_size"])
+    return attack_bounds({event: plan["steps"]})
+
+
 def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) -> int:
     """Print the values and the plan that they belong to."""
-    from opacus_ac.accounting import ADJACENCY
+    from opacus_ac.accounting import ADJACENCY, attack_sentences
+
+    attacks = _attacks(values["noise_multiplier"], plan)
 
     facts = {
         **values,
@@ -99,10 +115,12 @@ def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) 
         "neighbours": ADJACENCY[options.sampling],
     }
     if options.format == "json":
-        print(json.dumps({k: "infinity" if v == math.inf else v for k, v in facts.items()}, indent=2))
+        finite = {k: "infinity" if v == math.inf else v for k, v in facts.items()}
+        print(json.dumps({**finite, "attacks": asdict(attacks)}, indent=2))
     else:
         for name, value in facts.items():
             print(f"{name.replace('_', ' '):18} {value if isinstance(value, str | int) else format(value, '.6g')}")
+        print(*attack_sentences(attacks), sep="\n")
     return OK
 
 
@@ -165,8 +183,8 @@ def _lengths(options: argparse.Namespace, rate: float) -> list[tuple[float, int]
 
 
 def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tuple[float, int]) -> dict[str, Any]:
-    """Return the noise of a run with this budget, batch size and length."""
-    from opacus_ac.accounting import calibrate_noise_multiplier
+    """Return the noise of a run with this budget, batch size and length, and what an attacker can do against it."""
+    from opacus_ac.accounting import Event, attack_bounds, calibrate_noise_multiplier
     from opacus_ac.release.statistics import default_histogram_weight
 
     epochs, steps = length
@@ -177,6 +195,7 @@ def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tu
         steps=steps,
         method=_METHODS[options.accountant],
     )
+    attacks = attack_bounds({Event(noise, size / options.dataset_size): steps})
     one_step = noise * math.sqrt(1 + default_histogram_weight(noise, size) ** 2) / size
     return {
         "target_epsilon": epsilon,
@@ -186,11 +205,15 @@ def _plan_row(options: argparse.Namespace, epsilon: float, size: int, length: tu
         "noise_multiplier": noise,
         "noise_to_signal": one_step,
         "noise_to_signal_of_run": one_step / math.sqrt(steps),
+        "advantage": attacks.advantage,
+        "true_positive_rates": attacks.true_positive_rates,
     }
 
 
 def _plan_table(options: argparse.Namespace) -> int:
-    """Print noise multiplier and noise-to-signal for every combination."""
+    """Print noise multiplier, noise-to-signal and what an attacker can do for every combination."""
+    from opacus_ac.accounting.attacks import percent
+
     for size in options.batch_size:
         if not 0 < size <= options.dataset_size:
             raise ValueError(f"--batch-size {size} must be > 0 and at most --dataset-size {options.dataset_size}")
@@ -205,14 +228,19 @@ def _plan_table(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return OK
     print(f"N = {options.dataset_size}, delta = {options.delta:g}, Poisson batches, {options.accountant}")
-    print(f"{'epsilon':>8} {'epochs':>7} {'batch':>7} {'steps':>7} {'noise':>9} {'per step':>10} {'of the run':>11}")
+    print(
+        f"{'epsilon':>8} {'epochs':>7} {'batch':>7} {'steps':>7} {'noise':>9} {'per step':>10} {'of the run':>11} "
+        f"{'caught':>7}"
+    )
     for row in rows:
         print(
             f"{row['target_epsilon']:8g} {row['epochs']:7.4g} {row['batch_size']:7d} {row['steps']:7d} "
-            f"{row['noise_multiplier']:9.4f} {row['noise_to_signal']:10.6f} {row['noise_to_signal_of_run']:11.7f}"
+            f"{row['noise_multiplier']:9.4f} {row['noise_to_signal']:10.6f} {row['noise_to_signal_of_run']:11.7f} "
+            f"{percent(row['true_positive_rates'][_SHOWN_RATE]):>7}"
         )
     print("noise: noise multiplier. per step: std of the noise on a coordinate of the mean gradient, in units of C.")
     print("of the run: the same for the mean of all steps' gradients, per step / sqrt(steps)")
+    print(f"caught: someone who flags {100 * _SHOWN_RATE:g} % of outsiders by mistake catches at most so many insiders")
     return OK
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import opacus
@@ -14,7 +14,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from opacus_ac import accounting
-from opacus_ac.accounting import Event
+from opacus_ac.accounting import FALSE_POSITIVE_RATES, AttackBounds, Event
 from opacus_ac.accounting.opacus_accountants import checked
 from opacus_ac.budget.account import Account
 from opacus_ac.checkpoint import many_processes, one_process
@@ -112,7 +112,8 @@ class AccountedEngine(opacus.PrivacyEngine):
         Args:
             delta: delta to report at; by default the target's.
             tight: state the smallest epsilon that holds: beside the accountant's, with "vrdp", that of the privacy loss
-                distribution, which takes up to some seconds to compute. False states the accountant's.
+                distribution, which takes up to some seconds to compute, and what any attacker can do. False states the
+                accountant's epsilon alone.
 
         Raises:
             ValueError: If nothing was made private yet, or ``delta`` is missing.
@@ -129,6 +130,7 @@ class AccountedEngine(opacus.PrivacyEngine):
             self._optimizer,
             plan,
             bounds=bounds,
+            attacks=self.attack_bounds() if tight else None,
             delta=delta,
             adjacency=account.adjacency(plan.sampling),
             history=account.history,
@@ -136,6 +138,10 @@ class AccountedEngine(opacus.PrivacyEngine):
             unknown_batches=self._unknown_batches,
             ledger=None if account.ledger is None else account.ledger.summary,
         )
+
+    def attack_bounds(self, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> AttackBounds:
+        """Return what any attacker can do against what was spent so far, at false-positive rates."""
+        return self._account.attacks(rates)
 
     def accounts_for(self, optimizer: DPOptimizer | None) -> bool:
         """Return whether this engine accounts for an optimizer: for the one that it made private last."""

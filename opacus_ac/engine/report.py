@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from opacus_ac.accounting import AttackBounds, attack_sentences
 from opacus_ac.budget.charges import privacy_unit
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
@@ -38,6 +39,7 @@ class PrivacyReport:
         noise_source: where the noise came from.
         ledger: the privacy ledger in words: charges, runs, head; None without one.
         learning_rate: how the inner optimizer found its learning rate; None where it was given one.
+        attacks: what any attacker can do at most; None where it was not asked for.
         warnings: what the reader must know.
     """
 
@@ -60,6 +62,7 @@ class PrivacyReport:
     noise_source: str
     ledger: str | None = None
     learning_rate: str | None = None
+    attacks: AttackBounds | None = None
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +79,10 @@ class PrivacyReport:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def attack_sentences(self) -> list[str]:
+        """Return in words what any attacker can do; empty where it was not asked for."""
+        return [] if self.attacks is None else attack_sentences(self.attacks)
 
     def __str__(self) -> str:
         low, high = self.expected_batch_size
@@ -95,6 +102,7 @@ class PrivacyReport:
             f"  released        {'; '.join(self.released)}",
             *([f"  learning rate   {self.learning_rate}"] if self.learning_rate is not None else []),
             *([f"  ledger          {self.ledger}"] if self.ledger is not None else []),
+            *(f"  attackers       {sentence}" for sentence in self.attack_sentences()),
             *(f"  WARNING         {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
@@ -105,6 +113,7 @@ def make_report(
     plan: SamplingPlan,
     *,
     bounds: dict[str, float],
+    attacks: AttackBounds | None = None,
     delta: float,
     adjacency: str,
     history: list[tuple[float, float, int]],
@@ -118,6 +127,7 @@ def make_report(
         optimizer: the private optimizer.
         plan: its sampling plan.
         bounds: every epsilon that holds at ``delta``, by method.
+        attacks: what any attacker can do at most, or None.
         delta: delta.
         adjacency: neighbouring relation under which they hold.
         history: accounted (noise multiplier, sample rate, steps).
@@ -134,6 +144,7 @@ def make_report(
         delta=delta,
         accountant=accountant,
         bounds=bounds,
+        attacks=attacks,
         unit=privacy_unit(plan.max_rows_per_user),
         adjacency=adjacency,
         sampling=plan.sampling,

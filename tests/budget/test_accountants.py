@@ -5,7 +5,7 @@ import math
 import pytest
 from opacus.accountants import create_accountant
 
-from opacus_ac.accounting import Event, VariableRateRDPAccountant, register
+from opacus_ac.accounting import Event, VariableRateRDPAccountant, attack_bounds, register
 from opacus_ac.accounting.opacus_accountants import checked
 from opacus_ac.budget.accountants import adapt
 
@@ -117,3 +117,22 @@ def test_no_noise_costs_infinity(name):
     assert accountant.epsilon(DELTA) == math.inf
     with pytest.raises(ValueError, match="delta=-1"):
         accountant.epsilon(-1)
+
+
+@pytest.mark.parametrize("name", ACCOUNTANTS)
+def test_attack_rates_follow_from_what_an_accountant_knows(name):
+    """Gaussian releases have privacy losses, whoever counts them; an epsilon of a limit theorem bounds nobody."""
+    accountant = made(name)
+    for _ in range(5):
+        accountant.charge(event(name))
+    found = accountant.attacks()
+    if name == "gdp":
+        assert (found.advantage, set(found.true_positive_rates.values())) == (1.0, {1.0})
+        return
+    assert 0 < found.advantage < 1
+    assert all(rate < caught < 1 for rate, caught in found.true_positive_rates.items())
+    if name == "pure":
+        epsilon = accountant.epsilon(0.0)
+        assert found.true_positive_rates[0.01] == pytest.approx(0.01 * math.exp(epsilon), rel=0.01)
+    else:
+        assert found == attack_bounds({event(name): 5})

@@ -10,7 +10,7 @@ from helpers import classifier, loader, train
 from tiny_models import qwen2
 
 from opacus_ac import PrivacyEngine, cli
-from opacus_ac.accounting import calibrate_noise_multiplier, plan_epsilon
+from opacus_ac.accounting import Event, attack_bounds, attack_sentences, calibrate_noise_multiplier, plan_epsilon
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.release import default_histogram_weight
 
@@ -61,6 +61,9 @@ def test_every_kind_of_sampling(capsys, sampling, options, neighbours):
     assert found["epsilon"] >= poisson["epsilon"] * (1 - 1e-9)
     assert neighbours in found["neighbours"]
     assert found["charges"] == (5 if sampling == "shuffled" else 500)
+    assert (found["attacks"]["mu"] is not None) == (sampling == "shuffled")
+    said = out(capsys, "epsilon", "--noise-multiplier", "2", *PLAN, "--sampling", sampling, *options)
+    assert all(sentence in said for sentence in attack_sentences(found))
 
 
 def test_no_noise_is_infinity(capsys):
@@ -89,7 +92,10 @@ def test_plan_is_a_table_of_what_calibrate_says(capsys):
     one_step = wanted * math.hypot(1, default_histogram_weight(wanted, 100)) / 100
     assert rows[3]["noise_to_signal"] == pytest.approx(one_step)
     assert rows[3]["noise_to_signal_of_run"] == pytest.approx(one_step / 500**0.5)
-    assert len(out(capsys, "plan", *arguments).splitlines()) == 2 + 4 + 2
+    assert len(out(capsys, "plan", *arguments).splitlines()) == 2 + 4 + 3
+    attacks = attack_bounds({Event(wanted, 0.01): 500})
+    assert rows[3]["advantage"] == attacks.advantage
+    assert rows[3]["true_positive_rates"] == {str(rate): caught for rate, caught in attacks.true_positive_rates.items()}
     by_steps = values(capsys, "plan", *arguments[:2], "--batch-size", "100", *arguments[5:], "--steps", "250", "500")
     assert [(row["epochs"], row["steps"]) for row in by_steps] == [(2.5, 250), (5, 500)] * 2
     assert by_steps[3] == rows[3]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, WeightedRandomSampler
 
 from opacus_ac import PrivacyBudgetExceeded, PrivacyEngine
-from opacus_ac.accounting import Event, pld_epsilon
+from opacus_ac.accounting import Event, attack_bounds, attack_sentences, pld_epsilon
 from opacus_ac.checkpoint.file import digest
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
@@ -274,6 +274,7 @@ def test_raw_rule_reports_infinity_and_says_why():
     assert engine.get_epsilon(1e-3) == math.inf == report.epsilon
     assert json.loads(report.to_json())["epsilon"] == "infinity"
     assert "no finite epsilon" in str(report)
+    assert report.attack_sentences()[0].startswith("No bound on what an attacker can tell holds")
 
 
 @pytest.mark.parametrize("accountant", ["vrdp", "rdp", "prv"])
@@ -292,7 +293,11 @@ def test_report_states_the_claim():
     assert report.epsilon == pld_epsilon({Event(1.0, 0.25): 4}, 1e-2)
     assert (report.dataset_size, report.steps, report.history) == (64, 4, [(1.0, 0.25, 4)])
     assert report.gradient_noise_multiplier == pytest.approx(math.sqrt(1.0412))
+    assert report.attacks == attack_bounds({Event(1.0, 0.25): 4})
+    assert attack_sentences(json.loads(report.to_json())) == report.attack_sentences()
+    assert engine.privacy_report(1e-2, tight=False).attacks is None
     text = str(report)
+    assert f"attackers       {report.attack_sentences()[1]}" in text
     for phrase in ("add/remove one record", "poisson", "N = 64", "q = 0.25", "histogram of gradient norms", "AES-256"):
         assert phrase in text
     assert not report.warnings
@@ -367,6 +372,10 @@ def test_a_schedule_that_follows_releases_is_under_a_privacy_filter():
     assert report.epsilon == pytest.approx(3.0)
     assert "filter" in report.accountant
     assert not report.warnings
+    # Only the filter's epsilons hold, whose whole budget counts.
+    spent = attack_bounds({Event(noise, rate): steps for noise, rate, steps in engine.accountant.history})
+    assert report.attacks.method.startswith("(epsilon, delta) pairs")
+    assert 1 > report.attacks.true_positive_rates[0.01] > spent.true_positive_rates[0.01]
 
 
 def test_noise_that_changes_is_under_the_filter_or_refused():
