@@ -24,7 +24,7 @@ author = "opacus_ac developers"
 copyright = "opacus_ac developers, Apache-2.0"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx_copybutton", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 highlight_language = "none"  # fences without a language are formulas
 nitpicky = True
@@ -36,7 +36,8 @@ nitpick_ignore_regex = [
 ]
 
 myst_heading_anchors = 3  # links to sections, as GitHub has them
-myst_enable_extensions = ["html_image"]
+myst_enable_extensions = ["deflist", "html_image"]
+copybutton_prompt_text = "$ "  # of a block that shows a command and its output, the command is copied
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -57,7 +58,14 @@ html_show_sphinx = False
 html_copy_source = False
 
 #: Files outside of docs/ that have a page: links to them are links to the page.
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "code-of-conduct.md",
+}
+_BADGES = re.compile(r"^\[!\[.*\n\n", re.MULTILINE)  # pictures from another address, of which the site has none
 _INCLUDE = re.compile(r"```\{include\} \.\./(\S+)\n```\n")
 _LINK = re.compile(r"(\]\()([^)#\s]+)")
 
@@ -70,7 +78,7 @@ def _target(path: str) -> str:
 
 
 def _as_page(text: str) -> str:
-    return _LINK.sub(lambda link: link[1] + _target(link[2]), text)
+    return _LINK.sub(lambda link: link[1] + _target(link[2]), _BADGES.sub("", text))
 
 
 def read_source(app: Sphinx, docname: str, content: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import runpy
 import shlex
 
 import plot_clipping
@@ -14,6 +16,8 @@ from opacus_ac import cli
 from opacus_ac.clipping import POLICIES, ClipPolicy
 
 DOCS = ROOT / "docs"
+SCRIPT = runpy.run_path(str(DOCS / "notebooks.py"))
+AS_NOTEBOOK = {page: ROOT / "examples" / "notebooks" / name for page, name in SCRIPT["PAGES"].items()}
 PAGES = {
     "quickstart.md": "epsilon 8.00",
     "from-opacus.md": "-differential privacy by",
@@ -25,8 +29,17 @@ PAGES = {
 }
 
 
+#: Pages that show all that their code prints.
+SHOWN = {"quickstart.md"}
+
+
 def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def masked(text: str) -> str:
+    """Printed text without the numbers that follow from noise and draws."""
+    return re.sub(r"\b(C|clip rate|noisy loss|next C =|rows:|before,) [\d.]+", r"\1 *", text)
 
 
 @pytest.mark.slow
@@ -36,9 +49,27 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(POLICIES, "halving", ClipPolicy)  # the name that extending.md gives; undone after the test
     scope: dict[str, object] = {"__name__": page}
-    for code in blocks(page, "python"):
+    for code in SCRIPT["code"](AS_NOTEBOOK[page]) if page in AS_NOTEBOOK else blocks(page, "python"):
         exec(compile(code, page, "exec"), scope)
-    assert PAGES[page] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert PAGES[page] in printed
+    if page in SHOWN:
+        (shown,) = blocks(page, "text")
+        assert masked(shown).splitlines() == masked(printed).splitlines(), (
+            f"{page} shows what the code no longer prints"
+        )
+
+
+@pytest.mark.parametrize("page", AS_NOTEBOOK)
+def test_a_notebook_is_its_page(page):
+    """The test above runs its cells."""
+    path = AS_NOTEBOOK[page]
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == SCRIPT["notebook"](page), "run: python docs/notebooks.py"
+    assert [code.strip() for code in SCRIPT["code"](path)] == [code.strip() for code in blocks(page, "python")]
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text)
+    assert links
+    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 TRANSCRIPTS = [text for page in PAGES for text in blocks(page, "console")]

@@ -13,3 +13,12 @@ def test_the_commands_of_the_readme_are_those_of_ci():
     assert 'pip install --quiet -e ".[test]"' in ci
     options = re.findall(r"^ *(?:[A-Z_]+=\S+ )*pytest (.*)", ci, re.MULTILINE)
     assert options == ["--numprocesses=2 --dist=loadfile"]  # the README's command, in two processes
+
+
+def test_it_is_read_in_a_few_minutes():
+    assert len(README.split()) <= 700
+
+
+def test_what_it_links_to_exists():
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", README)]
+    assert [t for t in targets if not t.startswith("https://") and not (ROOT / t).exists()] == []

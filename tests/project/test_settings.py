@@ -116,6 +116,8 @@ def check(command: str) -> None:
             assert any(marker.startswith("slow:") for marker in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"])
         case ["python", "-m", "opacus_ac.testing.coverage", "--format", "markdown", ">", page]:
             assert (ROOT / page).is_file(), command
+        case ["python", "-m", "build"] | ["twine", "check" | "upload", *_]:
+            assert PYPROJECT["build-system"]["build-backend"]
         case ["python", script]:
             assert (ROOT / script).is_file(), command
         case ["pip", "install", "pre-commit"] | ["pre-commit", "install"]:
