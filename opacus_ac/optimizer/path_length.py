@@ -11,7 +11,7 @@ from typing import Any
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _MOST = 10.0  # factor by which the path gets longer, or shorter, in one step
-_CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
+_CLEAR = 2.0  # multiple of its std from which an inner product is told from noise, or two of them from each other
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 
@@ -56,7 +56,7 @@ class PathLength:
         elif start <= (_CLEAR if self.searching else 1.0) * noise:
             self.blind += 1
             self.scale = max(self.scale, 1.0) if self.searching else self.scale
-        elif self.searching and (change := start / max(start - here - noise, start / _MOST)) >= _FAR:
+        elif self.searching and (change := start / max(start - here - _CLEAR * noise, start / _MOST)) >= _FAR:
             self.scale *= change
             self.averaged += 1
             self.measured += 1

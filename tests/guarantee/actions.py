@@ -34,7 +34,7 @@ from reference import (
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded
 
 SITES = (
@@ -48,7 +48,7 @@ REFUSALS = (ValueError, RuntimeError, PrivacyBudgetExceeded, OSError, Injected, 
 """What an action may raise; anything else is a crash."""
 
 
-class Inner(torch.optim.SGD):
+class Telling(torch.optim.Optimizer):
     """An inner optimizer that tells its run what it is about to do."""
 
     run: Run | None = None
@@ -66,6 +66,20 @@ class Inner(torch.optim.SGD):
         self.run.expected = self.run.weights()
         fail(self.run.reference, "after inner")
         return None
+
+
+class TellingSGD(Telling, torch.optim.SGD):
+    """SGD, whose step is a function of the last release."""
+
+
+class TellingAutoAdam(Telling, AutoAdam):
+    """AutoAdam, whose step is a function of all releases and of their noise."""
+
+
+INNER: dict[str, Callable[[list[Tensor]], Any]] = {
+    "sgd": lambda parameters: TellingSGD(parameters, lr=1e-3),
+    "auto": lambda parameters: TellingAutoAdam(parameters, lr=1e-3, steps=6),
+}
 
 
 @dataclass
@@ -210,7 +224,7 @@ class World:
         run = Run(self.reference, config, book, engine, bare)
         run.size = config["batch_size"]
         parameters = [bare.rows.weight] + ([bare.adapter.weight] if config["adapter"] != "absent" else [])
-        run.inner = Inner(parameters, lr=1e-3, momentum=config["momentum"])
+        run.inner = INNER[config["inner"]](parameters)
         schedule = {"none": None, "list": [3.0, 2.0, 4.0], "function": lambda step: run.size}[config["schedule"]]
         settings: dict[str, Any] = {
             "max_grad_norm": config["C"], "grad_sample_mode": config["mode"], "sampling": config["sampling"],
@@ -560,10 +574,10 @@ def draw_config(rng: random.Random) -> dict[str, Any]:
         "batch_size": rng.choice([2, 3]),
         "reduction": rng.choice(["mean", "sum"]),
         "lr_control": rng.random() < 0.5,
-        "momentum": 0.0,
         "adapter": rng.choice(["trained", "trained", "frozen", "absent"]),
     }  # fmt: skip
-    return {**config, "left_out": draw_left_out(copy.deepcopy(rng), config)}
+    left_out = draw_left_out(copy.deepcopy(rng), config)
+    return {**config, "left_out": left_out, "inner": random.Random(str(rng.getstate())).choice(["sgd", "sgd", "auto"])}
 
 
 def draw_left_out(rng: random.Random, config: dict[str, Any]) -> frozenset[int]:

@@ -25,7 +25,7 @@ PHASES = tuple(Phase) if os.environ.get("OPACUS_AC_SHRINK") else (Phase.generate
 PLAIN = {
     "mode": "bk", "sampling": "poisson", "schedule": "none", "physical": None, "loop": "own", "policy": "percentile",
     "ledger": False, "target": None, "noise": 1.0, "C": 1.0, "batch_size": 3, "reduction": "mean", "lr_control": True,
-    "momentum": 0.0, "adapter": "trained", "left_out": frozenset(),
+    "inner": "sgd", "adapter": "trained", "left_out": frozenset(),
 }  # fmt: skip
 
 
@@ -90,10 +90,10 @@ def test_every_other_planted_fault_is_found_by_the_battery(name):
 @pytest.mark.parametrize("mode", ["bk", "hooks", "functorch"])
 @pytest.mark.parametrize("policy", ["flat", "percentile", "geometric", "automatic"])
 @pytest.mark.parametrize("sampling", ["poisson", "truncated_poisson", "fixed_size", "shuffled"])
-@pytest.mark.parametrize("physical", [None, 2])
-def test_the_ordinary_loop_is_done_and_holds(mode, policy, sampling, physical):
+@pytest.mark.parametrize(("physical", "inner"), [(None, "sgd"), (2, "sgd"), (None, "auto")])
+def test_the_ordinary_loop_is_done_and_holds(mode, policy, sampling, physical, inner):
     """What everybody does is neither refused nor flagged, and a record moves releases by no more than it may."""
-    config = {**PLAIN, "mode": mode, "policy": policy, "sampling": sampling, "physical": physical}
+    config = {**PLAIN, "mode": mode, "policy": policy, "sampling": sampling, "physical": physical, "inner": inner}
     actions = [("cycle", 0)] * 5 + [("save",), ("cycle", 0), ("load", True), ("cycle", 0), ("report", True)]
     world = play(config, actions, seed=3)
     assert {outcome.split(":")[1] for outcome in world.outcomes} == {"done"}
