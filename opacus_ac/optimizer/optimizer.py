@@ -242,6 +242,10 @@ class AdaptiveClipDPOptimizer(TorchHooks, DPOptimizer):
             self._private.clear()
         self.original_optimizer.zero_grad(set_to_none=True)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer, which gives it the entries that its own groups have."""
+        self.original_optimizer.add_param_group(param_group)
+
     def see(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         """Note which batch a forward pass of the model runs on; a hook before it."""
         self._private.see(module, args, kwargs)

@@ -6,7 +6,7 @@ from helpers import dataset, loss_of
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning")
 MODES = ["bk", "hooks", "functorch"]
@@ -302,6 +302,17 @@ def test_a_parameter_that_was_not_made_private_is_not_trained(how, mode):
     net.frozen.requires_grad_(False)
     step(model, optimizer, next(iter(loader)))
     assert engine.accountant.history == [(1.0, 1.0, 1)]
+
+
+def test_a_group_that_is_added_has_the_entries_of_its_kind():
+    """The report reads them, and it is asked for after a refusal as well."""
+    net = Net()
+    parameters = [*net.first.parameters(), *net.second.parameters()]
+    engine, _, optimizer, _ = private(net, noise=1.0, parameters=parameters, inner=AutoAdam)
+    optimizer.add_param_group({"params": list(net.frozen.parameters())})
+    first, second = optimizer.param_groups
+    assert first.keys() == second.keys()
+    assert "found by AutoAdam" in engine.privacy_report(1e-5).learning_rate
 
 
 def test_freezing_within_a_logical_batch_kills_it():

@@ -33,6 +33,12 @@ class PrivacyArguments:
         loss_bound: public bound of a record's loss, for the noisy loss in the log; 0 to release no loss. The default is
             10, and 4 log C for a model that chooses among C classes: the noise of the loss grows with the bound, and a
             loss by chance is log C. Set it for regression, whose losses are in units of your own.
+        auto_learning_rate: whether :class:`opacus_ac.AutoAdam` finds the learning rate from what the run releases. The
+            ``learning_rate`` of the ``TrainingArguments`` is its hint. No average of weights is kept then, and the rate
+            does not follow the clip rate.
+        planned_momentum: whether ``beta1`` follows from the planned number of steps
+            (:func:`opacus_ac.optimizer.momentum.planned_beta1`), where the ``TrainingArguments`` have an AdamW with the
+            usual ``adam_beta1`` of 0.9. Short private runs end lower with less momentum.
         evaluation_is_public: whether the evaluation data need no protection. Otherwise they are refused.
         average_weights: whether the averaged weights (EMA) are evaluated and saved, where there is an average.
 
@@ -59,6 +65,8 @@ class PrivacyArguments:
     )
     lr_control: bool = shared("lr_control")
     ema_decay: float | None = shared("ema_decay", note="0 for none")
+    auto_learning_rate: bool = option(False, "find the learning rate from releases; learning_rate is a hint")
+    planned_momentum: bool = option(True, "adam_beta1 follows from the planned steps, unless it is set")
     average_weights: bool = option(True, "evaluate and save the averaged weights")
     preset: str | None = shared("preset")
     sampling: str = option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
@@ -109,4 +117,6 @@ class PrivacyArguments:
         options["poisson_sampling"] = self.sampling != "shuffled"
         options["max_grad_norm"] = self.per_sample_max_grad_norm
         options["loss_bound"] = self.bound_for(classes)
+        if self.auto_learning_rate:
+            options |= {"ema_decay": None, "lr_control": False}
         return options

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from opacus_ac.engine.privacy_engine import PrivacyEngine
 from opacus_ac.engine.report import PrivacyReport
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
+from opacus_ac.integrations.trainer.inner import auto_adam, with_planned_momentum
 from opacus_ac.integrations.trainer.ranks import RanksTrainer
 from opacus_ac.models.transformers import classes_among
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
@@ -63,7 +64,7 @@ class PreparedTrainer(RanksTrainer):
         """Return the private optimizer and loader; the first call builds them."""
         if self.private_optimizer is None or self._private_loader is None:
             template = self._template_loader()
-            super().create_optimizer()
+            self._create_inner()
             self.model.train()
             options = self.privacy.engine_options(classes_among(self.model))
             options.update(
@@ -88,6 +89,17 @@ class PreparedTrainer(RanksTrainer):
             self.private_optimizer, self._private_loader = made[1], made[2]
             self.optimizer = self.private_optimizer
         return self.private_optimizer, self._private_loader
+
+    def _create_inner(self) -> None:
+        """Build the optimizer that the private one wraps, unless the caller has given one."""
+        if self.privacy.auto_learning_rate and self.optimizer is None:
+            self.optimizer = auto_adam(self, self._planned_steps())
+            return
+        given, self.args = self.args, with_planned_momentum(self.args, self.privacy, self._planned_steps())
+        try:
+            super().create_optimizer()
+        finally:
+            self.args = given
 
     def _template_loader(self) -> DataLoader[Any]:
         """Return an ordinary loader of the training data, with the columns that the model accepts."""
