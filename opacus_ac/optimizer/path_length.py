@@ -11,7 +11,8 @@ from typing import Any
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _MOST = 10.0  # factor by which the path gets longer, or shorter, in one step
-_CLEAR = 2.0  # multiple of its std from which an inner product is told from noise, or two of them from each other
+_CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
+_LEAST_SEEN = 0.5  # share of the slope at the start that other batches show, at least
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 
@@ -28,6 +29,8 @@ class PathLength:
         scale: the factor; a tenth at first, for the case that the hint is too high, and 1 where it cannot be measured.
         variance: variance of ln(scale), as a Kalman filter estimates it.
         averaged: number of steps that were averaged because they did not leave the start.
+        seen: slope at the start by later releases, of a path that has not left it, over that by the first release. The
+            path consists of first releases, so it has the random part of their batches in common with them.
         searching: whether the path still gets longer by large factors.
         measured: number of steps whose inner products said something.
         blind: number of steps whose inner products were not told from noise.
@@ -37,6 +40,7 @@ class PathLength:
     scale: float = _CAUTION
     variance: float = _SPREAD**2
     averaged: int = 1
+    seen: float = 1.0
     searching: bool = True
     measured: int = 0
     blind: int = 0
@@ -56,7 +60,8 @@ class PathLength:
         elif start <= (_CLEAR if self.searching else 1.0) * noise:
             self.blind += 1
             self.scale = max(self.scale, 1.0) if self.searching else self.scale
-        elif self.searching and (change := start / max(start - here - _CLEAR * noise, start / _MOST)) >= _FAR:
+        elif self.searching and (change := self._lengthening(start * self.seen, here, noise)) >= _FAR:
+            self.seen = max(min(here / start, 1.0), _LEAST_SEEN if self.averaged == 1 else self.seen)
             self.scale *= change
             self.averaged += 1
             self.measured += 1
@@ -64,6 +69,11 @@ class PathLength:
         else:
             self._filter(start, here, noise)
         return 1.0
+
+    @staticmethod
+    def _lengthening(start: float, here: float, noise: float) -> float:
+        """Return the factor by which a path is too short at least, but for its noise."""
+        return start / max(start - here - noise, start / _MOST)
 
     def _fall_back(self, start: float, here: float) -> None:
         """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""

@@ -39,7 +39,7 @@ class PlainLoop:
         self.start, self.lr, self.beta1, self.share = [w.clone() for w in weights], lr, beta1, share
         self.path = [torch.zeros_like(w) for w in weights]
         self.common = 0.0
-        self.length, self.variance, self.averaged, self.searching = 0.1, 0.36, 1, True
+        self.length, self.variance, self.averaged, self.searching, self.seen = 0.1, 0.36, 1, True, []
         self.releases = []
 
     def follow(self, d0, d1, sd):
@@ -51,8 +51,10 @@ class PlainLoop:
         if d0 <= (2 if self.searching else 1) * sd:
             self.length = max(self.length, 1.0) if self.searching else self.length
             return 1.0
-        if self.searching and d0 / max(d0 - d1 - sd, d0 / 10) >= 2.5:
-            self.length *= d0 / max(d0 - d1 - sd, d0 / 10)
+        known = d0 * max(self.seen, default=1.0)
+        if self.searching and known / max(known - d1 - sd, known / 10) >= 2.5:
+            self.length *= known / max(known - d1 - sd, known / 10)
+            self.seen.append(min(1.0, max(d1 / d0, 0.5)))
             self.averaged += 1
             return (self.averaged - 1) / self.averaged
         self.searching = False
@@ -93,25 +95,28 @@ class PlainLoop:
         return [w - self.length * p for w, p in zip(self.start, self.path, strict=True)]
 
 
-CASES = {  # lr, beta1, share, noise per coordinate, where the gradient is about 1
-    "search": (1e-4, 0.5, 0.5, 0.05),
-    "near": (0.05, 0.8, 1.0, 0.2),
-    "high": (3.0, 0.0, 0.0, 0.02),
-    "cut": (300.0, 0.5, 0.5, 0.1),
-    "noise": (0.02, 0.5, 0.5, 10.0),
+CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the gradient is about 1
+    "search": (1e-4, 0.5, 0.5, 0.05, 0.0),
+    "search in batches": (1e-4, 0.5, 0.5, 0.05, 0.8),
+    "near": (0.05, 0.8, 1.0, 0.2, 0.0),
+    "high": (3.0, 0.0, 0.0, 0.02, 0.0),
+    "cut": (300.0, 0.5, 0.5, 0.1, 0.0),
+    "noise": (0.02, 0.5, 0.5, 10.0, 0.0),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_plain_loop(case):
     """The same releases, of a quadratic along the way, and the same weights to 1e-12; and the case is what its name says."""
-    lr, beta1, share, noise = CASES[case]
+    lr, beta1, share, noise, of_batch = CASES[case]
     weights, normal = parameters(), draws(1)
     optimizer = AutoAdam(weights, lr=lr, beta1=beta1, share=share)
     oracle = PlainLoop([w.detach() for w in weights], lr=lr, beta1=beta1, share=share)
     stds = [noise, 2 * noise, 0.5 * noise]
     for _ in range(20):
-        gradients = [w.detach() + s * normal(*w.shape) for w, s in zip(weights, stds, strict=True)]
+        gradients = [
+            w.detach() + s * normal(*w.shape) + of_batch * normal(*w.shape) for w, s in zip(weights, stds, strict=True)
+        ]
         for weight, gradient, std in zip(weights, gradients, stds, strict=True):
             weight.grad = gradient
             optimizer.noise_std(weight, std)
@@ -122,7 +127,9 @@ def test_it_is_the_plain_loop(case):
     length = PathLength.of(optimizer.param_groups[0])
     assert length.scale == pytest.approx(oracle.length, rel=1e-11)
     assert length.averaged == oracle.averaged
-    assert (length.averaged > 3) == (case == "search")
+    assert (length.averaged > 3) == case.startswith("search")
+    assert length.seen == pytest.approx(max(oracle.seen, default=1.0), rel=1e-11)
+    assert case != "search in batches" or oracle.seen[0] < 0.8
     assert (length.falls > 0) == (case == "cut")
     assert (length.blind > 0) == (case == "noise")
     assert length.measured + length.blind == 19

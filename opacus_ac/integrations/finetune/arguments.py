@@ -66,6 +66,10 @@ EXIT_CODES: dict[int, str] = {
 """Exit codes of ``opacus-ac finetune``."""
 
 LEARNING_RATES = {"lora": 0.01, "full": 3e-4}
+AUTO = "auto"
+"""Value of ``--learning_rate`` that lets the run find it (:class:`opacus_ac.AutoAdam`)."""
+AUTO_HINT = 1e-3
+"""Hint of the learning rate with ``--learning_rate auto``, that of ``AutoAdam``."""
 SAVE_STEPS = {"lora": 1, "full": 10}
 """Steps between two checkpoints. Adapters are small, and steps that a crash loses stay charged."""
 
@@ -87,7 +91,10 @@ TRAINING_HELP: dict[str, str] = {
     "gradient_accumulation_steps": "times this: the expected batch size (default 8, so 64 records)",
     "num_train_epochs": "passes over the data (default 3)",
     "max_steps": "steps, instead of passes",
-    "learning_rate": f"default {LEARNING_RATES['lora']:g} for LoRA, {LEARNING_RATES['full']:g} with --full",
+    "learning_rate": (
+        f"default {LEARNING_RATES['lora']:g} for LoRA, {LEARNING_RATES['full']:g} with --full; or {AUTO}, to find it "
+        "from what the run releases, at no epsilon"
+    ),
     "lr_scheduler_type": "schedule of the learning rate (default constant)",
     "logging_steps": "steps between two lines of the log (default 1)",
     "save_steps": (

@@ -18,13 +18,15 @@ from transformers import HfArgumentParser, TrainingArguments
 from opacus_ac.budget.ledger import LedgerError
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations.finetune.arguments import (
+    AUTO,
+    AUTO_HINT,
     LEARNING_RATES,
     SAVE_STEPS,
     TRAINING_DEFAULTS,
     DataArguments,
     ModelArguments,
 )
-from opacus_ac.integrations.trainer.arguments import PrivacyArguments
+from opacus_ac.integrations.trainer.arguments import USUAL_BETA1, PrivacyArguments
 
 LEDGER = "privacy.ledger"
 _TYPES: tuple[Any, ...] = (DataArguments, ModelArguments, PrivacyArguments, TrainingArguments)
@@ -74,8 +76,33 @@ class Job:
 def full_parser(prog: str, usage: str) -> HfArgumentParser:
     """Return the parser of all options, including those of ``TrainingArguments``."""
     parser = HfArgumentParser(_TYPES, prog=prog, usage=usage, allow_abbrev=False)
-    parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, save_steps=None, accountant="vpld")
+    parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, adam_beta1=None, save_steps=None, accountant="vpld")
+    for action in parser._actions:
+        if action.dest == "learning_rate":
+            action.type = _rate
     return parser
+
+
+def _rate(text: str) -> float | str:
+    """Return the learning rate that a word of the command line stands for."""
+    if text == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or {AUTO!r}, got {text!r}") from None
+
+
+def _choose_momentum_and_rate(values: dict[str, Any]) -> None:
+    """Put what was left out, or left to the run, into the values that the arguments have."""
+    if values["adam_beta1"] is None:
+        values["adam_beta1"] = USUAL_BETA1
+    else:
+        values["planned_momentum"] = False
+    if values["learning_rate"] == AUTO:
+        values["auto_learning_rate"], values["learning_rate"] = True, None
+    if values["learning_rate"] is None and values["auto_learning_rate"]:
+        values["learning_rate"] = AUTO_HINT
 
 
 def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str) -> Job:
@@ -96,6 +123,7 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
     for name in ("train_file", "output_dir"):
         if values[name] is None:
             parser.error(f"--{name} is missing")
+    _choose_momentum_and_rate(values)
     for name, usual in (("learning_rate", LEARNING_RATES), ("save_steps", SAVE_STEPS)):
         if values[name] is None:
             values[name] = usual["full" if values["full"] else "lora"]

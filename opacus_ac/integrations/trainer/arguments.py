@@ -8,6 +8,8 @@ from typing import Any
 
 from opacus_ac.engine.options import option, shared
 
+USUAL_BETA1 = 0.9
+"""``adam_beta1`` of the ``TrainingArguments`` of who has named none."""
 _MODES = ("bk", "hooks")
 _TIMES_CHANCE = 4.0  # a model of C classes that knows nothing has loss log C; few records have four times as much
 

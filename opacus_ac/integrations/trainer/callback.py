@@ -11,13 +11,15 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
-from opacus_ac.release.values import StepRelease
+from opacus_ac.optimizer.auto_adam import AutoAdam
+from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 
 _BAR_SECONDS = 1.0  # shortest time between two updates of epsilon on the progress bar
 
 
-def release_values(release: StepRelease | None, epsilon: float) -> dict[str, float]:
-    """Return the released values of a step, by name. Values that are missing or not finite are left out."""
+def release_values(optimizer: AdaptiveClipDPOptimizer, epsilon: float) -> dict[str, float]:
+    """Return the values of the last step that may be shown, by name. Those missing or not finite are left out."""
+    release, inner = optimizer.released, optimizer.original_optimizer
     if release is None:
         return {}
     values = {
@@ -25,6 +27,7 @@ def release_values(release: StepRelease | None, epsilon: float) -> dict[str, flo
         "max_grad_norm": release.max_grad_norm,
         "noisy_clip_rate": release.clip_rate,
         "lr_multiplier": release.lr_multiplier,
+        "found_learning_rate": inner.learning_rates[0] if isinstance(inner, AutoAdam) else None,
     }
     return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 

@@ -1,16 +1,13 @@
-"""The optimizer that the private one wraps, with momentum for the planned steps, or one that finds its learning rate."""
+"""The optimizer that the private one wraps: with momentum for the planned steps, or one that finds its own rate."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from opacus_ac.integrations.trainer.arguments import PrivacyArguments
+from opacus_ac.integrations.trainer.arguments import USUAL_BETA1, PrivacyArguments
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.momentum import planned_beta1
-
-USUAL_BETA1 = 0.9
-"""``adam_beta1`` of the ``TrainingArguments`` of who has named none."""
 
 
 def refused_inner(args: Any, privacy: PrivacyArguments, optimizers: Any) -> list[str]:

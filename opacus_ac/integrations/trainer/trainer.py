@@ -306,7 +306,7 @@ class PrivateTrainer(SavingTrainer):
         for key in PRIVATE_KEYS if self.privacy.loss_bound is not None else PRIVATE_KEYS + LOSS_KEYS:
             logs.pop(key, None)
         if self.private_optimizer is not None and "learning_rate" in logs:
-            self._gate.values = release_values(self.private_optimizer.released, self.get_epsilon())
+            self._gate.values = release_values(self.private_optimizer, self.get_epsilon())
             logs.update(self._gate.values)
         super().log(logs, None)
 
