@@ -12,7 +12,7 @@ _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that i
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _MOST = 10.0  # factor by which the path gets longer, or shorter, in one step
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
-_LEAST_SEEN = 0.5  # share of the slope at the start that other batches show, at least
+_LEAST_SEEN = 0.4  # of the slope at the start, what the second batch may show of it and the path be too short still
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 
@@ -60,7 +60,7 @@ class PathLength:
         elif start <= (_CLEAR if self.searching else 1.0) * noise:
             self.blind += 1
             self.scale = max(self.scale, 1.0) if self.searching else self.scale
-        elif self.searching and (change := self._lengthening(start * self.seen, here, noise)) >= _FAR:
+        elif self.searching and (change := self._lengthening(start, here, noise)) >= _FAR:
             self.seen = max(min(here / start, 1.0), _LEAST_SEEN if self.averaged == 1 else self.seen)
             self.scale *= change
             self.averaged += 1
@@ -70,10 +70,15 @@ class PathLength:
             self._filter(start, here, noise)
         return 1.0
 
-    @staticmethod
-    def _lengthening(start: float, here: float, noise: float) -> float:
-        """Return the factor by which a path is too short at least, but for its noise."""
-        return start / max(start - here - noise, start / _MOST)
+    def _lengthening(self, start: float, here: float, noise: float) -> float:
+        """Return the factor by which the path is too short at least, but for its noise.
+
+        The second batch of a run shows less of the slope than the first, because the path is the first one's, or
+        because the slope fell along the way. Where it may be either, the smallest factor errs by little.
+        """
+        known = start * self.seen
+        change = known / max(known - here - noise, known / _MOST)
+        return max(change, _FAR) if self.averaged == 1 and here > _LEAST_SEEN * start else change
 
     def _fall_back(self, start: float, here: float) -> None:
         """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""

@@ -52,9 +52,12 @@ class PlainLoop:
             self.length = max(self.length, 1.0) if self.searching else self.length
             return 1.0
         known = d0 * max(self.seen, default=1.0)
-        if self.searching and known / max(known - d1 - sd, known / 10) >= 2.5:
-            self.length *= known / max(known - d1 - sd, known / 10)
-            self.seen.append(min(1.0, max(d1 / d0, 0.5)))
+        factor = known / max(known - d1 - sd, known / 10)
+        if not self.seen and d1 > 0.4 * d0:
+            factor = max(factor, 2.5)
+        if self.searching and factor >= 2.5:
+            self.length *= factor
+            self.seen.append(min(1.0, max(d1 / d0, 0.4)))
             self.averaged += 1
             return (self.averaged - 1) / self.averaged
         self.searching = False
