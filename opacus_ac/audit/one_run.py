@@ -11,17 +11,14 @@ import torch
 
 from opacus_ac.audit.bounds import guess_epsilon
 from opacus_ac.audit.canary import describe
+from opacus_ac.audit.guesses import Coins, number_of_guesses, right_guesses, tossed
 from opacus_ac.audit.neighbours import new_engine
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.audit.streams import WithoutRecords
 from opacus_ac.audit.task import CanaryTask
 from opacus_ac.audit.usage import account_finding
 from opacus_ac.errors import NotPrivateWarning
-from opacus_ac.noise.streams import RandomStream, SecretStream, SeededStream
 from opacus_ac.release.values import FloatArray
-
-Coins = np.ndarray[Any, np.dtype[np.bool_]]
-"""``[m]``, whether a canary is in the dataset."""
 
 
 def one_run_audit(
@@ -75,17 +72,17 @@ def one_run_audit(
         Steinke, Nasr and Jagielski 2023 (arXiv 2305.08846), algorithm 1 and theorem 5.2.
     """
     alpha = check_confidence(confidence)
-    guesses = _number_of_guesses(guesses, canaries)
+    guesses = number_of_guesses(canaries // 8 * 2 if guesses is None else guesses, canaries)
     if not settings.get("poisson_sampling", True):
         raise ValueError("the audit needs poisson_sampling=True: absent canaries are records that are never drawn")
     engine = new_engine() if engine is None else engine
-    inside = _tossed(canaries, seed)
+    inside = tossed(canaries, seed)
     settings = {"target_epsilon": target_epsilon, "target_delta": delta, "epochs": epochs, **settings}
     task = CanaryTask(records, canaries, strength=30.0)
     scores, optimizer, releases = _train(engine, task, inside, batch_size, learning_rate, seed, settings)
     rate = min(1.0, batch_size / task.size)
     due = Counter({(optimizer.mechanism.noise_multiplier, rate): releases})
-    correct = _right_guesses(scores, inside, guesses)
+    correct = right_guesses(scores, inside, guesses)
     # The claim is (epsilon, delta); with delta 0 the same count would rule out more, but nobody claims that.
     epsilon = guess_epsilon(canaries, guesses, correct, delta, alpha)
     return AuditResult(
@@ -100,27 +97,6 @@ def one_run_audit(
         ),
         notes=(f"a perfect guesser could show epsilon {guess_epsilon(canaries, guesses, guesses, delta, alpha):.2f}",),
     )
-
-
-def _number_of_guesses(guesses: int | None, canaries: int) -> int:
-    """Return the number of canaries to guess, a quarter of them by default; half of the guesses are "in"."""
-    guesses = canaries // 8 * 2 if guesses is None else guesses
-    if not 2 <= guesses <= canaries or guesses % 2:
-        raise ValueError(f"guesses must be an even number from 2 to the number of canaries {canaries}, got {guesses!r}")
-    return guesses
-
-
-def _tossed(canaries: int, seed: int | None) -> Coins:
-    coins: RandomStream = SecretStream() if seed is None else SeededStream(torch.Generator().manual_seed(seed + 1))
-    tossed: Coins = coins.uniform(canaries).numpy() < 0.5
-    return tossed
-
-
-def _right_guesses(scores: FloatArray, inside: Coins, guesses: int) -> int:
-    """Guess canaries of the highest scores in and of the lowest out, and return how many guesses are right."""
-    order = np.argsort(scores)
-    half = guesses // 2
-    return int(inside[order[-half:]].sum() + (~inside[order[:half]]).sum())
 
 
 def _finding(epsilon: float, right: str, claim: float, steps: int) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from opacus_ac.integrations.finetune.arguments import DataArguments
 from opacus_ac.integrations.finetune.callbacks import StepLines
 from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate, encode, read_dialogues
+from opacus_ac.integrations.finetune.chat_files import Messages
 from opacus_ac.integrations.finetune.chat_users import UserCollate, UserDataset, read_users
 from opacus_ac.integrations.finetune.job import FinetuneError, Job, failing_with
 from opacus_ac.integrations.public_rows import PrivateRows, same_file
@@ -21,8 +23,16 @@ from opacus_ac.models.peft import load_trainable
 _GREETING = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello, how are you?"}]
 
 
-def build_trainer(job: Job) -> PrivateTrainer:
+Planting = Callable[[Any, Any], Sequence[Messages]]
+"""Makes further private dialogues, given the tokenizer and the private dialogues (of each user, with ``group_by``)."""
+
+
+def build_trainer(job: Job, planting: Planting | None = None) -> PrivateTrainer:
     """Return a trainer with data, model and private optimizer, which reports its progress to stderr.
+
+    Args:
+        job: the options of the run.
+        planting: makes dialogues that are trained on as well, each a record (or a user) of its own; for audits.
 
     Raises:
         FinetuneError: If data or model cannot be loaded, or if this training cannot be made private.
@@ -31,6 +41,8 @@ def build_trainer(job: Job) -> PrivateTrainer:
     private, public = _read(job)
     torch.manual_seed(job.training.seed)
     model, tokenizer = _load_model(job)
+    if planting is not None:
+        private = _with_planted(private, planting(tokenizer, private))
     _check_batch_size(job, len(private))
     with failing_with(3, ValueError):
         train, collate = _records(job.data, private, tokenizer)
@@ -73,6 +85,13 @@ def _read(job: Job) -> tuple[Any, Any]:
         if public is not None and job.privacy.evaluation_is_public:  # otherwise the Trainer refuses them
             _check_public(data, private, public)
     return private, public
+
+
+def _with_planted(private: Any, planted: Sequence[Messages]) -> Any:
+    """Return the private dialogues with more of them; where users are protected, each is that of a new user."""
+    if isinstance(private, dict):
+        return {**private, **{("planted", number): [dialogue] for number, dialogue in enumerate(planted)}}
+    return [*private, *planted]
 
 
 def _load_model(job: Job) -> tuple[Any, Any]:

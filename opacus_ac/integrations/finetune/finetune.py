@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import warnings
@@ -17,7 +18,7 @@ import opacus_ac
 from opacus_ac.accounting import plan_epsilon
 from opacus_ac.integrations.finetune.build import build_trainer
 from opacus_ac.integrations.finetune.callbacks import Interruption
-from opacus_ac.integrations.finetune.job import LEDGER, FinetuneError, Job, failing_with
+from opacus_ac.integrations.finetune.job import LEDGER, SETTINGS, FinetuneError, Job, failing_with
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 
 
@@ -39,13 +40,14 @@ def run(job: Job, *, dry_run: bool = False) -> int:
     Raises:
         FinetuneError: If data, model, a setting or the budget does not allow the run.
     """
-    with _quiet():
+    with quiet():
         return _dry_run(job) if dry_run else _run(job)
 
 
 def _run(job: Job) -> int:
     checkpoint = _check_output(job)
     trainer = build_trainer(job)
+    _note_settings(job)
     if "tensorboard" in job.training.report_to:
         print(f"watch it: tensorboard --logdir {job.folder} --host 127.0.0.1", file=sys.stderr)
         print("          and its Privacy tab at http://127.0.0.1:6006/#opacus_ac", file=sys.stderr)
@@ -62,6 +64,13 @@ def _run(job: Job) -> int:
     where = job.folder / f"checkpoint-{step}"
     print(f"interrupted after step {step}; go on with --resume_from_checkpoint {where}", file=sys.stderr)
     return 128 + interruption.signal
+
+
+def _note_settings(job: Job) -> None:
+    """Write down what the run was asked for, without the private file's content."""
+    settings = {"command": "finetune", "version": opacus_ac.__version__, "arguments": job.arguments}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _dry_run(job: Job) -> int:
@@ -138,7 +147,7 @@ def describe(trainer: PrivateTrainer) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Return a context that shows warnings of this package in one line each, and none of the libraries it uses."""
     own = str(Path(opacus_ac.__file__).parent)
 

@@ -29,6 +29,8 @@ from opacus_ac.integrations.finetune.arguments import (
 from opacus_ac.integrations.trainer.arguments import USUAL_BETA1, PrivacyArguments
 
 LEDGER = "privacy.ledger"
+SETTINGS = "run_settings.json"
+"""What a run was asked for, in its output folder: ``opacus-ac audit --run`` does it again."""
 _TYPES: tuple[Any, ...] = (DataArguments, ModelArguments, PrivacyArguments, TrainingArguments)
 
 
@@ -66,6 +68,8 @@ class Job:
     privacy: PrivacyArguments
     training: Any
     """``TrainingArguments``."""
+    arguments: list[str] = dataclasses.field(default_factory=list)
+    """The options that were given, in the file and on the command line, as words of a command line."""
 
     @property
     def folder(self) -> Path:
@@ -119,7 +123,8 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
         FinetuneError: If settings contradict each other, or the configuration file cannot be read.
     """
     parser = full_parser(prog, usage)
-    values = vars(parser.parse_args([*_of_config(config, parser), *arguments]))
+    words = [*_of_config(config, parser), *arguments]
+    values = vars(parser.parse_args(words))
     for name in ("train_file", "output_dir"):
         if values[name] is None:
             parser.error(f"--{name} is missing")
@@ -134,7 +139,7 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
         values["ledger"] = str(Path(values["output_dir"]) / LEDGER)
     with failing_with(2, ValueError, OSError, ImportError):
         made = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in _TYPES]
-    return Job(*made)
+    return Job(*made, arguments=words)
 
 
 def _of_config(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
