@@ -238,7 +238,8 @@ def canary_dialogues(tokenizer: Any, private: Any, count: int, choice: random.Ra
 
 def _losses(trainer: PrivateTrainer, job: Job, dialogues: list[Messages]) -> FloatArray:
     """Return the loss of each dialogue under the weights as they are now, without averaging, ``[m]``."""
-    tokenizer, model = trainer.processing_class, trainer.model
+    tokenizer: Any = trainer.processing_class
+    model = trainer.model
     rows = ChatDataset(dialogues, tokenizer, job.data.max_length)
     collate, losses, training = PadCollate(tokenizer.pad_token_id, job.data.max_length), [], model.training
     model.eval()
