@@ -139,7 +139,9 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
         values["ledger"] = str(Path(values["output_dir"]) / LEDGER)
     with failing_with(2, ValueError, OSError, ImportError):
         made = [kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}) for kind in _TYPES]
-    return Job(*made, words)
+    job = Job(*made)
+    job.arguments = words
+    return job
 
 
 def _of_config(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
