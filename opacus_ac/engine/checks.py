@@ -141,12 +141,6 @@ CONFLICTS = (
         "use torch.optim.SGD or AdamW, with a learning rate",
     ),
     Conflict(
-        _AUTO,
-        _one("processes", "fsdp2", "hsdp"),
-        "every rank would measure the path of its own shards only",
-        "leave fully_shard out, or use torch.optim.AdamW with a learning rate",
-    ),
-    Conflict(
         _one("fused_step", True),
         _AUTO,
         "it measures all released gradients of a step before it moves the first weight",

@@ -63,7 +63,7 @@ class AutoAdam(Optimizer):
 
         A parameter without a gradient stays where it is.
 
-        With several processes, each of which has the whole model, the measurements of rank 0 count.
+        With several processes, inner products are those of whole tensors, sharded or not, and rank 0's count.
 
     Not guaranteed:
         That the rate is good. The rule is exact for a quadratic loss and gradients whose only error is the stated
@@ -190,7 +190,8 @@ class AutoAdam(Optimizer):
         """Measure the path, give it its length, and take the next step along it."""
         length = PathLength.of(self.param_groups[0])
         states = [self._observed(p, std) for (_, p), std in zip(found, stds, strict=True)]
-        measured = self._numbers([_products(p, state) for (_, p), state in zip(found, states, strict=True)])
+        rows = [_products(p, state) for (_, p), state in zip(found, states, strict=True)]
+        measured = self._numbers(_over_shards(rows, [p for _, p in found]))
         start = sum(row[1] - state["shared_noise"] for row, state in zip(measured, states, strict=True))
         noise = math.sqrt(sum((std**2) * row[2] for row, std in zip(measured, stds, strict=True)))
         # Before the first step there is no path to measure.
@@ -204,13 +205,11 @@ class AutoAdam(Optimizer):
         for group in self.param_groups:
             group.update(length.entries())
 
-    def _numbers(self, rows: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+    def _numbers(self, rows: Tensor) -> list[list[float]]:
         """Return the values of scalars, with one transfer from the device, and those of rank 0 on every rank."""
-        device = rows[0][0].device
-        values: list[list[float]] = torch.stack([torch.stack(list(row)).to(device) for row in rows]).tolist()
+        values: list[list[float]] = rows.tolist()
         if self.agree is not None:
-            agreed = self.agree(np.array(values).reshape(-1))
-            values = agreed.reshape(len(rows), -1).tolist()
+            values = self.agree(np.array(values).reshape(-1)).reshape(rows.shape).tolist()
         return values
 
     def _observed(self, parameter: Tensor, std: float) -> dict[str, Any]:
@@ -230,10 +229,27 @@ class AutoAdam(Optimizer):
 
 def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
     """Return ``<g, Delta>, <g_1, Delta>, |Delta|^2, |g|^2, |sum g|^2`` of a parameter."""
-    gradient, path = parameter.grad, state["path"]
-    assert gradient is not None
-    pairs = ((gradient, path), (state["first"], path), (path, path), (gradient, gradient), (state["total"],) * 2)
+    gradient, path, first, total = (_local(x) for x in (parameter.grad, state["path"], state["first"], state["total"]))
+    pairs = ((gradient, path), (first, path), (path, path), (gradient, gradient), (total, total))
     return [torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in pairs]
+
+
+def _over_shards(rows: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> Tensor:
+    """Return the scalars of whole parameters ``[P, 5]``: those of shards are added up over the ranks that have them."""
+    values = torch.stack([torch.stack(list(row)).to(rows[0][0].device) for row in rows])
+    sharded = [number for number, parameter in enumerate(parameters) if hasattr(parameter, "device_mesh")]
+    if sharded:
+        mesh: Any = parameters[sharded[0]].device_mesh  # type: ignore[attr-defined]  # all have one mesh
+        total = values[sharded]
+        torch.distributed.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
+        values[sharded] = total
+    return values
+
+
+def _local(x: Any) -> Tensor:
+    """Return the tensor itself, or this rank's part of it where ranks share it (FSDP2)."""
+    local: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return local
 
 
 def _weights(found: Sequence[tuple[dict[str, Any], Tensor]], states: Sequence[dict[str, Any]]) -> list[float]:

@@ -12,9 +12,9 @@ from distributed_cases import difference
 from distributed_launch import run
 
 PARITY = {
-    2: ["ddp_tied", "fsdp_tied", "fsdp_frozen", "fsdp_checkpointed", "ddp_checkpointed", "fsdp_gpt2", "fsdp_bitnet", "fsdp_mamba", "leaves_tied", "ddp_mixtral", "fsdp_mixtral", "fsdp_experts", "ddp_auto"],
+    2: ["ddp_tied", "fsdp_tied", "fsdp_frozen", "fsdp_checkpointed", "ddp_checkpointed", "fsdp_gpt2", "fsdp_bitnet", "fsdp_mamba", "leaves_tied", "ddp_mixtral", "fsdp_mixtral", "fsdp_experts", "ddp_auto", "fsdp_auto"],
     3: ["ddp_untied", "fsdp_untied", "leaves_untied"],
-    4: ["ddp_tied", "fsdp_tied", "hybrid_tied"],
+    4: ["ddp_tied", "fsdp_tied", "hybrid_tied", "hybrid_auto"],
 }  # fmt: skip
 CASES = [f"{world}:{case}" for world, cases in PARITY.items() for case in cases]
 ROLES = {"ddp": "ddp", "fsdp": "fsdp2", "leaves": "fsdp2", "hybrid": "hsdp"}

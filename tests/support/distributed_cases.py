@@ -236,6 +236,15 @@ def ddp_auto(rank: int, world: int) -> dict[str, Any]:
     return train(language_model(rank=rank), inner=AutoAdam)
 
 
+def fsdp_auto(rank: int, world: int) -> dict[str, Any]:
+    """The rate is found from inner products of shards."""
+    return train(shard(language_model()), inner=AutoAdam)
+
+
+def hybrid_auto(rank: int, world: int) -> dict[str, Any]:
+    return train(shard(language_model(), replicas_of_shards(world)), inner=AutoAdam)
+
+
 def ddp_untied(rank: int, world: int) -> dict[str, Any]:
     return train(language_model(False))
 
@@ -271,10 +280,14 @@ def leaves_tied(rank: int, world: int) -> dict[str, Any]:
 
 def hybrid_tied(rank: int, world: int) -> dict[str, Any]:
     """The replicas of the shards begin with other weights than the first."""
+    return train(shard(language_model(rank=rank // (world // 2)), replicas_of_shards(world)))
+
+
+def replicas_of_shards(world: int) -> Any:
+    """Return a mesh of two replicas, each of which is sharded."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-    return train(shard(language_model(rank=rank // (world // 2)), mesh))
+    return init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
 
 
 def first_gradient(model: nn.Module) -> dict[str, Any]:

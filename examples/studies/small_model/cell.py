@@ -51,6 +51,7 @@ class Cell:
         bound: C0; None for that of the method.
         optimizer: inner optimizer by name; None for that of the method.
         beta1: momentum of the inner optimizer; None for that of the method.
+        lora: rank of LoRA adapters in all linear layers but the head; 0 to train all weights.
         data: "easy", or "heavy" with outliers and one-word replies.
         steps: number of steps.
         batch: expected batch size.
@@ -68,6 +69,7 @@ class Cell:
     steps: int = 30
     batch: int = 200
     beta1: float | None = None
+    lora: int = 0
 
     def key(self) -> str:
         """Short name of the cell and of all that its result depends on. Settings at their defaults do not enter."""
@@ -187,6 +189,7 @@ def run(cell: Cell) -> Result:
     rows, held_out = private_rows(cell.tone, cell.seed, cell.data)
     other = private_rows(next(t for t in TONES if t != cell.tone), cell.seed, "easy")[1]
     model = public.public_model(cell.model)
+    model = with_adapters(model, cell) if cell.lora else model
     before = {"loss_before": loss_of(model, held_out)}
     course = ENGINES[method.engine](cell, method, model, list(rows))
     after = {
@@ -197,6 +200,16 @@ def run(cell: Cell) -> Result:
     }
     seconds = round(time.perf_counter() - start, 1)
     return {"key": cell.key(), **asdict(cell), **before, **after, **course, "seconds": seconds}
+
+
+def with_adapters(model: nn.Module, cell: Cell) -> nn.Module:
+    """Return the model with trainable LoRA adapters, which start from the cell's seed, and frozen weights."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(cell.seed)
+    settings = LoraConfig(r=cell.lora, lora_alpha=2 * cell.lora, target_modules="all-linear")
+    adapted: nn.Module = get_peft_model(model, settings)  # type: ignore[arg-type]
+    return adapted
 
 
 def schedule(cell: Cell, growth: float) -> list[float]:

@@ -13,6 +13,7 @@ Learning rates were chosen once, for ``llama``, the loving tone and a seed that 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +24,31 @@ from torch.optim import Optimizer
 from opacus_ac.optimizer import AutoAdam, DPAdamW
 
 Parameters = Iterable[torch.nn.Parameter]
+
+
+def _package(name: str) -> Any:
+    """Return a package of an optimizer without a learning rate, which is needed for its row only."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise SystemExit(f"this row needs the package: pip install --no-deps {_PACKAGES[name]}") from None
+
+
+_PACKAGES = {"prodigyopt": "prodigyopt==1.1.2", "dadaptation": "dadaptation==3.2", "dog": "dog-optimizer==1.0.3"}
+
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
     "adamw": lambda parameters, rate, beta1: torch.optim.AdamW(
         parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
     ),
     "dp-adamw": lambda parameters, rate, beta1: DPAdamW(parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0),
     "auto": lambda parameters, rate, beta1: AutoAdam(parameters, lr=rate, beta1=beta1),
+    "prodigy": lambda parameters, rate, beta1: _package("prodigyopt").Prodigy(
+        parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
+    ),
+    "d-adaptation": lambda parameters, rate, beta1: _package("dadaptation").DAdaptAdam(
+        parameters, lr=rate, betas=(beta1, 0.999), log_every=0
+    ),
+    "dog": lambda parameters, rate, beta1: _package("dog").LDoG(parameters, lr=rate),
     "sgd": lambda parameters, rate, beta1: torch.optim.SGD(parameters, lr=rate, momentum=beta1),
 }
 
@@ -66,6 +86,10 @@ METHODS: dict[str, Method] = {
     "dp-sgd": Method("sgd", rate=0.3, arguments=_FLAT),
     "adamw-flat": Method(arguments=_FLAT),
     "auto-flat": Method("auto", rate=1e-3, beta1=0.5, arguments=_FLAT),
+    "prodigy-flat": Method("prodigy", rate=1.0, beta1=0.5, arguments=_FLAT),
+    "d-adaptation-flat": Method("d-adaptation", rate=1.0, beta1=0.5, arguments=_FLAT),
+    "dog-flat": Method("dog", rate=1.0, arguments=_FLAT),
+    "auto": Method("auto", rate=1e-3, beta1=0.5, arguments={"lr_control": False, "ema_decay": None}),
     "opacus-adaptive": Method(engine="opacus"),
     "dp-adam-ac": Method(),
     "dp-adam-ac+": Method("dp-adamw", rate=0.003, averaged=True),
