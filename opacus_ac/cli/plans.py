@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from opacus_ac.accounting import AttackBounds
 
 _METHODS = {"vrdp": "rdp", "vpld": "pld"}
+_SEARCHED = 12
+"""Number of steps below which finding the learning rate takes too large a share of them (docs/automatic-rate.md)."""
 _SHOWN_RATE = 0.01
 """The false-positive rate of the attacker in the table of ``plan``."""
 
@@ -241,6 +243,8 @@ def _plan_table(options: argparse.Namespace) -> int:
     print("noise: noise multiplier. per step: std of the noise on a coordinate of the mean gradient, in units of C.")
     print("of the run: the same for the mean of all steps' gradients, per step / sqrt(steps)")
     print(f"caught: someone who flags {100 * _SHOWN_RATE:g} % of outsiders by mistake catches at most so many insiders")
+    if any(row["steps"] < _SEARCHED for row in rows):
+        print(f"--learning_rate auto takes some steps to find the rate: plan {_SEARCHED} steps or more for it")
     return OK
 
 

@@ -101,6 +101,12 @@ def test_plan_is_a_table_of_what_calibrate_says(capsys):
     assert by_steps[3] == rows[3]
 
 
+@pytest.mark.parametrize(("steps", "said"), [("11", True), ("12", False)])
+def test_plan_says_how_long_a_run_must_be_to_find_its_learning_rate(capsys, steps, said):
+    arguments = ["--dataset-size", "1000", "--batch-size", "50", "--target-epsilon", "8", "--delta", "1e-5"]
+    assert ("plan 12 steps or more" in out(capsys, "plan", *arguments, "--steps", steps)) == said
+
+
 def test_the_noise_of_a_step_is_that_of_the_plan(capsys):
     """The std of one coordinate of what the inner optimizer is given, over C, against the column "per step"."""
     (row,) = values(
