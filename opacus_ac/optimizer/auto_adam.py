@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -222,16 +222,35 @@ class AutoAdam(Optimizer):
             state["first"] = gradient.detach().clone()
             state |= {"step": 0, "first_std": std, "variance": 0.0, "squares": 0.0, "shared_noise": 0.0, "scale": 1.0}
         state["step"] += 1
-        state["total"].add_(gradient)
         state["variance"] += std**2
         return state
 
 
 def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
-    """Return ``<g, Delta>, <g_1, Delta>, |Delta|^2, |g|^2, |sum g|^2`` of a parameter."""
-    gradient, path, first, total = (_local(x) for x in (parameter.grad, state["path"], state["first"], state["total"]))
-    pairs = ((gradient, path), (first, path), (path, path), (gradient, gradient), (total, total))
-    return [torch.dot(a.reshape(-1), b.reshape(-1)).double() for a, b in pairs]
+    """Add the release to the sum; return ``<g, Delta>, <g_1, Delta>, |Delta|^2, |g|^2, |sum g|^2`` of a parameter."""
+    found: list[Tensor] = []
+    for g, path, first, total in _pieces(parameter.grad, state["path"], state["first"], state["total"]):
+        total.add_(g)
+        pairs = ((g, path), (first, path), (path, path), (g, g), (total, total))
+        found.append(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double())
+    return list(torch.stack(found).sum(0))
+
+
+_PIECE = 1 << 16
+"""Number of entries that are worked on at a time. They stay in the processor's cache from one operation to the next."""
+
+
+def _pieces(*tensors: Any) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of the same entries of all tensors, a piece at a time on the processor."""
+    local = [_local(x) for x in tensors]
+    size = local[0].numel()
+    # On another device, a piece would cost as many launches as a tensor.
+    if size <= _PIECE or local[0].device.type != "cpu" or not all(x.is_contiguous() for x in local):
+        yield tuple(local)
+        return
+    flat = [x.view(-1) for x in local]
+    for start in range(0, size, _PIECE):
+        yield tuple(x[start : start + _PIECE] for x in flat)
 
 
 def _over_shards(rows: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> Tensor:
@@ -279,17 +298,19 @@ def _step(
         kept: the factor by which the steps in the path count from now on.
     """
     beta1, rate, size, steps = group["beta1"], group["lr"], parameter.numel(), state["step"]
-    path, correction = state["path"], 1 - beta1**steps
-    parameter.add_(path, alpha=state["scale"] - scale * kept)
+    correction = 1 - beta1**steps
     decay = 1 - scale * rate * group["weight_decay"]
-    if decay != 1:
-        parameter.mul_(decay)  # start and path alike
-    path.mul_(kept * decay)
-    state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
     rms = max(math.sqrt(state["squares"] / (size * steps)), _TINY)
-    step = state["exp_avg"] * (rate * weight / (correction * rms))
-    path.add_(step)
-    parameter.sub_(step, alpha=scale)
+    further = rate * weight / (correction * rms)
+    for place, g, path, average in _pieces(parameter, parameter.grad, state["path"], state["exp_avg"]):
+        place.add_(path, alpha=state["scale"] - scale * kept)
+        if decay != 1:
+            place.mul_(decay)  # start and path alike
+        if kept * decay != 1:
+            path.mul_(kept * decay)
+        average.lerp_(g, 1 - beta1)
+        path.add_(average, alpha=further)
+        place.add_(average, alpha=-scale * further)
     of_first = (1 - beta1) * beta1 ** (steps - 1) / correction * rate * weight / rms
     state["shared_noise"] = kept * decay * state["shared_noise"] + of_first * size * state["first_std"] ** 2
     state["scale"] = scale
