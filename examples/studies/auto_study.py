@@ -3,6 +3,8 @@
     python examples/studies/auto_study.py --jobs 2                       # stop it and go on at any time
     python examples/studies/auto_study.py --steps 12 --seeds 41 42 43
     python examples/studies/auto_study.py --quick                        # one seed, two rates, one hint: 6 steps
+    python examples/studies/auto_study.py --lora 4 --others auto         # adapters; and with the adaptive clipping norm
+    python examples/studies/auto_study.py --others prodigy-flat dog-flat # optimizers without a rate, from their packages
     python examples/studies/auto_study.py --report                       # run nothing, print the table
 
 All runs of a seed share data, draws and noise, and spend the same epsilon. The best of AdamW's runs is chosen for each seed by the
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,39 @@ from common.tone_dialogues import TONES
 from small_model import cell as cells
 from small_model import public
 from small_model.cell import Cell
+from small_model.methods import METHODS
 from small_model.report import grouped, markdown
 
 from opacus_ac.optimizer.momentum import planned_beta1
 
 SEEDS = (31, 32, 33)
 RATES = (0.006, 0.009, 0.013, 0.02)
-MOMENTA = (0.5, 0.9)
+USUAL = 0.9
 HINTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-PLACE = ("model", "tone", "epsilon", "steps")
+PLACE = ("model", "lora", "tone", "epsilon", "steps")
+OTHERS = ("auto", "prodigy-flat", "d-adaptation-flat", "dog-flat")
+
+
+def momenta(steps: int) -> tuple[float, float]:
+    """Return the momenta of AdamW: that of the planned steps, and the usual one."""
+    return planned_beta1(steps), USUAL
 
 
 def by_hand(places: Iterable[dict[str, Any]], rates: Sequence[float]) -> list[Cell]:
     """AdamW with flat C at every rate and momentum."""
-    return [Cell("adamw-flat", rate=rate, beta1=b, **p) for p, b, rate in product(places, MOMENTA, rates)]
+    return [Cell("adamw-flat", rate=rate, beta1=b, **p) for p in places for b in momenta(p["steps"]) for rate in rates]
 
 
 def automatic(places: Iterable[dict[str, Any]], hints: Sequence[float]) -> list[Cell]:
     """AutoAdam with flat C from every hint, with the momentum of the planned steps."""
     return [Cell("auto-flat", rate=hint, beta1=planned_beta1(p["steps"]), **p) for p, hint in product(places, hints)]
+
+
+def without_a_rate(places: Iterable[dict[str, Any]], others: Sequence[str]) -> list[Cell]:
+    """Other methods that need no learning rate, with the momentum of the planned steps."""
+    return [
+        Cell(name, rate=METHODS[name].rate, beta1=planned_beta1(p["steps"]), **p) for p in places for name in others
+    ]
 
 
 def percent(losses: Sequence[float], references: Sequence[float]) -> str:
@@ -56,31 +72,39 @@ def percent(losses: Sequence[float], references: Sequence[float]) -> str:
 def table(results: Sequence[Result]) -> str:
     """Return the table: a row for each place, in per cent of the best AdamW of each seed."""
     hints = sorted({r["rate"] for r in results if r["method"] == "auto-flat"})
-    head = ["model, tone, epsilon, steps", "seeds", "best AdamW", *(f"AdamW, beta1 {b:g}" for b in MOMENTA)]
+    others = [name for name in OTHERS if any(r["method"] == name for r in results)]
     rows = []
-    for place, here in grouped(results, *PLACE).items():
-        runs = {(r["method"], r["seed"], r["rate"], r["beta1"]): r["loss"] for r in here}
-        adamw = {k: loss for k, loss in runs.items() if k[0] == "adamw-flat"}
-        seeds = sorted({seed for _, seed, _, _ in adamw})
-        best = [min(loss for (_, s, _, _), loss in adamw.items() if s == seed) for seed in seeds]
-        cells_of_row = [", ".join(map(str, place)), str(len(seeds)), f"{statistics.fmean(best):.3f}" if best else ""]
-        for momentum in MOMENTA:
-            own = [
-                min((loss for (_, s, _, b), loss in adamw.items() if (s, b) == (seed, momentum)), default=None)
-                for seed in seeds
-            ]
-            cells_of_row.append(_against([(s, v) for s, v in zip(seeds, own, strict=True)], seeds, best))
-        for hint in hints:
-            mine = {s: loss for (m, s, rate, _), loss in runs.items() if (m, rate) == ("auto-flat", hint)}
-            cells_of_row.append(_against(list(mine.items()), seeds, best))
-        rows.append(cells_of_row)
-    return markdown([*head, *(f"AutoAdam from {hint:g}" for hint in hints)], rows)
+    for place, here in grouped([{"lora": 0, **r} for r in results], *PLACE).items():
+        adamw = [r for r in here if r["method"] == "adamw-flat"]
+        best = _lowest(adamw)
+        row = [_named(place), str(len(best)), f"{statistics.fmean(best.values()):.3f}" if best else ""]
+        row += [_against(_lowest([r for r in adamw if r["beta1"] == b]), best) for b in momenta(place[-1])]
+        row += [
+            _against(_lowest([r for r in here if (r["method"], r["rate"]) == ("auto-flat", hint)]), best)
+            for hint in hints
+        ]
+        row += [_against(_lowest([r for r in here if r["method"] == name]), best) for name in others]
+        rows.append(row)
+    head = ["model, tone, epsilon, steps", "seeds", "best AdamW", "AdamW, planned beta1", f"AdamW, beta1 {USUAL:g}"]
+    return markdown([*head, *(f"AutoAdam from {hint:g}" for hint in hints), *others], rows)
 
 
-def _against(losses: Sequence[tuple[int, float | None]], seeds: Sequence[int], best: Sequence[float]) -> str:
-    known = dict(zip(seeds, best, strict=True))
-    pairs = [(loss, known[seed]) for seed, loss in losses if loss is not None and seed in known]
-    return percent(*zip(*pairs, strict=True)) if pairs else ""
+def _named(place: Sequence[Any]) -> str:
+    model, lora, *rest = place
+    return ", ".join(map(str, [f"{model} with LoRA of rank {lora}" if lora else model, *rest]))
+
+
+def _lowest(results: Sequence[Result]) -> dict[int, float]:
+    """Return the lowest loss of each seed."""
+    found: dict[int, float] = {}
+    for result in results:
+        found[result["seed"]] = min(result["loss"], found.get(result["seed"], result["loss"]))
+    return found
+
+
+def _against(losses: Mapping[int, float], best: Mapping[int, float]) -> str:
+    shared = sorted(losses.keys() & best.keys())
+    return percent([losses[seed] for seed in shared], [best[seed] for seed in shared]) if shared else ""
 
 
 def wanted(arguments: argparse.Namespace) -> list[Cell]:
@@ -88,10 +112,16 @@ def wanted(arguments: argparse.Namespace) -> list[Cell]:
     steps, rates, hints, seeds = arguments.steps, arguments.rates, arguments.hints, arguments.seeds
     if arguments.quick:
         steps, rates, hints, seeds = [6], [0.009, 0.02], [1e-3], seeds[:1]
-    settings = product(seeds, arguments.models, arguments.tones, arguments.epsilons, steps)
+    settings = product(seeds, arguments.models, arguments.lora, arguments.tones, arguments.epsilons, steps)
     names = ("seed", *PLACE)
     places = [dict(zip(names, values, strict=True)) for values in settings]
-    return [c for place in places for c in (*by_hand([place], rates), *automatic([place], hints))]
+    return [
+        cell
+        for place in places
+        for cell in (
+            *by_hand([place], rates), *automatic([place], hints), *without_a_rate([place], arguments.others)
+        )
+    ]  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,6 +130,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a run of minutes, to see that it works")
     made.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     made.add_argument("--models", nargs="+", choices=public.MODELS, default=["llama"])
+    made.add_argument("--lora", type=int, nargs="+", default=[0], help="ranks of adapters; 0 for all weights")
+    made.add_argument("--others", nargs="+", choices=OTHERS, default=[], help="other methods without a learning rate")
     made.add_argument("--tones", nargs="+", choices=TONES, default=["loving"])
     made.add_argument("--epsilons", type=float, nargs="+", default=[4.0])
     made.add_argument("--steps", type=int, nargs="+", default=[30, 12])
