@@ -66,10 +66,9 @@ EXIT_CODES: dict[int, str] = {
 """Exit codes of ``opacus-ac finetune``."""
 
 LEARNING_RATES = {"lora": 0.01, "full": 3e-4}
+"""Learning rates where none is found: with ``--fused_step``, or another optimizer. Else hints of the rate to find."""
 AUTO = "auto"
 """Value of ``--learning_rate`` that lets the run find it (:class:`opacus_ac.AutoAdam`)."""
-AUTO_HINT = 1e-3
-"""Hint of the learning rate with ``--learning_rate auto``, that of ``AutoAdam``."""
 SAVE_STEPS = {"lora": 1, "full": 10}
 """Steps between two checkpoints. Adapters are small, and steps that a crash loses stay charged."""
 
@@ -78,6 +77,23 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "gradient_accumulation_steps": 8,
     "per_device_eval_batch_size": 8,
     "num_train_epochs": 3.0,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1.0,
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+}
+"""Defaults that replace those of ``TrainingArguments``, for private runs of some tens to hundreds of steps."""
+
+TRAINING_HELP: dict[str, str] = {
+    "output_dir": "folder for checkpoints, event files, the ledger and the trained model",
+    "per_device_train_batch_size": "records that reach the model at a time; changes memory only (default 8)",
+    "gradient_accumulation_steps": "times this: the expected batch size (default 8, so 64 records)",
+    "num_train_epochs": "passes over the data (default 3)",
+    "max_steps": "steps, instead of passes",
+    "learning_rate": (
+        f"{AUTO} (the default) finds it from what the run releases, at no epsilon; or a number, such as "
+        f"{LEARNING_RATES['lora']:g} for LoRA, {LEARNING_RATES['full']:g} with --full"
+    ),
     "lr_scheduler_type": "constant",
     "logging_steps": 1.0,
     "save_total_limit": 2,

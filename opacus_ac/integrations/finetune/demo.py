@@ -24,7 +24,6 @@ OPTIONS: dict[str, str] = {
     "max_steps": "14",
     "per_device_train_batch_size": "8",
     "gradient_accumulation_steps": "5",
-    "learning_rate": "0.06",
 }
 """Settings of ``examples/finetune_chat.py``: some minutes on two cores, with replies that change visibly."""
 

@@ -19,14 +19,13 @@ from opacus_ac.budget.ledger import LedgerError
 from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations.finetune.arguments import (
     AUTO,
-    AUTO_HINT,
     LEARNING_RATES,
     SAVE_STEPS,
     TRAINING_DEFAULTS,
     DataArguments,
     ModelArguments,
 )
-from opacus_ac.integrations.trainer.arguments import USUAL_BETA1, PrivacyArguments
+from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, PrivacyArguments
 
 LEDGER = "privacy.ledger"
 SETTINGS = "run_settings.json"
@@ -103,10 +102,9 @@ def _choose_momentum_and_rate(values: dict[str, Any]) -> None:
         values["adam_beta1"] = USUAL_BETA1
     else:
         values["planned_momentum"] = False
-    if values["learning_rate"] == AUTO:
+    found = str(values["optim"]) in ADAMW and not values["fused_step"] and values["preset"] is None
+    if (values["learning_rate"] is None and found) or values["learning_rate"] == AUTO:
         values["auto_learning_rate"], values["learning_rate"] = True, None
-    if values["learning_rate"] is None and values["auto_learning_rate"]:
-        values["learning_rate"] = AUTO_HINT
 
 
 def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str) -> Job:

@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from opacus_ac.engine.options import option, shared
+from opacus_ac.engine.options import OPTIONS, option, shared
 
 USUAL_BETA1 = 0.9
 """``adam_beta1`` of the ``TrainingArguments`` of who has named none."""
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Values of ``optim`` whose momentum, or whose learning rate, this package may choose."""
 _MODES = ("bk", "hooks")
 _TIMES_CHANCE = 4.0  # a model of C classes that knows nothing has loss log C; few records have four times as much
 
@@ -36,8 +38,8 @@ class PrivacyArguments:
             10, and 4 log C for a model that chooses among C classes: the noise of the loss grows with the bound, and a
             loss by chance is log C. Set it for regression, whose losses are in units of your own.
         auto_learning_rate: whether :class:`opacus_ac.AutoAdam` finds the learning rate from what the run releases. The
-            ``learning_rate`` of the ``TrainingArguments`` is its hint. No average of weights is kept then, and the rate
-            does not follow the clip rate.
+            ``learning_rate`` of the ``TrainingArguments`` is its hint. Then the rate does not follow the clip rate, and
+            no average of weights is kept unless ``ema_decay`` is set.
         planned_momentum: whether ``beta1`` follows from the planned number of steps
             (:func:`opacus_ac.optimizer.momentum.planned_beta1`), where the ``TrainingArguments`` have an AdamW with the
             usual ``adam_beta1`` of 0.9. Short private runs end lower with less momentum.
@@ -120,5 +122,7 @@ class PrivacyArguments:
         options["max_grad_norm"] = self.per_sample_max_grad_norm
         options["loss_bound"] = self.bound_for(classes)
         if self.auto_learning_rate:
-            options |= {"ema_decay": None, "lr_control": False}
+            options["lr_control"] = False
+            if self.ema_decay == OPTIONS["ema_decay"].default:
+                options["ema_decay"] = None  # the path is an average already
         return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from opacus_ac.integrations.trainer.arguments import USUAL_BETA1, PrivacyArguments
+from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, PrivacyArguments
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.momentum import planned_beta1
 
@@ -55,7 +55,7 @@ def auto_adam(trainer: Any, steps: int) -> AutoAdam:
 
 
 def _is_adamw(args: Any) -> bool:
-    return _name(args) in ("adamw_torch", "adamw_torch_fused")
+    return _name(args) in ADAMW
 
 
 def _name(args: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 from tiny_trainer import generator, trainer, weights
 
 from opacus_ac import AutoAdam
-from opacus_ac.integrations.finetune.arguments import AUTO_HINT, LEARNING_RATES
+from opacus_ac.integrations.finetune.arguments import LEARNING_RATES
 from opacus_ac.integrations.finetune.job import parse
 from opacus_ac.optimizer.momentum import planned_beta1
 
@@ -66,6 +66,12 @@ def test_the_rate_is_found(tmp_path):
     assert all("found_learning_rate" in entry for entry in run.state.log_history if "epsilon" in entry)
 
 
+def test_an_average_that_was_asked_for_is_kept(tmp_path):
+    run = trainer(tmp_path, settings={"auto_learning_rate": True, "ema_decay": 0.5})
+    run.create_optimizer()
+    assert run.private_optimizer.ema.decay == 0.5
+
+
 def test_the_path_goes_on_after_a_checkpoint(tmp_path):
     fixed = {"auto_learning_rate": True, "clip_policy": "fixed"}  # so that every step moves the weights
     settings = {"settings": fixed, "save_strategy": "steps", "save_steps": 2}
@@ -101,15 +107,17 @@ def job(*words):
 @pytest.mark.parametrize(
     ("words", "auto", "rate"),
     [
-        ([], False, LEARNING_RATES["lora"]),
-        (["--full"], False, LEARNING_RATES["full"]),
+        ([], True, LEARNING_RATES["lora"]),
+        (["--full"], True, LEARNING_RATES["full"]),
+        (["--full", "--fused_step"], False, LEARNING_RATES["full"]),
+        (["--preset", "paper"], False, LEARNING_RATES["lora"]),
+        (["--optim", "sgd"], False, LEARNING_RATES["lora"]),
         (["--learning_rate", "0.5"], False, 0.5),
-        (["--learning_rate", "auto"], True, AUTO_HINT),
-        (["--learning_rate", "auto", "--full"], True, AUTO_HINT),
+        (["--learning_rate", "auto"], True, LEARNING_RATES["lora"]),
         (["--auto_learning_rate", "--learning_rate", "0.5"], True, 0.5),
     ],
 )
-def test_the_word_auto_lets_the_run_find_the_rate(words, auto, rate):
+def test_the_run_finds_its_rate_unless_one_is_named_or_cannot_be_found(words, auto, rate):
     found = job(*words)
     assert (found.privacy.auto_learning_rate, found.training.learning_rate) == (auto, rate)
 
