@@ -94,23 +94,6 @@ TRAINING_HELP: dict[str, str] = {
         f"{AUTO} (the default) finds it from what the run releases, at no epsilon; or a number, such as "
         f"{LEARNING_RATES['lora']:g} for LoRA, {LEARNING_RATES['full']:g} with --full"
     ),
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1.0,
-    "save_total_limit": 2,
-    "report_to": ["tensorboard"],
-}
-"""Defaults that replace those of ``TrainingArguments``, for private runs of some tens to hundreds of steps."""
-
-TRAINING_HELP: dict[str, str] = {
-    "output_dir": "folder for checkpoints, event files, the ledger and the trained model",
-    "per_device_train_batch_size": "records that reach the model at a time; changes memory only (default 8)",
-    "gradient_accumulation_steps": "times this: the expected batch size (default 8, so 64 records)",
-    "num_train_epochs": "passes over the data (default 3)",
-    "max_steps": "steps, instead of passes",
-    "learning_rate": (
-        f"default {LEARNING_RATES['lora']:g} for LoRA, {LEARNING_RATES['full']:g} with --full; or {AUTO}, to find it "
-        "from what the run releases, at no epsilon"
-    ),
     "lr_scheduler_type": "schedule of the learning rate (default constant)",
     "logging_steps": "steps between two lines of the log (default 1)",
     "save_steps": (
