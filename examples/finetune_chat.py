@@ -17,11 +17,11 @@ from transformers import TrainingArguments
 
 from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
 from opacus_ac.integrations.finetune import ChatDataset, PadCollate
-from opacus_ac.integrations.finetune.chat_data import prompt_ids, read_dialogues
+from opacus_ac.integrations.finetune.chat_data import read_dialogues
+from opacus_ac.integrations.trained.replies import PROMPTS, short_replies
 from opacus_ac.models.default_model import ModelUnavailableError
 from opacus_ac.models.peft import load_trainable
 
-PROMPTS = ("I had a hard day at work.", "How do plants grow?", "Can you recommend something to read?")
 PHYSICAL = 8  # records that reach the model at a time
 
 
@@ -49,7 +49,7 @@ def build(args: argparse.Namespace) -> PrivateTrainer:
     rule = {"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {"per_sample_max_grad_norm": 0.1}
     privacy = PrivacyArguments(
         target_epsilon=args.epsilon, target_delta=args.delta, accountant="vpld", loss_bound=6.0, fused_step=args.full,
-        evaluation_is_public=True, average_weights=False, **rule,
+        evaluation_is_public=True, **rule,
     )  # fmt: skip
     training = TrainingArguments(
         output_dir=str(args.output), max_steps=args.steps, learning_rate=3e-4 if args.full else 0.06, seed=args.seed,
@@ -66,12 +66,9 @@ def build(args: argparse.Namespace) -> PrivateTrainer:
 
 def look(trainer: PrivateTrainer, when: str) -> dict[str, Any]:
     """Print replies, and return them with the loss on each public set."""
-    model, tokenizer, replies = trainer.model.eval(), trainer.processing_class, []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt_ids([{"role": "user", "content": prompt}], tokenizer)], device=model.device)
-        text = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-        replies.append(tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True).strip())
-        print(f"  {when}  > {prompt}\n          {replies[-1]}")
+    replies = short_replies(trainer.model, trainer.processing_class)
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        print(f"  {when}  > {prompt}\n          {reply}")
     losses = trainer.evaluate() if trainer.eval_dataset else {}
     return {"replies": replies, "heldout_loss": {k[5:-5]: v for k, v in losses.items() if k.endswith("_loss")}}
 
@@ -89,7 +86,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args.output / "result.json").write_text(json.dumps(result))
     for name, loss in before["heldout_loss"].items():
         print(f"\nloss on public dialogues, {name}: {loss:.3f} before, {after['heldout_loss'][name]:.3f} after")
-    print(f"\n{privacy}\n\nSaved {args.output}. Every release: tensorboard --logdir {args.output} --host 127.0.0.1")
+    print(f"\n{privacy}\n\nSaved {args.output}. Talk to it: opacus-ac chat {args.output}")
+    print(f"Every release: tensorboard --logdir {args.output} --host 127.0.0.1")
     return result
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from opacus_ac._version import __version__
-from opacus_ac.cli import audit, finetune, plans, show
+from opacus_ac.cli import audit, finetune, plans, result, show
 from opacus_ac.cli.command import BAD_USAGE, OK, REFUTED, Command
 
 __all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", "main"]
@@ -19,7 +19,13 @@ __all__ = ["BAD_USAGE", "COMMANDS", "OK", "REFUTED", "Command", "build_parser", 
 BROKEN_PIPE = 128 + 13
 """Exit code after the reader of the output has closed the pipe, as shells report it."""
 
-COMMANDS: tuple[Command, ...] = (*finetune.COMMANDS, *plans.COMMANDS, *show.COMMANDS, *audit.COMMANDS)
+COMMANDS: tuple[Command, ...] = (
+    *finetune.COMMANDS,
+    *result.COMMANDS,
+    *plans.COMMANDS,
+    *show.COMMANDS,
+    *audit.COMMANDS,
+)
 """The subcommands, in the order in which help lists them."""
 
 

@@ -4,90 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from opacus_ac.cli.command import OK, Command, add_format, add_option
-
-if TYPE_CHECKING:
-    from opacus_ac.accounting import Event
-    from opacus_ac.budget.charges import Terms
-
-REPORT_FILE = "privacy_report.json"
+from opacus_ac.integrations.trained.folder import PRIVACY_REPORT, RunFolder
+from opacus_ac.integrations.trained.status import RunStatus, ledger_facts, read_report, run_status
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", type=Path, help=f"folder of a run (with {REPORT_FILE}), such a file, or a privacy ledger"
+        "path", type=Path, help=f"folder of a run, finished or not, a {PRIVACY_REPORT}, or a privacy ledger"
     )
     add_option(parser, "delta", type=float, help="delta, for a ledger")
     add_format(parser)
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="as --format json")
 
 
 def _report(options: argparse.Namespace) -> int:
-    path = options.path / REPORT_FILE if options.path.is_dir() else options.path
+    path = options.path
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give the folder of a run, its {REPORT_FILE}, or a ledger")
-    facts = _of_report(path) if path.suffix == ".json" else _of_ledger(path, options.delta)
-    if options.format == "json":
-        print(json.dumps(facts, indent=2))
+        raise ValueError(f"{path} does not exist: give the folder of a run, its {PRIVACY_REPORT}, or a ledger")
+    if path.is_dir():
+        status = run_status(RunFolder.at(path), options.delta)
+    elif path.suffix == ".json":
+        status = RunStatus("a privacy report", read_report(path), None)
     else:
-        for name, value in facts.items():
-            shown = json.dumps(value) if isinstance(value, list | dict) else value
-            print(f"{name.replace('_', ' '):26} {shown}")
+        status = RunStatus("a ledger", ledger_facts(path, options.delta), None)
+    print(json.dumps(status.to_dict(), indent=2) if options.format == "json" else status)
     return OK
-
-
-def _of_report(path: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if "epsilon" not in facts or "delta" not in facts:
-            raise ValueError("it has no epsilon and delta")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a privacy report: {error}") from error
-    return facts
-
-
-def _of_ledger(path: Path, delta: float | None) -> dict[str, Any]:
-    """Return the sum of the charges of a ledger, after a check of every line."""
-    from opacus_ac.accounting import common_adjacency
-    from opacus_ac.budget.charges import Terms
-    from opacus_ac.budget.ledger import PrivacyLedger
-
-    if delta is None:
-        raise ValueError("a ledger has no delta: give --delta")
-    ledger, terms = PrivacyLedger(path), Terms()
-    for charge in ledger.entries():
-        terms.take(charge, ledger.unit)
-    counts: Counter[Event] = Counter(ledger.charges)
-    notes = terms.notes()
-    return {
-        "epsilon": _epsilon(counts, terms, delta)
-        if all(event.noise_multiplier > 0 for event in counts)
-        else "infinity",
-        "delta": delta,
-        "protects": ledger.unit or "nothing yet",
-        "neighbours": common_adjacency(terms.samplings) if counts else "none yet",
-        "ledger": ledger.summary,
-        "charges": [[repr(event), count] for event, count in counts.items()],
-        **({"warnings": notes} if notes else {}),
-    }
-
-
-def _epsilon(counts: Counter[Event], terms: Terms, delta: float) -> float:
-    """Return the epsilon of all charges of a ledger. They are of one mechanism."""
-    from opacus_ac.accounting import PureDPAccountant, pld_epsilon
-    from opacus_ac.budget.charges import renyi_epsilon
-
-    if any(event.mechanism == "gaussian" for event in counts):
-        if terms.adaptive:
-            return max(renyi_epsilon(counts, delta), terms.limit_epsilon(delta))
-        return pld_epsilon(counts, delta)
-    accountant = PureDPAccountant()
-    for event, count in counts.items():
-        accountant.step_event(event, count)
-    return accountant.get_epsilon(delta)
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from opacus_ac.grad_sample.one_backward.layer_terms import computes_with_parts
@@ -117,18 +118,21 @@ def load_trainable(name_or_dir: str | None, *, full: bool, rank: int, layers: in
     Raises:
         ModelUnavailableError: If the model cannot be loaded.
     """
-    import torch
-
     from opacus_ac.models.default_model import load_model
 
-    narrow = not full and (torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported())
-    model, tokenizer = load_model(name_or_dir, dtype=torch.bfloat16 if narrow else torch.float32)
+    model, tokenizer = load_model(name_or_dir, dtype=torch.float32 if full else frozen_dtype())
     if not full:
         model = add_lora(model, rank, layers)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model.train(), tokenizer
+
+
+def frozen_dtype() -> torch.dtype:
+    """Return the type of frozen weights: bfloat16 where the processor multiplies in it, otherwise float32."""
+    narrow = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def check_peft(model: nn.Module, *, mode: str = "bk") -> None:
@@ -210,4 +214,4 @@ def _option_problem(config: Any) -> str | None:
     return None
 
 
-__all__ = ["add_lora", "check_peft", "freeze_a", "load_trainable"]
+__all__ = ["add_lora", "check_peft", "freeze_a", "frozen_dtype", "load_trainable"]

@@ -10,6 +10,21 @@ import torch
 
 from opacus_ac.protocols.part import Part
 
+AVERAGE_FROM = 1000
+"""Number of planned steps from which the average is taken for better than the last weights."""
+
+
+def average_is_better(steps: int) -> bool:
+    """Say whether the averaged weights of a run of so many planned steps are known to be better than the last ones.
+
+    In every run that was measured with 10 to 30 steps the average was worse. It lags behind by about a tenth of the
+    run, which only matters little once the loss has stopped falling. The page on choosing settings has the figures.
+
+    >>> average_is_better(30), average_is_better(5000)
+    (False, True)
+    """
+    return steps >= AVERAGE_FROM
+
 
 class WeightEMA(Part):
     """Exponential moving average of the trainable weights, with a warm-up for short runs.

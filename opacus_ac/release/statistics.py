@@ -246,6 +246,13 @@ class StepStatistics(Part):
             profile = NoisyProfile(noisy[-self.groups :] / unit, std / unit)
         return Decoded(histogram, loss, profile)
 
+    def loss_std(self, release: StepRelease) -> float | None:
+        """Return the std of the noise in the mean loss of a release, a public constant; None without a loss."""
+        if release.loss is None or self.loss_bound is None:
+            return None
+        share = self.loss_weight * release.expected_batch_size
+        return release.gradient_noise_multiplier * self.loss_bound / share
+
     def published(self, release: StepRelease) -> FloatArray:
         """Return the noised vector that a release shows, as :meth:`vector` has it: what :meth:`decode` was made from.
 

@@ -255,6 +255,9 @@ def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Resu
             course["lr_multiplier"].append(released.lr_multiplier)
             if isinstance(inner, AutoAdam):
                 course.setdefault("found_rate", []).append(inner.learning_rates[0])
+    if optimizer.ema is not None:
+        with optimizer.ema_weights():
+            course["loss_averaged"] = loss_of(model, private_rows(cell.tone, cell.seed, cell.data)[1])
     if method.averaged:
         with optimizer.ema_weights():
             kept = {name: value.clone() for name, value in model.state_dict().items()}

@@ -115,6 +115,16 @@ def momentum(seeds: Seeds = SEEDS) -> list[Cell]:
     ]
 
 
+def lengths(seeds: Seeds = (0,)) -> list[Cell]:
+    """The default in runs of 30 to 1,000 steps: the last weights beside the averaged ones, of one run each."""
+    rates = {30: (0.008,), 100: (0.008,), 300: (0.008, 0.002), 1000: (0.008, 0.002)}
+    return [
+        Cell("dp-adam-ac", seed=seed, steps=steps, rate=rate)
+        for seed, (steps, own) in product(seeds, rates.items())
+        for rate in own
+    ]
+
+
 def quick(seeds: Seeds = (0,)) -> list[Cell]:
     """One tone; two epsilons for each model, each part removed once, and a short row of C0."""
     tone = TONES[0]
@@ -136,5 +146,6 @@ GRIDS: dict[str, Callable[..., list[Cell]]] = {
     "tuning": tuning,
     "budget": budget,
     "momentum": momentum,
+    "lengths": lengths,
     "quick": quick,
 }

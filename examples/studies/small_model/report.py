@@ -160,6 +160,19 @@ def momentum_table(results: list[Result]) -> str:
     return "### Momentum\n\n" + markdown(["epsilon", "method", *(f"beta1 {b:g}" for b in momenta)], rows) + "\n"
 
 
+def lengths_table(results: list[Result]) -> str:
+    """Held-out loss of the last and of the averaged weights, by the length of the run."""
+    rows = []
+    for (steps, rate), mine in sorted(grouped(results, "steps", "rate").items()):
+        last, averaged = ([r[name] for r in mine] for name in ("loss", "loss_averaged"))
+        change = statistics.fmean(averaged) / statistics.fmean(last) - 1
+        rows.append(
+            [str(steps), f"{rate:g}", mean_and_spread(last), mean_and_spread(averaged), f"{100 * change:+.1f} %"]
+        )
+    head = ["steps", "learning rate", "last weights", "averaged weights", "averaged, over last"]
+    return "### Last or averaged weights\n\n" + markdown(head, rows) + "\n"
+
+
 def tables(results: list[Result]) -> str:
     """Return all tables that the results allow, as Markdown."""
     main = [r for r in results if r["bound"] is None and r["rate"] is None]
@@ -168,7 +181,9 @@ def tables(results: list[Result]) -> str:
     sized = [r for r in results if r["bound"] is None and r["rate"] is not None]
     moved = [r for r in sized if len({s.get("beta1") for s in sized}) > 2]  # the grid that varies it
     others = [tuning_table(tuned)] if tuned else []
-    if sized:
+    if len({r["steps"] for r in sized if r.get("loss_averaged")}) > 2:  # the grid that varies the length
+        others.append(lengths_table([r for r in sized if r.get("loss_averaged")]))
+    elif sized:
         others.append(momentum_table(moved) if moved else budget_table(sized))
     return "\n".join([*parts, *others])
 

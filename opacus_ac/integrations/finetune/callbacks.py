@@ -60,12 +60,13 @@ class StepLines(TrainerCallback):
         trainer: the :class:`PrivateTrainer`.
     """
 
-    _SHOWN = (("epsilon", "epsilon", ".3f"), ("loss", "noisy loss", ".3f"), ("noisy_clip_rate", "clip rate", ".2f"),
-              ("max_grad_norm", "C", ".3g"), ("eval_loss", "public loss", ".4f"))  # fmt: skip
+    _SHOWN = (("epsilon", "epsilon", ".3f"), ("loss", "noisy loss", ""), ("noisy_clip_rate", "clip rate", ".2f"),
+              ("max_grad_norm", "C", ".3g"), ("eval_loss", "public loss", ".3f"))  # fmt: skip
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._bar: Any = None
+        self._values: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -78,17 +79,25 @@ class StepLines(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the values of a log entry."""
-        values = {title: format(logs[key], form) for key, title, form in self._SHOWN if key in (logs or {})}
-        if not values:
-            return
+        found = {**(logs or {}), **({"loss": str(self.trainer.running_loss)} if "loss" in (logs or {}) else {})}
+        values = {title: format(found[key], form) for key, title, form in self._SHOWN if key in found}
+        if values and state.max_steps:  # before the training there are no steps to count
+            self._values |= values
+            self._show(values, state)
+
+    def _show(self, values: dict[str, str], state: Any) -> None:
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix(values)
+            self._bar.set_postfix(self._values)
         else:
             shown = "  ".join(f"{title} {value}" for title, value in values.items())
             print(f"step {state.global_step}/{state.max_steps}  {shown}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
+        """Show the epsilon of the last step, which the log may have left out, and close the bar."""
+        last = {"epsilon": f"{self.trainer.get_epsilon():.3f}"}
+        if last["epsilon"] != self._values.get("epsilon"):
+            self._values |= last
+            self._show(last, state)
         if self._bar is not None:
             self._bar.close()
             self._bar = None

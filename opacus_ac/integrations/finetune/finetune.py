@@ -19,6 +19,7 @@ from opacus_ac.accounting import plan_epsilon
 from opacus_ac.integrations.finetune.build import build_trainer
 from opacus_ac.integrations.finetune.callbacks import Interruption
 from opacus_ac.integrations.finetune.job import LEDGER, SETTINGS, FinetuneError, Job, failing_with
+from opacus_ac.integrations.finetune.outcome import Look, compared, local_files, look, next_commands
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 
 
@@ -48,9 +49,12 @@ def _run(job: Job) -> int:
     checkpoint = _check_output(job)
     trainer = build_trainer(job)
     _note_settings(job)
+    trainer.local_files = local_files(job.data)
     if "tensorboard" in job.training.report_to:
         print(f"watch it: tensorboard --logdir {job.folder} --host 127.0.0.1", file=sys.stderr)
         print("          and its Privacy tab at http://127.0.0.1:6006/#opacus_ac", file=sys.stderr)
+    with failing_with(5, ValueError):
+        before = look(trainer, logged=False)
     interruption = Interruption()
     trainer.add_callback(interruption)
     with failing_with(5, ValueError), interruption.listening():
@@ -59,7 +63,7 @@ def _run(job: Job) -> int:
         print(trainer.privacy_report())
         return 0  # a warning has said that no step was left
     if interruption.signal is None:
-        return _finish(trainer, job)
+        return _finish(trainer, job, before)
     step = trainer.state.global_step
     where = job.folder / f"checkpoint-{step}"
     print(f"interrupted after step {step}; go on with --resume_from_checkpoint {where}", file=sys.stderr)
@@ -83,13 +87,13 @@ def _dry_run(job: Job) -> int:
     return 0
 
 
-def _finish(trainer: PrivateTrainer, job: Job) -> int:
-    """Evaluate, save, and print the privacy statement. Returns the exit code."""
-    if job.data.validation_file is not None:
-        print(f"loss on {job.data.validation_file}: {trainer.evaluate()['eval_loss']:.4f}")
+def _finish(trainer: PrivateTrainer, job: Job, before: Look) -> int:
+    """Compare the model with what it was, save it, and print the privacy statement. Returns the exit code."""
+    found = compared(before, look(trainer, logged=True), job.data.validation_file)
     trainer.save_model()
-    print(trainer.privacy_report())
-    print(f"saved {job.folder}, with privacy_report.json")
+    print(*([found] if found else []), trainer.privacy_report(), sep="\n\n")
+    print(f"saved {job.folder}, with privacy_report.json and a model card in README.md")
+    print(next_commands(job.folder, adapters=not job.model.full, tensorboard="tensorboard" in job.training.report_to))
     planned, taken = trainer._planned_steps(), trainer.state.global_step
     charged = sum(steps for *_, steps in trainer.engine.accountant.history)
     if taken < planned:

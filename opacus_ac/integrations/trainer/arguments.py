@@ -44,7 +44,9 @@ class PrivacyArguments:
             (:func:`opacus_ac.optimizer.momentum.planned_beta1`), where the ``TrainingArguments`` have an AdamW with the
             usual ``adam_beta1`` of 0.9. Short private runs end lower with less momentum.
         evaluation_is_public: whether the evaluation data need no protection. Otherwise they are refused.
-        average_weights: whether the averaged weights (EMA) are evaluated and saved, where there is an average.
+        average_weights: whether the averaged weights (EMA) are evaluated and saved, where there is an average. The
+            default is the last weights, unless the run is so long that the average is known to be better
+            (:func:`opacus_ac.optimizer.ema.average_is_better`).
 
     Raises:
         ValueError: If settings contradict each other, or one is out of its range.
@@ -71,7 +73,9 @@ class PrivacyArguments:
     ema_decay: float | None = shared("ema_decay", note="0 for none")
     auto_learning_rate: bool = option(False, "find the learning rate from releases; learning_rate is a hint")
     planned_momentum: bool = option(True, "adam_beta1 follows from the planned steps, unless it is set")
-    average_weights: bool = option(True, "evaluate and save the averaged weights")
+    average_weights: bool | None = option(
+        None, "evaluate and save the averaged weights (default: the last ones, except after long runs)"
+    )
     preset: str | None = shared("preset")
     sampling: str = option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
     accountant: str = option("vrdp", "vrdp, vpld (tighter), or an accountant of Opacus: rdp, prv, gdp")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -58,6 +59,8 @@ class PrivacyCallback(TrainerCallback):
         """
         if state.global_step >= state.max_steps:
             raise RunComplete
+        if args.should_save:
+            self.trainer.write_settings(Path(args.output_dir))
         tensorboard = sys.modules.get("torch.utils.tensorboard")
         for callback in self._others(TensorBoardCallback):
             writer = callback.tb_writer
@@ -81,6 +84,7 @@ class PrivacyCallback(TrainerCallback):
         """Add the noisy loss to the sum that the Trainer logs, and write the release to TensorBoard."""
         released = self.trainer.private_optimizer.released
         self.trainer._gate.add_step(released.loss)
+        self.trainer.running_loss.add(released.loss, self.trainer.private_optimizer.statistics.loss_std(released))
         if released.loss is not None:
             self.trainer._tr_loss += released.loss
         with self.trainer._gate.writing():
@@ -90,11 +94,16 @@ class PrivacyCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show epsilon on the progress bar, and let a resumed run go on counting epochs where it was."""
         state.epoch = state.global_step / len(self.trainer.callback_handler.train_dataloader)
+        ends = control.should_training_stop or state.global_step >= state.max_steps
+        if ends or time.monotonic() - self._shown > _BAR_SECONDS:
+            self.show_epsilon()
+
+    def show_epsilon(self) -> None:
+        """Show epsilon as it is now on the progress bars."""
         bars = [c.training_bar for c in self._others(ProgressCallback) if c.training_bar is not None]
-        if bars and time.monotonic() - self._shown > _BAR_SECONDS:
-            self._shown = time.monotonic()
-            for bar in bars:
-                bar.set_postfix(epsilon=f"{self.trainer.get_epsilon():.3f}", refresh=False)
+        self._shown = time.monotonic()
+        for bar in bars:
+            bar.set_postfix(epsilon=f"{self.trainer.get_epsilon():.3f}")
 
     def close(self) -> None:
         """Write the final privacy statement. The Trainer closes the event files itself, in ``on_train_end``."""

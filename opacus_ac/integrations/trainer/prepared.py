@@ -17,6 +17,7 @@ from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 from opacus_ac.integrations.trainer.inner import auto_adam, with_planned_momentum
 from opacus_ac.integrations.trainer.ranks import RanksTrainer
 from opacus_ac.models.transformers import classes_among
+from opacus_ac.optimizer.ema import average_is_better
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.sampling.loader import LogicalBatches, PrivateDataLoader
 
@@ -157,13 +158,21 @@ class PreparedTrainer(RanksTrainer):
     # ---------------------------------------------------------------- averaged weights, epsilon, report
 
     def ema_weights(self) -> Any:
-        """Return a context in which the model has the averaged weights (EMA).
+        """Return a context in which the model has the weights that are evaluated and saved.
 
-        The weights stay as they are without an average, or with ``PrivacyArguments(average_weights=False)``.
+        They are the averaged weights (EMA) where :attr:`saves_average` holds, and the last ones otherwise.
         """
-        if self.private_optimizer is None or not self.privacy.average_weights:
+        if self.private_optimizer is None or not self.saves_average:
             return nullcontext()
         return self.private_optimizer.ema_weights()
+
+    @property
+    def saves_average(self) -> bool:
+        """Whether the averaged weights are evaluated and saved, by ``PrivacyArguments.average_weights``."""
+        wanted = self.privacy.average_weights
+        if self.private_optimizer is None or self.private_optimizer.ema is None:
+            return False
+        return average_is_better(self._planned_steps()) if wanted is None else wanted
 
     def get_epsilon(self, delta: float | None = None) -> float:
         """Return the epsilon spent so far, at ``delta``; by default at the target delta."""

@@ -24,6 +24,7 @@ from opacus_ac.integrations.trainer.ranks import refused_processes
 from opacus_ac.integrations.trainer.record_checks import check_some_records
 from opacus_ac.integrations.trainer.released import ReleasedLog
 from opacus_ac.integrations.trainer.saving import SavingTrainer
+from opacus_ac.integrations.trainer.showing import show_released
 from opacus_ac.integrations.trainer.silent import LOSS_KEYS, PRIVATE_KEYS
 from opacus_ac.integrations.trainer.smoothing import RecordSmoother
 from opacus_ac.models.transformers import averages_tokens, use_record_loss
@@ -99,6 +100,7 @@ class PrivateTrainer(SavingTrainer):
         raise_for(found + refused_processes(args, model), "this training")
         self.was_complete = False
         self._independent = False
+        self.local_files = {}
         super().__init__(
             args=args,
             privacy=privacy,
@@ -110,6 +112,7 @@ class PrivateTrainer(SavingTrainer):
         if self.label_smoother is not None:
             self.label_smoother = RecordSmoother(self, self.args.label_smoothing_factor)
         self._gate = ReleasedLog(self)
+        self.running_loss = show_released(self.callback_handler.callbacks)
         self._shows = PrivacyCallback(self)
         self.add_callback(self._shows)
 
@@ -150,8 +153,8 @@ class PrivateTrainer(SavingTrainer):
         self.was_complete = True
         step = self.state.global_step
         warnings.warn(
-            f"the run is complete: its {self.state.max_steps} steps were taken before the checkpoint of step {step}, "
-            "so nothing was done and nothing charged. To train on, start a run of its own from the saved weights",
+            f"the run is already complete: its {self.state.max_steps} steps were taken before the checkpoint of step "
+            f"{step}, so nothing was done or charged. To train on, start a run of its own from the saved weights",
             stacklevel=4,
         )
         self._shows.close()
@@ -162,6 +165,7 @@ class PrivateTrainer(SavingTrainer):
         """Log, save and end the run after the last step that was taken."""
         warnings.warn(f"stopped after step {self.state.global_step}: {reason}", stacklevel=4)
         self._make_private()[0].zero_grad()
+        self._shows.show_epsilon()
         self.control.should_log, self.control.should_evaluate = True, False
         self.control.should_save = self.args.save_strategy != SaveStrategy.NO
         started = time.time()
@@ -245,7 +249,7 @@ class PrivateTrainer(SavingTrainer):
     # ---------------------------------------------------------------- evaluation, logs
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate on public data, with the averaged weights.
+        """Evaluate on public data, with the weights that are saved.
 
         Raises:
             ValueError: If the data were not declared public, or contain rows of the training data.
@@ -258,7 +262,7 @@ class PrivateTrainer(SavingTrainer):
             return dict(super().evaluate(eval_dataset, *args, **kwargs))
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict on public data, with the averaged weights.
+        """Predict on public data, with the weights that are saved.
 
         Raises:
             ValueError: If :meth:`evaluate` would refuse the data.
