@@ -47,12 +47,13 @@ def build(args: argparse.Namespace) -> PrivateTrainer:
     torch.manual_seed(args.seed)
     model, tokenizer = load_trainable(args.model, full=args.full, rank=8, layers=10)
     rule = {"preset": "paper", "clip_policy": "raw_percentile"} if args.paper else {"per_sample_max_grad_norm": 0.1}
+    finds = not (args.full or args.paper)  # the learning rate: fused_step and the published rule have a fixed one
     privacy = PrivacyArguments(
         target_epsilon=args.epsilon, target_delta=args.delta, accountant="vpld", loss_bound=6.0, fused_step=args.full,
-        evaluation_is_public=True, **rule,
+        evaluation_is_public=True, auto_learning_rate=finds, **rule,
     )  # fmt: skip
     training = TrainingArguments(
-        output_dir=str(args.output), max_steps=args.steps, learning_rate=3e-4 if args.full else 0.06, seed=args.seed,
+        output_dir=str(args.output), max_steps=args.steps, learning_rate=3e-4 if args.full else 0.01, seed=args.seed,
         per_device_train_batch_size=PHYSICAL, gradient_accumulation_steps=args.accumulation,
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=["tensorboard"],
     )  # fmt: skip

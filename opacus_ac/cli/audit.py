@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 NAMES = ("canary", "noise", "scalars", "one-run", "usage", "poison", "coupling")
 """Names of :data:`opacus_ac.audit.table.AUDITS`, without importing it: help must not load torch."""
+_OF_THE_STEP, _OF_A_RUN = 0.996, 0.95
+"""Confidence of all verdicts together, by what is audited."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +83,7 @@ def _of_run(options: argparse.Namespace) -> AuditResult:
         options.run,
         train_file=options.train_file,
         canaries=options.canaries,
-        confidence=0.95 if options.confidence is None else options.confidence,
+        confidence=_OF_A_RUN if options.confidence is None else options.confidence,
         seed=options.seed,
     )
 
@@ -102,7 +104,7 @@ def _of_step(options: argparse.Namespace) -> list[AuditResult]:
         steps=options.steps,
         runs=options.runs,
         target_epsilon=options.target_epsilon,
-        confidence=0.996 if options.confidence is None else options.confidence,
+        confidence=_OF_THE_STEP if options.confidence is None else options.confidence,
         delta=options.delta,
         seed=options.seed,
         settings=settings,

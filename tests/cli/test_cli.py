@@ -11,6 +11,7 @@ import pytest
 
 from opacus_ac import cli
 from opacus_ac.audit.table import Plan
+from opacus_ac.cli import audit as audit_command
 
 QUICK = ["audit", "--steps", "100", "--runs", "40", "--seed", "1", "--noise-multiplier", "2"]
 QUICK += [word for name in ("canary", "noise", "scalars", "one-run", "poison", "coupling") for word in ("--only", name)]
@@ -117,6 +118,8 @@ def test_a_value_that_cannot_be_audited_is_bad_usage(capsys, arguments, message)
 def test_the_defaults_of_audit_are_those_of_its_plan():
     options = vars(cli.build_parser().parse_args(["audit"]))
     defaults = {field.name: field.default for field in fields(Plan) if field.name != "settings"}
+    assert options.pop("confidence") is None  # it depends on what is audited
+    assert defaults.pop("confidence") == audit_command._OF_THE_STEP
     assert {name: options[name] for name in defaults} == defaults
 
 

@@ -83,7 +83,7 @@ def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) 
     state = _read(engine, folder)
     _check_settings(state[SETTINGS] or {}, settings)
     found, written = _digests(folder), state["files"]
-    known = written.keys() | {name for name in found if not _is_inert(name)}
+    known = {name for name in written.keys() | found.keys() if not _is_inert(name)}
     wrong = sorted(name for name in known if found.get(name) != written.get(name))
     if wrong:
         raise ValueError(
@@ -109,10 +109,10 @@ def _read(engine: PrivacyEngine, folder: Path) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file but the privacy state."""
+    """Return the SHA-256 of every file that something loads, but the privacy state."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     found = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _digest(path) for name, path in found.items() if name != PRIVACY_STATE}
+    return {name: _digest(path) for name, path in found.items() if name != PRIVACY_STATE and not _is_inert(name)}
 
 
 def _is_inert(name: str) -> bool:
