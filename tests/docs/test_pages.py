@@ -84,7 +84,9 @@ def test_a_table_is_what_its_command_prints(text, capsys):
     out = capsys.readouterr().out.splitlines()
     assert len(printed) >= 3
     assert printed == out[: len(printed)]  # the legend below the table is printed once on the page
-    assert all(line.startswith(("noise: ", "of the run: ", "caught: ", "--learning_rate auto")) for line in out[len(printed) :])
+    assert all(
+        line.startswith(("noise: ", "of the run: ", "caught: ", "--learning_rate auto")) for line in out[len(printed) :]
+    )
 
 
 def test_there_are_tables_to_compare():

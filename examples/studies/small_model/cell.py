@@ -248,8 +248,7 @@ def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Resu
         optimizer.zero_grad()
         private(**next(batches)).loss.backward()
         optimizer.step()
-        released = optimizer.released
-        if optimizer.steps_taken > taken and released is not None:
+        if optimizer.steps_taken > taken and (released := optimizer.released) is not None:
             course["C"].append(released.max_grad_norm)
             course["clip_rate"].append(released.clip_rate)
             course["lr_multiplier"].append(released.lr_multiplier)
@@ -259,12 +258,16 @@ def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Resu
         with optimizer.ema_weights():
             course["loss_averaged"] = loss_of(model, private_rows(cell.tone, cell.seed, cell.data)[1])
     if method.averaged:
-        with optimizer.ema_weights():
-            kept = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(kept)
+        _keep_the_average(optimizer, model)
     engine.detach(private)
     spent = engine.get_epsilon(DELTA) if cell.epsilon is not None else None
     return {**course, "noise_multiplier": optimizer.noise_multiplier, "spent": spent}
+
+
+def _keep_the_average(optimizer: Any, model: nn.Module) -> None:
+    with optimizer.ema_weights():
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(kept)
 
 
 def _forever(loader: Any) -> Iterator[Any]:

@@ -28,7 +28,7 @@ from opacus_ac.integrations.finetune.arguments import (
 from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, PrivacyArguments
 
 LEDGER = "privacy.ledger"
-SETTINGS = "run_arguments.json"
+SETTINGS = "_run_arguments.json"
 """What a run was asked for, in its output folder: ``opacus-ac audit --run`` does it again."""
 _TYPES: tuple[Any, ...] = (DataArguments, ModelArguments, PrivacyArguments, TrainingArguments)
 

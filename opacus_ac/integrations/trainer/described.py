@@ -11,6 +11,7 @@ from typing import Any
 
 from opacus_ac._version import __version__
 from opacus_ac.integrations.trained.base import portable_name
+from opacus_ac.integrations.trainer.inner import with_planned_momentum
 
 
 def run_settings(trainer: Any) -> dict[str, Any]:
@@ -51,10 +52,14 @@ def _versions(*packages: str) -> dict[str, str]:
 
 def _training(trainer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the settings of the training that a reader of the card wants to know."""
-    args, privacy = trainer.args, trainer.privacy
-    optim = str(getattr(args.optim, "value", args.optim))
-    yield "learning_rate", f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"
-    yield "optimizer", f"{optim}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, weight decay {args.weight_decay:g}"
+    privacy = trainer.privacy
+    args = with_planned_momentum(trainer.args, privacy, trainer._planned_steps())
+    rate = f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"
+    optim = f"{getattr(args.optim, 'value', args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}"
+    if privacy.auto_learning_rate:
+        rate, optim = f"found from releases, from the hint {rate}", f"AutoAdam, beta1 {args.adam_beta1:g}"
+    yield "learning_rate", rate
+    yield "optimizer", f"{optim}, weight decay {args.weight_decay:g}"
     yield "expected_batch", trainer.expected_batch_size
     yield "planned_steps", trainer._planned_steps()
     yield "tokens_per_record_at_most", getattr(trainer.train_dataset, "max_length", None)

@@ -78,7 +78,7 @@ def test_without_its_noise_the_run_shows_far_more(run, monkeypatch, capsys):
 
 def edited(run, tmp_path, name, change):
     """A copy of the two files of a run, one of them changed."""
-    for file in ("privacy_report.json", "run_arguments.json"):
+    for file in ("privacy_report.json", "_run_arguments.json"):
         values = json.loads((run / file).read_text())
         (tmp_path / file).write_text(json.dumps(change(values) if file == name else values))
     return tmp_path
@@ -97,9 +97,9 @@ def test_settings_that_cost_more_than_was_claimed_are_refuted(run, tmp_path):
         ("privacy_report.json", lambda report: {**report, "epsilon": "infinity"}, "claims no finite epsilon"),
         ("privacy_report.json", lambda report: {**report, "sampling": "fixed_size"}, "are for Poisson batches"),
         ("privacy_report.json", lambda report: {}, "no whole privacy_report.json"),
-        ("run_arguments.json", lambda settings: {**settings, "command": "other"}, "no whole run_arguments.json"),
+        ("_run_arguments.json", lambda settings: {**settings, "command": "other"}, "no whole _run_arguments.json"),
         (
-            "run_arguments.json",
+            "_run_arguments.json",
             lambda settings: {
                 **settings,
                 "arguments": [w.replace("chats.jsonl", "gone.jsonl") for w in settings["arguments"]],
