@@ -64,11 +64,11 @@ def _changing() -> Iterator[History]:
     for noise in (0.7, 1.0, 2.0):
         for rates, steps in (((0.01, 0.02), 200), ((0.005, 0.01, 0.02), 100), ((0.5, 0.01), 20)):
             yield [(Event(noise, rate), steps) for rate in rates]
-        yield [(Event(noise, 0.01 + 0.001 * number), 10) for number in range(12)]
-        yield [(Event(noise, 0.004 * 1.03**number), 5) for number in range(60)]
+        yield [(Event(noise, round(0.01 + 0.001 * number, 6)), 10) for number in range(12)]
+        yield [(Event(noise, round(0.004 * 1.03**number, 8)), 5) for number in range(60)]
     for rate in (0.01, 0.1):
         yield [(Event(noise, rate), 100) for noise in (1.0, 1.5)]
-        yield [(Event(0.8 + 0.05 * number, rate), 20) for number in range(10)]
+        yield [(Event(round(0.8 + 0.05 * number, 4), rate), 20) for number in range(10)]
     for noise in (1.0, 3.0):
         yield [(Event(noise, 0.01), 300), (Event(noise, 0.02, "fixed_size"), 100)]
         yield [(Event(noise, 0.01), 300), (Event(noise, 1.0, "shuffled"), 2)]
