@@ -96,4 +96,3 @@ def test_renyi_agrees_with_dp_accounting_at_whole_orders(rate):
             if "vrdp" in epsilon and 0 < event.noise_multiplier < math.inf:
                 accountant.compose(dp_event(event), steps)
                 assert epsilon["vrdp"] <= accountant.get_epsilon(delta) * (1 + 1e-9)
-                assert epsilon["vrdp"] >= 0.7 * accountant.get_epsilon(delta) or epsilon["vrdp"] > 20
