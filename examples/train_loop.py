@@ -1,6 +1,7 @@
 """The loop of README.md on a tiny language model and invented sentences: seconds on a CPU, nothing is fetched."""
 
 import itertools
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,7 +23,7 @@ def encode(text: str) -> dict[str, torch.Tensor]:
 
 
 sentences = [f"The {event} of my {who} is {day}." for who, event, day in itertools.product(PEOPLE, EVENTS, DAYS)]
-loader = DataLoader([encode(sentence) for sentence in sentences], batch_size=64)  # type: ignore[arg-type]
+rows: Any = [encode(sentence) for sentence in sentences]
 torch.manual_seed(0)  # for the first weights only; noise and batches come from the operating system
 model = Qwen2ForCausalLM(
     Qwen2Config(
@@ -36,16 +37,14 @@ engine = PrivacyEngine()
 model, optimizer, loader = engine.make_private_with_epsilon(
     module=model,
     optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-    data_loader=loader,
+    data_loader=DataLoader(rows, batch_size=50),
     target_epsilon=8.0,
-    target_delta=1e-5,
+    target_delta=1e-4,
     epochs=3,
-    max_physical_batch_size=16,
 )
-
-for batch in loader:
-    optimizer.zero_grad()
-    model(**batch).loss.backward()  # a mean over records, see below
-    optimizer.step()
-    print(optimizer.released)  # noisy clip rate, C, …: safe to look at
+for _ in range(3):
+    for batch in loader:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
 print(engine.privacy_report())

@@ -39,10 +39,13 @@ def small(method, **changes):
 
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_every_method_runs(tiny, method, monkeypatch):
+    if (package := methods.PACKAGES.get(methods.METHODS[method].optimizer)) is not None:
+        pytest.importorskip(package.module)
     monkeypatch.setattr(cells, "DELTA", 1e-3)
     result = cells.run(small(method))
     assert json.loads(json.dumps(result)) == result
-    assert result["loss"] != result["loss_before"]
+    if method != "dog-flat":  # its first steps are a millionth of the weights
+        assert result["loss"] != result["loss_before"]
     assert 0 <= result["tone_accuracy"] <= 1
     if method in grids.REFERENCES:
         assert result["spent"] is None
@@ -108,7 +111,8 @@ def test_grids_hold_what_they_say():
                 seen = {(c.epsilon, c.seed) for c in full if (c.model, c.tone, c.method) == (model, tone, method)}
                 assert seen == {(e, s) for e in grids.EPSILONS for s in grids.SEEDS}
     tuned = grids.tuning()
-    assert {c.optimizer for c in tuned} == set(methods.OPTIMIZERS) - {"auto"}  # it has no rate to tune
+    without_a_rate = {"auto", *methods.PACKAGES}
+    assert {c.optimizer for c in tuned} == set(methods.OPTIMIZERS) - without_a_rate
     assert {c.bound for c in tuned if c.method == "dp-adam-ac"} == {0.01, 1.0, 100.0}
 
 

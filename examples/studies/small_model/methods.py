@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -26,15 +26,28 @@ from opacus_ac.optimizer import AutoAdam, DPAdamW
 Parameters = Iterable[torch.nn.Parameter]
 
 
-def _package(name: str) -> Any:
-    """Return a package of an optimizer without a learning rate, which is needed for its row only."""
+class Package(NamedTuple):
+    """A package with an optimizer that needs no learning rate."""
+
+    module: str
+    requirement: str
+
+
+PACKAGES = {
+    "prodigy": Package("prodigyopt", "prodigyopt==1.1.2"),
+    "d-adaptation": Package("dadaptation", "dadaptation==3.2"),
+    "dog": Package("dog", "dog-optimizer==1.0.3"),
+}
+"""The packages of optimizers that are needed for their own rows only."""
+
+
+def _package(optimizer: str) -> Any:
+    module, requirement = PACKAGES[optimizer]
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError:
-        raise SystemExit(f"this row needs the package: pip install --no-deps {_PACKAGES[name]}") from None
+        raise SystemExit(f"this row needs another package: pip install --no-deps {requirement}") from None
 
-
-_PACKAGES = {"prodigyopt": "prodigyopt==1.1.2", "dadaptation": "dadaptation==3.2", "dog": "dog-optimizer==1.0.3"}
 
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
     "adamw": lambda parameters, rate, beta1: torch.optim.AdamW(
@@ -42,10 +55,10 @@ OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
     ),
     "dp-adamw": lambda parameters, rate, beta1: DPAdamW(parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0),
     "auto": lambda parameters, rate, beta1: AutoAdam(parameters, lr=rate, beta1=beta1),
-    "prodigy": lambda parameters, rate, beta1: _package("prodigyopt").Prodigy(
+    "prodigy": lambda parameters, rate, beta1: _package("prodigy").Prodigy(
         parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
     ),
-    "d-adaptation": lambda parameters, rate, beta1: _package("dadaptation").DAdaptAdam(
+    "d-adaptation": lambda parameters, rate, beta1: _package("d-adaptation").DAdaptAdam(
         parameters, lr=rate, betas=(beta1, 0.999), log_every=0
     ),
     "dog": lambda parameters, rate, beta1: _package("dog").LDoG(parameters, lr=rate),
