@@ -21,11 +21,12 @@ def test_the_code_of_the_page_runs_on_a_run(tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "chats.jsonl", dialogues("loving", 60, 0))
     assert cli.main(command(tmp_path, tmp_path / "out", max_steps=2, report_to="none")) == 0
     saved = {path.name for path in (tmp_path / "out").iterdir()}
-    for name in ("adapter_model.safetensors", "tokenizer.json", "privacy_report.json", "privacy.ledger"):
+    for name in ("adapter_model.safetensors", "tokenizer.json", "README.md", "privacy_report.json", "privacy.ledger"):
         assert name in saved
         assert name in PAGE
     scope: dict[str, object] = {}
-    load, merge, compare = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    for code in (load, compare, merge):  # the page says: compare before you merge
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(compile(code, "your-model.md", "exec"), scope)
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert scope["before"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+    assert cli.main(["merge", "out", "out-merged"]) == 0
+    assert (tmp_path / "out-merged" / "model.safetensors").is_file()
