@@ -118,7 +118,7 @@ def check(command: str) -> None:
             assert (ROOT / page).is_file(), command
         case ["python", "-m", "build"] | ["twine", "check" | "upload", *_]:
             assert PYPROJECT["build-system"]["build-backend"]
-        case ["python", script]:
+        case ["python", script] | ["python", script, "--write"]:
             assert (ROOT / script).is_file(), command
         case ["pip", "install", "pre-commit"] | ["pre-commit", "install"]:
             assert HOOKS
