@@ -125,7 +125,11 @@ class Account:
             delta: target delta.
             planned: events of the planned run, and how often each.
         """
-        self.guard = BudgetGuard(self.accountant, epsilon, delta, planned)
+
+        def stated_after(event: Event, steps: int) -> float:
+            return self._spending.least_after(self._charge_of(event), delta, steps)
+
+        self.guard = BudgetGuard(self.accountant, epsilon, delta, planned, stated_after)
 
     # ---------------------------------------------------------------- what was spent
 
@@ -297,6 +301,10 @@ class Account:
     def _accepted(self, event: Event) -> Charge:
         """Return the charge of an event that fits into the target, with its origin."""
         self.look_ahead(event)
+        return self._charge_of(event)
+
+    def _charge_of(self, event: Event) -> Charge:
+        """Return an event with its origin."""
         return Charge(event, self.is_adaptive(event), None if self.guard is None else self.guard.limit)
 
     def _share_order(self, guard: BudgetGuard) -> None:

@@ -27,6 +27,9 @@ from opacus_ac.accounting.history import Run
 from opacus_ac.accounting.opacus_accountants import CheckedGDPAccountant, CheckedPRVAccountant, CheckedRDPAccountant
 from opacus_ac.budget.charges import renyi_epsilon
 
+LOSSES = "privacy loss distribution"
+"""Name of the bound from privacy losses in a report."""
+
 
 class AccountantAdapter:
     """An accountant of Opacus, or any other that has Opacus's interface and no more.
@@ -56,6 +59,11 @@ class AccountantAdapter:
     def name(self) -> str:
         """Name under which Opacus knows the accountant."""
         return str(self.accountant.mechanism())
+
+    @property
+    def method(self) -> str:
+        """What its figure comes from, in the words of a report."""
+        return self.name
 
     # ---------------------------------------------------------------- what was charged
 
@@ -132,8 +140,12 @@ class AccountantAdapter:
 
     def renyi_epsilon(self, delta: float) -> float:
         """Return the Rényi bound of the Gaussian releases; 0 for others."""
+        return _gaussian_renyi_epsilon(self.counts(), delta)
+
+    def renyi_epsilon_after(self, event: Event, delta: float, steps: int) -> float:
+        """Return :meth:`renyi_epsilon` after more of an event, without taking them."""
         counts = self.counts()
-        return renyi_epsilon({event: steps for event, steps in counts.items() if event.mechanism == "gaussian"}, delta)
+        return _gaussian_renyi_epsilon({**counts, event: counts.get(event, 0) + steps}, delta)
 
     def spent_rdp(self, order: float) -> float:
         """Return the Rényi divergence spent so far at one order, in nats.
@@ -196,6 +208,11 @@ class RenyiAdapter(GaussianAdapter):
     calibration = "pld"
 
     @property
+    def method(self) -> str:
+        """What its figure comes from, in the words of a report."""
+        return LOSSES
+
+    @property
     def history(self) -> list[Run]:
         """Accounted (noise multiplier, sample rate, steps), of every kind of sampling."""
         others = self.accountant.other_events.items()
@@ -223,6 +240,10 @@ class RenyiAdapter(GaussianAdapter):
         """Return the Rényi bound of the releases."""
         return VariableRateRDPAccountant.get_epsilon(self.accountant, delta)
 
+    def renyi_epsilon_after(self, event: Event, delta: float, steps: int) -> float:
+        """Return :meth:`renyi_epsilon` after more of an event, without taking them."""
+        return VariableRateRDPAccountant.epsilon_after(self.accountant, event, delta, steps)
+
     def spent_rdp(self, order: float) -> float:
         """Return the Rényi divergence spent so far at one order, in nats."""
         return float(self.accountant.spent_rdp(order))
@@ -234,9 +255,14 @@ class RenyiFilterAdapter(RenyiAdapter):
     is_filter = True
     calibration = "rdp"
 
+    @property
+    def method(self) -> str:
+        """What its figure comes from, in the words of a report."""
+        return self.name
+
     def tighter_bounds(self, delta: float) -> dict[str, float]:
         """Return the bound of the privacy loss distribution, which takes up to some seconds to compute."""
-        return {"privacy loss distribution": pld_epsilon(self.counts(), delta)}
+        return {LOSSES: pld_epsilon(self.counts(), delta)}
 
 
 class LaplaceAdapter(AccountantAdapter):
@@ -264,6 +290,11 @@ class ApproximateAdapter(AccountantAdapter):
             f'{"none" if figure is None else f"{figure:.4f}"}). accountant="vrdp" would state '
             f"{self.renyi_epsilon(delta):.4f} for the same steps"
         ]
+
+
+def _gaussian_renyi_epsilon(counts: Mapping[Event, int], delta: float) -> float:
+    """Return the Rényi bound of the Gaussian events among others; 0 if there are none."""
+    return renyi_epsilon({event: steps for event, steps in counts.items() if event.mechanism == "gaussian"}, delta)
 
 
 _ADAPTERS: tuple[tuple[type[IAccountant], type[AccountantAdapter]], ...] = (

@@ -95,8 +95,8 @@ class Terms:
     unlimited: bool = False
     limits: dict[float, tuple[float, dict[Event, int]]] = field(default_factory=dict)
 
-    def take(self, charge: Charge, unit: str | None = None) -> None:
-        """Add a charge that came after all others."""
+    def take(self, charge: Charge, unit: str | None = None, steps: int = 1) -> None:
+        """Add a charge that came after all others, once or several times."""
         event, limit = charge.event, charge.limit
         adaptive = charge.adaptive is not False
         self.samplings.add(event.sampling)
@@ -106,7 +106,7 @@ class Terms:
         self.unknown |= charge.adaptive is None
         self.unlimited |= charge.adaptive is True and limit is None
         for _, after in self.limits.values():
-            after[event] = after.get(event, 0) + 1
+            after[event] = after.get(event, 0) + steps
         if limit is not None and (charge.adaptive or limit.order in self.limits):
             before = self.limits[limit.order][0] if limit.order in self.limits else 0.0
             self.limits[limit.order] = max(before, limit.budget), {}  # the filter has counted all that came before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from opacus_ac.accounting import DEFAULT_ORDERS, Event, RenyiFilter, epsilon_from_rdp, roomiest_order
 from opacus_ac.budget.accountants import AccountantAdapter
@@ -20,6 +20,8 @@ class BudgetGuard:
         epsilon: target epsilon.
         delta: target delta.
         planned: events of the planned run, and how often each; the run may depart from them.
+        stated_after: returns an epsilon that would have to be stated, whatever the accountant says, after more of an
+            event: what the report says of the run must stay within the target too.
 
     Guarantees:
         With the accountant "vrdp" the guard is a privacy filter at one Rényi order, preset from the plan: rates and
@@ -31,9 +33,15 @@ class BudgetGuard:
     """
 
     def __init__(
-        self, accountant: AccountantAdapter, epsilon: float, delta: float, planned: Mapping[Event, int]
+        self,
+        accountant: AccountantAdapter,
+        epsilon: float,
+        delta: float,
+        planned: Mapping[Event, int],
+        stated_after: Callable[[Event, int], float],
     ) -> None:
         self.accountant, self.epsilon, self.delta = accountant, epsilon, delta
+        self._stated_after = stated_after
         self._noises = {event.noise_multiplier for event in planned}
         self._filter = _preset_filter(accountant, epsilon, delta, planned)
 
@@ -53,11 +61,12 @@ class BudgetGuard:
         )
 
     def _after(self, event: Event) -> float:
-        """Return epsilon after one more event, by the rule of this guard."""
+        """Return epsilon after one more event, by the rules of this guard."""
+        stated = self._stated_after(event, 1)
         if self._filter is not None:
             divergence = self.accountant.spent_rdp(self._filter.order) + self._filter.cost(event)
-            return epsilon_from_rdp([divergence], [self._filter.order], self.delta)[0]
-        return self.accountant.epsilon_after(event, self.delta, 1)
+            return max(stated, epsilon_from_rdp([divergence], [self._filter.order], self.delta)[0])
+        return max(stated, self.accountant.epsilon_after(event, self.delta, 1))
 
     @property
     def is_filter(self) -> bool:
@@ -87,14 +96,18 @@ class BudgetGuard:
             ) from error
 
     def _fits(self, event: Event, steps: int) -> bool:
+        most = self.epsilon * _TOLERANCE
         if self._filter is not None:
-            return self._filter.fits(self.accountant.spent_rdp(self._filter.order), event, steps)
+            fits = self._filter.fits(self.accountant.spent_rdp(self._filter.order), event, steps)
+            return fits and self._stated_after(event, steps) <= most
         if event.noise_multiplier not in self._noises:
             raise ValueError(
                 f"noise_multiplier changed to {event.noise_multiplier:g} during a run with a target epsilon: the "
                 f'accountant {self.accountant.name!r} is no privacy filter. Use PrivacyEngine(accountant="vrdp")'
             )
-        return self.accountant.epsilon_after(event, self.delta, steps) <= self.epsilon * _TOLERANCE
+        return self._stated_after(event, steps) <= most and (
+            self.accountant.epsilon_after(event, self.delta, steps) <= most
+        )
 
     def remaining(self, event: Event) -> int:
         """Return how many more of ``event`` fit."""

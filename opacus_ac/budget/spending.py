@@ -72,10 +72,26 @@ class Spending:
         if self.terms.adaptive:
             figure = max(figure, self.accountant.renyi_epsilon(delta), self.terms.limit_epsilon(delta))
             return {f"{name} (privacy filter)" if self.all_terms().is_limited else name: figure}
-        found = {name: figure}
+        found = {self.accountant.method: figure}
         if tight and not self.all_terms().unknown and 0 < figure < math.inf:
             found.update(self.accountant.tighter_bounds(delta))
         return found
+
+    def least_after(self, charge: Charge, delta: float, steps: int = 1) -> float:
+        """Return the least that :meth:`bounds` would state after more of a charge, whatever the accountant says.
+
+        It is 0 where neither rates nor noise may have followed from releases: the accountant's own figure holds then.
+
+        Args:
+            charge: what would be charged.
+            delta: delta.
+            steps: how often.
+        """
+        if not self.terms.adaptive and charge.adaptive is False:
+            return 0.0
+        terms = Terms.of_state(self.terms.state_dict())
+        terms.take(charge, steps=steps)
+        return max(self.accountant.renyi_epsilon_after(charge.event, delta, steps), terms.limit_epsilon(delta))
 
     def attacks(self, rates: Sequence[float] = FALSE_POSITIVE_RATES) -> AttackBounds:
         """Return what any attacker can do against what was spent.

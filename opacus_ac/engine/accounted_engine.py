@@ -38,7 +38,7 @@ class AccountedEngine(opacus.PrivacyEngine):
     def __init__(
         self,
         *,
-        accountant: str = "vrdp",
+        accountant: str = "vpld",
         secure_mode: bool = False,
         ledger: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -54,7 +54,7 @@ class AccountedEngine(opacus.PrivacyEngine):
         if approximation is not None:
             warnings.warn(
                 f"{approximation}: epsilon is reported as infinity. "
-                'Use accountant="vrdp" (the default), "vpld" or "prv"',
+                'Use accountant="vpld" (the default), "vrdp" or "prv"',
                 NotPrivateWarning,
                 stacklevel=2,
             )

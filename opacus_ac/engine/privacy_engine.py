@@ -38,8 +38,9 @@ class PrivacyEngine(AccountedEngine):
     """Drop-in for ``opacus.PrivacyEngine`` whose ``make_private`` yields DP-Adam-AC.
 
     Args:
-        accountant: "vrdp" (RDP for rates that vary), or a name known to Opacus ("rdp", "prv", "gdp"); "pure" for
-            Laplace noise.
+        accountant: "vpld" (privacy loss distribution), the tightest for settings that are fixed before the run; "vrdp"
+            (RDP for rates that vary), a privacy filter, for rates or noise that follow from releases under a target; a
+            name known to Opacus ("rdp", "prv", "gdp"); or "pure" for Laplace noise.
         secure_mode: sum four Gaussian draws per noise value, which defeats attacks on floating-point rounding and takes
             about four times as long to draw. Sums stay in float64 until the noise is in, so that a record more or less
             does not change how the others are rounded. In any mode, noise and batches come from a cryptographic

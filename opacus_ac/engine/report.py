@@ -66,13 +66,17 @@ class PrivacyReport:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values as JSON has them; an infinite epsilon becomes the string "infinity"."""
+        """Return plain values as JSON has them, with what they mean for attackers in words.
+
+        An infinite epsilon becomes the string "infinity".
+        """
 
         def finite(epsilon: float) -> float | str:
             return "infinity" if math.isinf(epsilon) else epsilon
 
         bounds = {name: finite(epsilon) for name, epsilon in self.bounds.items()}
-        plain = {**asdict(self), "epsilon": finite(self.epsilon), "bounds": bounds}
+        words = self.attack_sentences()
+        plain = {**asdict(self), "epsilon": finite(self.epsilon), "bounds": bounds, "attack_sentences": words}
         values: dict[str, Any] = json.loads(json.dumps(plain, allow_nan=False))
         return values
 

@@ -158,9 +158,12 @@ class AutoAdam(Optimizer):
         Raises:
             ValueError: If it was written by another optimizer; nothing was changed.
         """
-        if not all("path_scale" in group for group in state_dict["param_groups"]):
+        needed = PathLength().entries()
+        missing = sorted({name for group in state_dict["param_groups"] for name in needed if name not in group})
+        if missing:
             raise ValueError(
-                "the state was not written by AutoAdam: it has no path whose length could be found. Start anew"
+                f"the state was not written by AutoAdam, or by an older one: it has no {', '.join(missing)}, so the "
+                "path whose length is looked for is not known. Start anew"
             )
         super().load_state_dict(state_dict)
 

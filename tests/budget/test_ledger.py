@@ -25,7 +25,7 @@ from opacus_ac.release import GaussianMechanism
 def test_replay_gives_the_accountant(tmp_path):
     engine, model, optimizer, batches = make(tmp_path / "l.jsonl", batch_size_schedule=[8, 16, 32])
     train(model, optimizer, batches)
-    again = PrivacyEngine(ledger=tmp_path / "l.jsonl")
+    again = PrivacyEngine(accountant=engine.accountant.mechanism(), ledger=tmp_path / "l.jsonl")
     assert again.accountant.history == engine.accountant.history == [(1.0, 0.125, 1), (1.0, 0.25, 1), (1.0, 0.5, 2)]
     assert again.get_epsilon(1e-3) == engine.get_epsilon(1e-3) > 0
 

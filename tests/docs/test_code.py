@@ -104,7 +104,7 @@ PAGES = {
     "README.md": Page(
         dict,
         lambda scope, printed: (
-            "differential privacy by privacy loss distribution accounting; vrdp: " in printed
+            "differential privacy by privacy loss distribution accounting" in printed
             and 7.9 < scope["engine"].get_epsilon(1e-4) <= 8.0
         ),
     ),

@@ -423,6 +423,20 @@ def test_a_state_of_another_optimizer_is_refused():
         AutoAdam(weights).load_state_dict(torch.optim.AdamW(weights).state_dict())
 
 
+@pytest.mark.parametrize("name", PathLength().entries())
+def test_a_state_that_lacks_a_part_of_the_path_is_refused_when_it_is_loaded(name):
+    """Not in the step, when the release has been charged already."""
+    weights = parameters()
+    optimizer = AutoAdam(weights, lr=1e-3)
+    run(weights, optimizer, 2, draws(1))
+    state = optimizer.state_dict()
+    del state["param_groups"][0][name]
+    other = AutoAdam(weights, lr=1e-3)
+    with pytest.raises(ValueError, match=name):
+        other.load_state_dict(state)
+    run(weights, other, 1, draws(1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

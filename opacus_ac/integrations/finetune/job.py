@@ -96,13 +96,18 @@ def _rate(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"must be a number or {AUTO!r}, got {text!r}") from None
 
 
-def _choose_momentum_and_rate(values: dict[str, Any]) -> None:
+def _choose_momentum_and_rate(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
     """Put what was left out, or left to the run, into the values that the arguments have."""
+    adamw = str(values["optim"]) in ADAMW
+    if values["learning_rate"] == AUTO and values["fused_step"]:
+        parser.error("--learning_rate auto needs all gradients at once: leave out --fused_step, or give a rate")
+    if values["learning_rate"] == AUTO and not adamw:
+        parser.error(f"--learning_rate auto brings its own optimizer: leave out --optim {values['optim']}")
     if values["adam_beta1"] is None:
         values["adam_beta1"] = USUAL_BETA1
     else:
         values["planned_momentum"] = False
-    found = str(values["optim"]) in ADAMW and not values["fused_step"] and values["preset"] is None
+    found = adamw and not values["fused_step"] and values["preset"] is None
     if (values["learning_rate"] is None and found) or values["learning_rate"] == AUTO:
         values["auto_learning_rate"], values["learning_rate"] = True, None
 
@@ -126,7 +131,7 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
     for name in ("train_file", "output_dir"):
         if values[name] is None:
             parser.error(f"--{name} is missing")
-    _choose_momentum_and_rate(values)
+    _choose_momentum_and_rate(values, parser)
     for name, usual in (("learning_rate", LEARNING_RATES), ("save_steps", SAVE_STEPS)):
         if values[name] is None:
             values[name] = usual["full" if values["full"] else "lora"]

@@ -61,7 +61,19 @@ def make_portable(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         card = path.parent / CARD
         if card.is_file():
-            card.write_text(card.read_text(encoding="utf-8").replace(before, name), encoding="utf-8")
+            card.write_text(_renamed(card.read_text(encoding="utf-8"), before, name), encoding="utf-8")
+
+
+def _renamed(text: str, before: str, after: str) -> str:
+    """Return a card that names the base model by another name.
+
+    A path is replaced wherever it stands. A single word is replaced only where it names the base model for the hub,
+    because the text may use the same word otherwise.
+    """
+    if len(Path(before).parts) > 1:
+        return text.replace(before, after)
+    names_base = rf"(?m)^((?:- )?base_model:(?:\w+:)? ?[\"']?){re.escape(before)}(?=[\"']?$)"
+    return re.sub(names_base, lambda found: found[1] + after, text)
 
 
 def base_name(run: RunFolder) -> str:

@@ -46,6 +46,7 @@ def model_card(
         _title(settings),
         "## Privacy",
         in_words(report, settings.get("target_epsilon")),
+        _lines("What an attacker can do:", report.get("attack_sentences", ())),
         _table(report),
         _lines("A step published:", report.get("released", ())),
         _lines("Not as it should be:", report.get("warnings", ())),

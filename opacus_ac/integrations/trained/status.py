@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opacus_ac.integrations.trained.folder import PRIVACY_REPORT, RunError, RunFolder, read_object
 from opacus_ac.integrations.trained.words import in_words
-
-if TYPE_CHECKING:
-    from opacus_ac.accounting import Event
-    from opacus_ac.budget.charges import Terms
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class RunStatus:
             "released": "; ".join(facts.get("released", ())),
         }
         lines = [f"{name:12} {value}" for name, value in rows.items() if value]
+        lines += [f"attackers    {sentence}" for sentence in facts.get("attack_sentences", ())]
         lines += [f"WARNING      {warning}" for warning in facts.get("warnings", ())]
         return "\n".join([in_words(facts, self.target_epsilon), "", *lines])
 
@@ -106,41 +104,27 @@ def ledger_facts(path: Path, delta: float | None) -> dict[str, Any]:
         RunError: If ``delta`` is None.
         LedgerError: If the ledger is damaged.
     """
-    from opacus_ac.accounting import common_adjacency
-    from opacus_ac.budget.charges import Terms
+    from opacus_ac.accounting import PureDPAccountant, attack_sentences
+    from opacus_ac.accounting.pld_accountant import VariableRatePLDAccountant
+    from opacus_ac.budget.account import Account
     from opacus_ac.budget.ledger import PrivacyLedger
 
     if delta is None:
         raise RunError("a ledger has no delta: give --delta")
-    ledger, terms = PrivacyLedger(path), Terms()
-    for charge in ledger.entries():
-        terms.take(charge, ledger.unit)
-    counts: Counter[Event] = Counter(ledger.charges)
-    notes = terms.notes()
+    ledger = PrivacyLedger(path)
+    laplace = ledger.mechanism == "laplace"
+    account = Account(PureDPAccountant() if laplace else VariableRatePLDAccountant(), path)
+    epsilon, notes = min(account.bounds(delta).values()), account.notes(delta)
+    counts = Counter(ledger.charges)
+    attacks = account.attacks() if counts else None
     return {
-        "epsilon": _epsilon(counts, terms, delta)
-        if all(event.noise_multiplier > 0 for event in counts)
-        else "infinity",
+        "epsilon": "infinity" if math.isinf(epsilon) else epsilon,
         "delta": delta,
         "unit": ledger.unit or "nothing yet",
-        "adjacency": common_adjacency(terms.samplings) if counts else "none yet",
+        "adjacency": account.adjacency(next(iter(counts)).sampling) if counts else "none yet",
         "ledger": ledger.summary,
         "charged_steps": len(ledger),
         "charges": [[repr(event), count] for event, count in counts.items()],
+        **({} if attacks is None else {"attacks": asdict(attacks), "attack_sentences": attack_sentences(attacks)}),
         **({"warnings": notes} if notes else {}),
     }
-
-
-def _epsilon(counts: Counter[Event], terms: Terms, delta: float) -> float:
-    """Return the epsilon of all charges of a ledger. They are of one mechanism."""
-    from opacus_ac.accounting import PureDPAccountant, pld_epsilon
-    from opacus_ac.budget.charges import renyi_epsilon
-
-    if any(event.mechanism == "gaussian" for event in counts):
-        if terms.adaptive:
-            return max(renyi_epsilon(counts, delta), terms.limit_epsilon(delta))
-        return pld_epsilon(counts, delta)
-    accountant = PureDPAccountant()
-    for event, count in counts.items():
-        accountant.step_event(event, count)
-    return accountant.get_epsilon(delta)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from decimal import ROUND_CEILING, Context, Decimal
 from typing import Any
 
 _LARGEST_FACTOR = 1e6
 
 
 def number(epsilon: float | str) -> str:
-    """Return an epsilon with as many digits as a reader can use.
+    """Return an epsilon with as many digits as a reader can use. It is rounded up, so that it still holds.
 
-    >>> number(7.99837), number(0.01234), number("infinity")
-    ('8.00', '0.0123', 'infinite')
+    >>> number(7.99837), number(8.001), number(0.01234), number("infinity")
+    ('8.00', '8.01', '0.0124', 'infinite')
     """
     if isinstance(epsilon, str) or math.isinf(epsilon):
         return "infinite"
-    return f"{epsilon:.2f}" if epsilon >= 0.1 else f"{epsilon:.3g}"
+    if epsilon >= 0.1:
+        return str(Decimal(epsilon).quantize(Decimal("0.01"), ROUND_CEILING))
+    return f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(epsilon):g}"
 
 
 def in_words(report: Mapping[str, Any], target: float | None = None) -> str:

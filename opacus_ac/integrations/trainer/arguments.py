@@ -10,6 +10,8 @@ from opacus_ac.engine.options import OPTIONS, option, shared
 
 USUAL_BETA1 = 0.9
 """``adam_beta1`` of the ``TrainingArguments`` of who has named none."""
+USUAL_RATE = 5e-5
+"""``learning_rate`` of the ``TrainingArguments`` of who has named none."""
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Values of ``optim`` whose momentum, or whose learning rate, this package may choose."""
 _MODES = ("bk", "hooks")
@@ -78,7 +80,7 @@ class PrivacyArguments:
     )
     preset: str | None = shared("preset")
     sampling: str = option("poisson", "how batches are drawn: poisson, or shuffled (charged without amplification)")
-    accountant: str = option("vrdp", "vrdp, vpld (tighter), or an accountant of Opacus: rdp, prv, gdp")
+    accountant: str = option("vpld", "vpld, vrdp (a privacy filter), or an accountant of Opacus: rdp, prv")
     secure_mode: bool = option(False, "harden the noise against floating-point attacks; slower")
     ledger: str | None = option(None, "path of the privacy ledger that all runs on this dataset share")
     evaluation_is_public: bool = option(False, "the evaluation data need no protection")

@@ -11,12 +11,17 @@ from typing import Any
 from opacus_ac.checkpoint.file import DIGEST
 from opacus_ac.checkpoint.one_process import SETTINGS
 from opacus_ac.engine.privacy_engine import PrivacyEngine
+from opacus_ac.integrations.trained.card import SECOND_CARD
+from opacus_ac.integrations.trained.folder import CARD
 
 PRIVACY_STATE = "privacy_state.pt"
 """File beside ``optimizer.pt`` with accountant, settings, head of the ledger, step, and hashes of all other files."""
 
-_INERT = (".md", ".txt", ".csv", ".html", ".png", ".svg", ".log")
-"""Suffixes of files that may be added to a folder later: nothing loads them."""
+_INERT = (".md", ".csv", ".html", ".png", ".svg", ".log")
+"""Suffixes of files that may be added to a folder later: nothing loads them. ``vocab.txt`` is loaded."""
+
+
+_UNCHECKED = (PRIVACY_STATE, CARD, SECOND_CARD)
 
 
 def save(engine: PrivacyEngine, folder: Path, step: int) -> None:
@@ -83,7 +88,7 @@ def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) 
     state = _read(engine, folder)
     _check_settings(state[SETTINGS] or {}, settings)
     found, written = _digests(folder), state["files"]
-    known = {name for name in written.keys() | found.keys() if not _is_inert(name)}
+    known = written.keys() | {name for name in found if Path(name).suffix not in _INERT}
     wrong = sorted(name for name in known if found.get(name) != written.get(name))
     if wrong:
         raise ValueError(
@@ -109,16 +114,17 @@ def _read(engine: PrivacyEngine, folder: Path) -> dict[str, Any]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file that something loads, but the privacy state."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    found = {path.relative_to(folder).as_posix(): path for path in files}
-    return {name: _digest(path) for name, path in found.items() if name != PRIVACY_STATE and not _is_inert(name)}
+    """Return the SHA-256 of every file but the privacy state, the cards, and hidden files.
+
+    A person may edit a card, and a download keeps its notes in hidden files.
+    """
+    files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    checked = (path for path in files if path.name not in _UNCHECKED and not _is_hidden(path))
+    return {path.as_posix(): _digest(folder / path) for path in checked}
 
 
-def _is_inert(name: str) -> bool:
-    """Say whether nothing loads a file: a note, a picture, or a hidden file such as the cache of a download."""
-    path = Path(name)
-    return path.suffix in _INERT or any(part.startswith(".") for part in path.parts)
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _digest(path: Path) -> str:

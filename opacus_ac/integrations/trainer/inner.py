@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, PrivacyArguments
+from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, USUAL_RATE, PrivacyArguments
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.momentum import planned_beta1
 
@@ -36,6 +36,9 @@ def with_planned_momentum(args: Any, privacy: PrivacyArguments, steps: int) -> A
 def auto_adam(trainer: Any, steps: int) -> AutoAdam:
     """Return the optimizer that finds its learning rate, with the Trainer's groups of weight decay.
 
+    Where nobody has named a learning rate, the optimizer's own hint counts: the Trainer's default suits runs without
+    noise.
+
     Args:
         trainer: the Trainer, which has its model and arguments.
         steps: planned number of steps of the whole run.
@@ -51,7 +54,8 @@ def auto_adam(trainer: Any, steps: int) -> AutoAdam:
         if parameters
     ]
     given = trainer.args.adam_beta1 if trainer.args.adam_beta1 != USUAL_BETA1 else None
-    return AutoAdam(groups, lr=trainer.args.learning_rate, steps=steps, beta1=given)
+    hint = {} if trainer.args.learning_rate == USUAL_RATE else {"lr": trainer.args.learning_rate}
+    return AutoAdam(groups, **hint, steps=steps, beta1=given)
 
 
 def _is_adamw(args: Any) -> bool:

@@ -11,8 +11,10 @@ from tiny_trainer import rows, trainer
 from transformers import AutoModelForCausalLM
 
 from opacus_ac import cli
-from opacus_ac.integrations.trained.base import DEFAULT_BASE, portable_name
+from opacus_ac.accounting import attack_sentences
+from opacus_ac.integrations.trained.base import DEFAULT_BASE, make_portable, portable_name
 from opacus_ac.integrations.trained.card import MARK, model_card
+from opacus_ac.integrations.trained.words import number
 from opacus_ac.models.default_model import FOLDER
 
 
@@ -30,7 +32,7 @@ def test_the_card_says_what_is_protected_how_well_and_what_is_not(run):
     report = json.loads((run / "privacy_report.json").read_text())
     assert card.startswith("---\nlibrary_name: peft\n")  # a local base has no name on the hub
     for part in (
-        f"epsilon = {report['epsilon']:.2f} at delta = 0.001",
+        f"epsilon = {number(report['epsilon'])} at delta = 0.001",
         f"| what is protected (data unit) | {report['unit']} |",
         "| records | 60 |",
         "LoRA adapters of rank 8 on ",
@@ -83,6 +85,44 @@ def test_the_default_model_has_a_name_of_its_own(tmp_path, monkeypatch):
     card = model_card({"base_model": DEFAULT_BASE, "adapters": True}, {"epsilon": 8.0, "delta": 1e-5})
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
     assert "4-bit" in card
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "after"),
+    [
+        ("model", "the model is\nbase_model: model\n", "the model is\nbase_model: local:model\n"),
+        ("model", "- base_model:adapter:model\n- lora", "- base_model:adapter:local:model\n- lora"),
+        ("/x/model", "base_model: /x/model\nmade from `/x/model`", "base_model: local:model\nmade from `local:model`"),
+    ],
+)
+def test_the_name_of_the_base_replaces_the_name_and_no_other_word(tmp_path, monkeypatch, base, text, after):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "README.md").write_text(text)
+    make_portable(tmp_path)
+    assert (tmp_path / "README.md").read_text() == after
+
+
+def test_what_an_attacker_can_do_is_on_the_card_and_in_the_report(run, capsys):
+    report = json.loads((run / "privacy_report.json").read_text())
+    said = attack_sentences(report)
+    assert any("of insiders" in sentence for sentence in said)
+    card = (run / "README.md").read_text()
+    assert all(f"* {sentence}" in card for sentence in said)
+    for path in (run, run / "privacy_report.json"):
+        assert cli.main(["report", str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert all(sentence in shown for sentence in said)
+    assert cli.main(["report", str(run / "privacy.ledger"), "--delta", "0.001"]) == 0
+    shown = capsys.readouterr().out
+    assert all(sentence in shown for sentence in said)
+
+
+def test_epsilon_on_the_card_is_never_below_the_report():
+    card = model_card({}, {"epsilon": 7.0011, "delta": 1e-5})
+    assert "epsilon = 7.01 at" in card
+    assert "| epsilon, delta | 7.01, 1e-05 |" in card
 
 
 def test_a_run_without_privacy_has_a_card_that_says_so():

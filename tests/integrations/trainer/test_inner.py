@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_trainer import generator, trainer, weights
+from transformers import TrainingArguments
 
 from opacus_ac import AutoAdam
 from opacus_ac.integrations.finetune.arguments import LEARNING_RATES
@@ -66,6 +67,14 @@ def test_the_rate_is_found(tmp_path):
     assert all("found_learning_rate" in entry for entry in run.state.log_history if "epsilon" in entry)
 
 
+@pytest.mark.parametrize(("given", "hint"), [(5e-5, 1e-3), (2e-4, 2e-4)])
+def test_the_hint_where_nobody_named_a_rate(tmp_path, given, hint):
+    """transformers' default learning rate suits runs without noise, and is far below a good hint."""
+    assert TrainingArguments(output_dir=str(tmp_path)).learning_rate == 5e-5
+    found = inner(trainer(tmp_path, settings={"auto_learning_rate": True}, learning_rate=given))
+    assert {group["lr"] for group in found.param_groups} == {hint}
+
+
 def test_an_average_that_was_asked_for_is_kept(tmp_path):
     run = trainer(tmp_path, settings={"auto_learning_rate": True, "ema_decay": 0.5})
     run.create_optimizer()
@@ -120,6 +129,17 @@ def job(*words):
 def test_the_run_finds_its_rate_unless_one_is_named_or_cannot_be_found(words, auto, rate):
     found = job(*words)
     assert (found.privacy.auto_learning_rate, found.training.learning_rate) == (auto, rate)
+
+
+@pytest.mark.parametrize("words", [["--fused_step"], ["--optim", "adafactor"]])
+def test_what_the_command_line_cannot_combine_is_said_in_its_words(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        job("--full", "--learning_rate", "auto", *words)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert "--learning_rate auto" in message
+    assert f"leave out {words[0]}" in message
+    assert "=" not in message
 
 
 @pytest.mark.parametrize(("words", "planned"), [([], True), (["--adam_beta1", "0.9"], False)])
