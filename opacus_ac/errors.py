@@ -11,6 +11,10 @@ class NotPrivateWarning(UserWarning):
     """Something was asked for that voids the guarantee; epsilon is reported as infinity."""
 
 
+class WeakPrivacyWarning(UserWarning):
+    """The settings promise little, or waste what is promised; said before anything is spent."""
+
+
 class SamplingWarning(UserWarning):
     """A step was taken on a batch that the private loader did not draw, and is charged without amplification."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) 
     from opacus_ac.accounting import ADJACENCY, attack_sentences
 
     attacks = _attacks(values["noise_multiplier"], plan)
-
+    _warn(options, values.get("target_epsilon", values.get("epsilon")))
     facts = {
         **values,
         "delta": options.delta,
@@ -124,6 +125,14 @@ def _stated(options: argparse.Namespace, plan: dict[str, Any], **values: float) 
             print(f"{name.replace('_', ' '):18} {value if isinstance(value, str | int) else format(value, '.6g')}")
         print(*attack_sentences(attacks), sep="\n")
     return OK
+
+
+def _warn(options: argparse.Namespace, epsilon: float | None) -> None:
+    """Print what is wrong with the promise that is asked about."""
+    from opacus_ac.budget.advice import weak_promise
+
+    for line in weak_promise(epsilon, options.delta, options.dataset_size):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _epsilon_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +228,7 @@ def _plan_table(options: argparse.Namespace) -> int:
     for size in options.batch_size:
         if not 0 < size <= options.dataset_size:
             raise ValueError(f"--batch-size {size} must be > 0 and at most --dataset-size {options.dataset_size}")
+    _warn(options, max(options.target_epsilon))
     lengths = {size: _lengths(options, size / options.dataset_size) for size in options.batch_size}
     rows = [
         _plan_row(options, epsilon, size, lengths[size][i])

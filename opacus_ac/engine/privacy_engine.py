@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
 from opacus_ac._validate import positive
+from opacus_ac.budget.advice import drowned, weak_promise
 from opacus_ac.budget.planning import noise_for_target, planned_events
 from opacus_ac.distributed.choose import choose_reducer
 from opacus_ac.distributed.reducers import Reducer
@@ -23,7 +24,7 @@ from opacus_ac.engine.checks import check_layers_of_opacus, check_model_and_opti
 from opacus_ac.engine.options import OPACUS_NAMES, EngineNames, OptionNames, PrivateOptions
 from opacus_ac.engine.parts import Job, choose_sampling, loader_settings, random_streams
 from opacus_ac.engine.ranks import check_start, rank_streams
-from opacus_ac.errors import NotPrivateWarning, SamplingWarning
+from opacus_ac.errors import NotPrivateWarning, PrivacyBudgetExceeded, SamplingWarning, WeakPrivacyWarning
 from opacus_ac.noise.streams import RandomStream, SecretStream
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.optimizer.parameters import inner_optimizer, named_parameters
@@ -210,6 +211,9 @@ class PrivacyEngine(AccountedEngine):
         self._optimizer, self._loader = optimizer, loader
         optimizer.charge, optimizer.look_ahead = self._account.charge, self._account.look_ahead
         optimizer.on_unknown_batch = self._warn_unknown_batch
+        sizes, noise = loader.plan.sizes, optimizer.mechanism.noise_multiplier
+        for line in drowned(noise, sizes.expected(0), sizes.dataset_size):
+            warnings.warn(line, WeakPrivacyWarning, stacklevel=4)
         if not optimizer.policy.is_private:
             warnings.warn(
                 "clip_policy='raw_percentile' reads un-noised gradient norms: no finite epsilon holds, and infinity "
@@ -273,6 +277,8 @@ class PrivacyEngine(AccountedEngine):
             caller="make_private_with_epsilon",
         )
         plan, planned_steps = self._plan_run(chosen, own.get("poisson_sampling", True), data_loader, epochs, steps)
+        for line in weak_promise(target_epsilon, target_delta, plan.sizes.dataset_size):
+            warnings.warn(line, WeakPrivacyWarning, stacklevel=2)
         noise_multiplier = noise_for_target(
             self._account.accountant,
             plan,
@@ -291,7 +297,21 @@ class PrivacyEngine(AccountedEngine):
         if made[1].policy.is_private:
             planned = planned_events(plan, planned_steps, noise_multiplier)
             self._account.start_target(target_epsilon, target_delta, planned)
+            self._warn_if_spent()
         return made
+
+    def _warn_if_spent(self) -> None:
+        """Say so when the target leaves no room for a step."""
+        try:
+            self._account.refresh()
+            self._account.look_ahead(self._next_event())
+        except PrivacyBudgetExceeded as reason:
+            warnings.warn(
+                f"the target is spent already, by earlier steps of this account, so no step can be taken: {reason}. "
+                "Allow a larger target, or train on other records with an engine and a ledger of their own",
+                WeakPrivacyWarning,
+                stacklevel=3,
+            )
 
     def _plan_run(
         self,

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from opacus_ac.accounting import AttackBounds, attack_sentences
+from opacus_ac.budget.advice import weak_promise
 from opacus_ac.budget.charges import privacy_unit
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
@@ -179,8 +180,7 @@ def _warnings(
 ) -> list[str]:
     """Say what a reader of the claim must know."""
     found = [line for part in optimizer.parts.values() if part is not None for line in part.warnings()]
-    if delta >= 1 / records:
-        found.append(f"delta {delta:g} is not below 1/N = {1 / records:g}: it would allow publishing whole records")
+    found += weak_promise(None, delta, records)
     if isinstance(optimizer.original_optimizer, AutoAdam):
         found += optimizer.original_optimizer.warnings()
     found += notes

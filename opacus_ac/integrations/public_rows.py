@@ -146,6 +146,32 @@ def _columns(rows: Iterable[Any]) -> frozenset[str] | None:
     return frozenset(first) if isinstance(first, Mapping) else None
 
 
+def sample_digest(dataset: Any, rows: int = 64) -> bytes | None:
+    """Return a hash of the length of a dataset and of some of its rows, evenly spread.
+
+    Args:
+        dataset: a dataset with a length.
+        rows: how many rows are read.
+
+    Returns:
+        None for data that cannot be read or compared.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return None
+    raw = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    total, size = hashlib.sha256(str(len(dataset)).encode()), len(dataset)
+    with _unmoved():
+        for number in sorted({size * k // rows for k in range(rows)}) if size else ():
+            try:
+                digest = _digest(raw[number], None)
+            except Exception:  # a row that cannot be read fails where it is used
+                return None
+            if digest is None:
+                return None
+            total.update(digest)
+    return total.digest()
+
+
 # ---------------------------------------------------------------- reading datasets
 
 

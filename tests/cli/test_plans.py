@@ -65,6 +65,31 @@ def test_every_kind_of_sampling(capsys, sampling, options, neighbours):
     assert all(sentence in said for sentence in attack_sentences(found))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["epsilon", "--noise-multiplier", "1", "--sample-rate", "0.01", "--steps", "9", "--delta", "0.5"],
+            "delta 0.5 is the share",
+        ),
+        (
+            ["calibrate", "--target-epsilon", "30", "--sample-rate", "0.01", "--steps", "9", "--delta", "1e-5"],
+            "epsilon 30 promises next to nothing",
+        ),
+        (
+            ["plan", "--target-epsilon", "4", "--dataset-size", "100", "--batch-size", "10", "--delta", "0.1"],
+            "Choose 0.001 or less",
+        ),
+        (["plan", "--target-epsilon", "4", "--dataset-size", "100", "--batch-size", "10", "--delta", "1e-4"], ""),
+    ],
+)
+def test_a_weak_promise_is_called_one(capsys, arguments, words):
+    assert cli.main(arguments) == 0
+    warned = capsys.readouterr().err
+    assert words in warned
+    assert ("warning: " in warned) == bool(words)
+
+
 def test_no_noise_is_infinity(capsys):
     assert values(capsys, "epsilon", "--noise-multiplier", "0", *PLAN)["epsilon"] == "infinity"
 

@@ -50,6 +50,7 @@ def _run(job: Job) -> int:
     trainer = build_trainer(job)
     _note_settings(job)
     trainer.local_files = local_files(job.data)
+    trainer.data_files = [Path(str(job.data.train_file))]
     if "tensorboard" in job.training.report_to:
         print(f"watch it: tensorboard --logdir {job.folder} --host 127.0.0.1", file=sys.stderr)
         print("          and its Privacy tab at http://127.0.0.1:6006/#opacus_ac", file=sys.stderr)

@@ -83,6 +83,7 @@ class PrivacyArguments:
     accountant: str = option("vpld", "vpld, vrdp (a privacy filter), or an accountant of Opacus: rdp, prv")
     secure_mode: bool = option(False, "harden the noise against floating-point attacks; slower")
     ledger: str | None = option(None, "path of the privacy ledger that all runs on this dataset share")
+    run_registry: bool = option(True, "remember runs on the same data, to warn where their epsilons add up")
     evaluation_is_public: bool = option(False, "the evaluation data need no protection")
 
     def __post_init__(self) -> None:

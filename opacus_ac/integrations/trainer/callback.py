@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
+from opacus_ac.errors import WeakPrivacyWarning
+from opacus_ac.integrations.run_registry import RunRegistry, warning
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 
@@ -48,6 +51,7 @@ class PrivacyCallback(TrainerCallback):
         self.trainer = trainer
         self._shown = -math.inf
         self._dashboards: list[Any] = []
+        self._registry: RunRegistry | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open a dashboard on each event file of the Trainer.
@@ -61,12 +65,26 @@ class PrivacyCallback(TrainerCallback):
             raise RunComplete
         if args.should_save:
             self.trainer.write_settings(Path(args.output_dir))
+            self._look_for_other_runs(resumed=state.global_step > 0)
         tensorboard = sys.modules.get("torch.utils.tensorboard")
         for callback in self._others(TensorBoardCallback):
             writer = callback.tb_writer
             if tensorboard is not None and isinstance(writer, tensorboard.SummaryWriter):
                 self._dashboards.append(self._dashboard(writer, max(1, int(state.logging_steps))))
                 self.trainer._gate.watch(callback)
+
+    def _look_for_other_runs(self, *, resumed: bool) -> None:
+        """Warn of earlier runs on the same data whose charges the ledger does not count."""
+        trainer = self.trainer
+        if not trainer.privacy.run_registry:
+            return
+        self._registry = RunRegistry(trainer.data_files or [trainer.train_dataset])
+        found = warning(self._registry.others(**self._places(), resumed=resumed), trainer.privacy.ledger)
+        if found is not None:
+            warnings.warn(found, WeakPrivacyWarning, stacklevel=2)
+
+    def _places(self) -> dict[str, str | None]:
+        return {"ledger": self.trainer.privacy.ledger, "folder": self.trainer.args.output_dir}
 
     def _dashboard(self, writer: Any, every: int) -> Any:
         from opacus_ac.tensorboard import PrivacyDashboard, keep_time_out
@@ -82,6 +100,9 @@ class PrivacyCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the noisy loss to the sum that the Trainer logs, and write the release to TensorBoard."""
+        if self._registry is not None:
+            self._registry.note(**self._places())
+            self._registry = None
         released = self.trainer.private_optimizer.released
         self.trainer._gate.add_step(released.loss)
         self.trainer.running_loss.add(released.loss, self.trainer.private_optimizer.statistics.loss_std(released))

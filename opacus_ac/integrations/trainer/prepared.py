@@ -11,8 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from opacus_ac.budget.advice import weak_promise
 from opacus_ac.engine.privacy_engine import PrivacyEngine
 from opacus_ac.engine.report import PrivacyReport
+from opacus_ac.errors import WeakPrivacyWarning
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 from opacus_ac.integrations.trainer.inner import auto_adam, with_planned_momentum
 from opacus_ac.integrations.trainer.ranks import RanksTrainer
@@ -78,6 +80,9 @@ class PreparedTrainer(RanksTrainer):
                 max_rows_per_user=getattr(self.train_dataset, "max_rows_per_user", None),
             )
             if self.privacy.noise_multiplier is not None:
+                records = self.privacy.dataset_size or len(self.train_dataset)
+                for line in weak_promise(None, self.privacy.target_delta, records):
+                    warnings.warn(line, WeakPrivacyWarning, stacklevel=2)
                 made = self.engine.make_private(noise_multiplier=self.privacy.noise_multiplier, **options)
             else:
                 assert self.privacy.target_epsilon is not None

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class PrivateTrainer(SavingTrainer):
     Attributes:
         engine: the :class:`PrivacyEngine` that accounts for the run.
         private_optimizer: the private optimizer; None before the first use of the training data.
+        data_files: files that the training data come from, by which other runs on them are recognised; by default the
+            rows themselves.
         was_complete: whether :meth:`train` found no step left to take.
         public_keys: names that a subclass may log during training because their values are public constants.
 
@@ -101,6 +104,7 @@ class PrivateTrainer(SavingTrainer):
         self.was_complete = False
         self._independent = False
         self.local_files = {}
+        self.data_files: list[Path] = []
         super().__init__(
             args=args,
             privacy=privacy,
