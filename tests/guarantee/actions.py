@@ -125,6 +125,13 @@ class Run:
     adapter_was_in: bool = False  # as the gradients in hand were computed
     fresh: Held | None = None  # what the loader handed out last
 
+    def check_target(self) -> None:
+        """Hold what is stated after a release against the target."""
+        target = self.config["target"]
+        stated = self.engine.get_epsilon(DELTA) if target else 0.0
+        if target and stated > target * (1 + 1e-9):
+            raise Violation("target", f"a step was taken, and epsilon is {stated:.4f} of a target of {target:g}")
+
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of all tensors of the model."""
         return {name: tensor.clone() for name, tensor in self.bare.state_dict().items()}
@@ -215,7 +222,7 @@ class World:
         self, config: dict[str, Any], engine: Any = None, book: Book | None = None, bare: Model | None = None
     ) -> Run:
         if engine is None:
-            engine = PrivacyEngine(ledger=self.ledger)
+            engine = PrivacyEngine(accountant=config["accountant"], ledger=self.ledger)
             book = self.ledger_book if self.ledger else Book()
         assert book is not None
         if bare is None:
@@ -313,6 +320,8 @@ class World:
             raise Violation("crash", repr(error)) from error
         self.outcomes.append(f"{name}:{outcome}")
         self.reference.close()
+        if len(self.reference.releases) > releases:
+            self.run.check_target()
         for run in self.runs:
             run.check_weights(f"in {name}")
 
@@ -512,9 +521,10 @@ class World:
         self._replace(again)
 
     def second(self) -> None:
-        """Make another model private on the same ledger; later actions are about either."""
+        """Make another model private on the same ledger, at times with other batches; later actions are about either."""
         if self.ledger and len(self.runs) < 2:
-            self.runs.append(self._build(self.config))
+            size = 5 - self.config["batch_size"] if len(self.history) % 2 else self.config["batch_size"]
+            self.runs.append(self._build({**self.config, "batch_size": size}))
             self.active = len(self.runs) - 1
 
     def switch(self) -> None:
@@ -577,7 +587,11 @@ def draw_config(rng: random.Random) -> dict[str, Any]:
         "adapter": rng.choice(["trained", "trained", "frozen", "absent"]),
     }  # fmt: skip
     left_out = draw_left_out(copy.deepcopy(rng), config)
-    return {**config, "left_out": left_out, "inner": random.Random(str(rng.getstate())).choice(["sgd", "sgd", "auto"])}
+    others = random.Random(str(rng.getstate()))  # of its own, so that earlier seeds keep their sequences
+    inner = others.choice(["sgd", "sgd", "auto"])
+    filters = config["target"] and schedule == "function"
+    accountant = "vrdp" if filters else others.choice(["vrdp", "vpld"])
+    return {**config, "left_out": left_out, "inner": inner, "accountant": accountant}
 
 
 def draw_left_out(rng: random.Random, config: dict[str, Any]) -> frozenset[int]:

@@ -412,6 +412,16 @@ def _cheaper(original: Any) -> Any:
 fault("a report says less than was spent (A2)", "epsilon", (Account, "bounds", _cheaper))
 
 
+def _figure_alone(original: Any) -> Any:
+    def least_after(self: Any, *args: Any, **kwargs: Any) -> float:
+        return 0.0
+
+    return least_after
+
+
+fault("a target is held by the accountant's figure alone", "target", (Spending, "least_after", _figure_alone))
+
+
 def first_found(
     fault: Fault, sequences: int, examine: Callable[[int, NoiseTally], Any]
 ) -> tuple[int, Violation] | None:

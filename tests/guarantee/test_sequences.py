@@ -8,6 +8,7 @@ import random
 from functools import partial
 
 import pytest
+import test_targets as targets
 import test_transaction as battery
 from actions import ACTIONS, SITES, World, draw_config, draw_sequence, play
 from explore import examine
@@ -25,7 +26,7 @@ PHASES = tuple(Phase) if os.environ.get("OPACUS_AC_SHRINK") else (Phase.generate
 PLAIN = {
     "mode": "bk", "sampling": "poisson", "schedule": "none", "physical": None, "loop": "own", "policy": "percentile",
     "ledger": False, "target": None, "noise": 1.0, "C": 1.0, "batch_size": 3, "reduction": "mean", "lr_control": True,
-    "inner": "sgd", "adapter": "trained", "left_out": frozenset(),
+    "inner": "sgd", "accountant": "vpld", "adapter": "trained", "left_out": frozenset(),
 }  # fmt: skip
 
 
@@ -58,6 +59,9 @@ BATTERY = {
     ),
     "records of a failed step stay in the sums (B5)": partial(
         battery.test_a_retry_of_a_step_that_failed_before_its_release_counts_nobody_twice, "hook", 3, "hooks"
+    ),
+    "a target is held by the accountant's figure alone": partial(
+        targets.test_what_one_engine_spent_before, "vpld", "other noise"
     ),
 }
 """Faults that few random sequences meet (the first are numbers 268, 563 and 667), and the tests of the battery that find them."""
