@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 _LANES = 128  # cipher blocks of a program, one a thread
 _PER_BLOCK = 8  # values from the 512 bits of a cipher block: 64 each, of which 53 are used
+_SMALL = 1 << 18  # values up to which launching the kernel takes longer than to copy them twice
+_TOGETHER = 1 << 22  # most values that are joined, so that the copy stays small beside the model
 _CONSTANTS = np.frombuffer(b"expand 32-byte k", "<u4")
 _TOLERANCE = 1e-13  # of the kernel against numpy, in standard deviations
 
@@ -179,9 +181,14 @@ class DeviceSampler:
     def add(self, targets: Sequence[torch.Tensor], std: float, scale: float) -> None:
         """Set every target ``[n]`` on the device to ``(target + N(0, std^2)) * scale``.
 
-        Targets are contiguous, in float32 or float64.
+        Targets are contiguous, in float32 or float64. Small ones are joined, so that there are fewer launches.
         """
-        self._add(targets, std, scale, self._seed)
+        parts = _joined(targets)
+        whole = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+        self._add(whole, std, scale, self._seed)
+        for part, noised in zip(parts, whole, strict=True):
+            if len(part) > 1:
+                torch._foreach_copy_(part, noised.split([target.numel() for target in part]))
 
     def _add(self, targets: Sequence[torch.Tensor], std: float, scale: float, seed: Words) -> None:
         """Draw from ``seed`` on, and move its counter past what was drawn."""
@@ -214,6 +221,21 @@ class DeviceSampler:
             error = np.abs(target.double().cpu().numpy() - wanted) / np.maximum(np.abs(wanted), 1.0)
             if not error.max() <= tolerance:
                 raise RuntimeError(f"the noise kernel is off by {error.max():.1e} on {self._device} with {dtype}")
+
+
+def _joined(targets: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return the targets in parts for one launch each: a large one by itself, small ones of a type together."""
+    parts, open_parts = [], dict[torch.dtype, list[torch.Tensor]]()
+    for target in targets:
+        if target.numel() > _SMALL:
+            parts.append([target])
+            continue
+        part = open_parts.get(target.dtype)
+        if part is None or sum(map(torch.numel, part)) + target.numel() > _TOGETHER:
+            part = open_parts[target.dtype] = []
+            parts.append(part)
+        part.append(target)
+    return parts
 
 
 def draws(seed: Words, size: int, summed: int = 1) -> Floats:

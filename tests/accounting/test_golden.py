@@ -8,6 +8,8 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
+from opacus_ac.accounting import VariableRateRDPAccountant
+
 ROWS = golden_epsilons.kept()
 ZERO_OUT = dp.NeighboringRelation.REPLACE_SPECIAL
 RECORDS = 10_000
@@ -72,7 +74,8 @@ def computable(row):
 def test_dp_accounting_agrees(row):
     """Never 1 % below its figure for Poisson batches, which is no lower bound itself; above it by what rounding up costs.
 
-    The other kinds have a looser pair there.
+    All errors of the transforms are added to delta, so where delta is as small as these are, at 1e-9, less of it is left. The other
+    kinds have a looser pair there.
     """
     history, delta, epsilon = golden_epsilons.read(row)
     poisson = all(event.sampling in ("poisson", "shuffled") for event, _ in history)
@@ -81,18 +84,22 @@ def test_dp_accounting_agrees(row):
     for event, steps in history:
         accountant.compose(dp_event(event), steps)
     theirs = accountant.get_epsilon(delta)
-    assert epsilon["vpld"] <= (1.2 if poisson else 1.01) * theirs
+    rounding = 1.001 if delta >= 1e-6 else 1.2
+    assert epsilon["vpld"] <= (rounding if poisson else 1.01) * theirs
     if poisson:
         assert epsilon["vpld"] >= 0.99 * theirs
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.5])
 def test_renyi_agrees_with_dp_accounting_at_whole_orders(rate):
-    """Its bound at fractional orders is loose, so the golden one, over more orders, is at or below its own."""
+    """At whole orders both are exact. Its bound at others is loose, so the golden one, over more orders, is at or below."""
     for row in ROWS:
         history, delta, epsilon = golden_epsilons.read(row)
         if len(history) == 1 and history[0][0].sampling == "poisson" and history[0][0].sample_rate == rate:
             (event, steps), accountant = history[0], RdpAccountant(WHOLE_ORDERS)
             if "vrdp" in epsilon and 0 < event.noise_multiplier < math.inf:
                 accountant.compose(dp_event(event), steps)
-                assert epsilon["vrdp"] <= accountant.get_epsilon(delta) * (1 + 1e-9)
+                theirs, ours = accountant.get_epsilon(delta), VariableRateRDPAccountant()
+                ours.step_event(event, steps)
+                assert ours.get_epsilon(delta, alphas=WHOLE_ORDERS) == pytest.approx(theirs, rel=1e-6)
+                assert epsilon["vrdp"] <= theirs * (1 + 1e-9)

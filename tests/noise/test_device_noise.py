@@ -96,6 +96,33 @@ def test_no_block_of_the_key_stream_is_used_twice() -> None:
     assert not np.array_equal(fresh[0][4:], fresh[1][4:])
 
 
+@pytest.mark.parametrize("together", [40, 1 << 22])
+def test_small_tensors_are_noised_together(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """Few launches for many tensors, each value with noise of its own, whatever the sizes and types."""
+    monkeypatch.setattr(device_noise, "_SMALL", 30)
+    monkeypatch.setattr(device_noise, "_TOGETHER", together)
+    one, launched = sampler(), []
+    add = one._add
+
+    def counted(targets: Any, *args: Any) -> None:
+        launched.extend(targets)
+        add(targets, *args)
+
+    monkeypatch.setattr(one, "_add", counted)
+    types = [torch.float32, torch.float64]
+    targets = [torch.full((n,), 5.0, dtype=types[n % 2], device=DEVICE) for n in (3, 31, 7, 4, 1, 8, 40, 30, 0, 12)]
+    kept = [target.clone() for target in targets]
+    one.add(targets, 1e-3, 2.0)
+    values = torch.cat([target.double() for target in targets]).cpu() / 2.0 - 5.0
+    assert bool((values != 0).all())
+    assert float(values.abs().max()) < 9e-3
+    assert (
+        len(set(values[torch.cat([torch.full((len(t),), t.dtype == torch.float64) for t in targets])].tolist())) == 42
+    )
+    assert [t.dtype for t in targets] == [t.dtype for t in kept]
+    assert len(launched) == {40: 6, 1 << 22: 4}[together]
+
+
 @pytest.mark.parametrize("size", [0, 1, 7, 1023, 1025])
 def test_every_value_gets_noise_and_nothing_else_does(size: int) -> None:
     around = torch.zeros(size + 2, device=DEVICE)
