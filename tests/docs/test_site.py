@@ -38,6 +38,7 @@ INTERNAL = {
     "models.loss_entries": "parts of what makes losses per record",
     "models.record_mean": "parts of what makes losses per record",
     "integrations.lightning_released": "parts of Lightning's PrivacyCallback",
+    "integrations.run_registry": "the list of runs that PrivateTrainer keeps",
     "integrations.public_rows": "parts of PrivateTrainer, of the command line and of Lightning's callback",
 }
 
