@@ -101,7 +101,7 @@ def fine_tune(
         What was released per step (C, noisy clip rate, learning-rate multiplier), epsilon at ``DELTA``, and the
         held-out loss at the averaged weights.
     """
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant="vrdp")
     private, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0),

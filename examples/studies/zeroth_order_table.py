@@ -79,7 +79,7 @@ def accuracy(model: nn.Module, task: Task) -> float:
 
 def private(model: nn.Module, inner: torch.optim.Optimizer, task: Task, args: argparse.Namespace, **kwargs: Any) -> Any:
     """Return what ``make_private_with_epsilon`` returns for this task."""
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant="vrdp")
     made = engine.make_private_with_epsilon(
         module=model,
         optimizer=inner,

@@ -9,6 +9,7 @@ from tiny_finetune import STEPS, chat_place, command
 from tiny_models import opacus_table_restored
 
 from opacus_ac import cli
+from opacus_ac.integrations.trained.words import number
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_a_finished_run_in_words(run, capsys):
     report = json.loads((run / "privacy_report.json").read_text())
     assert found == {**report, "state": f"finished: {STEPS} of {STEPS} steps were taken", "target_epsilon": 8.0}
     text = reported(capsys, run)
-    assert f"epsilon = {report['epsilon']:.2f} at delta = 0.001, of a target of 8" in text
+    assert f"epsilon = {number(report['epsilon'])} at delta = 0.001, of a target of 8" in text
     assert "whether one record (a row of the dataset) was in the data" in text
     assert re.search(r"^records +60$", text, re.MULTILINE)
     assert not re.search(r"\d\.\d{6}", text)  # no digits that nobody can use

@@ -57,7 +57,7 @@ def test_a_private_run_stays_in_its_budget_and_saves_its_report(full, place, tmp
     plot_run.draw(out, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "differential privacy by vpld accounting" in printed
+    assert "differential privacy by privacy loss distribution accounting" in printed
     assert "tensorboard --logdir" in printed
 
 

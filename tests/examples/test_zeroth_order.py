@@ -84,7 +84,7 @@ def test_the_example_trains_one_vector_within_its_budget(tmp_path, capsys):
     assert vector.abs().sum() > 0
     printed = capsys.readouterr().out
     assert printed.count("noisy loss") == 3
-    assert "differential privacy by vpld accounting" in printed
+    assert "differential privacy by privacy loss distribution accounting" in printed
 
 
 def test_the_vector_is_the_only_trained_weight_and_moves_the_output():

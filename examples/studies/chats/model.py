@@ -158,7 +158,7 @@ def fine_tune(
     Returns:
         What was released per step, epsilon, and the held-out loss at the averaged weights (NaN without held-out records).
     """
-    engine = PrivacyEngine()
+    engine = PrivacyEngine(accountant="vrdp")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=NotPrivateWarning)
         private, optimizer, loader = engine.make_private(

@@ -76,7 +76,7 @@ def test_stdout_has_the_statement_and_stderr_the_progress(place, tmp_path, capsy
     code = cli.main(command(place, tmp_path / "out", max_steps=2, report_to="none"))
     captured = capsys.readouterr()
     assert code == 0
-    assert "-differential privacy by vpld accounting" in captured.out
+    assert "-differential privacy by privacy loss distribution accounting" in captured.out
     assert "step 2/2  epsilon " in captured.err
     assert "step 2/2" not in captured.out
     assert not (tmp_path / "out" / "runs").exists()
