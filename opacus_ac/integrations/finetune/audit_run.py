@@ -41,8 +41,10 @@ from opacus_ac.audit.result import AuditResult, Finding, check_confidence
 from opacus_ac.integrations.finetune.build import build_trainer
 from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate
 from opacus_ac.integrations.finetune.chat_files import Messages
+from opacus_ac.integrations.finetune.errors import FinetuneError
 from opacus_ac.integrations.finetune.finetune import quiet
-from opacus_ac.integrations.finetune.job import SETTINGS, FinetuneError, Job, parse
+from opacus_ac.integrations.finetune.job import Job, parse
+from opacus_ac.integrations.finetune.output import SETTINGS
 from opacus_ac.integrations.trainer.saving import PRIVACY_REPORT
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 from opacus_ac.loss import per_record_causal_lm_loss

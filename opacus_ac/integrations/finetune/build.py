@@ -11,10 +11,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from opacus_ac.integrations.finetune.arguments import DataArguments
 from opacus_ac.integrations.finetune.callbacks import StepLines
-from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate, encode, read_dialogues
+from opacus_ac.integrations.finetune.chat_data import TEXT, ChatDataset, PadCollate, encode
 from opacus_ac.integrations.finetune.chat_files import Messages
-from opacus_ac.integrations.finetune.chat_users import UserCollate, UserDataset, read_users
-from opacus_ac.integrations.finetune.job import FinetuneError, Job, failing_with
+from opacus_ac.integrations.finetune.chat_users import UserCollate, UserDataset
+from opacus_ac.integrations.finetune.errors import FinetuneError, failing_with
+from opacus_ac.integrations.finetune.job import Job
+from opacus_ac.integrations.finetune.rows import read_rows
 from opacus_ac.integrations.public_rows import PrivateRows, same_file
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 from opacus_ac.models.default_model import ModelUnavailableError
@@ -40,7 +42,7 @@ def build_trainer(job: Job, planting: Planting | None = None) -> PrivateTrainer:
     _check_one_process(job)
     private, public = _read(job)
     torch.manual_seed(job.training.seed)
-    model, tokenizer = _load_model(job)
+    model, tokenizer = _load_model(job, has_dialogues=_has_dialogues(private))
     if planting is not None:
         private = _with_planted(private, planting(tokenizer, private))
     _check_batch_size(job, len(private))
@@ -75,16 +77,11 @@ def _check_one_process(job: Job) -> None:
 
 def _read(job: Job) -> tuple[Any, Any]:
     """Return the private dialogues (of each user, with ``group_by``) and the public dialogues (or None)."""
-    data = job.data
-    with failing_with(3, ValueError, OSError, ImportError):
-        if data.group_by is None:
-            private: Any = read_dialogues(str(data.train_file))
-        else:
-            private = read_users(str(data.train_file), data.group_by)
-        public = read_dialogues(data.validation_file) if data.validation_file else None
-        if public is not None and job.privacy.evaluation_is_public:  # otherwise the Trainer refuses them
-            _check_public(data, private, public)
-    return private, public
+    rows, job.rows = job.rows or read_rows(job.data), None
+    if rows.public is not None and job.privacy.evaluation_is_public:  # otherwise the Trainer refuses them
+        with failing_with(3, ValueError):
+            _check_public(job.data, rows.private, rows.public)
+    return rows.private, rows.public
 
 
 def _with_planted(private: Any, planted: Sequence[Messages]) -> Any:
@@ -94,14 +91,21 @@ def _with_planted(private: Any, planted: Sequence[Messages]) -> Any:
     return [*private, *planted]
 
 
-def _load_model(job: Job) -> tuple[Any, Any]:
-    """Return the model and its tokenizer, which must have a chat template."""
+def _has_dialogues(private: Any) -> bool:
+    """Say whether a row is a dialogue, and not a text."""
+    users = private.values() if isinstance(private, dict) else [private]
+    return any(dialogue[0]["role"] != TEXT for rows in users for dialogue in rows)
+
+
+def _load_model(job: Job, *, has_dialogues: bool) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, which must have a chat template for dialogues."""
     chosen = job.model
     with failing_with(5, ModelUnavailableError, ValueError, ImportError):
         model, tokenizer = load_trainable(
             chosen.model_name_or_path, full=chosen.full, rank=chosen.lora_r, layers=chosen.lora_layers
         )
-        encode(_GREETING, tokenizer, job.data.max_length)
+        if has_dialogues:
+            encode(_GREETING, tokenizer, job.data.max_length)
     return model, tokenizer
 
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from opacus_ac.integrations.finetune.chat_files import ROLES, Messages, private_cache_dir, read_dialogues, read_jsonl
+from opacus_ac.integrations.finetune.chat_files import private_cache_dir, read_dialogues, read_jsonl
+from opacus_ac.integrations.finetune.chat_forms import ROLES, TEXT, Messages
 
 __all__ = [
-    "IGNORE", "ROLES", "ChatDataset", "Messages", "PadCollate", "Row", "collate", "encode", "inserted_length",
+    "IGNORE", "ROLES", "TEXT", "ChatDataset", "Messages", "PadCollate", "Row", "collate", "encode", "inserted_length",
     "private_cache_dir", "prompt_ids", "read_dialogues", "read_jsonl",
 ]  # fmt: skip
 
@@ -38,7 +39,8 @@ def encode(messages: Messages, tokenizer: Any, max_length: int) -> Row:
     """Tokenise one dialogue with the chat template, with labels on the replies only.
 
     The default system prompt that some templates insert is left out. Tokens after the last reply are cut off, and then
-    the row is cut at ``max_length``.
+    the row is cut at ``max_length``. A text (one message of role ``text``) is tokenised as it is, and ends with the end
+    token; every token but the first is a label.
 
     Args:
         messages: the dialogue.
@@ -53,6 +55,8 @@ def encode(messages: Messages, tokenizer: Any, max_length: int) -> Row:
     """
     if max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")
+    if messages[0]["role"] == TEXT:
+        return _encode_text(messages[0]["content"], tokenizer, max_length)
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
     by_mask = "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template
@@ -63,6 +67,16 @@ def encode(messages: Messages, tokenizer: Any, max_length: int) -> Row:
     input_ids = torch.tensor(ids[skip:end], dtype=torch.long)
     mask = torch.tensor(is_reply[skip:end], dtype=torch.bool)
     return {"input_ids": input_ids, "labels": input_ids.masked_fill(~mask, IGNORE)}
+
+
+def _encode_text(text: str, tokenizer: Any, max_length: int) -> Row:
+    ids = list(tokenizer(text)["input_ids"])
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    input_ids = torch.tensor(ids[:max_length], dtype=torch.long)
+    labels = input_ids.clone()
+    labels[:1] = IGNORE  # nothing stands before it that could predict it
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def _ids(messages: Messages, tokenizer: Any, prompt: bool = False) -> list[int]:

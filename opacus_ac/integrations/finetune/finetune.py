@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 import opacus_ac
 from opacus_ac.accounting import plan_epsilon
 from opacus_ac.integrations.finetune.build import build_trainer
 from opacus_ac.integrations.finetune.callbacks import Interruption
-from opacus_ac.integrations.finetune.job import LEDGER, SETTINGS, FinetuneError, Job, failing_with
+from opacus_ac.integrations.finetune.changes import changed_options, noted_words
+from opacus_ac.integrations.finetune.errors import BAD_DATA, BAD_MODEL, BAD_OPTION, FinetuneError, failing_with
+from opacus_ac.integrations.finetune.job import Job
 from opacus_ac.integrations.finetune.outcome import Look, compared, local_files, look, next_commands
+from opacus_ac.integrations.finetune.output import LAST, SETTINGS, resume_from
+from opacus_ac.integrations.trainer.checkpoint import damage
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 
 
@@ -46,19 +49,20 @@ def run(job: Job, *, dry_run: bool = False) -> int:
 
 
 def _run(job: Job) -> int:
-    checkpoint = _check_output(job)
+    checkpoint, words = _checkpoint(job), noted_words(job.folder)
     trainer = build_trainer(job)
-    _note_settings(job)
+    if checkpoint is None or words is None:
+        _note_settings(job)
     trainer.local_files = local_files(job.data)
     trainer.data_files = [Path(str(job.data.train_file))]
     if "tensorboard" in job.training.report_to:
         print(f"watch it: tensorboard --logdir {job.folder} --host 127.0.0.1", file=sys.stderr)
         print("          and its Privacy tab at http://127.0.0.1:6006/#opacus_ac", file=sys.stderr)
-    with failing_with(5, ValueError):
+    with failing_with(BAD_MODEL, ValueError):
         before = look(trainer, logged=False)
     interruption = Interruption()
     trainer.add_callback(interruption)
-    with failing_with(5, ValueError), interruption.listening():
+    with failing_with(BAD_MODEL, ValueError), _naming_changes(job, words), interruption.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_complete:
         print(trainer.privacy_report())
@@ -69,6 +73,18 @@ def _run(job: Job) -> int:
     where = job.folder / f"checkpoint-{step}"
     print(f"interrupted after step {step}; go on with --resume_from_checkpoint {where}", file=sys.stderr)
     return 128 + interruption.signal
+
+
+@contextmanager
+def _naming_changes(job: Job, words: list[str] | None) -> Iterator[None]:
+    """Return a context that says in options which settings of a resumed run are others than those it began with."""
+    try:
+        yield
+    except ValueError as error:
+        changed = changed_options(words, job.arguments) if "was written with" in str(error) else ""
+        if not changed:
+            raise
+        raise FinetuneError(changed, BAD_OPTION) from error
 
 
 def _note_settings(job: Job) -> None:
@@ -102,24 +118,33 @@ def _finish(trainer: PrivateTrainer, job: Job, before: Look) -> int:
     return 4 if taken < planned and charged < planned else 0
 
 
-def _check_output(job: Job) -> str | None:
-    """Return the checkpoint to resume from, or None. Refuse a folder with another run in it."""
-    folder = job.folder
+def _checkpoint(job: Job) -> str | None:
+    """Return the checkpoint to resume from, or None. Refuse a folder with another run in it.
+
+    Raises:
+        FinetuneError: If there is none that is whole.
+    """
     wanted = job.training.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if wanted is None:
-        if last is not None or (folder / LEDGER).exists():
-            raise FinetuneError(
-                f"{folder} holds a run already: go on with --resume_from_checkpoint last, or choose another "
-                "--output_dir",
-                2,
-            )
+    found = resume_from(job.folder, wanted)
+    if not found:
+        if wanted is not None:
+            print(f"note: {job.folder} has no checkpoint, nothing to resume: starting afresh", file=sys.stderr)
         return None
-    if wanted == "last" and not Path(wanted).is_dir():
-        return last  # None if the run died before its first checkpoint: it starts anew, and its charges stay
-    if not Path(wanted).is_dir():
-        raise FinetuneError(f"--resume_from_checkpoint {wanted}: there is no such folder", 2)
-    return str(wanted)
+    reasons: list[str] = []
+    for folder in found:
+        reason = damage(folder)
+        if reason is None:
+            if reasons:
+                print(f"note: {reasons[0]}: going on from {folder}, the one before", file=sys.stderr)
+            return str(folder)
+        reasons.append(reason)
+    hint = (
+        "no checkpoint there is whole: begin anew in another --output_dir, with --ledger "
+        f"{job.privacy.ledger}, which knows what was spent"
+        if wanted == LAST
+        else "resume from the one before, which --resume_from_checkpoint last finds"
+    )
+    raise FinetuneError(f"{reasons[0]}: {hint}", BAD_DATA)
 
 
 def describe(trainer: PrivateTrainer) -> str:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from opacus_ac.budget.ledger import LedgerError
-from opacus_ac.errors import PrivacyBudgetExceeded
 from opacus_ac.integrations.finetune.arguments import (
     AUTO,
     LEARNING_RATES,
@@ -25,37 +20,13 @@ from opacus_ac.integrations.finetune.arguments import (
     DataArguments,
     ModelArguments,
 )
+from opacus_ac.integrations.finetune.errors import failing_with
+from opacus_ac.integrations.finetune.rows import Rows
+from opacus_ac.integrations.finetune.words import learning_rate, words_of_config
+from opacus_ac.integrations.trained.folder import LEDGER
 from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, PrivacyArguments
 
-LEDGER = "privacy.ledger"
-SETTINGS = "_run_arguments.json"
-"""What a run was asked for, in its output folder: ``opacus-ac audit --run`` does it again."""
 _TYPES: tuple[Any, ...] = (DataArguments, ModelArguments, PrivacyArguments, TrainingArguments)
-
-
-class FinetuneError(Exception):
-    """A failure with a message for the user.
-
-    Attributes:
-        exit_code: exit code of the process, one of :data:`EXIT_CODES`.
-    """
-
-    def __init__(self, message: object, exit_code: int) -> None:
-        super().__init__(str(message))
-        self.exit_code = exit_code
-
-
-@contextmanager
-def failing_with(exit_code: int, *kinds: type[BaseException]) -> Iterator[None]:
-    """Return a context that turns exceptions of some kinds into a :class:`FinetuneError`."""
-    try:
-        yield
-    except PrivacyBudgetExceeded as error:
-        raise FinetuneError(error, 4) from error
-    except LedgerError as error:
-        raise FinetuneError(error, 3) from error
-    except kinds as error:
-        raise FinetuneError(error, exit_code) from error
 
 
 @dataclass
@@ -69,6 +40,8 @@ class Job:
     """``TrainingArguments``."""
     arguments: list[str] = dataclasses.field(default_factory=list)
     """The options that were given, in the file and on the command line, as words of a command line."""
+    rows: Rows | None = None
+    """The rows of the files, where they were read before; whoever uses them takes them out of here."""
 
     @property
     def folder(self) -> Path:
@@ -82,18 +55,8 @@ def full_parser(prog: str, usage: str) -> HfArgumentParser:
     parser.set_defaults(**TRAINING_DEFAULTS, learning_rate=None, adam_beta1=None, save_steps=None, accountant="vpld")
     for action in parser._actions:
         if action.dest == "learning_rate":
-            action.type = _rate
+            action.type = learning_rate
     return parser
-
-
-def _rate(text: str) -> float | str:
-    """Return the learning rate that a word of the command line stands for."""
-    if text == AUTO:
-        return AUTO
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number or {AUTO!r}, got {text!r}") from None
 
 
 def _choose_momentum_and_rate(values: dict[str, Any], parser: argparse.ArgumentParser) -> None:
@@ -126,7 +89,7 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
         FinetuneError: If settings contradict each other, or the configuration file cannot be read.
     """
     parser = full_parser(prog, usage)
-    words = [*_of_config(config, parser), *arguments]
+    words = [*words_of_config(config), *arguments]
     values = vars(parser.parse_args(words))
     for name in ("train_file", "output_dir"):
         if values[name] is None:
@@ -145,42 +108,3 @@ def parse(arguments: Sequence[str], config: str | None, *, prog: str, usage: str
     job = Job(*made)
     job.arguments = words
     return job
-
-
-def _of_config(path: str | None, parser: argparse.ArgumentParser) -> list[str]:
-    """Return the options in a YAML file as arguments."""
-    if path is None:
-        return []
-    with failing_with(2, OSError):
-        content = Path(path).read_bytes()
-    try:
-        found = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise FinetuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}", 2) from error
-    if not isinstance(found, dict):
-        raise FinetuneError(f"{path} is not a mapping of options, such as: target_epsilon: 8", 2)
-    known = {action.dest for action in parser._actions}
-    arguments = []
-    for name, value in found.items():
-        if str(name).replace("-", "_") not in known:
-            raise FinetuneError(f"{path}: there is no option {name!r}", 2)
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            shown = [json.dumps(v) if isinstance(v, dict | bool) else str(v) for v in values]
-            for text in shown:
-                _refuse_option(path, name, text)
-            arguments += [f"--{name}", *shown]
-    return arguments
-
-
-def _refuse_option(path: str, name: str, text: str) -> None:
-    """Refuse a value that the parser would read as an option: a value must not change another setting."""
-    try:
-        float(text)  # a negative number
-    except ValueError:
-        if text.startswith("-"):
-            raise FinetuneError(
-                f"{path}: the value {text!r} of {name} starts with '-' and would be read as an option: write options "
-                "as names of their own, such as: target_epsilon: 8",
-                2,
-            ) from None

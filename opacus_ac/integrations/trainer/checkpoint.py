@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from opacus_ac.checkpoint.file import DIGEST
+import torch
+
+from opacus_ac.checkpoint.file import DIGEST, check_digest
 from opacus_ac.checkpoint.one_process import SETTINGS
 from opacus_ac.engine.privacy_engine import PrivacyEngine
 from opacus_ac.integrations.trained.card import SECOND_CARD
@@ -87,15 +89,38 @@ def _verified(engine: PrivacyEngine, folder: Path, settings: Mapping[str, Any]) 
     """Return the privacy state of the folder as this rank reads it, after a check of all files."""
     state = _read(engine, folder)
     _check_settings(state[SETTINGS] or {}, settings)
-    found, written = _digests(folder), state["files"]
+    wrong = _wrong_files(folder, state["files"])
+    if wrong is not None:
+        raise ValueError(wrong)
+    return state
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is missing, new or changed in a checkpoint; None for a whole one.
+
+    No setting and no ledger is looked at. A run that is killed while it writes a checkpoint, or whose disk is full
+    then, leaves one that is not whole.
+    """
+    path = folder / PRIVACY_STATE
+    if not path.is_file():
+        return f"{folder} is no whole checkpoint: {PRIVACY_STATE}, which is written last, is missing"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_digest(state)
+        return _wrong_files(folder, state["files"])
+    except Exception as error:  # whatever a damaged file makes its readers raise
+        return f"{path} is damaged ({' '.join(str(error).split())[:120]})"
+
+
+def _wrong_files(folder: Path, written: Mapping[str, Any]) -> str | None:
+    """Return a sentence about the files that are not as ``written`` says; None where all are."""
+    found = _digests(folder)
     known = written.keys() | {name for name in found if Path(name).suffix not in _INERT}
     wrong = sorted(name for name in known if found.get(name) != written.get(name))
-    if wrong:
-        raise ValueError(
-            f"{folder / wrong[0]} is missing, new or changed since the checkpoint was written"
-            + (f" ({len(wrong)} files in all)" if len(wrong) > 1 else "")
-        )
-    return state
+    if not wrong:
+        return None
+    more = f" ({len(wrong)} files in all)" if len(wrong) > 1 else ""
+    return f"{folder / wrong[0]} is missing, new or changed since the checkpoint was written{more}"
 
 
 def load(engine: PrivacyEngine, folder: Path) -> None:
