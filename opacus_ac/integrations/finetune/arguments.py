@@ -39,7 +39,7 @@ class DataArguments:
 
     train_file: str | None = option(
         None,
-        'PRIVATE dialogues or texts, .jsonl, .json, .csv, .parquet or .txt: "messages", "prompt" and "response", ..., per row',
+        "PRIVATE dialogues or texts, .jsonl, .json, .csv, .parquet or .txt, in a form of docs/command-line.md",
     )
     validation_file: str | None = option(None, "PUBLIC dialogues to evaluate on, together with --evaluation_is_public")
     max_length: int = option(256, "tokens per dialogue, a public number; longer ones are cut")

@@ -89,7 +89,7 @@ def notes(facts: FileFacts, *, on_terminal: bool) -> list[str]:
         found.append(f"{facts.tools} turns and calls of tools are left out")
     if facts.duplicates:
         found.append(
-            f"{facts.duplicates} rows repeat an earlier row exactly: each is a record, and what k rows say is protected "
+            f"{facts.duplicates} rows repeat an earlier row exactly. Each is a record; what k rows say is protected "
             "k times less. Take them out, or protect people with --group_by"
         )
     if facts.huge:
