@@ -164,7 +164,7 @@ def test_read_jsonl(tmp_path):
     [
         ("{broken", "not valid JSON"),
         ("[1]", "not a JSON object"),
-        ('{"text": "hi"}', '"messages" is missing'),
+        ('{"note": "hi"}', '"messages" is missing'),
         ('{"messages": []}', "must be a list that is not empty"),
         ('{"messages": "hi"}', "must be a list that is not empty"),
         ('{"messages": ["hi"]}', "message 1 is not an object"),

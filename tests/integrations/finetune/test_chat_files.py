@@ -1,15 +1,12 @@
 """Local files of dialogues: the three kinds, errors by line, and no copy of private rows on disk."""
 
-import csv
-import json
 import os
 import subprocess
 import sys
 
-import pyarrow
 import pytest
+from chat_rows import write
 from checkout import ROOT
-from pyarrow import parquet
 
 from opacus_ac.integrations.finetune import chat_files
 
@@ -18,23 +15,10 @@ TWO = [*CHAT, {"role": "user", "content": "Thanks"}, {"role": "assistant", "cont
 PAIR = {"prompt": "How?", "response": "So."}
 AS_MESSAGES = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
 
-
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, rows[0])
-            writer.writeheader()
-            writer.writerows(
-                {k: v if isinstance(v, str | None) else json.dumps(v) for k, v in row.items()} for row in rows
-            )
-    return path
+KINDS = [".csv", ".json", ".jsonl", ".parquet"]
 
 
-@pytest.mark.parametrize("suffix", sorted(chat_files._READERS))
+@pytest.mark.parametrize("suffix", KINDS)
 @pytest.mark.parametrize(
     ("rows", "wanted"),
     [
@@ -46,11 +30,11 @@ def test_each_kind_of_file(suffix, rows, wanted, tmp_path):
     assert chat_files.read_dialogues(write(tmp_path / f"mails{suffix}", rows)) == wanted
 
 
-@pytest.mark.parametrize("suffix", sorted(chat_files._READERS))
+@pytest.mark.parametrize("suffix", KINDS)
 def test_a_bad_row_is_named_by_file_and_line(suffix, tmp_path):
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}]
-    # JSON lines with a blank one between; in CSV each row ends on the line on which it starts; Parquet counts rows.
-    line = {".jsonl": 3, ".csv": 3, ".parquet": 2}[suffix]
+    # JSON lines with a blank one between; in CSV each row ends on the line on which it starts; Parquet and arrays count rows.
+    line = {".jsonl": 3, ".csv": 3, ".parquet": 2, ".json": 2}[suffix]
     path = write(tmp_path / f"mails{suffix}", rows)
     with pytest.raises(ValueError, match="last message must be a reply") as caught:
         chat_files.read_dialogues(path)
@@ -60,12 +44,12 @@ def test_a_bad_row_is_named_by_file_and_line(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"hi", "a.txt: no known kind of file: give .csv, .jsonl, .parquet"),
+        ("a.zip", b"hi", "a.zip: no known kind of file: give .csv, .json, .jsonl, .parquet, .txt"),
         ("a.jsonl", b"\n\n", "a.jsonl: no dialogues in this file"),
         ("a.jsonl", b'\n{"messages": "\xff"}', "a.jsonl:2: not UTF-8: invalid start byte at byte 15"),
         ("a.csv", b"", "a.csv: no dialogues in this file"),
         ("a.csv", b"prompt,response\n", "a.csv: no dialogues in this file"),
-        ("a.csv", b"text\nhi\n", 'a.csv:2: "messages" is missing'),
+        ("a.csv", b"note\nhi\n", 'a.csv:2: "messages" is missing'),
         ("a.csv", b"prompt,response\na,b\nc\n", "a.csv:3: this row has another number of fields"),
         ("a.csv", b"prompt,response\na,b\nc,d,e\n", "a.csv:3: this row has another number of fields"),
         ("a.csv", b'prompt,response\n"a\nb",c\nd,\n"e', "a.csv:5: not valid CSV in UTF-8: unexpected end"),
@@ -89,18 +73,18 @@ def test_a_null_in_parquet_is_named(tmp_path):
 
 def test_reading_leaves_no_copy_and_loads_no_torch(tmp_path):
     """In a process of its own whose home and cache are watched: only the file itself is there afterwards."""
-    for suffix in chat_files._READERS:
+    for suffix in KINDS:
         write(tmp_path / f"mails{suffix}", [PAIR])
     code = """
 import sys
 from opacus_ac.integrations.finetune.chat_files import read_dialogues
-for suffix in ("jsonl", "csv", "parquet"):
+for suffix in ("jsonl", "json", "csv", "parquet"):
     assert read_dialogues(f"mails.{suffix}")[0][1]["content"] == "So."
 assert not {"torch", "datasets", "opacus"} & set(sys.modules)
 """
     home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, **home})
-    assert {p.name for p in tmp_path.rglob("*")} == {f"mails{suffix}" for suffix in chat_files._READERS}
+    assert {p.name for p in tmp_path.rglob("*")} == {f"mails{suffix}" for suffix in KINDS}
 
 
 def test_the_datasets_library_needs_a_cache_of_its_own(tmp_path):

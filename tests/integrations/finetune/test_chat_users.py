@@ -1,12 +1,9 @@
 """Dialogues of users: who is in a file, which rows are kept, and batches that fill up."""
 
-import csv
-import json
 
-import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
+from chat_rows import write
 from tiny_chat import byte_tokenizer, chat_model
 from torch.utils.data import DataLoader
 
@@ -20,24 +17,11 @@ def talk(text, reply="Yes."):
     return [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
-def write(path, rows):
-    if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    elif path.suffix == ".parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
 def row(user, text):
     return {"user_id": user, "prompt": text, "response": "Yes."}
 
 
-@pytest.mark.parametrize("suffix", sorted(chat_files._READERS))
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 @pytest.mark.parametrize("names", [("ann", "bob"), (7, 0)])
 def test_users_of_each_kind_of_file(suffix, names, tmp_path):
     ann, bob = names
@@ -63,7 +47,9 @@ def test_a_number_and_its_digits_are_one_user(tmp_path):
         ("m.jsonl", '{"user_id": ["a"], "prompt": "a", "response": "b"}', '{path}:1: "user_id" must be'),
         ("m.jsonl", '{"user_id": "ann"}', '{path}:1: "messages" is missing'),
         ("m.csv", "user_id,prompt,response\nann,a,b\n,c,d\n", '{path}:3: "user_id" is missing'),
-        ("m.txt", "", "{path}: no known kind of file"),
+        ("m.txt", "a", '{path}:1: "user_id" is missing. The row has "text"'),
+        ("m.csv", "userid,prompt,response\nann,a,b\n", '{path}:2: "user_id" is missing: did you mean "userid"?'),
+        ("m.zip", "", "{path}: no known kind of file"),
     ],
 )  # fmt: skip
 def test_a_row_of_nobody_is_named_by_file_and_line(name, content, words, tmp_path):

@@ -204,6 +204,12 @@ def bad_file(place):
     return path
 
 
+def zipped(place):
+    path = place / "chats.zip"
+    path.write_bytes(b"PK")
+    return path
+
+
 def plain_model(place):
     """A model whose tokenizer has no chat template."""
     path = save_chat_model(place / "plain")
@@ -222,22 +228,22 @@ def foreign_ledger(place):
 REFUSED = {
     "no file": ({"train_file": None}, 2, "--train_file is missing"),
     "no budget": ({"target_epsilon": None}, 2, "give --target_epsilon"),
-    "both": ({"noise_multiplier": 1}, 2, "either target_epsilon or noise_multiplier"),
+    "both": ({"noise_multiplier": 1}, 2, "either --target_epsilon or --noise_multiplier"),
     "not a number": ({"max_length": "long"}, 2, "--max_length"),
     "unknown option": ({"target_eps": 3}, 2, "--target_eps"),
     "rank": ({"lora_r": 0}, 2, "lora_r must be at least 1"),
     "no such checkpoint": ({"resume_from_checkpoint": "nowhere"}, 2, "no such folder"),
     "no such file": ({"train_file": "nowhere.jsonl"}, 3, "nowhere.jsonl"),
     "bad row": ({"train_file": bad_file}, 3, "bad.jsonl:2: "),
-    "other kind of file": ({"train_file": "chats.txt"}, 3, "no known kind of file"),
-    "too short": ({"max_length": 3}, 3, "max_length=3"),
+    "other kind of file": ({"train_file": zipped}, 3, "no known kind of file"),
+    "too short": ({"max_length": 3}, 3, "--max_length 3"),
     "foreign ledger": ({"ledger": foreign_ledger}, 3, "7"),
     "no such model": ({"model_name_or_path": "./nowhere"}, 5, "cannot load the model './nowhere'"),
     "no template": ({"model_name_or_path": plain_model}, 5, "no chat template"),
-    "private evaluation": ({"validation_file": "chats"}, 5, "evaluation_is_public"),
-    "a setting": ({"neftune_noise_alpha": 5.0}, 5, "neftune_noise_alpha"),
+    "private evaluation": ({"validation_file": "chats"}, 2, "say --evaluation_is_public"),
+    "a setting": ({"neftune_noise_alpha": 5.0}, 5, "--neftune_noise_alpha 5.0: its noise"),
     "few records": ({"gradient_accumulation_steps": 30}, 2, "a step expects 120 records"),
-    "mode": ({"clipping": "sideways"}, 5, "clipping='sideways' is not available"),
+    "mode": ({"clipping": "sideways"}, 5, "--clipping sideways is not available"),
 }
 
 
