@@ -62,8 +62,8 @@ def changed_budget(before: Sequence[str] | None, now: Sequence[str]) -> str:
 
 def _change(name: str, old: Any, new: Any) -> str:
     if old is None:
-        return f"no --{name}, and not {_shown(new)}"
-    return f"--{name} {_shown(old)}, and not {'without it' if new is None else _shown(new)}"
+        return f"--{name} left out, and not {_shown(new)}"
+    return f"--{name} {_shown(old)}, and not {'left out' if new is None else _shown(new)}"
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Dialogues of users: who is in a file, which rows are kept, and batches that fill up."""
 
-
 import pytest
 import torch
 from chat_rows import write
