@@ -16,13 +16,10 @@ BAD_OPTION, BAD_DATA, NO_BUDGET, BAD_MODEL, OUTSIDE = 2, 3, 4, 5, 6
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL_WORDS = (
-    "no space left",
-    "storagefull",
-    "file too large",
-    "filetoolarge",
-    "quota exceeded",
-    "failed writing file",
-)
+    "no space left", "storagefull", "file too large", "filetoolarge", "quota exceeded",
+    "failed writing file", "iostream error", "unexpected pos",
+)  # fmt: skip
+"""Words for a file that could not be written to its end; in those of the second line torch has lost the reason."""
 _NETWORK = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
 
