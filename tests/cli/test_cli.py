@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -137,3 +138,36 @@ def test_a_command_is_a_row(monkeypatch):
     row = cli.Command("twice", "doubles a number", arguments, lambda options: 2 * options.number)
     monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, row))
     assert cli.main(["twice", "--number", "21"]) == 42
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["report", "out", "--dleta", "3"], "error: there is no option --dleta 3: did you mean --delta?"),
+        (["explain", "model", "--mod=bk"], "error: there is no option --mod=bk: did you mean --mode?"),
+        (["explain", "model", "--xyzzy"], "error: there is no option --xyzzy\n"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_nearest_one(words, error, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == cli.BAD_USAGE
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("./nowhere", "there is no such folder"), ("some/model", "HF_HUB_OFFLINE is set"), ("", "no config.json")],
+)
+def test_explain_looks_for_the_folder_before_it_imports_anything(model, words, tmp_path):
+    code = (
+        "import sys\nfrom opacus_ac.cli import main\ncode = main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\nsys.exit(code)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, "explain", model or str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == cli.BAD_USAGE
+    assert done.stderr.startswith("opacus-ac explain: error: cannot load the model ")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1

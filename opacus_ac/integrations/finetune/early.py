@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from opacus_ac.integrations.finetune.rows import Rows, read_rows
 from opacus_ac.integrations.finetune.spelling import OWN_TYPES
 from opacus_ac.integrations.finetune.words import given_values, words_of_config
 from opacus_ac.integrations.trained.folder import LEDGER
-from opacus_ac.models.default_model import check_model_folder
+from opacus_ac.models.default_model import check_model_folder, is_offline
 
 _REPORTERS: dict[str, tuple[str, ...]] = {
     "azure_ml": ("azureml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",), "comet_ml": ("comet_ml",),
@@ -36,6 +35,7 @@ _REPORTERS: dict[str, tuple[str, ...]] = {
 """Packages of which one is needed for each value of ``--report_to``."""
 _PACKAGES = {"comet_ml": "comet-ml", "flyte": "flytekit", "azure_ml": "azureml-sdk"}
 
+_OR_DEFAULT = ", or leave --model_name_or_path out for the default model"
 _STEPS = "max_steps"
 _RANGES: dict[str, Callable[..., object]] = {
     "noise_multiplier": not_negative,
@@ -165,16 +165,11 @@ def _is_installed(name: str) -> bool:
 
 def _check_hub(values: Mapping[str, Any]) -> None:
     """Refuse a push from a machine that is told to stay off the hub."""
-    if values.get("push_to_hub") and _is_offline():
+    if values.get("push_to_hub") and is_offline():
         raise FinetuneError(
             "--push_to_hub needs the hub, and HF_HUB_OFFLINE is set: leave it out, and push later with hf upload",
             BAD_OPTION,
         )
-
-
-def _is_offline() -> bool:
-    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
 
 
 # ---------------------------------------------------------------- folders
@@ -214,9 +209,9 @@ def check_model(name: str | None) -> None:
     Raises:
         FinetuneError: If it cannot be loaded.
     """
-    reason = check_model_folder(name, offline=_is_offline())
+    reason = check_model_folder(name, offline=is_offline())
     if reason is not None:
-        raise FinetuneError(f"cannot load the model {name!r}: {reason}", BAD_MODEL)
+        raise FinetuneError(f"cannot load the model {name!r}: {reason}{_OR_DEFAULT}", BAD_MODEL)
 
 
 # ---------------------------------------------------------------- data

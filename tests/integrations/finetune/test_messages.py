@@ -184,11 +184,11 @@ def test_a_full_disk_is_one_line_and_exit_code_6_and_the_run_goes_on_afterwards(
 
 
 def test_a_hub_out_of_reach_is_one_line_and_exit_code_6(place, tmp_path, capsys, monkeypatch):
-    def create_repo(*args, **kwargs):
+    def init_hf_repo(*args, **kwargs):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("transformers.trainer.create_repo", create_repo)
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", init_hf_repo)
     assert cli.main(command(place, tmp_path / "out", **OPTIONS, push_to_hub=True)) == 6
     assert "error: the hub did not answer (no route to the hub)" in capsys.readouterr().err
 
