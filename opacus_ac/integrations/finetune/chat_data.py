@@ -51,7 +51,7 @@ def encode(messages: Messages, tokenizer: Any, max_length: int) -> Row:
         ``input_ids`` and ``labels``, ``[T]`` each.
 
     Raises:
-        ValueError: If there is no chat template, or it does not tell replies from prompts.
+        ValueError: If there is no chat template, or it refuses the dialogue or does not tell replies from prompts.
     """
     if max_length < 1:
         raise ValueError(f"max_length must be positive, got {max_length}")
@@ -60,7 +60,12 @@ def encode(messages: Messages, tokenizer: Any, max_length: int) -> Row:
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use an instruction-tuned model")
     by_mask = "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template
-    ids, is_reply = _by_mask(messages, tokenizer) if by_mask else _by_prefix(messages, tokenizer)
+    try:
+        ids, is_reply = _by_mask(messages, tokenizer) if by_mask else _by_prefix(messages, tokenizer)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise ValueError(f"the chat template refuses this dialogue: {error}") from error
     skip = inserted_length(messages, ids, tokenizer)
     end = max((i + 1 for i, flag in enumerate(is_reply) if flag), default=len(ids))
     end = min(end, skip + max_length)

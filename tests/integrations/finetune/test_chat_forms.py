@@ -231,3 +231,10 @@ def test_a_text_needs_no_chat_template():
     assert len(ChatDataset([[{"role": "text", "content": "Once."}]], tokenizer, 8)) == 1
     with pytest.raises(ValueError, match="no chat template"):
         ChatDataset([ASKED], tokenizer, 8)
+
+
+def test_a_template_that_refuses_a_dialogue_is_named():
+    """Such as one that wants turns to alternate, where the turn of a tool was left out."""
+    tokenizer = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ValueError, match="record 0: the chat template refuses this dialogue: roles must alternate"):
+        ChatDataset([ASKED], tokenizer, 8)

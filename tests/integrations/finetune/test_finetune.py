@@ -20,7 +20,8 @@ from opacus_ac import cli
 from opacus_ac.budget import PrivacyLedger
 from opacus_ac.engine import privacy_engine
 from opacus_ac.integrations.finetune import finetune
-from opacus_ac.integrations.finetune.job import FinetuneError, TrainingArguments
+from opacus_ac.integrations.finetune.errors import FinetuneError
+from opacus_ac.integrations.finetune.job import TrainingArguments
 from opacus_ac.optimizer.sum_release import SumRelease
 
 
