@@ -3,6 +3,7 @@
 import errno
 import resource
 import shutil
+import sys
 
 import pytest
 from tiny_finetune import chat_place, command
@@ -226,6 +227,27 @@ def test_the_names_that_are_read_from_the_source_are_those_of_the_full_parser():
     known = {action.dest for action in full_parser("", "")._actions}
     assert len(training_fields()) > 100
     assert known - {"help"} <= set(option_names())
+
+
+# ---------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_counts_of_the_private_file_are_for_the_terminal_and_in_no_file(
+    on_terminal, place, tmp_path, capsys, monkeypatch
+):
+    rows = (place / "chats.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "chats.jsonl").write_text("".join([*rows, *rows[:7]]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: on_terminal)
+    options = {**OPTIONS, "max_steps": 1, "train_file": tmp_path / "chats.jsonl", "report_to": "tensorboard"}
+    assert cli.main(command(place, tmp_path / "out", **options)) == 0
+    said = capsys.readouterr()
+    assert ("7 rows repeat an earlier row exactly" in said.err) is on_terminal
+    assert ("67 private rows were read: 67 as messages" in said.err) is on_terminal
+    assert "repeat" not in said.out
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b"repeat an earlier" not in written
+    assert b"private rows" not in written
 
 
 # ---------------------------------------------------------------- texts
