@@ -35,6 +35,10 @@ def isolated_twin(module: nn.Module) -> nn.Module:
             if getattr(hook, "of_records", False):  # this hook makes the model return a loss per record
                 inner._forward_hooks[key] = hook
                 inner._forward_hooks_with_kwargs[key] = True
+        for key, hook in original._forward_pre_hooks.items():
+            if getattr(hook, "of_records", False):  # this one makes rows of the sequences of a record
+                inner._forward_pre_hooks[key] = hook
+                inner._forward_pre_hooks_with_kwargs[key] = True
         if "_output_capturing_hooks_installed" in vars(inner):  # transformers then adds its own that collect states
             inner.__dict__["_output_capturing_hooks_installed"] = False
         if getattr(inner, "gradient_checkpointing", False) is True:

@@ -69,7 +69,7 @@ class PreparedTrainer(RanksTrainer):
             template = self._template_loader()
             self._create_inner()
             self.model.train()
-            options = self.privacy.engine_options(classes_among(self.model))
+            options = self.privacy.engine_options(self._classes())
             options.update(
                 module=self.model,
                 optimizer=self.optimizer,
@@ -95,6 +95,10 @@ class PreparedTrainer(RanksTrainer):
             self.private_optimizer, self._private_loader = made[1], made[2]
             self.optimizer = self.private_optimizer
         return self.private_optimizer, self._private_loader
+
+    def _classes(self) -> int | None:
+        """Return the number of classes among which the model chooses, for the default loss bound; None for words."""
+        return classes_among(self.model)
 
     def _create_inner(self) -> None:
         """Build the optimizer that the private one wraps, unless the caller has given one."""
