@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 from opacus_ac.integrations.public_rows import PrivateRows
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
@@ -42,7 +43,9 @@ class RowsTrainer(PrivateTrainer):
         noise_generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
-        args = self.config(output_dir=f"{model_name(model)}-{self.ending}") if args is None else copy.copy(args)
+        if args is None:  # TRL's default of bfloat16 is an error where no accelerator has it
+            args = self.config(output_dir=f"{model_name(model)}-{self.ending}", bf16=is_torch_bf16_gpu_available())
+        args = copy.copy(args)
         own = {name: kwargs.pop(name) for name in ("formatting_func", "ref_model") if name in kwargs}
         parts = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         given = {
