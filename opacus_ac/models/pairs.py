@@ -25,7 +25,8 @@ def run_pairs(model: nn.Module) -> Callable[[], None]:
     Returns:
         A function that ends it.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    outer: Any = model
+    inner: Any = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     setattr(inner, PAIRS, True)
     handle = inner.register_forward_pre_hook(_Fold(), with_kwargs=True)
 

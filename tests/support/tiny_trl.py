@@ -31,9 +31,7 @@ def said(role: str, content: str) -> dict[str, str]:
 
 
 def dialogues(count: int, salt: int = 0) -> list[dict]:
-    return [
-        {"messages": [said("user", text(i, salt)), said("assistant", text(3 * i, salt + 1))]} for i in range(count)
-    ]
+    return [{"messages": [said("user", text(i, salt)), said("assistant", text(3 * i, salt + 1))]} for i in range(count)]
 
 
 def completions(count: int, salt: int = 0) -> list[dict]:
@@ -82,7 +80,9 @@ def arguments(folder, config=SFTConfig, **changes):
     return config(output_dir=str(folder), **{**defaults, **changes})
 
 
-def sft(folder, *, data=None, settings=None, tokenizer=None, model=None, options=None, cls=PrivateSFTTrainer, **changes):
+def sft(
+    folder, *, data=None, settings=None, tokenizer=None, model=None, options=None, cls=PrivateSFTTrainer, **changes
+):
     data = dialogues(64) if data is None else data
     tokenizer = tokenizer or byte_tokenizer(MARKED)
     made = privacy(**({"dataset_size": len(data)} | (settings or {})))
@@ -96,7 +96,9 @@ def sft(folder, *, data=None, settings=None, tokenizer=None, model=None, options
     )
 
 
-def dpo(folder, *, data=None, settings=None, tokenizer=None, model=None, options=None, cls=PrivateDPOTrainer, **changes):
+def dpo(
+    folder, *, data=None, settings=None, tokenizer=None, model=None, options=None, cls=PrivateDPOTrainer, **changes
+):
     data = pairs(64) if data is None else data
     tokenizer = tokenizer or byte_tokenizer(MARKED)
     made = privacy(**({"dataset_size": len(data)} | (settings or {})))

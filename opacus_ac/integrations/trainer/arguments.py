@@ -10,8 +10,6 @@ from opacus_ac.engine.options import OPTIONS, option, shared
 
 USUAL_BETA1 = 0.9
 """``adam_beta1`` of the ``TrainingArguments`` of who has named none."""
-USUAL_RATE = 5e-5
-"""``learning_rate`` of the ``TrainingArguments`` of who has named none."""
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 """Values of ``optim`` whose momentum, or whose learning rate, this package may choose."""
 _MODES = ("bk", "hooks")

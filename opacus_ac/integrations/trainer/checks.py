@@ -237,6 +237,6 @@ def refuse_bases(cls: type) -> None:
         if base.__module__.split(".")[0] == "trl":
             raise TypeError(
                 f"{cls.__name__} inherits from {base.__name__} of TRL, which packs rows and logs entropy and token "
-                "accuracy of the private batch without noise: inherit from PrivateTrainer alone, and prepare the rows "
-                "with opacus_ac.integrations.finetune.chat_data"
+                "accuracy of the private batch without noise: inherit from PrivateSFTTrainer, PrivateDPOTrainer or "
+                "PrivateTrainer alone, which are in opacus_ac.integrations"
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from typing import Any
 
-from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, USUAL_RATE, PrivacyArguments
+from opacus_ac.integrations.trainer.arguments import ADAMW, USUAL_BETA1, PrivacyArguments
 from opacus_ac.optimizer.auto_adam import AutoAdam
 from opacus_ac.optimizer.momentum import planned_beta1
 
@@ -54,8 +55,13 @@ def auto_adam(trainer: Any, steps: int) -> AutoAdam:
         if parameters
     ]
     given = trainer.args.adam_beta1 if trainer.args.adam_beta1 != USUAL_BETA1 else None
-    hint = {} if trainer.args.learning_rate == USUAL_RATE else {"lr": trainer.args.learning_rate}
+    hint = {} if trainer.args.learning_rate == _usual_rate(trainer.args) else {"lr": trainer.args.learning_rate}
     return AutoAdam(groups, **hint, steps=steps, beta1=given)
+
+
+def _usual_rate(args: Any) -> Any:
+    """Return the ``learning_rate`` of who has named none. Subclasses of ``TrainingArguments`` have their own."""
+    return next(field.default for field in fields(args) if field.name == "learning_rate")
 
 
 def _is_adamw(args: Any) -> bool:

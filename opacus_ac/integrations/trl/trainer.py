@@ -23,6 +23,7 @@ class RowsTrainer(PrivateTrainer):
     A subclass says which settings it refuses, and how it encodes and collates a record.
     """
 
+    args: Any
     config: type
     """Class of the settings."""
     ending: str
@@ -48,7 +49,7 @@ class RowsTrainer(PrivateTrainer):
         args = copy.copy(args)
         own = {name: kwargs.pop(name) for name in ("formatting_func", "ref_model") if name in kwargs}
         parts = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        given = {
+        given: dict[str, Any] = {
             **parts, **own, "processing_class": processing_class, "peft_config": peft_config,
             "quantization_config": quantization_config,
         }  # fmt: skip

@@ -129,13 +129,18 @@ def test_no_private_value_is_in_anything_written(kind, settings, tmp_path, monke
     assert shared.leaks(watch, found) == []
     names = {name for entry in made.state.log_history for name in entry if not name.startswith("eval_")}
     assert not names & {name for entry in metrics.found for name in entry}
-    assert not re.search("train_(runtime|samples|steps|tokens)|mean_token_accuracy|entropy|rewards|logps/", watch.printed)
+    assert not re.search(
+        "train_(runtime|samples|steps|tokens)|mean_token_accuracy|entropy|rewards|logps/", watch.printed
+    )
     assert not list(tmp_path.rglob("rng_state.pth"))
 
 
 @pytest.mark.parametrize("kind", MADE)
 def test_what_trl_logs_is_refused_and_would_be_found(kind, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="is logged while private batches are trained on"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="is logged while private batches are trained on"),
+    ):
         run(kind, tmp_path / "refused", patch, capsys, logs=True)
     capsys.readouterr()
     _, watch, found, _ = run(kind, tmp_path / "leaky", monkeypatch, capsys, logs=True, gate=False)

@@ -16,7 +16,9 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from opacus_ac.optimizer.records import RecordSums
 from opacus_ac.optimizer.sum_release import SumRelease
 
-pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:noise_generator is seeded", "ignore::FutureWarning", "ignore::UserWarning"
+)
 C = 0.05
 
 

@@ -85,7 +85,9 @@ def test_a_formatted_text_is_the_record(tmp_path):
 
 
 def implicit(count):
-    return [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in tiny_trl.pairs(count)]
+    return [
+        {"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in tiny_trl.pairs(count)
+    ]
 
 
 def text_pairs(count):

@@ -15,7 +15,7 @@ from tiny_chat import save_chat_model
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 # https://huggingface.co/docs/trl/sft_trainer, Quick start, on a local model and a local dataset.
-SFT = '''
+SFT = """
 from trl import SFTTrainer
 from datasets import load_from_disk
 
@@ -24,9 +24,9 @@ trainer = SFTTrainer(
     train_dataset=load_from_disk("data"),
 )
 trainer.train()
-'''
+"""
 # https://huggingface.co/docs/trl/dpo_trainer, Train adapters with PEFT.
-DPO = '''
+DPO = """
 from trl import DPOTrainer
 from datasets import load_from_disk
 from peft import LoraConfig
@@ -37,20 +37,24 @@ trainer = DPOTrainer(
     peft_config=LoraConfig(),
 )
 trainer.train()
-'''
+"""
 PRIVACY = "privacy=PrivacyArguments(target_epsilon=4.0, target_delta=1e-3),\n    train_dataset"
 
 
 def privately(script, name):
     """The script with two changed lines."""
-    first = script.replace(f"from trl import {name}", f"from opacus_ac.integrations import PrivacyArguments, Private{name} as {name}")
+    first = script.replace(
+        f"from trl import {name}", f"from opacus_ac.integrations import PrivacyArguments, Private{name} as {name}"
+    )
     second = first.replace("train_dataset", PRIVACY, 1)
     lines = (set(second.splitlines()) - set(script.splitlines()), set(script.splitlines()) - set(second.splitlines()))
     assert [len(found) for found in lines] == [2, 1]
     return second
 
 
-@pytest.mark.parametrize(("script", "name", "made"), [(SFT, "SFTTrainer", tiny_trl.dialogues), (DPO, "DPOTrainer", tiny_trl.pairs)])
+@pytest.mark.parametrize(
+    ("script", "name", "made"), [(SFT, "SFTTrainer", tiny_trl.dialogues), (DPO, "DPOTrainer", tiny_trl.pairs)]
+)
 def test_the_first_script_of_trl_ends_at_the_target(script, name, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_chat_model(tmp_path / "model")
