@@ -179,9 +179,8 @@ PAIRS = "opacus_ac_runs_pairs"
 
 def folds_choices(model: Any) -> bool:
     """Return whether a record of the model has several sequences ``[K, T]``, which it runs as rows of their own."""
-    return hasattr(model, PAIRS) or any(
-        part in cls.__name__ for cls in type(model).__mro__ for part in ("ForMultipleChoice", "DoubleHeads")
-    )
+    by_name = any(part in cls.__name__ for cls in type(model).__mro__ for part in ("ForMultipleChoice", "DoubleHeads"))
+    return by_name or hasattr(model, PAIRS)
 
 
 def logits_in(output: Any, head: Head, heads: tuple[Head, ...], losses: int) -> list[Tensor] | None:

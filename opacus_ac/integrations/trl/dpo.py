@@ -39,8 +39,8 @@ class PairCollate:
 class PrivateDPOTrainer(RowsTrainer):
     """TRL's ``DPOTrainer`` with differential privacy, on the core of :class:`PrivateTrainer`.
 
-    A record is a preference pair: a prompt, a preferred and a rejected reply, as text or dialogue. The gradients of both
-    rows of a pair are added up before they are clipped. The reference is the model before training: with adapters
+    A record is a preference pair: a prompt, a preferred and a rejected reply, as text or dialogue. The gradients of
+    both rows of a pair are added up before they are clipped. The reference is the model before training: with adapters
     switched off where ``peft_config`` makes new ones, else by log-probabilities that are computed once
     (``precompute_ref_log_probs``) and stay in memory.
 
@@ -59,8 +59,8 @@ class PrivateDPOTrainer(RowsTrainer):
         **kwargs: the other arguments of ``Trainer``.
 
     Guarantees:
-        Those of :class:`PrivateTrainer`. Rewards, margins, accuracies and log-probabilities, which TRL logs, are neither
-        logged nor written. A pair that keeps no reply after truncation stays, with a gradient of zero.
+        Those of :class:`PrivateTrainer`. Rewards, margins, accuracies and log-probabilities, which TRL logs, are
+        neither logged nor written. A pair that keeps no reply after truncation stays, with a gradient of zero.
 
     Raises:
         ValueError: If the settings cannot be made private, or a record is of another format. The message lists all

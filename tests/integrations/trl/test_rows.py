@@ -34,7 +34,7 @@ def tokenised(count):
 
 
 def with_labels(count):
-    return [{"input_ids": list(range(3, 9 + i)), "labels": [-100] + list(range(4, 9 + i))} for i in range(count)]
+    return [{"input_ids": list(range(3, 9 + i)), "labels": [-100, *range(4, 9 + i)]} for i in range(count)]
 
 
 SFT = {
