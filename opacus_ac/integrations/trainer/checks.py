@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from opacus_ac.integrations.public_rows import PrivateRows
 from opacus_ac.integrations.trainer.arguments import PrivacyArguments
 from opacus_ac.integrations.trainer.inner import refused_inner
+from opacus_ac.integrations.trainer.reporters import refused_reporters
 from opacus_ac.models.transformers import has_record_losses
 from opacus_ac.sampling.public_randomness import carried_generator
 
@@ -128,7 +129,7 @@ def refusals(
     ):
         if options.get(name) is not None:
             found.append(f"{name}: {reason}")
-    found += refused_inner(args, privacy, options.get("optimizers"))
+    found += refused_inner(args, privacy, options.get("optimizers")) + refused_reporters(args)
     found += _about_data(privacy, rows or PrivateRows(train_dataset), eval_dataset, options.get("data_collator"))
     if privacy.grad_sample_mode != "bk":
         found += _about_hooks(args)

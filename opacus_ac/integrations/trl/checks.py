@@ -139,8 +139,9 @@ def _about_parts(parts: Mapping[str, Any]) -> list[str]:
     images = {"image", "images"} & set(_sample(parts.get("train_dataset")))
     if images:
         found.append(f"train_dataset has the column {images.pop()!r}: records with images are not available: remove it")
-    if parts.get("train_dataset") is None:
-        found.append("train_dataset is missing: pass the private records")
+    data = parts.get("train_dataset")
+    if data is None or (hasattr(data, "__len__") and not len(data)):
+        found.append("train_dataset is missing or empty: pass the private records")
     if getattr(parts.get("train_dataset"), "max_rows_per_user", None) is not None:
         found.append(
             "train_dataset has users as records: use PrivateTrainer, with UserDataset and UserCollate (docs/trainer.md)"

@@ -102,7 +102,7 @@ def test_settings_of_another_class_are_refused(tmp_path):
             chat_model(byte_tokenizer()), TrainingArguments(str(tmp_path), use_cpu=True), privacy=tiny_trl.privacy(),
             train_dataset=tiny_trl.dialogues(4),
         )  # fmt: skip
-    with pytest.raises(ValueError, match="train_dataset is missing"):
+    with pytest.raises(ValueError, match="train_dataset is missing or empty"):
         PrivateSFTTrainer(chat_model(byte_tokenizer()), tiny_trl.arguments(tmp_path), privacy=tiny_trl.privacy())
 
 
