@@ -36,6 +36,7 @@ INTERNAL = {
     "protocols": "what the parts of a private optimizer offer each other",
     "models.loss_heads": "parts of what makes losses per record",
     "models.loss_entries": "parts of what makes losses per record",
+    "models.pairs": "how PrivateDPOTrainer runs the two rows of a record",
     "models.record_mean": "parts of what makes losses per record",
     "integrations.lightning_released": "parts of Lightning's PrivacyCallback",
     "integrations.run_registry": "the list of runs that PrivateTrainer keeps",

@@ -37,7 +37,7 @@ SFT = [
     ({"router_aux_loss_coef": 0.1}, {}, "router_aux_loss_coef=0.1: .* leave it out"),
     ({"chat_template_path": "another/model"}, {}, "chat_template_path='another/model': .* name a .jinja file"),
     ({"dataset_kwargs": {"skip_prepare_dataset": True}}, {}, "dataset_kwargs=.*: .* leave it out"),
-    ({"max_grad_norm": 0.5}, {}, "max_grad_norm='0.5': .* per_sample_max_grad_norm"),
+    ({"max_grad_norm": 0.5}, {}, "max_grad_norm='0.5': .*per_sample_max_grad_norm"),
     ({"include_num_input_tokens_seen": "all"}, {}, "include_num_input_tokens_seen='all': .* use 'no'"),
     ({}, {"data": images(20)}, "train_dataset has the column 'image': .* remove it"),
     ({}, {"data": Users([tiny_trl.dialogues(1)] * 20)}, "train_dataset has users as records: use PrivateTrainer"),
