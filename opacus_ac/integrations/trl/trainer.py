@@ -47,7 +47,7 @@ class RowsTrainer(PrivateTrainer):
         if args is None:  # TRL's default of bfloat16 is an error where no accelerator has it
             args = self.config(output_dir=f"{model_name(model)}-{self.ending}", bf16=is_torch_bf16_gpu_available())
         args = copy.copy(args)
-        own = {name: kwargs.pop(name) for name in ("formatting_func", "ref_model") if name in kwargs}
+        own: dict[str, Any] = {n: kwargs.pop(n) for n in ("formatting_func", "ref_model") if n in kwargs}
         parts = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         given: dict[str, Any] = {
             **parts, **own, "processing_class": processing_class, "peft_config": peft_config,

@@ -11,9 +11,7 @@ from tiny_trainer import arguments, generator, privacy, rows, trainer
 from opacus_ac.integrations import PrivateTrainer
 from opacus_ac.integrations.trainer.reporters import refused_reporters
 
-spec = importlib.util.spec_from_file_location(
-    "trainer_leaks", __file__.replace("test_reporters.py", "test_leaks.py")
-)
+spec = importlib.util.spec_from_file_location("trainer_leaks", __file__.replace("test_reporters.py", "test_leaks.py"))
 shared = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shared)
 
@@ -69,9 +67,7 @@ def test_the_trainer_asks(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_WATCH", "gradients")
     monkeypatch.delenv("WANDB_X_DISABLE_STATS", raising=False)
     with pytest.raises(ValueError, match="WANDB_WATCH='gradients' with report_to='wandb'") as caught:
-        PrivateTrainer(
-            None, arguments(tmp_path, report_to=["wandb"]), privacy=privacy(), train_dataset=rows(64)
-        )
+        PrivateTrainer(None, arguments(tmp_path, report_to=["wandb"]), privacy=privacy(), train_dataset=rows(64))
     assert "WANDB_X_DISABLE_STATS" in str(caught.value)
 
 

@@ -28,6 +28,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+NAMES = "mean_token_accuracy|entropy|num_tokens|rewards/|logps/"
+
+
 class Metrics(TrainerCallback):
     """Computes what TRL logs of each private batch, with the model's own outputs, for :func:`shared.leaks`."""
 
@@ -116,15 +119,15 @@ def run(kind, folder, monkeypatch, capsys, *, logs=False, gate=True, settings=No
            "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "log_level": "info",
            "seed": 1234567, **changes},
     )  # fmt: skip
-    spread(made.model, 1.2 if "precompute_ref_log_probs" in changes else 5.0)
+    spread(made.model, 5.0)
     watch.attach(monkeypatch, made.model)
     print(made.train())
     made.save_model()
     print(made.privacy_report())
     captured = capsys.readouterr()
     watch.printed = captured.out + captured.err
-    for entry in metrics.found:
-        watch.sums |= {value for value in entry.values() if abs(value) > 1e-3}
+    for entry in metrics.found:  # searched for with six digits: so many values are near some number of four
+        watch.records |= {value for value in entry.values() if round(value, 4) != value}
     found = shared.written(folder, watch.printed)
     public = ("tokenizer.json", "tokenizer_config.json", "adapter_config.json")  # numbers of tokens, settings
     return made, watch, {place: n for place, n in found.items() if not place.endswith(public)}, metrics
@@ -140,9 +143,7 @@ def test_no_private_value_is_in_anything_written(kind, settings, tmp_path, monke
     assert shared.leaks(watch, found) == []
     names = {name for entry in made.state.log_history for name in entry if not name.startswith("eval_")}
     assert not names & {name for entry in metrics.found for name in entry}
-    assert not re.search(
-        "train_(runtime|samples|steps|tokens)|mean_token_accuracy|entropy|rewards|logps/", watch.printed
-    )
+    assert not re.search("train_(runtime|samples|steps|tokens)|" + NAMES, watch.printed)
     assert not list(tmp_path.rglob("rng_state.pth"))
 
 
@@ -156,7 +157,8 @@ def test_what_trl_logs_is_refused_and_would_be_found(kind, tmp_path, monkeypatch
     capsys.readouterr()
     _, watch, found, _ = run(kind, tmp_path / "leaky", monkeypatch, capsys, logs=True, gate=False)
     places = {where for where, _ in shared.leaks(watch, found)}
-    assert {"console", "events", "checkpoint-2/trainer_state.json"} <= places
+    assert {"events", "checkpoint-2/trainer_state.json"} <= places
+    assert re.search(NAMES, watch.printed)
 
 
 def test_log_probabilities_of_the_reference_are_nowhere_on_disk(tmp_path, monkeypatch, capsys):
