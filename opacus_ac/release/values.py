@@ -100,24 +100,52 @@ class NoisyHistogram:
         by inverse variance: that of the noise, and that of Poisson sampling where the fraction is ``rate``.
         """
         size = self.expected_batch_size
-        seen = np.isfinite(self.variances)
-        counts = np.where(seen, self.counts, 0.0)
-
-        def read(counts: FloatArray, variances: FloatArray, share: float) -> tuple[FloatArray, FloatArray]:
-            return np.cumsum(counts)[:-1] / size, np.cumsum(variances)[:-1] / size**2 + share / size
-
-        below, below_variance = read(counts, self.variances, 1 - rate)
-        above, above_variance = (x[::-1] for x in read(counts[::-1], self.variances[::-1], rate))
-        weight_above = np.where(np.isfinite(above_variance), 1 / above_variance, 0.0)
-        weight_below = np.where(np.isfinite(below_variance), 1 / below_variance, 0.0)
+        counts = np.where(np.isfinite(self.variances), self.counts, 0.0)
+        above, below = np.cumsum(counts[::-1])[-2::-1] / size, np.cumsum(counts)[:-1] / size
+        weight_above, weight_below = self._weights(rate)
         total = np.maximum(weight_above + weight_below, 1e-300)
         return (above * weight_above + (1 - below) * weight_below) / total, 1 / total
+
+    def _weights(self, rate: float) -> tuple[FloatArray, FloatArray]:
+        """Return the inverse variances of the readings from the top and from the bottom, each ``[bins + 1]``."""
+        size = self.expected_batch_size
+
+        def variances(of: FloatArray, share: float) -> FloatArray:
+            return np.asarray(np.cumsum(of)[:-1] / size**2 + share / size)
+
+        below, above = variances(self.variances, 1 - rate), variances(self.variances[::-1], rate)[::-1]
+        weight_above = np.where(np.isfinite(above), 1 / above, 0.0)
+        weight_below = np.where(np.isfinite(below), 1 / below, 0.0)
+        return weight_above, weight_below
 
     def fraction_above(self, norm: float) -> float:
         """Return the noisy fraction of records with a norm above ``norm``, in [0, 1]."""
         tail, _ = self.tails()
-        position = math.log(norm) / math.log(GRID_RATIO) - self.window.first
-        return float(np.clip(np.interp(position, np.arange(tail.size), monotone(tail)), 0.0, 1.0))
+        return float(np.clip(np.interp(self._position(norm), np.arange(tail.size), monotone(tail)), 0.0, 1.0))
+
+    def fraction_std(self, norm: float) -> float:
+        """Return the std of the noise in the fraction of records with a norm above ``norm``: a public number.
+
+        It is that of the fraction before it is made monotone and brought into [0, 1]; infinite where the histogram sees
+        neither side of ``norm``.
+        """
+        weight_above, weight_below = self._weights(0.5)
+        total = np.maximum(weight_above + weight_below, 1e-300)
+        above, below = weight_above / total, weight_below / total
+        groups, edge = np.arange(self.counts.size), np.arange(above.size)[:, None]
+        # How much of each count a fraction holds, edge by edge, and between the two edges beside ``norm``.
+        shares = np.where(groups > edge, above[:, None], -below[:, None])
+        position = float(np.clip(self._position(norm), 0, self.window.bins))
+        low = min(math.floor(position), self.window.bins - 1)
+        share = shares[low] + (position - low) * (shares[low + 1] - shares[low])
+        if not total[low : low + 1 + int(position > low)].min() > 1e-300:
+            return math.inf
+        seen = np.isfinite(self.variances)
+        return math.sqrt(float(share[seen] ** 2 @ self.variances[seen])) / self.expected_batch_size
+
+    def _position(self, norm: float) -> float:
+        """Return where a norm lies on the edges of the window, counted from 0."""
+        return math.log(norm) / math.log(GRID_RATIO) - self.window.first
 
 
 def monotone(tail: FloatArray) -> FloatArray:

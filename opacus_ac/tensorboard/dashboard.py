@@ -19,6 +19,7 @@ from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.release.values import StepRelease
 from opacus_ac.tensorboard import tags
 from opacus_ac.tensorboard.summaries import (
+    NoiseOfCurves,
     histogram_arguments,
     hparams_summaries,
     meta_of,
@@ -144,6 +145,7 @@ class PrivacyDashboard:
         self._owned = not isinstance(writer_or_logdir, SummaryWriter)
         self._writer: SummaryWriter | None = self._open(writer_or_logdir)
         self._remaining = _RemainingSteps(engine, optimizer)
+        self._noise = NoiseOfCurves()
         self._time = self._flushed = time.time()
         self._step = self._accounted = optimizer.steps_taken
         self._meta: dict[str, Any] = {}
@@ -169,9 +171,11 @@ class PrivacyDashboard:
             return False
         if release.step < self._step:
             self._hide_from(release.step)  # an earlier checkpoint was loaded in between
+            self._noise = NoiseOfCurves()
         self._step = release.step
         self._remaining.pass_step(release)
-        for tag, value in scalars_of(release, self._optimizer).items():
+        noise = self._noise.scalars(release, self._optimizer)
+        for tag, value in {**scalars_of(release, self._optimizer), **noise}.items():
             self.add_scalar(tag, value, release.step)
         if self._histograms:
             self._add_histogram(release)

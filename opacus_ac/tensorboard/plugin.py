@@ -103,24 +103,39 @@ class PrivacyPlugin(base_plugin.TBPlugin):
             run_tag_filter=provider.RunTagFilter(runs=runs, tags=list(SCALARS)),
         )
         return {
-            run: {tag.removeprefix("privacy/"): columns(points) for tag, points in tags.items()}
+            run: {tag.removeprefix("privacy/"): curve(tag, points) for tag, points in tags.items()}
             for run, tags in found.items()
         }
 
 
-def columns(points: Iterable[Any]) -> list[list[Any]]:
+def curve(tag: str, points: Iterable[Any]) -> list[list[Any]]:
+    """Return ``[steps, values]`` of scalar points.
+
+    A std has three digits and a point only where it changes. A running mean has five digits.
+    """
+    if not tag.endswith(("_std", "_mean")):
+        return columns(points)
+    digits = 3 if tag.endswith("_std") else 5
+    steps, values = columns(points, digits)
+    if digits == 3:
+        kept = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+        steps, values = [steps[i] for i in kept], [values[i] for i in kept]
+    return [steps, values]
+
+
+def columns(points: Iterable[Any], digits: int = 7) -> list[list[Any]]:
     """Return ``[steps, values]`` of scalar points."""
     known = list(points)
-    return [[point.step for point in known], [plain(point.value) for point in known]]
+    return [[point.step for point in known], [plain(point.value, digits) for point in known]]
 
 
-def plain(value: float) -> float | str | None:
+def plain(value: float, digits: int = 7) -> float | str | None:
     """Return ``value`` as JSON has it: seven digits (event files hold 32-bit floats), "infinity", or None for NaN."""
     if math.isnan(value):
         return None
     if math.isinf(value):
         return "infinity" if value > 0 else "-infinity"
-    return float(f"{value:.7g}")
+    return float(f"{value:.{digits}g}")
 
 
 def read_meta(points: Iterable[Any]) -> dict[str, Any]:

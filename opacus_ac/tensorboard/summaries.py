@@ -14,6 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from opacus_ac.engine.report import PrivacyReport
 from opacus_ac.optimizer.optimizer import AdaptiveClipDPOptimizer
+from opacus_ac.release.running_mean import RunningMean
 from opacus_ac.release.values import GRID_RATIO, NoisyHistogram, StepRelease
 from opacus_ac.tensorboard.tags import META_TAG, META_VERSION, PLUGIN_NAME
 
@@ -64,6 +65,42 @@ def scalars_of(release: StepRelease, optimizer: AdaptiveClipDPOptimizer) -> dict
             values["clip_rate_low"] = max(0.0, control.target - control.band)
             values["clip_rate_high"] = min(1.0, control.target + control.band)
     return {f"privacy/{name}": float(value) for name, value in values.items() if value is not None}
+
+
+class NoiseOfCurves:
+    """The stds of the noise in the noisy curves of a run, public numbers, and the running means of these curves."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, RunningMean] = {}
+        self._written: dict[str, float] = {}
+
+    def scalars(self, release: StepRelease, optimizer: AdaptiveClipDPOptimizer) -> dict[str, float]:
+        """Return the scalars of one step, by tag. A std is there where it is another one than before."""
+        rate_std = None if release.histogram is None else release.histogram.fraction_std(release.max_grad_norm)
+        curves = {
+            "noisy_loss": (release.loss, optimizer.statistics.loss_std(release)),
+            "noisy_clip_rate": (release.clip_rate, rate_std),
+        }
+        found: dict[str, float] = {}
+        for name, (value, std) in curves.items():
+            if value is None or std is None:
+                continue
+            mean = self._means.setdefault(name, RunningMean())
+            mean.add(value, std)
+            if mean.known is not None:
+                found[f"{name}_mean"], error = mean.known
+                found |= self._changed({f"{name}_std": std, f"{name}_mean_std": error})
+        return {f"privacy/{name}": float(value) for name, value in found.items()}
+
+    def _changed(self, stds: dict[str, float]) -> dict[str, float]:
+        """Return the stds that are not the ones of the step before, to the precision of event files."""
+        new = {
+            name: std
+            for name, std in stds.items()
+            if not math.isclose(self._written.get(name, -1.0), std, rel_tol=1e-6)
+        }
+        self._written |= new
+        return new
 
 
 def histogram_arguments(histogram: NoisyHistogram) -> dict[str, Any]:

@@ -19,6 +19,12 @@ SCALARS = {
     "privacy/clip_rate_high": "above it the learning rate shrinks",
     "privacy/lr_multiplier": "factor on the learning rate",
     "privacy/noisy_loss": "released mean of the records' clipped losses",
+    "privacy/noisy_loss_std": "std of the noise in the noisy loss, where it changes",
+    "privacy/noisy_loss_mean": "mean of the noisy losses of the last 20 steps",
+    "privacy/noisy_loss_mean_std": "std of the noise in this mean, where it changes",
+    "privacy/noisy_clip_rate_std": "std of the noise in the noisy clip rate, where it changes",
+    "privacy/noisy_clip_rate_mean": "mean of the noisy clip rates of the last 20 steps",
+    "privacy/noisy_clip_rate_mean_std": "std of the noise in this mean, where it changes",
     "privacy/sample_rate": "probability with which each record entered the step",
     "privacy/noise_multiplier": "ratio of the noise std to the sensitivity of the whole release",
 }
@@ -35,7 +41,10 @@ LAYOUT = {
     },
     "Clipping": {
         "clipping norm C": ["Multiline", ["^privacy/max_grad_norm$"]],
-        "noisy clip rate and target": ["Multiline", ["^privacy/noisy_clip_rate$", "^privacy/target_clip_rate$"]],
+        "noisy clip rate and target": [
+            "Multiline",
+            ["^privacy/noisy_clip_rate$", "^privacy/noisy_clip_rate_mean$", "^privacy/target_clip_rate$"],
+        ],
         "noisy clip rate and band": [
             "Margin",
             ["privacy/noisy_clip_rate", "privacy/clip_rate_low", "privacy/clip_rate_high"],
@@ -43,7 +52,7 @@ LAYOUT = {
     },
     "Training": {
         "learning-rate multiplier": ["Multiline", ["^privacy/lr_multiplier$"]],
-        "noisy loss": ["Multiline", ["^privacy/noisy_loss$"]],
+        "noisy loss": ["Multiline", ["^privacy/noisy_loss$", "^privacy/noisy_loss_mean$"]],
     },
     "Mechanism": {
         "sampling rate": ["Multiline", ["^privacy/sample_rate$"]],

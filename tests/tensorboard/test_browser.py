@@ -6,6 +6,7 @@ from tensorboard_browser import points, texts, wait_for
 from tensorboard_runs import DELTA, private, steps
 from torch.utils.tensorboard import SummaryWriter
 
+from opacus_ac.release.running_mean import RunningMean, with_error
 from opacus_ac.tensorboard import PrivacyDashboard
 from opacus_ac.tensorboard.summaries import meta_summary
 
@@ -22,6 +23,7 @@ class Logs:
     def __init__(self, folder):
         self.run = private(loss_bound=3.0)
         self.dashboard = PrivacyDashboard(folder / "first", self.run[0], self.run[2])
+        self.mean = RunningMean()
         self.go_on(5)
         for name, count, options in (
             ("second", 3, {"loss_bound": 3.0, "batch_size_schedule": [16, 32]}),
@@ -44,7 +46,8 @@ class Logs:
                 writer.add_scalar("privacy/max_grad_norm", value, step)
 
     def go_on(self, count):
-        steps(self.run, self.dashboard, count, losses=True)
+        for release in steps(self.run, self.dashboard, count, losses=True):
+            self.mean.add(release.loss, self.run[2].statistics.loss_std(release))
         self.dashboard._writer.flush()
 
 
@@ -124,6 +127,28 @@ def test_every_chart_has_the_points_of_every_run(tab, logs):
     assert len(points(tab, "epsilon", "target")) >= 1
     assert points(tab, "clip_rate", "target")
     assert tab.execute_script("return document.querySelectorAll('#panel-clip_rate .band').length") >= 1
+
+
+def test_noisy_curves_have_a_running_mean_and_the_band_of_their_noise(tab, logs):
+    choose(tab, "first")
+    optimizer, count = logs.run[2], logs.run[2].steps_taken
+    for chart in ("noisy_loss", "clip_rate"):
+        wait_for(lambda chart=chart: points(tab, chart, "noisy") == points(tab, chart) == [count])
+        assert tab.execute_script(f"return document.querySelectorAll('#panel-{chart} .band.noise').length") == 1
+    assert points(tab, "max_grad_norm", "noisy") == []
+    mean, error = logs.mean.known
+    assert error == pytest.approx(optimizer.statistics.loss_std(optimizer.released) / len(logs.mean._steps) ** 0.5)
+    assert card(tab, "first")["loss"] == with_error(mean, error)
+    label = "return document.querySelector('#panel-noisy_loss svg').getAttribute('aria-label')"
+    assert f"first: running mean {with_error(mean, error)} at step {count}" in tab.execute_script(label)
+
+
+def test_the_page_shows_errors_as_the_package_does(tab):
+    script = """const done = arguments[1], address = performance.getEntriesByType('resource').map(r => r.name)
+      .find(n => n.endsWith('/scale.js')); import(address).then(m => done(arguments[0].map(p => m.withError(...p))))"""
+    pairs = [(3.14159, 0.42), (3.14159, 0.031), (3.14159, 0.96), (31.4, 12.3), (3.14159, 0.0), (-2.5, 0.5), (1e-5, 3e-6),
+             (123.4, 250.0), (0.9, 0.0996)]  # fmt: skip
+    assert tab.execute_async_script(script, pairs) == [with_error(*pair) for pair in pairs]
 
 
 def test_epsilon_and_remaining_steps_are_the_engines(tab, logs):

@@ -97,5 +97,8 @@ def test_loading_an_earlier_checkpoint_hides_the_later_steps(tmp_path):
         run[0].save_checkpoint(path=saved, module=run[1], optimizer=run[2])
         steps(run, dashboard, 3)
         run[0].load_checkpoint(path=saved, module=run[1], optimizer=run[2])
-        steps(run, dashboard, 1)
+        (again,) = steps(run, dashboard, 1)
     assert shown_by_tensorboard(logs, "privacy/max_grad_norm") == [1, 2, 3]
+    # The running mean has forgotten the steps that are hidden.
+    assert shown_by_tensorboard(logs, "privacy/noisy_clip_rate_mean") == [1, 2, 3]
+    assert scalars(logs)["privacy/noisy_clip_rate_mean"][3] == pytest.approx(again.clip_rate, rel=1e-6)

@@ -77,6 +77,15 @@ def test_series_are_columns_of_the_listed_tags_only(tmp_path):
     assert get("/series", run="../run").get_json() == {}
 
 
+def test_a_std_has_three_digits_and_a_point_only_where_it_changes(tmp_path):
+    values = {1: 0.12341, 2: 0.12339, 3: 0.2, 4: 0.2, 5: 0.12341}
+    write(tmp_path / "run", steps=values, tag="privacy/noisy_loss_std", value=values.get)
+    write(tmp_path / "run", meta=None, steps=[1], tag="privacy/noisy_loss_mean", value=lambda step: 1.2345678)
+    found = client(tmp_path)("/series", run="run").get_json()["run"]
+    assert found["noisy_loss_std"] == [[1, 3, 5], [0.123, 0.2, 0.123]]
+    assert found["noisy_loss_mean"] == [[1], [1.2346]]
+
+
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
     write(tmp_path / "run", steps=range(POINTS * 3))
     steps, values = client(tmp_path)("/series", run="run").get_json()["run"]["epsilon"]

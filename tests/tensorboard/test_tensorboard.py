@@ -10,6 +10,7 @@ from tensorboard_runs import DELTA, metas, private, raw_events, read, scalars, s
 from torch.utils.tensorboard import SummaryWriter
 
 from opacus_ac import PrivacyEngine
+from opacus_ac.release.running_mean import WINDOW, RunningMean
 from opacus_ac.tensorboard import PrivacyDashboard, tags
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,6 +33,7 @@ def test_every_value_is_that_of_the_release_or_a_public_constant(tmp_path):
             epsilons[optimizer.steps_taken] = (engine.get_epsilon(DELTA), engine.remaining_steps())
     written = scalars(tmp_path)
     assert set(written) == set(tags.SCALARS)
+    noise = {tag for tag in tags.SCALARS if tag.endswith(("_std", "_mean"))}
     for release in releases:
         expected = {
             "epsilon": epsilons[release.step][0],
@@ -47,6 +49,7 @@ def test_every_value_is_that_of_the_release_or_a_public_constant(tmp_path):
             "sample_rate": release.sample_rate,
             "noise_multiplier": release.noise_multiplier,
         }
+        assert {f"privacy/{name}" for name in expected} | noise == set(tags.SCALARS)
         for name, value in expected.items():
             # Event files hold 32-bit floats. The figures of privacy losses follow from a grid, which may change.
             near = 1e-4 if name == "epsilon" else 1e-6
@@ -54,6 +57,32 @@ def test_every_value_is_that_of_the_release_or_a_public_constant(tmp_path):
     assert [written["privacy/sample_rate"][s] * 64 for s in (1, 2, 3, 5)] == [16, 16, 24, 24]
     assert written["privacy/epsilon"][0] == 0
     assert len(list(tmp_path.iterdir())) == 1  # one event file: no second one for hyperparameters
+
+
+@pytest.mark.parametrize("sizes", [None, [16, 16, 24]], ids=["one size", "two sizes"])
+def test_the_noise_of_a_curve_is_written_where_it_changes_and_its_running_mean_at_every_step(sizes, tmp_path):
+    run = private(loss_bound=3.0, batch_size_schedule=sizes)
+    with PrivacyDashboard(tmp_path, run[0], run[2]) as dashboard:
+        releases = steps(run, dashboard, WINDOW + 4, losses=True)
+    written = scalars(tmp_path)
+    stds = {r.step: run[2].statistics.loss_std(r) for r in releases}
+    changes = [s for s in stds if s == 1 or stds[s] != stds[s - 1]]
+    assert list(written["privacy/noisy_loss_std"]) == changes
+    assert len(changes) == (1 if sizes is None else 2)
+    expected = RunningMean()
+    for release in releases:
+        expected.add(release.loss, stds[release.step])
+        mean, error = expected.known
+        assert written["privacy/noisy_loss_mean"][release.step] == pytest.approx(mean, rel=1e-5)
+        errors = {s: e for s, e in written["privacy/noisy_loss_mean_std"].items() if s <= release.step}
+        assert errors[max(errors)] == pytest.approx(error, rel=1e-5)
+    if sizes is None:
+        assert list(written["privacy/noisy_loss_mean_std"]) == list(range(1, WINDOW + 1))
+    rates = [r.clip_rate for r in releases[-WINDOW:]]
+    assert written["privacy/noisy_clip_rate_mean"][WINDOW + 4] == pytest.approx(np.mean(rates), rel=1e-5)
+    last = releases[-1]
+    near = pytest.approx(last.histogram.fraction_std(last.max_grad_norm), rel=1e-5)
+    assert list(written["privacy/noisy_clip_rate_std"].values())[-1] == near
 
 
 def test_all_tags_are_on_the_list(tmp_path):

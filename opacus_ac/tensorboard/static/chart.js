@@ -1,6 +1,6 @@
 // One line chart in SVG, with axes, a crosshair that all charts share, and a tooltip. All text is set as text.
 
-import { format, linearDomain, linearScale, linearTicks, logDomain, logScale, logTicks } from "./scale.js";
+import { format, linearDomain, linearScale, linearTicks, logDomain, logScale, logTicks, nearest, withError } from "./scale.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 210;
@@ -28,17 +28,6 @@ function extent(values) {
     if (value > high) high = value;
   }
   return [low, high];
-}
-
-// Index of the step nearest to `step` in a rising list.
-export function nearest(steps, step) {
-  let [low, high] = [0, steps.length - 1];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (steps[middle] < step) low = middle + 1;
-    else high = middle;
-  }
-  return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
 }
 
 export class Chart {
@@ -139,7 +128,7 @@ export class Chart {
     const keep = band.steps.map((s, i) => [s, band.low[i], band.high[i]]).filter((p) => p[1] !== null && p[2] !== null);
     const upper = keep.map(([s, , high]) => `${this.x(s).toFixed(1)} ${this.y(high).toFixed(1)}`);
     const lower = keep.map(([s, low]) => `${this.x(s).toFixed(1)} ${this.y(low).toFixed(1)}`).reverse();
-    return shape("path", { class: `band run-${band.slot}`, d: `M${upper.concat(lower).join("L")}Z` });
+    return shape("path", { class: `band ${band.kind} run-${band.slot}`, d: `M${upper.concat(lower).join("L")}Z` });
   }
 
   listen() {
@@ -182,7 +171,8 @@ export class Chart {
   fillTooltip(step, x) {
     const rows = this.content.values.map((line) => {
       const i = nearest(line.steps, step);
-      const text = `${line.label}: ${format(line.values[i] ?? NaN, 6)} at step ${format(line.steps[i])}`;
+      const value = line.errors ? `running mean ${withError(line.values[i], line.errors[i])}` : format(line.values[i] ?? NaN, 6);
+      const text = `${line.label}: ${value} at step ${format(line.steps[i])}`;
       const row = element("div", { class: `row run-${line.slot}` });
       row.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, text));
       return { row, text };

@@ -1,6 +1,6 @@
 // What each chart shows, as lines and bands built from the curves of the runs.
 
-import { format } from "./scale.js";
+import { format, nearest, withError } from "./scale.js";
 
 export const PANELS = [
   { id: "epsilon", title: "Epsilon spent", unit: "at the run's delta", min: 0,
@@ -8,10 +8,11 @@ export const PANELS = [
     value: "epsilon", target: "epsilon_target", project: true },
   { id: "max_grad_norm", title: "Clipping norm C", unit: "gradient norm, log scale", log: true, value: "max_grad_norm" },
   { id: "clip_rate", title: "Noisy clip rate", unit: "fraction of records", min: 0, max: 1,
-    note: "dashed: target; shaded: band in which the learning rate stays",
-    value: "noisy_clip_rate", target: "target_clip_rate", band: ["clip_rate_low", "clip_rate_high"] },
+    note: "thick: running mean; coloured: std of the noise; dashed: target; grey: band in which the learning rate stays",
+    value: "noisy_clip_rate", noisy: true, target: "target_clip_rate", band: ["clip_rate_low", "clip_rate_high"] },
   { id: "lr_multiplier", title: "Learning-rate multiplier", unit: "factor on the learning rate", value: "lr_multiplier" },
-  { id: "noisy_loss", title: "Noisy loss", unit: "released mean of clipped losses", value: "noisy_loss" },
+  { id: "noisy_loss", title: "Noisy loss", unit: "released mean of clipped losses",
+    note: "thick: running mean; coloured: std of the noise of one step around it", value: "noisy_loss", noisy: true },
   { id: "remaining_steps", title: "Remaining steps", unit: "steps that still fit the target", min: 0, value: "remaining_steps" },
   { id: "sample_rate", title: "Sampling rate", unit: "probability per record and step", value: "sample_rate" },
   { id: "noise_multiplier", title: "Noise multiplier", unit: "noise std / sensitivity of the release", min: 0, value: "noise_multiplier" },
@@ -48,13 +49,47 @@ function once(lines) {
   });
 }
 
+// Value at `step` of a column that has points only where it changes; null where there is none.
+export function held(column, step) {
+  if (!column?.[0].length) return null;
+  let at = nearest(column[0], step);
+  if (column[0][at] > step && at > 0) at -= 1;
+  return number(column[1][at]);
+}
+
+// Running mean and noise of a noisy curve at its last step, or null.
+export function lastMean(series, tag) {
+  const mean = last(series, `${tag}_mean`);
+  return mean && number(mean.value) !== null ? { ...mean, error: held(series[`${tag}_mean_std`], mean.step) } : null;
+}
+
+// The running mean as the curve, the released values thin behind it, and one std of their noise around it.
+function noisy(panel, run) {
+  const [mean, std, error] = ["_mean", "_std", "_mean_std"].map((end) => run.series[panel.value + end]);
+  const released = run.series[panel.value];
+  if (!mean?.[0].length || !std) return null;
+  const curve = line("value", run, run.name, ...mean);
+  curve.errors = mean[0].map((step) => held(error, step));
+  const room = mean[0].map((step) => held(std, step) ?? 0);
+  const edge = (sign) => curve.values.map((v, i) => (v === null ? null
+    : Math.min(panel.max ?? Infinity, Math.max(panel.min ?? -Infinity, v + sign * room[i]))));
+  return { curve, released: line("noisy", run, run.name, ...released),
+    band: { kind: "noise", slot: run.slot, steps: mean[0], low: edge(-1), high: edge(1) } };
+}
+
 export function content(panel, runs) {
   const values = [];
   const targets = [];
   const bands = [];
+  const behind = [];
   for (const run of runs) {
     const curves = run.series;
-    if (curves[panel.value]) values.push(line("value", run, run.name, ...curves[panel.value]));
+    const shown = panel.noisy && curves[panel.value] ? noisy(panel, run) : null;
+    if (shown) {
+      values.push(shown.curve);
+      behind.push(shown.released);
+      bands.push(shown.band);
+    } else if (curves[panel.value]) values.push(line("value", run, run.name, ...curves[panel.value]));
     if (panel.target && curves[panel.target]) targets.push(line("target", run, "target", ...curves[panel.target]));
     const ahead = panel.project ? projection(curves) : null;
     if (ahead) {
@@ -63,15 +98,18 @@ export function content(panel, runs) {
       targets.push(line("target", run, "target", ends.map((p) => p.step), [ahead.to.value, ahead.to.value]));
     }
     const [low, high] = (panel.band ?? []).map((tag) => curves[tag]);
-    if (low && high) bands.push({ slot: run.slot, steps: low[0], low: low[1].map(number), high: high[1].map(number) });
+    if (low && high) bands.push({ kind: "wanted", slot: run.slot, steps: low[0], low: low[1].map(number), high: high[1].map(number) });
   }
-  return { values, lines: [...once(targets.filter((l) => l.kind === "target")),
-    ...targets.filter((l) => l.kind === "projection"), ...values], bands: once(bands) };
+  return { values, lines: [...behind, ...once(targets.filter((l) => l.kind === "target")),
+    ...targets.filter((l) => l.kind === "projection"), ...values],
+    bands: [...once(bands.filter((b) => b.kind === "wanted")), ...bands.filter((b) => b.kind === "noise")] };
 }
 
 // What a screen reader says about a chart.
 export function describe(panel, runs) {
   const parts = runs.map((run) => {
+    const mean = panel.noisy ? lastMean(run.series, panel.value) : null;
+    if (mean) return `${run.name}: running mean ${withError(mean.value, mean.error)} at step ${format(mean.step)}`;
     const end = last(run.series, panel.value);
     return end ? `${run.name}: ${format(end.value)} at step ${format(end.step)}` : `${run.name}: no values`;
   });

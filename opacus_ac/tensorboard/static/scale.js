@@ -62,3 +62,25 @@ export function format(value, digits = 4) {
   if (size >= 1000) return WHOLE.format(value);
   return String(Number(value.toPrecision(digits)));
 }
+
+// A number and its standard error, with the digits that the error leaves (as opacus_ac.release.running_mean has it).
+export function withError(value, error) {
+  if (!Number.isFinite(value)) return "–";
+  if (!Number.isFinite(error)) return format(value, 2);
+  if (error === 0) return format(value, 3);
+  let decimals = -Math.floor(Math.log10(error));
+  if (Math.round(error * 10 ** decimals) >= 10) decimals -= 1; // 0.96 is shown as 1
+  decimals = Math.min(12, Math.max(0, decimals));
+  return `${value.toFixed(decimals)} ± ${error.toFixed(decimals)}`;
+}
+
+// Index of the step nearest to `step` in a rising list.
+export function nearest(steps, step) {
+  let [low, high] = [0, steps.length - 1];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (steps[middle] < step) low = middle + 1;
+    else high = middle;
+  }
+  return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
+}

@@ -1,8 +1,8 @@
 // Run selector, figures of each run, alerts, and the statement of what was released. All text is set as text.
 
 import { element } from "./chart.js";
-import { last, projection } from "./panels.js";
-import { format } from "./scale.js";
+import { last, lastMean, projection } from "./panels.js";
+import { format, withError } from "./scale.js";
 
 const words = (value) => (Array.isArray(value) ? value.map(String) : []);
 
@@ -72,16 +72,21 @@ export function card(run) {
   const ahead = projection(run.series);
   const end = ahead ? `projection: target reached at step ${format(ahead.to.step)}` : "";
   const bound = last(run.series, "max_grad_norm");
-  const rate = last(run.series, "noisy_clip_rate");
-  const loss = last(run.series, "noisy_loss");
   list.append(epsilonFigure(run));
   if (isPrivate(run) && remaining) list.append(figure("remaining steps", format(remaining.value), end, "remaining"));
   if (bound) list.append(figure("clipping norm C", format(bound.value), `step ${format(bound.step)}`, "bound"));
-  if (rate) list.append(figure("noisy clip rate", format(rate.value, 3), "", "rate"));
-  if (loss) list.append(figure("noisy loss", format(loss.value), lossBound(run), "loss"));
+  list.append(...noisyFigure(run, "noisy_clip_rate", "noisy clip rate", "rate", ""));
+  list.append(...noisyFigure(run, "noisy_loss", "noisy loss", "loss", lossBound(run)));
   const bar = meter(run);
   box.append(title, ...(bar ? [bar] : []), list);
   return box;
+}
+
+// The running mean with its error; the released value alone only where no mean was written.
+function noisyFigure(run, tag, label, name, detail) {
+  const [mean, value] = [lastMean(run.series, tag), last(run.series, tag)];
+  if (mean) return [figure(label, withError(mean.value, mean.error), ["mean of the last steps", detail].filter(Boolean).join("; "), name)];
+  return value ? [figure(label, format(value.value, 3), ["one step, noise unknown", detail].filter(Boolean).join("; "), name)] : [];
 }
 
 function lossBound(run) {

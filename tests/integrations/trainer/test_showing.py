@@ -8,8 +8,8 @@ from tiny_finetune import chat_place, command
 from tiny_trainer import trainer, weights
 
 from opacus_ac import cli
-from opacus_ac.integrations.trainer.showing import WINDOW, RunningLoss, with_error
 from opacus_ac.optimizer.ema import AVERAGE_FROM, average_is_better
+from opacus_ac.release.running_mean import WINDOW, RunningMean, with_error
 
 _MEAN = r"-?\d+(\.\d+)? ± \d+(\.\d+)?"
 
@@ -30,7 +30,7 @@ def test_a_number_has_the_digits_that_its_error_leaves(value, error, shown):
 
 
 def test_a_running_mean_forgets_and_its_error_falls():
-    mean = RunningLoss()
+    mean = RunningMean()
     assert str(mean) == "not released"
     mean.add(None, None)
     mean.add(5.0, 0.8)
