@@ -148,6 +148,7 @@ class PrivacyDashboard:
         self._noise = NoiseOfCurves()
         self._time = self._flushed = time.time()
         self._step = self._accounted = optimizer.steps_taken
+        self._first, self._ended = self._step, False
         self._meta: dict[str, Any] = {}
         if self._step > 0:
             self._hide_from(self._step + 1)  # what an interrupted run wrote after its checkpoint
@@ -199,7 +200,10 @@ class PrivacyDashboard:
             return
         if self._step != self._accounted:
             self._add_budget(self._step)
-        self._add_statement(self._engine.privacy_report(self._delta))
+        report = self._engine.privacy_report(self._delta)
+        self._ended = True
+        self._update_meta(report)
+        self._add_statement(report)
         self._writer.flush()
         if self._owned:
             self._writer.close()
@@ -258,7 +262,8 @@ class PrivacyDashboard:
 
     def _update_meta(self, report: PrivacyReport) -> None:
         """Write the privacy record if it is new or has changed, such as by a warning."""
-        meta = meta_of(report, self._optimizer, self._target, self._is_private(report))
+        place = {"first_step": self._first, "ended": self._ended}
+        meta = meta_of(report, self._optimizer, self._target, self._is_private(report)) | place
         if meta != self._meta:
             self._meta = meta
             self._add_summary(meta_summary(meta), self._step)

@@ -17,7 +17,9 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from opacus_ac.tensorboard.idle import Idle
 from opacus_ac.tensorboard.tags import META_TAG, META_VERSION, PLUGIN_NAME, SCALARS
+from opacus_ac.tensorboard.verdicts import judge
 
 POINTS = 1000
 """Most points of a curve that are sent."""
@@ -46,6 +48,7 @@ class PrivacyPlugin(base_plugin.TBPlugin):
 
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
+        self._idle = Idle(getattr(context, "logdir", None))
 
     def is_active(self) -> bool:
         """Return False: asked only while no run has a privacy record."""
@@ -70,42 +73,53 @@ class PrivacyPlugin(base_plugin.TBPlugin):
         return wrapped
 
     def _runs(self, context: Any, request: Any) -> dict[str, Any]:
-        """Return every run that has a privacy record, latest first, with that record and its last values."""
+        """Return every run that has a privacy record, latest first, with that record."""
         experiment = plugin_util.experiment_id(request.environ)
-        records = self._provider.read_tensors(
-            context,
-            experiment_id=experiment,
-            plugin_name=PLUGIN_NAME,
-            downsample=1,
-            run_tag_filter=provider.RunTagFilter(tags=[META_TAG]),
-        )
+        records = self._records(context, experiment)
         started = {
             run.run_name: run.start_time or 0.0
             for run in self._provider.list_runs(context, experiment_id=experiment)
             if run.run_name in records
         }
         order = sorted(records, key=lambda run: (-started.get(run, 0.0), run))
-        return {
-            "max_runs": MAX_RUNS,
-            "runs": [{"run": run, "meta": read_meta(records[run][META_TAG])} for run in order],
-        }
+        return {"max_runs": MAX_RUNS, "runs": [{"run": run, "meta": records[run]} for run in order]}
+
+    def _records(self, context: Any, experiment: str, runs: list[str] | None = None) -> dict[str, dict[str, Any]]:
+        """Return the privacy records by run: of some runs, or of all."""
+        found = self._provider.read_tensors(
+            context,
+            experiment_id=experiment,
+            plugin_name=PLUGIN_NAME,
+            downsample=1,
+            run_tag_filter=provider.RunTagFilter(runs=runs, tags=[META_TAG]),
+        )
+        return {run: read_meta(tags[META_TAG]) for run, tags in found.items()}
 
     def _series(self, context: Any, request: Any) -> dict[str, Any]:
-        """Return ``{run: {tag: [steps, values]}}`` of the runs asked for, at most ``POINTS`` points each."""
+        """Return curves, state and verdicts of the runs asked for.
+
+        ``{run: {"curves": {tag: [steps, values]}, "state": ..., "verdicts": [[level, text], ...]}}``, with at most
+        ``POINTS`` points a curve.
+        """
         runs = request.args.getlist("run")[:MAX_RUNS]
         if not runs:
             return {}
+        experiment = plugin_util.experiment_id(request.environ)
+        records = self._records(context, experiment, runs)
         found = self._provider.read_scalars(
             context,
-            experiment_id=plugin_util.experiment_id(request.environ),
+            experiment_id=experiment,
             plugin_name="scalars",
             downsample=POINTS,
             run_tag_filter=provider.RunTagFilter(runs=runs, tags=list(SCALARS)),
         )
-        return {
-            run: {tag.removeprefix("privacy/"): curve(tag, points) for tag, points in tags.items()}
-            for run, tags in found.items()
-        }
+        return {run: self._run(run, records[run], tags) for run, tags in found.items() if run in records}
+
+    def _run(self, run: str, meta: dict[str, Any], tags: dict[str, Any]) -> dict[str, Any]:
+        curves = {tag.removeprefix("privacy/"): curve(tag, points) for tag, points in tags.items()}
+        newest = tuple(sorted((name, column[0][-1]) for name, column in curves.items() if column[0]))
+        judged = judge(meta, curves, self._idle.seconds(run, newest))
+        return {"curves": curves, "state": judged.state, "verdicts": [list(verdict) for verdict in judged.verdicts]}
 
 
 def curve(tag: str, points: Iterable[Any]) -> list[list[Any]]:

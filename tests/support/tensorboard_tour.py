@@ -82,7 +82,12 @@ def train(
 def train_all(folder: Path) -> None:
     """Three runs to compare: the default, one that grows its batches, and the published rule, which is not private."""
     train(folder / "default", 120, planned=200)
-    train(folder / "growing batches", 120, planned=200, batch_size_schedule=[32 + 32 * min(step // 40, 3) for step in range(200)])
+    train(
+        folder / "growing batches",
+        120,
+        planned=200,
+        batch_size_schedule=[32 + 32 * min(step // 40, 3) for step in range(200)],
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(folder / "published rule", 120, planned=200, preset="paper", clip_policy="raw_percentile")

@@ -151,6 +151,18 @@ def test_the_page_shows_errors_as_the_package_does(tab):
     assert tab.execute_async_script(script, pairs) == [with_error(*pair) for pair in pairs]
 
 
+def test_every_card_says_in_words_how_its_run_is(tab, logs):
+    choose(tab, "first", "second", "published")
+    state = lambda run: texts(tab, f".card[aria-label={run}] .verdicts li")  # noqa: E731
+    assert f"✓running, step {logs.run[2].steps_taken}" in state("first")
+    remaining = card(tab, "second")["remaining"].split("projection")[0]
+    assert f"–ended after step 3; {remaining} more steps fit the budget" in state("second")
+    assert "✕not private: no finite epsilon holds" in state("published")
+    assert texts(tab, ".status")[0].startswith("live, step")
+    choose(tab, "second")
+    assert texts(tab, ".status") == ["no run is going on; last step 3"]
+
+
 def test_epsilon_and_remaining_steps_are_the_engines(tab, logs):
     choose(tab, "first")
     engine = logs.run[0]

@@ -3,9 +3,11 @@
 import gzip
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
@@ -41,7 +43,9 @@ def client(folder):
     multiplexer = EventMultiplexer(size_guidance={"tensors": 10_000, "scalars": 0})
     multiplexer.AddRunsFromDirectory(str(folder))
     multiplexer.Reload()
-    plugin = PrivacyPlugin(SimpleNamespace(data_provider=MultiplexerDataProvider(multiplexer, str(folder))))
+    plugin = PrivacyPlugin(
+        SimpleNamespace(data_provider=MultiplexerDataProvider(multiplexer, str(folder)), logdir=str(folder))
+    )
     apps = plugin.get_plugin_apps()
 
     def get(path, **query):
@@ -72,23 +76,41 @@ def test_series_are_columns_of_the_listed_tags_only(tmp_path):
     write(tmp_path / "run")
     write(tmp_path / "run", meta=None, tag="train/loss")
     get = client(tmp_path)
-    assert get("/series", run="run").get_json() == {"run": {"epsilon": [[1, 2, 3], [0.1, 0.2, 0.3]]}}
+    assert get("/series", run="run").get_json()["run"]["curves"] == {"epsilon": [[1, 2, 3], [0.1, 0.2, 0.3]]}
     assert get("/series").get_json() == {}
     assert get("/series", run="../run").get_json() == {}
+
+
+def test_the_state_of_a_run_and_its_verdicts_are_sent_and_age_with_its_files(tmp_path):
+    write(tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("*tfevents*")
+    get = client(tmp_path)
+    found = get("/series", run="run").get_json()["run"]
+    assert (found["state"], found["verdicts"]) == ("running", [["good", "running, step 3"]])
+    os.utime(file, (time.time() - 400, time.time() - 400))
+    found = get("/series", run="run").get_json()["run"]
+    assert found["state"] == "silent"
+    assert found["verdicts"] == [["warning", "no data for 6 min: the run was stopped, or a step takes this long"]]
+
+
+def test_a_run_without_a_record_has_no_curves_here(tmp_path):
+    write(tmp_path / "run")
+    write(tmp_path / "public", meta=None)
+    assert set(client(tmp_path)("/series", run=["run", "public"]).get_json()) == {"run"}
 
 
 def test_a_std_has_three_digits_and_a_point_only_where_it_changes(tmp_path):
     values = {1: 0.12341, 2: 0.12339, 3: 0.2, 4: 0.2, 5: 0.12341}
     write(tmp_path / "run", steps=values, tag="privacy/noisy_loss_std", value=values.get)
     write(tmp_path / "run", meta=None, steps=[1], tag="privacy/noisy_loss_mean", value=lambda step: 1.2345678)
-    found = client(tmp_path)("/series", run="run").get_json()["run"]
+    found = client(tmp_path)("/series", run="run").get_json()["run"]["curves"]
     assert found["noisy_loss_std"] == [[1, 3, 5], [0.123, 0.2, 0.123]]
     assert found["noisy_loss_mean"] == [[1], [1.2346]]
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
     write(tmp_path / "run", steps=range(POINTS * 3))
-    steps, values = client(tmp_path)("/series", run="run").get_json()["run"]["epsilon"]
+    steps, values = client(tmp_path)("/series", run="run").get_json()["run"]["curves"]["epsilon"]
     assert len(steps) == len(values) == POINTS
     assert steps[-1] == 3 * POINTS - 1
     assert steps == sorted(set(steps))
@@ -108,7 +130,7 @@ def test_no_more_runs_than_colours_are_sent(tmp_path):
 def test_numbers_that_json_lacks(value, shown, tmp_path):
     assert plain(value) == shown
     write(tmp_path / "run", steps=[1], value=lambda step: value)
-    assert client(tmp_path)("/series", run="run").get_json()["run"]["epsilon"] == [[1], [shown]]
+    assert client(tmp_path)("/series", run="run").get_json()["run"]["curves"]["epsilon"] == [[1], [shown]]
 
 
 UNREADABLE = {
@@ -252,11 +274,13 @@ def test_both_data_servers_answer_alike(options, tmp_path):
         listing = lambda: fetch(port, "plugins_listing")[0].get("opacus_ac", {}).get("enabled")  # noqa: E731
         tensorboard_browser.wait_for(listing)
         series = lambda name: fetch(port, f"plugin/opacus_ac/series?run={name}")  # noqa: E731
-        tensorboard_browser.wait_for(lambda: series("long")[0]["long"]["epsilon"][0][-1] == 19_999)
-        tensorboard_browser.wait_for(lambda: series("resumed")[0]["resumed"]["max_grad_norm"][0] == [1, 2, 3, 4, 5])
+        tensorboard_browser.wait_for(lambda: series("long")[0]["long"]["curves"]["epsilon"][0][-1] == 19_999)
+        tensorboard_browser.wait_for(
+            lambda: series("resumed")[0]["resumed"]["curves"]["max_grad_norm"][0] == [1, 2, 3, 4, 5]
+        )
         answer, zipped = series("long")
         assert zipped
-        assert 900 <= len(answer["long"]["epsilon"][0]) <= POINTS
+        assert 900 <= len(answer["long"]["curves"]["epsilon"][0]) <= POINTS
         metas = {run["run"]: run["meta"] for run in fetch(port, "plugin/opacus_ac/runs")[0]["runs"]}
         assert metas["long"] == META
         assert metas["resumed"]["dataset_size"] == 64

@@ -166,7 +166,7 @@ def test_a_run_that_is_not_private_says_infinity(case, tmp_path):
     written = scalars(tmp_path)
     assert set(written["privacy/epsilon"].values()) == {math.inf}
     assert "privacy/remaining_steps" not in written
-    (meta,) = metas(tmp_path)
+    meta, _ = metas(tmp_path)
     assert meta["private"] is False
     assert any(reason in warning for warning in meta["warnings"])
     assert all(text.strip().startswith("NOT PRIVATE: epsilon = infinity") for text in statements(tmp_path))
@@ -192,7 +192,9 @@ def test_a_private_run_has_its_statement_at_start_and_end(tmp_path):
     first, last = statements(tmp_path)
     assert "steps           0" in first
     assert last.split() == str(run[0].privacy_report()).split()
-    (meta,) = metas(tmp_path)
+    meta, ended = metas(tmp_path)
+    assert (meta["first_step"], meta["ended"]) == (0, False)
+    assert ended == {**meta, "ended": True}
     assert meta["private"] is True
     assert (meta["target_epsilon"], meta["delta"], meta["dataset_size"]) == (8.0, DELTA, 64)
 
@@ -204,7 +206,7 @@ def test_a_new_warning_reaches_the_record(tmp_path):
         steps(run, dashboard, 1)
         helpers.train(model, optimizer, helpers.loader(16))  # not the private loader: charged at rate 1
         assert dashboard.log_step()
-    before, after = metas(tmp_path)
+    before, after, _ = metas(tmp_path)
     assert before["warnings"] == []
     assert "unknown origin" in after["warnings"][0]
 

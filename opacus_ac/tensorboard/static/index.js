@@ -101,13 +101,16 @@ class App {
 
   chosen() {
     return this.runs.filter((run) => this.selected.has(run.run)).map(({ run, meta }) => (
-      { name: run, slot: this.selected.get(run), meta, series: this.series[run] ?? {} }));
+      { name: run, slot: this.selected.get(run), meta, series: this.series[run]?.curves ?? {},
+        state: this.series[run]?.state, verdicts: this.series[run]?.verdicts ?? [] }));
   }
 
   draw() {
     const runs = this.chosen();
     const newest = Math.max(...runs.flatMap((run) => Object.values(run.series).map((column) => column[0].at(-1))));
-    this.status.textContent = runs.length ? `live, step ${Number.isFinite(newest) ? newest : 0}` : "No run is chosen.";
+    const live = runs.filter((run) => run.state === "running" || run.state === "waiting").length;
+    const at = `step ${Number.isFinite(newest) ? newest : 0}`;
+    this.status.textContent = !runs.length ? "No run is chosen." : live ? `live, ${at}` : `no run is going on; last ${at}`;
     const focus = document.activeElement?.closest?.(".run")?.textContent;
     this.runsBox.replaceChildren(selector(this.runs, this.selected, this.limit, (...args) => this.toggle(...args)));
     for (const label of this.runsBox.querySelectorAll(".run")) {

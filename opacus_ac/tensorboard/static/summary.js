@@ -78,8 +78,21 @@ export function card(run) {
   list.append(...noisyFigure(run, "noisy_clip_rate", "noisy clip rate", "rate", ""));
   list.append(...noisyFigure(run, "noisy_loss", "noisy loss", "loss", lossBound(run)));
   const bar = meter(run);
-  box.append(title, ...(bar ? [bar] : []), list);
+  box.append(title, ...(bar ? [bar] : []), verdicts(run), list);
   return box;
+}
+
+const SIGNS = { good: "✓", note: "–", warning: "!", bad: "✕" };
+
+// What the server says about the run, each with a sign, so that not only the colour tells how it is meant.
+function verdicts(run) {
+  const found = element("ul", { class: "verdicts" });
+  for (const [level, text] of run.verdicts) {
+    const line = element("li", { class: level in SIGNS ? level : "note" });
+    line.append(element("i", { class: "sign", "aria-hidden": "true" }, SIGNS[level] ?? SIGNS.note), element("span", {}, text));
+    found.append(line);
+  }
+  return found;
 }
 
 // The running mean with its error; the released value alone only where no mean was written.
