@@ -18,7 +18,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from opacus_ac.tensorboard.idle import Idle
-from opacus_ac.tensorboard.tags import META_TAG, META_VERSION, PLUGIN_NAME, SCALARS
+from opacus_ac.tensorboard.tags import HISTOGRAM_TAG, META_TAG, META_VERSION, PLUGIN_NAME, PUBLIC_DATA, SCALARS
 from opacus_ac.tensorboard.verdicts import judge
 
 POINTS = 1000
@@ -26,6 +26,9 @@ POINTS = 1000
 
 MAX_RUNS = 8
 """Most runs whose curves are sent at once; the page has as many colours."""
+
+MAX_BINS = 200
+"""Most bins of a histogram that is sent; the release has 22 by default."""
 
 META_BYTES = 65_536
 """Largest privacy record that is read."""
@@ -98,8 +101,8 @@ class PrivacyPlugin(base_plugin.TBPlugin):
     def _series(self, context: Any, request: Any) -> dict[str, Any]:
         """Return curves, state and verdicts of the runs asked for.
 
-        ``{run: {"curves": {tag: [steps, values]}, "state": ..., "verdicts": [[level, text], ...]}}``, with at most
-        ``POINTS`` points a curve.
+        ``{run: {"curves": {tag: [steps, values]}, "norms": ..., "state": ..., "verdicts": [[level, text], ...]}}``.
+        A curve has at most ``POINTS`` points; ``norms`` is the last noisy histogram, or None.
         """
         runs = request.args.getlist("run")[:MAX_RUNS]
         if not runs:
@@ -111,12 +114,24 @@ class PrivacyPlugin(base_plugin.TBPlugin):
             experiment_id=experiment,
             plugin_name="scalars",
             downsample=POINTS,
-            run_tag_filter=provider.RunTagFilter(runs=runs, tags=list(SCALARS)),
+            run_tag_filter=provider.RunTagFilter(runs=runs, tags=[*SCALARS, *PUBLIC_DATA]),
         )
-        return {run: self._run(run, records[run], tags) for run, tags in found.items() if run in records}
+        histograms = self._provider.read_tensors(
+            context,
+            experiment_id=experiment,
+            plugin_name="histograms",
+            downsample=1,
+            run_tag_filter=provider.RunTagFilter(runs=runs, tags=[HISTOGRAM_TAG]),
+        )
+        answer = {run: self._run(run, records[run], tags) for run, tags in found.items() if run in records}
+        for run, part in answer.items():
+            part["norms"] = norms(histograms.get(run, {}).get(HISTOGRAM_TAG, ()))
+        return answer
 
     def _run(self, run: str, meta: dict[str, Any], tags: dict[str, Any]) -> dict[str, Any]:
-        curves = {tag.removeprefix("privacy/"): curve(tag, points) for tag, points in tags.items()}
+        curves = {
+            PUBLIC_DATA.get(tag, tag.removeprefix("privacy/")): curve(tag, points) for tag, points in tags.items()
+        }
         newest = tuple(sorted((name, column[0][-1]) for name, column in curves.items() if column[0]))
         judged = judge(meta, curves, self._idle.seconds(run, newest))
         return {"curves": curves, "state": judged.state, "verdicts": [list(verdict) for verdict in judged.verdicts]}
@@ -135,6 +150,22 @@ def curve(tag: str, points: Iterable[Any]) -> list[list[Any]]:
         kept = [i for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
         steps, values = [steps[i] for i in kept], [values[i] for i in kept]
     return [steps, values]
+
+
+def norms(points: Iterable[Any]) -> dict[str, Any] | None:
+    """Return the last histogram as ``{"step", "edges", "counts"}``: edges are log10 of norms, one more than counts.
+
+    None if there is no histogram or it is not one.
+    """
+    found = list(points)
+    if not found:
+        return None
+    table = found[-1].numpy
+    if table.ndim != 2 or table.shape[1] != 3 or not 0 < len(table) <= MAX_BINS or table.dtype.kind != "f":
+        return None
+    left, right, counts = (column.tolist() for column in table.T)
+    edges = [plain(edge, 6) for edge in [*left, right[-1]]]
+    return {"step": found[-1].step, "edges": edges, "counts": [plain(count, 4) for count in counts]}
 
 
 def columns(points: Iterable[Any], digits: int = 7) -> list[list[Any]]:

@@ -30,6 +30,13 @@ SCALARS = {
 }
 """Every scalar tag that the dashboard may write, with its meaning."""
 
+PUBLIC_DATA = {"eval/loss": "held_out_loss"}
+"""Scalars that the tab shows beside the dashboard's, with their names there; the dashboard itself does not write them.
+
+A ``PrivateTrainer`` logs them only of evaluation data that were declared public. In a loop of their own, people write
+them to the same folder, of public data only.
+"""
+
 ALLOWED = frozenset({*SCALARS, META_TAG, STATEMENT_TAG, HISTOGRAM_TAG})
 """Every tag that the dashboard may write."""
 

@@ -32,6 +32,9 @@ class Logs:
             run = private(**options)
             with PrivacyDashboard(folder / name, run[0], run[2], delta=DELTA) as dashboard:
                 steps(run, dashboard, count, losses="loss_bound" in options)
+        with SummaryWriter(str(folder / "second")) as writer:
+            writer.add_scalar("eval/loss", 3.5, 1)
+            writer.add_scalar("eval/loss", 2.5, 3)
         meta = {
             "version": 1,
             "private": True,
@@ -149,6 +152,26 @@ def test_the_page_shows_errors_as_the_package_does(tab):
     pairs = [(3.14159, 0.42), (3.14159, 0.031), (3.14159, 0.96), (31.4, 12.3), (3.14159, 0.0), (-2.5, 0.5), (1e-5, 3e-6),
              (123.4, 250.0), (0.9, 0.0996)]  # fmt: skip
     assert tab.execute_async_script(script, pairs) == [with_error(*pair) for pair in pairs]
+
+
+def test_held_out_loss_and_noisy_norms_are_there_where_a_run_has_them(tab, logs):
+    hidden = "return ['held_out_loss', 'norms'].map(id => document.querySelector(`#panel-${id}`).hidden)"
+    choose(tab, "published")
+    wait_for(lambda: tab.execute_script(hidden) == [True, True])
+    choose(tab, "first", "second")
+    wait_for(lambda: points(tab, "held_out_loss") == [2])
+    assert card(tab, "second")["held-out"] == "2.5"
+    bins = logs.run[2].released.histogram.counts.size
+    assert points(tab, "norms") == [2 * (bins + 1)] * 2
+    assert points(tab, "norms", "target") == [2, 2]
+    assert texts(tab, "#panel-norms .axis") == ["gradient norm"]
+    press = """const svg = document.querySelector('#panel-norms svg'); svg.focus();
+      svg.dispatchEvent(new KeyboardEvent('keydown', {key: 'Home', cancelable: true}))"""
+    tab.execute_script(press)
+    assert "records at norm" in texts(tab, ".spoken")[0]
+    visible = "return [...document.querySelectorAll('.cursor')].filter(c => c.getAttribute('visibility') === 'visible').length"
+    assert tab.execute_script(visible) == 1  # the crosshair of a norm is not one of a step
+    tab.execute_script(press.replace("Home", "Escape"))
 
 
 def test_every_card_says_in_words_how_its_run_is(tab, logs):

@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
 import tensorboard_browser
 from checkout import ROOT
@@ -18,13 +19,14 @@ from tensorboard.backend import application
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.util.tensor_util import make_tensor_proto
-from tensorboard_runs import resumed
+from tensorboard_runs import private, resumed, steps
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
 
+from opacus_ac.tensorboard import PrivacyDashboard
 from opacus_ac.tensorboard import plugin as plugin_module
 from opacus_ac.tensorboard.loader import PrivacyLoader
-from opacus_ac.tensorboard.plugin import FILES, POINTS, STATIC, PrivacyPlugin, plain
+from opacus_ac.tensorboard.plugin import FILES, POINTS, STATIC, PrivacyPlugin, norms, plain
 from opacus_ac.tensorboard.summaries import meta_summary
 
 META = {"version": 1, "private": True, "delta": 1e-5, "released": ["the sum of clipped gradients"], "warnings": []}
@@ -97,6 +99,44 @@ def test_a_run_without_a_record_has_no_curves_here(tmp_path):
     write(tmp_path / "run")
     write(tmp_path / "public", meta=None)
     assert set(client(tmp_path)("/series", run=["run", "public"]).get_json()) == {"run"}
+
+
+def test_the_held_out_loss_of_a_private_run_is_sent_and_no_other_public_tag(tmp_path):
+    write(tmp_path / "run", tag="eval/loss", value=lambda step: 4.0 - step)
+    write(tmp_path / "run", meta=None, tag="eval/accuracy")
+    write(tmp_path / "public", meta=None, tag="eval/loss")
+    found = client(tmp_path)("/series", run=["run", "public"]).get_json()
+    assert {run: part["curves"] for run, part in found.items()} == {
+        "run": {"held_out_loss": [[1, 2, 3], [3.0, 2.0, 1.0]]}
+    }
+
+
+def test_the_last_noisy_histogram_is_sent(tmp_path):
+    run = private()
+    with PrivacyDashboard(tmp_path / "run", run[0], run[2]) as dashboard:
+        release = steps(run, dashboard, 3)[-1]
+    found = client(tmp_path)("/series", run="run").get_json()["run"]["norms"]
+    assert found["step"] == 3
+    edges = np.log10(release.histogram.window.edges)
+    np.testing.assert_allclose(found["edges"], [edges[0] - 0.2, *edges, edges[-1] + 0.2], atol=1e-5)
+    np.testing.assert_allclose(found["counts"], np.maximum(release.histogram.counts, 0), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("table", "sent"),
+    [
+        ([[0.0, 1.0, 2.5]], {"step": 7, "edges": [0.0, 1.0], "counts": [2.5]}),
+        ([[0.0, 1.0, math.nan]], {"step": 7, "edges": [0.0, 1.0], "counts": [None]}),
+        ([0.0, 1.0, 2.0], None),
+        ([[0.0, 1.0]], None),
+        (np.zeros((201, 3)), None),
+        (np.zeros((0, 3)), None),
+        ([["a", "b", "c"]], None),
+    ],
+)
+def test_a_histogram_that_is_none_is_left_out(table, sent):
+    assert norms([SimpleNamespace(step=7, numpy=np.array(table))]) == sent
+    assert norms([]) is None
 
 
 def test_a_std_has_three_digits_and_a_point_only_where_it_changes(tmp_path):

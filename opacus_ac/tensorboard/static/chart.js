@@ -45,6 +45,12 @@ export class Chart {
 
   draw(content, description) {
     this.content = content;
+    this.figure.hidden = Boolean(this.panel.optional) && !content.values.length;
+    if (this.figure.hidden) {
+      this.svg = null;
+      this.plot.replaceChildren();
+      return;
+    }
     this.description = description;
     const known = content.lines.flatMap((l) => l.values).filter((v) => v !== null && (!this.panel.log || v > 0));
     const focused = document.activeElement === this.svg;
@@ -77,7 +83,7 @@ export class Chart {
     const bandValues = this.content.bands.flatMap((b) => [...b.low, ...b.high]);
     const [low, high] = extent(this.panel.log ? known : known.concat(bandValues));
     const [bottom, top] = [HEIGHT - MARGIN.bottom, MARGIN.top];
-    this.xDomain = [Math.min(first, 0), end > first ? end : first + 1];
+    this.xDomain = [this.panel.histogram ? first : Math.min(first, 0), end > first ? end : first + 1];
     this.yDomain = this.panel.log ? logDomain(low, high) : linearDomain(low, high, this.panel);
     this.x = linearScale(...this.xDomain, MARGIN.left, this.width - MARGIN.right);
     this.y = (this.panel.log ? logScale : linearScale)(...this.yDomain, bottom, top);
@@ -96,10 +102,10 @@ export class Chart {
     for (const tick of xTicks) {
       const x = this.x(tick);
       group.append(shape("line", { class: "mark", x1: x, x2: x, y1: bottom, y2: bottom + 4 }));
-      group.append(shape("text", { class: "tick x", x, y: bottom + 16 }, format(tick)));
+      group.append(shape("text", { class: "tick x", x, y: bottom + 16 }, format(this.panel.histogram ? 10 ** tick : tick)));
     }
     group.append(shape("line", { class: "base", x1: MARGIN.left, x2: right, y1: bottom, y2: bottom }));
-    group.append(shape("text", { class: "axis", x: (MARGIN.left + right) / 2, y: HEIGHT - 6 }, "step"));
+    group.append(shape("text", { class: "axis", x: (MARGIN.left + right) / 2, y: HEIGHT - 6 }, this.panel.histogram ? "gradient norm" : "step"));
     this.svg.append(group);
   }
 
@@ -119,7 +125,7 @@ export class Chart {
     });
     if (!dots.length) return;
     this.svg.append(shape("path", { class: `line ${line.kind} run-${line.slot}`, d: path, "data-points": dots.length }));
-    if (line.kind !== "value") return;
+    if (line.kind !== "value") return; // an outline has no end
     const [cx, cy] = dots.at(-1);
     this.svg.append(shape("circle", { class: `end run-${line.slot}`, cx, cy, r: 3 }));
   }
@@ -172,7 +178,9 @@ export class Chart {
     const rows = this.content.values.map((line) => {
       const i = nearest(line.steps, step);
       const value = line.errors ? `running mean ${withError(line.values[i], line.errors[i])}` : format(line.values[i] ?? NaN, 6);
-      const text = `${line.label}: ${value} at step ${format(line.steps[i])}`;
+      const place = this.panel.histogram ? `records at norm ${format(10 ** line.steps[i], 2)}, step ${format(line.at)}`
+        : `at step ${format(line.steps[i])}`;
+      const text = `${line.label}: ${value} ${place}`;
       const row = element("div", { class: `row run-${line.slot}` });
       row.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, text));
       return { row, text };

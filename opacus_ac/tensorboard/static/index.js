@@ -102,7 +102,7 @@ class App {
   chosen() {
     return this.runs.filter((run) => this.selected.has(run.run)).map(({ run, meta }) => (
       { name: run, slot: this.selected.get(run), meta, series: this.series[run]?.curves ?? {},
-        state: this.series[run]?.state, verdicts: this.series[run]?.verdicts ?? [] }));
+        norms: this.series[run]?.norms, state: this.series[run]?.state, verdicts: this.series[run]?.verdicts ?? [] }));
   }
 
   draw() {
@@ -142,7 +142,11 @@ class App {
   cursor(owner, step, speak) {
     this.at = step === null ? null : [owner, step, false];
     let text = "";
-    for (const chart of this.charts) text += chart.setCursor(step, chart === owner);
+    // A histogram has another axis: its crosshair is its own.
+    for (const chart of this.charts) {
+      const shares = chart === owner || !(chart.panel.histogram || owner.panel.histogram);
+      text += chart.setCursor(shares ? step : null, chart === owner);
+    }
     if (speak) this.spoken.textContent = text;
   }
 }

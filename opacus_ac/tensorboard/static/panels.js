@@ -13,6 +13,10 @@ export const PANELS = [
   { id: "lr_multiplier", title: "Learning-rate multiplier", unit: "factor on the learning rate", value: "lr_multiplier" },
   { id: "noisy_loss", title: "Noisy loss", unit: "released mean of clipped losses",
     note: "thick: running mean; coloured: std of the noise of one step around it", value: "noisy_loss", noisy: true },
+  { id: "held_out_loss", title: "Held-out loss", unit: "tag eval/loss, without noise", optional: true, value: "held_out_loss",
+    note: "on data that the run's owner declared public" },
+  { id: "norms", title: "Noisy gradient norms", unit: "records per norm, log scale", optional: true, histogram: true, min: 0,
+    note: "released counts of the last step, below zero shown as zero; the outer bins hold all that lies beyond; dashed: C" },
   { id: "remaining_steps", title: "Remaining steps", unit: "steps that still fit the target", min: 0, value: "remaining_steps" },
   { id: "sample_rate", title: "Sampling rate", unit: "probability per record and step", value: "sample_rate" },
   { id: "noise_multiplier", title: "Noise multiplier", unit: "noise std / sensitivity of the release", min: 0, value: "noise_multiplier" },
@@ -77,7 +81,24 @@ function noisy(panel, run) {
     band: { kind: "noise", slot: run.slot, steps: mean[0], low: edge(-1), high: edge(1) } };
 }
 
+// The last histogram of each run as an outline over log10 of the norm, with a line at C.
+function histograms(panel, runs) {
+  const [values, lines] = [[], []];
+  const known = runs.filter((run) => run.norms?.counts.length);
+  const top = Math.max(...known.flatMap((run) => run.norms.counts.map(number)));
+  for (const run of known) {
+    const { edges, counts, step } = run.norms;
+    const middles = counts.map((_, i) => (edges[i] + edges[i + 1]) / 2);
+    values.push({ ...line("value", run, run.name, middles, counts), at: step });
+    lines.push(line("value outline", run, run.name, edges.flatMap((e) => [e, e]), [0, ...counts.flatMap((c) => [c, c]), 0]));
+    const bound = held(run.series.max_grad_norm, step);
+    if (bound > 0) lines.push(line("target", run, "C", [Math.log10(bound), Math.log10(bound)], [0, top]));
+  }
+  return { values, lines, bands: [] };
+}
+
 export function content(panel, runs) {
+  if (panel.histogram) return histograms(panel, runs);
   const values = [];
   const targets = [];
   const bands = [];
@@ -108,6 +129,7 @@ export function content(panel, runs) {
 // What a screen reader says about a chart.
 export function describe(panel, runs) {
   const parts = runs.map((run) => {
+    if (panel.histogram) return run.norms ? `${run.name}: step ${format(run.norms.step)}` : `${run.name}: no values`;
     const mean = panel.noisy ? lastMean(run.series, panel.value) : null;
     if (mean) return `${run.name}: running mean ${withError(mean.value, mean.error)} at step ${format(mean.step)}`;
     const end = last(run.series, panel.value);

@@ -69,6 +69,7 @@ export function card(run) {
   title.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.name));
   const list = element("dl");
   const remaining = last(run.series, "remaining_steps");
+  const heldOut = last(run.series, "held_out_loss");
   const ahead = projection(run.series);
   const end = ahead ? `projection: target reached at step ${format(ahead.to.step)}` : "";
   const bound = last(run.series, "max_grad_norm");
@@ -77,6 +78,7 @@ export function card(run) {
   if (bound) list.append(figure("clipping norm C", format(bound.value), `step ${format(bound.step)}`, "bound"));
   list.append(...noisyFigure(run, "noisy_clip_rate", "noisy clip rate", "rate", ""));
   list.append(...noisyFigure(run, "noisy_loss", "noisy loss", "loss", lossBound(run)));
+  if (heldOut) list.append(figure("held-out loss", format(heldOut.value), `public data, step ${format(heldOut.step)}`, "held-out"));
   const bar = meter(run);
   box.append(title, ...(bar ? [bar] : []), verdicts(run), list);
   return box;
