@@ -148,7 +148,7 @@ class PrivacyDashboard:
         self._noise = NoiseOfCurves()
         self._time = self._flushed = time.time()
         self._step = self._accounted = optimizer.steps_taken
-        self._first, self._ended = self._step, False
+        self._place: dict[str, Any] = {"first_step": self._step, "first_bound": optimizer.policy.bound, "ended": False}
         self._meta: dict[str, Any] = {}
         if self._step > 0:
             self._hide_from(self._step + 1)  # what an interrupted run wrote after its checkpoint
@@ -201,7 +201,7 @@ class PrivacyDashboard:
         if self._step != self._accounted:
             self._add_budget(self._step)
         report = self._engine.privacy_report(self._delta)
-        self._ended = True
+        self._place |= {"ended": True, "next_bound": self._optimizer.policy.bound}
         self._update_meta(report)
         self._add_statement(report)
         self._writer.flush()
@@ -244,7 +244,7 @@ class PrivacyDashboard:
     def _begin(self, report: PrivacyReport) -> None:
         """Write what is known before the first step."""
         self._update_meta(report)
-        for summary in (custom_scalars(tags.LAYOUT), *hparams_summaries(self._optimizer, self._meta)):
+        for summary in (custom_scalars(tags.LAYOUT), *hparams_summaries(self._meta)):
             self._add_summary(summary, self._step)
         self._add_statement(report)
         if self._step == 0:
@@ -262,8 +262,7 @@ class PrivacyDashboard:
 
     def _update_meta(self, report: PrivacyReport) -> None:
         """Write the privacy record if it is new or has changed, such as by a warning."""
-        place = {"first_step": self._first, "ended": self._ended}
-        meta = meta_of(report, self._optimizer, self._target, self._is_private(report)) | place
+        meta = meta_of(report, self._optimizer, self._target, self._is_private(report)) | self._place
         if meta != self._meta:
             self._meta = meta
             self._add_summary(meta_summary(meta), self._step)

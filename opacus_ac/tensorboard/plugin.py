@@ -18,6 +18,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from opacus_ac.tensorboard.idle import Idle
+from opacus_ac.tensorboard.resumed import candidates, first_step, join, merge
 from opacus_ac.tensorboard.tags import HISTOGRAM_TAG, META_TAG, META_VERSION, PLUGIN_NAME, PUBLIC_DATA, SCALARS
 from opacus_ac.tensorboard.verdicts import judge
 
@@ -39,6 +40,7 @@ FILES = {
     "/panels.js": "text/javascript",
     "/chart.js": "text/javascript",
     "/scale.js": "text/javascript",
+    "/runs.js": "text/javascript",
     "/summary.js": "text/javascript",
     "/style.css": "text/css",
 }
@@ -51,6 +53,7 @@ class PrivacyPlugin(base_plugin.TBPlugin):
 
     def __init__(self, context: Any) -> None:
         self._provider = context.data_provider
+        self._joined: dict[str, dict[str, list[str]]] = {}
         self._idle = Idle(getattr(context, "logdir", None))
 
     def is_active(self) -> bool:
@@ -76,7 +79,7 @@ class PrivacyPlugin(base_plugin.TBPlugin):
         return wrapped
 
     def _runs(self, context: Any, request: Any) -> dict[str, Any]:
-        """Return every run that has a privacy record, latest first, with that record."""
+        """Return every run that has a privacy record, latest first, with that record and the runs that it continues."""
         experiment = plugin_util.experiment_id(request.environ)
         records = self._records(context, experiment)
         started = {
@@ -85,7 +88,29 @@ class PrivacyPlugin(base_plugin.TBPlugin):
             if run.run_name in records
         }
         order = sorted(records, key=lambda run: (-started.get(run, 0.0), run))
-        return {"max_runs": MAX_RUNS, "runs": [{"run": run, "meta": records[run]} for run in order]}
+        joined = self._join(context, experiment, records, order)
+        parts = {part for chain in joined.values() for part in chain}
+        runs = [{"run": r, "meta": records[r], "parts": joined.get(r, [])} for r in order if r not in parts]
+        return {"max_runs": MAX_RUNS, "runs": runs}
+
+    def _join(
+        self, context: Any, experiment: str, records: dict[str, dict[str, Any]], order: list[str]
+    ) -> dict[str, list[str]]:
+        """Find which runs continue others, and keep it for the curves."""
+        asked = candidates(records)
+        found = self._scalars(context, experiment, asked, ["privacy/max_grad_norm"]) if asked else {}
+        bounds = {run: columns(tags["privacy/max_grad_norm"]) for run, tags in found.items()}
+        self._joined[experiment] = join(records, order, bounds)
+        return self._joined[experiment]
+
+    def _scalars(self, context: Any, experiment: str, runs: list[str], tags: list[str]) -> Any:
+        return self._provider.read_scalars(
+            context,
+            experiment_id=experiment,
+            plugin_name="scalars",
+            downsample=POINTS,
+            run_tag_filter=provider.RunTagFilter(runs=runs, tags=tags),
+        )
 
     def _records(self, context: Any, experiment: str, runs: list[str] | None = None) -> dict[str, dict[str, Any]]:
         """Return the privacy records by run: of some runs, or of all."""
@@ -102,20 +127,18 @@ class PrivacyPlugin(base_plugin.TBPlugin):
         """Return curves, state and verdicts of the runs asked for.
 
         ``{run: {"curves": {tag: [steps, values]}, "norms": ..., "state": ..., "verdicts": [[level, text], ...]}}``.
-        A curve has at most ``POINTS`` points; ``norms`` is the last noisy histogram, or None.
+        A curve has at most ``POINTS`` points for each run that it was put together from. ``norms`` is the last noisy
+        histogram, or None.
         """
         runs = request.args.getlist("run")[:MAX_RUNS]
         if not runs:
             return {}
         experiment = plugin_util.experiment_id(request.environ)
-        records = self._records(context, experiment, runs)
-        found = self._provider.read_scalars(
-            context,
-            experiment_id=experiment,
-            plugin_name="scalars",
-            downsample=POINTS,
-            run_tag_filter=provider.RunTagFilter(runs=runs, tags=[*SCALARS, *PUBLIC_DATA]),
-        )
+        joined = self._joined.get(experiment, {})
+        chains = {run: [*joined.get(run, []), run] for run in runs}
+        every = [part for chain in chains.values() for part in chain]
+        records = self._records(context, experiment, every)
+        found = self._scalars(context, experiment, every, [*SCALARS, *PUBLIC_DATA])
         histograms = self._provider.read_tensors(
             context,
             experiment_id=experiment,
@@ -123,18 +146,27 @@ class PrivacyPlugin(base_plugin.TBPlugin):
             downsample=1,
             run_tag_filter=provider.RunTagFilter(runs=runs, tags=[HISTOGRAM_TAG]),
         )
-        answer = {run: self._run(run, records[run], tags) for run, tags in found.items() if run in records}
-        for run, part in answer.items():
-            part["norms"] = norms(histograms.get(run, {}).get(HISTOGRAM_TAG, ()))
+        answer = {}
+        for run, chain in chains.items():
+            known = [
+                (first_step(records[part]), curves_of(found[part]))
+                for part in chain
+                if part in records and part in found
+            ]
+            if run in records and known:
+                answer[run] = self._run(run, records[run], merge(known) if len(known) > 1 else known[0][1])
+                answer[run]["norms"] = norms(histograms.get(run, {}).get(HISTOGRAM_TAG, ()))
         return answer
 
-    def _run(self, run: str, meta: dict[str, Any], tags: dict[str, Any]) -> dict[str, Any]:
-        curves = {
-            PUBLIC_DATA.get(tag, tag.removeprefix("privacy/")): curve(tag, points) for tag, points in tags.items()
-        }
+    def _run(self, run: str, meta: dict[str, Any], curves: dict[str, list[list[Any]]]) -> dict[str, Any]:
         newest = tuple(sorted((name, column[0][-1]) for name, column in curves.items() if column[0]))
         judged = judge(meta, curves, self._idle.seconds(run, newest))
         return {"curves": curves, "state": judged.state, "verdicts": [list(verdict) for verdict in judged.verdicts]}
+
+
+def curves_of(tags: dict[str, Any]) -> dict[str, list[list[Any]]]:
+    """Return ``[steps, values]`` of the scalars of a run by the names that the page knows."""
+    return {PUBLIC_DATA.get(tag, tag.removeprefix("privacy/")): curve(tag, points) for tag, points in tags.items()}
 
 
 def curve(tag: str, points: Iterable[Any]) -> list[list[Any]]:

@@ -35,6 +35,7 @@ def meta_of(
         "noise_source": values["noise_source"],
         "warnings": values["warnings"],
         **{name: values[name] for name in constant},
+        "settings": settings_of(optimizer),
     }
 
 
@@ -123,14 +124,10 @@ def histogram_arguments(histogram: NoisyHistogram) -> dict[str, Any]:
     }
 
 
-def hparams_summaries(optimizer: AdaptiveClipDPOptimizer, meta: dict[str, Any]) -> tuple[Any, ...]:
-    """Return the summaries of TensorBoard's HParams page, for the writer's own file.
-
-    ``SummaryWriter.add_hparams`` would open a second event file.
-    """
-    names = ("target_epsilon", "delta", "accountant", "sampling", "dataset_size", "clip_policy", "loss_bound")
-    values = {
-        **{name: meta[name] for name in names},
+def settings_of(optimizer: AdaptiveClipDPOptimizer) -> dict[str, Any]:
+    """Return the public settings by which people tell runs apart; None where there is none."""
+    group = optimizer.param_groups[0]
+    return {
         "noise_multiplier": optimizer.mechanism.noise_multiplier,
         "initial_max_grad_norm": optimizer.policy.initial_bound,
         "target_clip_rate": getattr(optimizer.policy, "target_clip_rate", None),
@@ -139,8 +136,17 @@ def hparams_summaries(optimizer: AdaptiveClipDPOptimizer, meta: dict[str, Any]) 
         "lr_control": optimizer.control is not None,
         "ema_decay": None if optimizer.ema is None else optimizer.ema.decay,
         "optimizer": type(optimizer.original_optimizer).__name__,
-        "lr": optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0].get("lr")),
+        "lr": group.get("initial_lr", group.get("lr")),
     }
+
+
+def hparams_summaries(meta: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the summaries of TensorBoard's HParams page, for the writer's own file, from the privacy record.
+
+    ``SummaryWriter.add_hparams`` would open a second event file.
+    """
+    names = ("target_epsilon", "delta", "accountant", "sampling", "dataset_size", "clip_policy", "loss_bound")
+    values = {**{name: meta[name] for name in names}, **meta["settings"]}
     # torch writes a bool as the number 1.0.
     shown = {name: str(value) if isinstance(value, bool) else value for name, value in values.items()}
     known = {name: value for name, value in shown.items() if value is not None}

@@ -174,6 +174,51 @@ def test_held_out_loss_and_noisy_norms_are_there_where_a_run_has_them(tab, logs)
     tab.execute_script(press.replace("Home", "Escape"))
 
 
+def test_cards_say_in_which_settings_runs_differ(tab):
+    differs = lambda run: texts(tab, f".card[aria-label={run}] .quiet")  # noqa: E731
+    choose(tab, "first", "published")
+    (line,) = differs("first")
+    assert line.startswith("differs in: ")
+    assert "clip policy percentile" in line
+    assert "target epsilon 8" in line
+    assert "dataset size" not in line  # it is the same
+    assert "clip policy raw_percentile" in differs("published")[0]
+    choose(tab, "first")
+    assert differs("first") == []
+
+
+def test_runs_are_filtered_by_name_and_setting_and_sorted(tab):
+    type_in = """const [selector, value, event] = arguments, box = document.querySelector(selector); box.value = value;
+      box.dispatchEvent(new Event(event))"""
+    shown = lambda: texts(tab, "label.run span")  # noqa: E731
+    choose(tab, "second", "first")
+    tab.execute_script(type_in, ".tools input", "raw_perc", "input")
+    assert shown() == ["published"]
+    assert "3 do not match the filter" in texts(tab, ".runs legend")[0]
+    assert sorted(texts(tab, ".card h2 span")) == ["first", "second"]  # what is chosen stays
+    tab.execute_script(type_in, ".tools input", "", "input")
+    tab.execute_script(type_in, ".tools select", "name", "change")
+    assert shown() == [EVIL, "first", "published", "second"]
+    assert texts(tab, ".card h2 span") == ["first", "second"]
+    tab.execute_script(type_in, ".tools select", "epsilon", "change")
+    assert set(shown()[2:]) == {EVIL, "published"}
+    tab.execute_script(type_in, ".tools select", "latest", "change")
+
+
+def test_names_of_runs_are_short_and_all_different(tab):
+    script = """const done = arguments[1], address = performance.getEntriesByType('resource').map(r => r.name)
+      .find(n => n.endsWith('/runs.js')); import(address).then(m => done(arguments[0].map(names => [...m.labels(names).values()])))"""
+    cases = {
+        ("out/runs/Nov29_08-19-09_host-name", "out/runs/Nov30_10-00-00_host-name"): ["29 Nov 08:19:09", "30 Nov 10:00:00"],
+        ("a/runs/Nov29_08-19-09_h", "b/runs/Nov29_08-19-09_h"): ["a / 29 Nov 08:19:09", "b / 29 Nov 08:19:09"],
+        ("runs/Nov29_08-19-09_one", "runs/Nov29_08-19-09_two"): ["runs/Nov29_08-19-09_one", "runs/Nov29_08-19-09_two"],
+        (".",): ["this folder"],
+        ("x/y", "x"): ["x / y", "x"],
+        ("long/shared/first", "long/shared/second"): ["first", "second"],
+    }  # fmt: skip
+    assert tab.execute_async_script(script, [list(names) for names in cases]) == list(cases.values())
+
+
 def test_every_card_says_in_words_how_its_run_is(tab, logs):
     choose(tab, "first", "second", "published")
     state = lambda run: texts(tab, f".card[aria-label={run}] .verdicts li")  # noqa: E731

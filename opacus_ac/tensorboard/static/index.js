@@ -2,7 +2,8 @@
 
 import { Chart, element } from "./chart.js";
 import { content, describe, PANELS } from "./panels.js";
-import { alerts, card, selector, statement } from "./summary.js";
+import { differences, labels, RunTools, selector } from "./runs.js";
+import { alerts, card, statement } from "./summary.js";
 
 const POLL_MS = 1000;
 const REST = 5; // times the length of the last answer: many long runs are asked for less often
@@ -22,6 +23,7 @@ class App {
     this.again = false;
     this.open = new Set(); // runs whose statement is unfolded
     this.charts = PANELS.map((panel) => new Chart(panel, (...args) => this.cursor(...args)));
+    this.tools = new RunTools(() => this.draw());
     this.build();
   }
 
@@ -36,7 +38,7 @@ class App {
     this.panels.hidden = true;
     this.panels.append(...this.charts.map((chart) => chart.figure));
     const main = element("main");
-    main.append(head, this.runsBox, this.alertsBox, this.cards, this.panels, this.statements, this.spoken);
+    main.append(head, this.tools.box, this.runsBox, this.alertsBox, this.cards, this.panels, this.statements, this.spoken);
     document.body.replaceChildren(main);
   }
 
@@ -69,7 +71,8 @@ class App {
     const seriesText = this.selected.size ? await read(`./series?${query}`) : "{}";
     const text = JSON.stringify([runsText, seriesText, [...this.selected]]);
     if (text === this.shown) return;
-    this.runs = runs;
+    const named = labels(runs.map((run) => run.run));
+    this.runs = runs.map((run) => ({ ...run, label: named.get(run.run) }));
     this.limit = limit;
     this.series = JSON.parse(seriesText);
     this.draw();
@@ -100,21 +103,26 @@ class App {
   }
 
   chosen() {
-    return this.runs.filter((run) => this.selected.has(run.run)).map(({ run, meta }) => (
-      { name: run, slot: this.selected.get(run), meta, series: this.series[run]?.curves ?? {},
-        norms: this.series[run]?.norms, state: this.series[run]?.state, verdicts: this.series[run]?.verdicts ?? [] }));
+    const runs = this.tools.sorted(this.runs).filter((run) => this.selected.has(run.run));
+    const differ = differences(runs);
+    return runs.map(({ run, label, meta, parts = [] }, i) => {
+      const { curves = {}, norms, state, verdicts = [] } = this.series[run] ?? {};
+      return { path: run, name: label, slot: this.selected.get(run), meta, parts, differs: differ[i],
+        series: curves, norms, state, verdicts };
+    });
   }
 
   draw() {
+    if (!this.runs) return;
     const runs = this.chosen();
     const newest = Math.max(...runs.flatMap((run) => Object.values(run.series).map((column) => column[0].at(-1))));
     const live = runs.filter((run) => run.state === "running" || run.state === "waiting").length;
     const at = `step ${Number.isFinite(newest) ? newest : 0}`;
     this.status.textContent = !runs.length ? "No run is chosen." : live ? `live, ${at}` : `no run is going on; last ${at}`;
-    const focus = document.activeElement?.closest?.(".run")?.textContent;
-    this.runsBox.replaceChildren(selector(this.runs, this.selected, this.limit, (...args) => this.toggle(...args)));
+    const focus = document.activeElement?.closest?.(".run")?.dataset.run;
+    this.runsBox.replaceChildren(selector(this.tools.sorted(this.runs), this.selected, this.limit, this.tools, (...args) => this.toggle(...args)));
     for (const label of this.runsBox.querySelectorAll(".run")) {
-      if (focus !== undefined && label.textContent === focus) label.firstChild.focus();
+      if (focus !== undefined && label.dataset.run === focus) label.firstChild.focus();
     }
     const found = alerts(runs);
     const said = [...this.alertsBox.children].map((line) => line.textContent).join("\n");
@@ -128,8 +136,8 @@ class App {
 
   foldable(run) {
     const box = statement(run);
-    box.open = this.open.has(run.name);
-    box.addEventListener("toggle", () => (box.open ? this.open.add(run.name) : this.open.delete(run.name)));
+    box.open = this.open.has(run.path);
+    box.addEventListener("toggle", () => (box.open ? this.open.add(run.path) : this.open.delete(run.path)));
     return box;
   }
 

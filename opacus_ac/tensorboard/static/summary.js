@@ -1,4 +1,4 @@
-// Run selector, figures of each run, alerts, and the statement of what was released. All text is set as text.
+// Figures of each run, alerts, and the statement of what was released. All text is set as text.
 
 import { element } from "./chart.js";
 import { last, lastMean, projection } from "./panels.js";
@@ -8,22 +8,6 @@ const words = (value) => (Array.isArray(value) ? value.map(String) : []);
 
 function isPrivate(run) {
   return run.meta.private === true && last(run.series, "epsilon")?.value !== "infinity";
-}
-
-export function selector(runs, selected, limit, onToggle) {
-  const box = element("fieldset", { class: "runs" });
-  box.append(element("legend", {}, `Runs (at most ${limit} at once)`));
-  for (const run of runs) {
-    const slot = selected.get(run.run);
-    const label = element("label", { class: slot === undefined ? "run" : `run run-${slot}` });
-    const input = element("input", { type: "checkbox" });
-    input.checked = slot !== undefined;
-    input.disabled = slot === undefined && selected.size >= limit;
-    input.addEventListener("change", () => onToggle(run.run, input.checked));
-    label.append(input, element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.run));
-    box.append(label);
-  }
-  return box;
 }
 
 // One loud line for each run whose guarantee is void, and one for each warning of its record.
@@ -64,7 +48,7 @@ function meter(run) {
 }
 
 export function card(run) {
-  const box = element("section", { class: `card run-${run.slot}`, "aria-label": run.name });
+  const box = element("section", { class: `card run-${run.slot}`, "aria-label": run.name, title: run.path });
   const title = element("h2");
   title.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.name));
   const list = element("dl");
@@ -80,7 +64,11 @@ export function card(run) {
   list.append(...noisyFigure(run, "noisy_loss", "noisy loss", "loss", lossBound(run)));
   if (heldOut) list.append(figure("held-out loss", format(heldOut.value), `public data, step ${format(heldOut.step)}`, "held-out"));
   const bar = meter(run);
-  box.append(title, ...(bar ? [bar] : []), verdicts(run), list);
+  const lines = [];
+  if (run.parts.length) lines.push(`resumed at step ${format(run.meta.first_step)}; with ${run.parts.join(", ")} before`);
+  if (run.differs.length) lines.push(`differs in: ${run.differs.join("; ")}`);
+  const quiet = lines.map((text) => element("p", { class: "quiet" }, text));
+  box.append(title, ...quiet, ...(bar ? [bar] : []), verdicts(run), list);
   return box;
 }
 
@@ -114,7 +102,7 @@ const ROWS = [
 ];
 
 export function statement(run) {
-  const box = element("details", { class: `statement run-${run.slot}`, "data-run": run.name });
+  const box = element("details", { class: `statement run-${run.slot}`, "data-run": run.path });
   const spent = last(run.series, "epsilon");
   const claim = isPrivate(run)
     ? `(${format(spent?.value ?? NaN, 6)}, ${format(run.meta.delta)})-differential privacy after ${format(spent?.step ?? NaN)} steps`
