@@ -39,6 +39,7 @@ FILES = {
     "/index.js": "text/javascript",
     "/panels.js": "text/javascript",
     "/chart.js": "text/javascript",
+    "/save.js": "text/javascript",
     "/scale.js": "text/javascript",
     "/runs.js": "text/javascript",
     "/summary.js": "text/javascript",

@@ -1,5 +1,8 @@
 """The Privacy tab in real headless Chromium, under TensorBoard's own content security policy."""
 
+import io
+import re
+
 import pytest
 import tensorboard_browser
 from tensorboard_browser import points, texts, wait_for
@@ -100,6 +103,12 @@ def tab(chromium, port):
     assert chromium.execute_script("return window.violations") == []
 
 
+def folded(driver):
+    """Charts that are not shown because they say nothing but one number."""
+    script = "return arguments[0].filter(id => document.querySelector(`#panel-${id}`).hidden)"
+    return set(driver.execute_script(script, list(CHARTS)))
+
+
 def choose(driver, *runs):
     """Show just these runs."""
     driver.execute_script(
@@ -123,7 +132,8 @@ def test_every_chart_has_the_points_of_every_run(tab, logs):
     choose(tab, "first", "second")
     count = logs.run[2].steps_taken
     wait_for(lambda: sorted(points(tab, "max_grad_norm")) == sorted([count, 3]))
-    for chart in CHARTS:
+    assert folded(tab) - {"lr_multiplier"} == {"noise_multiplier"}
+    for chart in set(CHARTS) - folded(tab):
         extra = 1 if chart in ("epsilon", "remaining_steps") else 0  # they are known before the first step
         assert sorted(points(tab, chart)) == sorted([count + extra, 3 + extra]), chart
     wait_for(lambda: points(tab, "epsilon", "projection") == [2, 2])
@@ -262,7 +272,7 @@ def test_runs_overlay_in_colours_of_their_own_and_can_be_chosen(tab):
     choose(tab, "second")
     assert len(points(tab, "max_grad_norm")) == 1
     choose(tab)
-    assert texts(tab, ".status") == ["No run is chosen."]
+    assert texts(tab, ".status") == ["No run is chosen: tick one."]
 
 
 def test_a_run_that_is_not_private_says_so_loudly(tab):
@@ -339,7 +349,7 @@ def test_keys_move_the_crosshair_and_say_the_values(tab, logs):
     tab.execute_script(press, "ArrowRight")
     assert texts(tab, ".spoken")[0].endswith("at step 2")
     visible = "return [...document.querySelectorAll('.cursor')].filter(c => c.getAttribute('visibility') === 'visible').length"
-    assert tab.execute_script(visible) == len(CHARTS)
+    assert tab.execute_script(visible) == len(set(CHARTS) - folded(tab))
     assert tab.execute_script("return document.querySelectorAll('.tooltip:not([hidden])').length") == 1
     tab.execute_script(press, "Escape")
     assert tab.execute_script(visible) == 0
@@ -347,7 +357,7 @@ def test_keys_move_the_crosshair_and_say_the_values(tab, logs):
 
 def test_charts_have_labels_units_and_ticks(tab):
     choose(tab, "first")
-    for chart in CHARTS:
+    for chart in set(CHARTS) - folded(tab):
         label = tab.execute_script(
             "return document.querySelector(arguments[0]).getAttribute('aria-label')", f"#panel-{chart} svg"
         )
@@ -361,10 +371,100 @@ def test_charts_have_labels_units_and_ticks(tab):
 def test_a_server_that_does_not_answer_is_said_and_waited_for(tab, logs):
     choose(tab, "first")
     tab.execute_script("window.kept = window.fetch; window.fetch = () => Promise.reject(new Error('gone'))")
-    wait_for(lambda: texts(tab, ".status") == ["No answer (gone); trying again"])
+    said = "No answer (gone); trying again. Is tensorboard still running? What is shown is of "
+    wait_for(lambda: texts(tab, ".status")[0].startswith(said))
+    assert tab.execute_script("return document.querySelectorAll('.panels.stale').length") == 1
     wait_for(lambda: points(tab, "max_grad_norm") == [logs.run[2].steps_taken])
     tab.execute_script("window.fetch = window.kept")
     wait_for(lambda: texts(tab, ".status")[0].startswith("live, step"))
+    assert tab.execute_script("return document.querySelectorAll('.panels.stale').length") == 0
+
+
+def test_constant_curves_are_in_the_card(tab, logs):
+    choose(tab, "first")
+    wait_for(lambda: {"sample_rate", "noise_multiplier"} <= folded(tab))
+    (line,) = [text for text in texts(tab, ".card .quiet") if text.startswith("constant: ")]
+    assert "sampling rate 0.25" in line
+    assert f"noise multiplier {float(f'{logs.run[2].noise_multiplier:.4g}'):g}" in line
+
+
+def test_an_empty_chart_says_what_to_do(tab):
+    choose(tab, EVIL)
+    assert texts(tab, "#panel-noisy_loss .empty")[0].startswith("No loss is released: pass loss_bound=")
+    assert texts(tab, "#panel-remaining_steps .empty")[0].startswith("No target epsilon: make_private_with_epsilon")
+
+
+POINTER = """const [chart, events] = arguments, svg = document.querySelector(`#panel-${chart} svg`), box = svg.getBoundingClientRect();
+  const plot = [58, box.width - 14]; // the margins of the axes
+  for (const [name, share] of events) svg.dispatchEvent(new (name === 'dblclick' ? MouseEvent : PointerEvent)(name, {button: 0,
+    clientX: box.left + plot[0] + share * (plot[1] - plot[0]), clientY: box.top + 60}));"""
+
+
+def test_the_tooltip_is_below_the_curve(tab, logs):
+    choose(tab, "first")
+    wait_for(lambda: points(tab, "noisy_loss") == [logs.run[2].steps_taken])
+    tab.execute_script(POINTER, "max_grad_norm", [["pointermove", 0.3]])
+    below = """const panel = document.querySelector('#panel-max_grad_norm'), tip = panel.querySelector('.tooltip:not([hidden])');
+      return tip.getBoundingClientRect().top >= panel.querySelector('.base').getBoundingClientRect().bottom"""
+    assert tab.execute_script(below) is True
+    tab.execute_script(POINTER, "max_grad_norm", [["pointerleave", 0.3]])
+
+
+def test_dragging_zooms_all_charts_and_a_double_click_shows_everything(tab, logs):
+    choose(tab, "first")
+    wait_for(lambda: points(tab, "noisy_loss") == [logs.run[2].steps_taken])
+    last = lambda chart: int(texts(tab, f"#panel-{chart} .tick.x")[-1])  # noqa: E731
+    first = lambda chart: int(texts(tab, f"#panel-{chart} .tick.x")[0])  # noqa: E731
+    count = logs.run[2].steps_taken
+    tab.execute_script(POINTER, "max_grad_norm", [["pointerdown", 0.3], ["pointermove", 0.5], ["pointerup", 0.9]])
+    for chart in ("max_grad_norm", "noisy_loss", "epsilon"):
+        assert first(chart) >= 0.3 * count - 1e-9
+        assert last(chart) <= 0.9 * count + 1e-9
+    tab.execute_script(POINTER, "epsilon", [["dblclick", 0.5]])
+    assert first("max_grad_norm") == 0
+    tab.execute_script(POINTER, "max_grad_norm", [["pointerdown", 0.3], ["pointerup", 0.301]])  # a click is no drag
+    assert first("max_grad_norm") == 0
+
+
+def test_a_chart_is_saved_as_csv_and_png(tab, logs):
+    choose(tab, "first")
+    wait_for(lambda: points(tab, "noisy_loss") == [logs.run[2].steps_taken])
+    catch = """window.saved = []; window.make = URL.createObjectURL; HTMLAnchorElement.prototype.click = function () {};
+      URL.createObjectURL = blob => { blob.arrayBuffer().then(b => saved.push([blob.type, [...new Uint8Array(b)]])); return 'about:blank'; }"""
+    tab.execute_script(catch)
+    try:
+        tab.execute_script("for (const b of document.querySelectorAll('#panel-noisy_loss .save button')) b.click()")
+        saved = dict(wait_for(lambda: tab.execute_script("return saved.length === 2 && saved")))
+    finally:
+        tab.execute_script("URL.createObjectURL = window.make; delete HTMLAnchorElement.prototype.click")
+    rows = [line.split(",") for line in bytes(saved["text/csv"]).decode().splitlines()]
+    assert rows[0] == ["run", "what", "step", "noisy_loss", "noise_std"]
+    count = logs.run[2].steps_taken
+    assert [row[1] for row in rows[1:]] == ["released"] * count + ["running mean"] * count
+    assert float(rows[-1][3]) == pytest.approx(logs.mean.known[0], rel=1e-4)
+    assert bytes(saved["image/png"]).startswith(b"\x89PNG")
+    image = pytest.importorskip("PIL.Image").open(io.BytesIO(bytes(saved["image/png"]))).convert("RGB")
+    colour = tab.execute_script(
+        "return getComputedStyle(document.querySelector('#panel-noisy_loss .line.value')).stroke"
+    )
+    wanted = tuple(int(part) for part in re.findall(r"\d+", colour))
+    assert sum(pixel == wanted for pixel in image.getdata()) > 100  # the curve is in it, with its style
+
+
+def test_cells_of_a_csv_are_text_and_no_formulas(tab):
+    script = """const done = arguments[1], address = performance.getEntriesByType('resource').map(r => r.name)
+      .find(n => n.endsWith('/save.js')); import(address).then(m => done(arguments[0].map(m.cell)))"""
+    cells = {
+        "=1+1": "'=1+1",
+        "+a": "'+a",
+        "@b": "'@b",
+        "a,b": '"a,b"',
+        'q"q': '"q""q"',
+        "-x\ny": '"\'-x\ny"',
+        "run": "run",
+    }
+    assert tab.execute_async_script(script, list(cells)) == list(cells.values())
+    assert tab.execute_async_script(script, [-1.5, None]) == ["-1.5", ""]
 
 
 def test_the_policy_is_in_force_and_blocks_what_we_do_not_use(chromium, port):

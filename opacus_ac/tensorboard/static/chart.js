@@ -1,9 +1,10 @@
 // One line chart in SVG, with axes, a crosshair that all charts share, and a tooltip. All text is set as text.
 
+import { saver } from "./save.js";
 import { format, linearDomain, linearScale, linearTicks, logDomain, logScale, logTicks, nearest, withError } from "./scale.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const HEIGHT = 210;
+export const HEIGHT = 210;
 const MARGIN = { top: 10, right: 14, bottom: 38, left: 58 };
 
 export function element(tag, attributes = {}, text = null) {
@@ -20,6 +21,13 @@ function shape(tag, attributes, text = null) {
   return node;
 }
 
+// A piece of a run's line, as its curves have it: colour and dashes. Empty for a run that is not shown.
+export function swatch(slot) {
+  const box = shape("svg", { class: "swatch", viewBox: "0 0 26 10", "aria-hidden": "true" });
+  if (slot !== undefined) box.append(shape("line", { class: `line value run-${slot}`, x1: 0, x2: 26, y1: 5, y2: 5 }));
+  return box;
+}
+
 function extent(values) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of values) {
@@ -31,12 +39,14 @@ function extent(values) {
 }
 
 export class Chart {
-  constructor(panel, onCursor) {
+  constructor(panel, onCursor, onZoom) {
     this.panel = panel;
     this.onCursor = onCursor;
+    this.onZoom = onZoom;
+    this.range = null; // [first, last] step shown; null for all
     this.figure = element("figure", { class: "panel", id: `panel-${panel.id}` });
     const caption = element("figcaption");
-    caption.append(element("h2", {}, panel.title), element("span", { class: "unit" }, panel.unit));
+    caption.append(element("h2", {}, panel.title), element("span", { class: "unit" }, panel.unit), saver(this));
     this.plot = element("div", { class: "plot" });
     this.tooltip = element("div", { class: "tooltip", hidden: "" });
     this.figure.append(caption, this.plot);
@@ -45,7 +55,7 @@ export class Chart {
 
   draw(content, description) {
     this.content = content;
-    this.figure.hidden = Boolean(this.panel.optional) && !content.values.length;
+    this.figure.hidden = content.folded || (Boolean(this.panel.optional) && !content.values.length);
     if (this.figure.hidden) {
       this.svg = null;
       this.plot.replaceChildren();
@@ -63,8 +73,10 @@ export class Chart {
     this.svg = shape("svg", { width: this.width, height: HEIGHT, role: "img", tabindex: "0", "aria-label": description });
     this.setScales(known);
     this.drawAxes();
-    for (const band of content.bands) this.svg.append(this.band(band));
+    this.inner = this.clipped();
+    for (const band of content.bands) this.inner.append(this.band(band));
     for (const line of content.lines) this.drawLine(line);
+    this.svg.append(this.inner);
     this.cursor = shape("line", { class: "cursor", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom, visibility: "hidden" });
     this.svg.append(this.cursor);
     this.listen();
@@ -74,16 +86,26 @@ export class Chart {
 
   emptyText() {
     const infinite = this.panel.id === "epsilon" && this.content.values.length;
-    return infinite ? "Epsilon is infinite: no bound holds." : "Not written by the chosen runs.";
+    if (infinite) return "Epsilon is infinite: no bound holds.";
+    return this.panel.missing ?? "Not written by the chosen runs.";
   }
 
-  setScales(known) {
-    const steps = this.content.lines.flatMap((l) => l.steps);
-    const [first, end] = extent(steps);
-    const bandValues = this.content.bands.flatMap((b) => [...b.low, ...b.high]);
+  // An inner drawing that cuts off what lies outside the axes.
+  clipped() {
+    const [x, width] = [MARGIN.left - 4, this.width - MARGIN.left - MARGIN.right + 8];
+    return shape("svg", { class: "inner", x, y: 0, width, height: HEIGHT, viewBox: `${x} 0 ${width} ${HEIGHT}` });
+  }
+
+  setScales(all) {
+    const [first, end] = extent(this.content.lines.flatMap((l) => l.steps));
+    const zoomed = this.panel.histogram ? null : this.range;
+    const inside = (steps, values) => (zoomed ? values.filter((_, i) => steps[i] >= zoomed[0] && steps[i] <= zoomed[1]) : values);
+    const seen = this.content.lines.flatMap((l) => inside(l.steps, l.values)).filter((v) => v !== null && (!this.panel.log || v > 0));
+    const known = seen.length ? seen : all;
+    const bandValues = this.content.bands.flatMap((b) => [...inside(b.steps, b.low), ...inside(b.steps, b.high)]);
     const [low, high] = extent(this.panel.log ? known : known.concat(bandValues));
     const [bottom, top] = [HEIGHT - MARGIN.bottom, MARGIN.top];
-    this.xDomain = [this.panel.histogram ? first : Math.min(first, 0), end > first ? end : first + 1];
+    this.xDomain = zoomed ?? [this.panel.histogram ? first : Math.min(first, 0), end > first ? end : first + 1];
     this.yDomain = this.panel.log ? logDomain(low, high) : linearDomain(low, high, this.panel);
     this.x = linearScale(...this.xDomain, MARGIN.left, this.width - MARGIN.right);
     this.y = (this.panel.log ? logScale : linearScale)(...this.yDomain, bottom, top);
@@ -124,10 +146,10 @@ export class Chart {
       pen = "L";
     });
     if (!dots.length) return;
-    this.svg.append(shape("path", { class: `line ${line.kind} run-${line.slot}`, d: path, "data-points": dots.length }));
+    this.inner.append(shape("path", { class: `line ${line.kind} run-${line.slot}`, d: path, "data-points": dots.length }));
     if (line.kind !== "value") return; // an outline has no end
     const [cx, cy] = dots.at(-1);
-    this.svg.append(shape("circle", { class: `end run-${line.slot}`, cx, cy, r: 3 }));
+    this.inner.append(shape("circle", { class: `end run-${line.slot}`, cx, cy, r: 3 }));
   }
 
   band(band) {
@@ -138,23 +160,54 @@ export class Chart {
   }
 
   listen() {
-    this.svg.addEventListener("pointermove", (event) => {
-      const left = this.svg.getBoundingClientRect().left;
-      const share = (event.clientX - left - MARGIN.left) / (this.width - MARGIN.left - MARGIN.right);
-      this.onCursor(this, this.xDomain[0] + share * (this.xDomain[1] - this.xDomain[0]), false);
-    });
+    this.svg.addEventListener("pointermove", (event) => this.onCursor(this, this.stepAt(event), false));
+    if (!this.panel.histogram) this.listenToZoom();
     this.svg.addEventListener("pointerleave", () => this.onCursor(this, null, false));
     this.svg.addEventListener("blur", () => this.onCursor(this, null, false));
     this.svg.addEventListener("keydown", (event) => this.key(event));
   }
 
-  // Arrow keys walk over the points of the first run; Home and End jump; Escape hides.
+  stepAt(event) {
+    const share = (event.clientX - this.svg.getBoundingClientRect().left - MARGIN.left) / (this.width - MARGIN.left - MARGIN.right);
+    return this.xDomain[0] + share * (this.xDomain[1] - this.xDomain[0]);
+  }
+
+  // Dragging shows a stretch of steps in all charts; a double click shows all steps again.
+  listenToZoom() {
+    let from = null;
+    const mark = shape("rect", { class: "zoom", y: MARGIN.top, height: HEIGHT - MARGIN.top - MARGIN.bottom, visibility: "hidden" });
+    this.svg.append(mark);
+    const ends = (event) => [from, this.stepAt(event)].sort((a, b) => a - b).map((s) => Math.min(this.xDomain[1], Math.max(this.xDomain[0], s)));
+    this.svg.addEventListener("pointerdown", (event) => { from = event.button === 0 ? this.stepAt(event) : null; });
+    this.svg.addEventListener("pointermove", (event) => {
+      if (from === null) return;
+      const [low, high] = ends(event).map((step) => this.x(step));
+      for (const [name, value] of Object.entries({ x: low, width: high - low, visibility: "visible" })) mark.setAttribute(name, value);
+    });
+    this.svg.addEventListener("pointerup", (event) => {
+      if (from === null) return;
+      const [low, high] = ends(event);
+      from = null;
+      mark.setAttribute("visibility", "hidden");
+      if (this.x(high) - this.x(low) > 8 && high - low >= 1) this.onZoom([low, high]);
+    });
+    this.svg.addEventListener("pointerleave", () => {
+      from = null;
+      mark.setAttribute("visibility", "hidden");
+    });
+    this.svg.addEventListener("dblclick", () => this.onZoom(null));
+  }
+
+  // Arrow keys walk over the points of the first run; Home and End jump; Escape hides and shows all steps again.
   key(event) {
     const steps = this.content.values[0].steps;
     const end = steps.length - 1;
     const at = this.step === null || this.step === undefined ? end : nearest(steps, this.step);
     const moves = { ArrowLeft: Math.max(0, at - 1), ArrowRight: Math.min(end, at + 1), Home: 0, End: end };
-    if (event.key === "Escape") this.onCursor(this, null, true);
+    if (event.key === "Escape") {
+      this.onCursor(this, null, true);
+      if (this.range) this.onZoom(null);
+    }
     else if (event.key in moves) this.onCursor(this, steps[moves[event.key]], true);
     else return;
     event.preventDefault();
@@ -182,7 +235,7 @@ export class Chart {
         : `at step ${format(line.steps[i])}`;
       const text = `${line.label}: ${value} ${place}`;
       const row = element("div", { class: `row run-${line.slot}` });
-      row.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, text));
+      row.append(swatch(line.slot), element("span", {}, text));
       return { row, text };
     });
     this.tooltip.replaceChildren(...rows.map((r) => r.row));

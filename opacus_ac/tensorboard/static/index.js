@@ -6,6 +6,7 @@ import { differences, labels, RunTools, selector } from "./runs.js";
 import { alerts, card, statement } from "./summary.js";
 
 const POLL_MS = 1000;
+const NO_RUN = "No run has a privacy record here. PrivacyDashboard writes one; is --logdir the folder that it writes to?";
 const REST = 5; // times the length of the last answer: many long runs are asked for less often
 
 async function read(path) {
@@ -22,7 +23,7 @@ class App {
     this.busy = false;
     this.again = false;
     this.open = new Set(); // runs whose statement is unfolded
-    this.charts = PANELS.map((panel) => new Chart(panel, (...args) => this.cursor(...args)));
+    this.charts = PANELS.map((panel) => new Chart(panel, (...args) => this.cursor(...args), (range) => this.zoom(range)));
     this.tools = new RunTools(() => this.draw());
     this.build();
   }
@@ -52,7 +53,9 @@ class App {
     try {
       await this.load();
     } catch (error) {
-      this.status.textContent = `No answer (${error.message}); trying again`;
+      const since = this.answered ? ` What is shown is of ${this.answered}` : "";
+      this.status.textContent = `No answer (${error.message}); trying again. Is tensorboard still running?${since}`;
+      this.panels.classList.add("stale");
       this.shown = "";
     } finally {
       this.busy = false;
@@ -69,8 +72,10 @@ class App {
     this.choose(runs, limit);
     const query = new URLSearchParams([...this.selected.keys()].map((run) => ["run", run]));
     const seriesText = this.selected.size ? await read(`./series?${query}`) : "{}";
+    this.answered = new Date().toLocaleTimeString("en-GB");
+    this.panels.classList.remove("stale");
     const text = JSON.stringify([runsText, seriesText, [...this.selected]]);
-    if (text === this.shown) return;
+    if (text === this.shown || this.again) return; // other runs were chosen meanwhile: their curves come next
     const named = labels(runs.map((run) => run.run));
     this.runs = runs.map((run) => ({ ...run, label: named.get(run.run) }));
     this.limit = limit;
@@ -118,7 +123,7 @@ class App {
     const newest = Math.max(...runs.flatMap((run) => Object.values(run.series).map((column) => column[0].at(-1))));
     const live = runs.filter((run) => run.state === "running" || run.state === "waiting").length;
     const at = `step ${Number.isFinite(newest) ? newest : 0}`;
-    this.status.textContent = !runs.length ? "No run is chosen." : live ? `live, ${at}` : `no run is going on; last ${at}`;
+    this.status.textContent = !this.runs.length ? NO_RUN : !runs.length ? "No run is chosen: tick one." : live ? `live, ${at}` : `no run is going on; last ${at}`;
     const focus = document.activeElement?.closest?.(".run")?.dataset.run;
     this.runsBox.replaceChildren(selector(this.tools.sorted(this.runs), this.selected, this.limit, this.tools, (...args) => this.toggle(...args)));
     for (const label of this.runsBox.querySelectorAll(".run")) {
@@ -145,6 +150,11 @@ class App {
     for (const chart of this.charts) chart.draw(content(chart.panel, runs), describe(chart.panel, runs));
     if (this.at) this.cursor(...this.at);
     performance.mark("privacy-curves");
+  }
+
+  zoom(range) {
+    for (const chart of this.charts) chart.range = range;
+    this.drawCharts(this.chosen());
   }
 
   cursor(owner, step, speak) {

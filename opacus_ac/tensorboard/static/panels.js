@@ -6,20 +6,23 @@ export const PANELS = [
   { id: "epsilon", title: "Epsilon spent", unit: "at the run's delta", min: 0,
     note: "dashed: target; dotted: projection at the present rate and noise (its end is the accountant's, the line between is straight)",
     value: "epsilon", target: "epsilon_target", project: true },
-  { id: "max_grad_norm", title: "Clipping norm C", unit: "gradient norm, log scale", log: true, value: "max_grad_norm" },
-  { id: "clip_rate", title: "Noisy clip rate", unit: "fraction of records", min: 0, max: 1,
+  { id: "max_grad_norm", title: "Clipping norm C", unit: "gradient norm, log scale", log: true, value: "max_grad_norm", fold: true },
+  { id: "clip_rate", title: "Noisy clip rate", unit: "fraction of records", within: [0, 1],
     note: "thick: running mean; coloured: std of the noise; dashed: target; grey: band in which the learning rate stays",
-    value: "noisy_clip_rate", noisy: true, target: "target_clip_rate", band: ["clip_rate_low", "clip_rate_high"] },
-  { id: "lr_multiplier", title: "Learning-rate multiplier", unit: "factor on the learning rate", value: "lr_multiplier" },
+    value: "noisy_clip_rate", noisy: true,
+    missing: "No histogram is released: clipping=\"adaptive\" releases one.", target: "target_clip_rate", band: ["clip_rate_low", "clip_rate_high"] },
+  { id: "lr_multiplier", title: "Learning-rate multiplier", unit: "factor on the learning rate", value: "lr_multiplier", fold: true },
   { id: "noisy_loss", title: "Noisy loss", unit: "released mean of clipped losses",
-    note: "thick: running mean; coloured: std of the noise of one step around it", value: "noisy_loss", noisy: true },
+    note: "thick: running mean; coloured: std of the noise of one step around it", value: "noisy_loss", noisy: true,
+    missing: "No loss is released: pass loss_bound= to make_private, and record_losses() in the loop." },
   { id: "held_out_loss", title: "Held-out loss", unit: "tag eval/loss, without noise", optional: true, value: "held_out_loss",
     note: "on data that the run's owner declared public" },
   { id: "norms", title: "Noisy gradient norms", unit: "records per norm, log scale", optional: true, histogram: true, min: 0,
     note: "released counts of the last step, below zero shown as zero; the outer bins hold all that lies beyond; dashed: C" },
-  { id: "remaining_steps", title: "Remaining steps", unit: "steps that still fit the target", min: 0, value: "remaining_steps" },
-  { id: "sample_rate", title: "Sampling rate", unit: "probability per record and step", value: "sample_rate" },
-  { id: "noise_multiplier", title: "Noise multiplier", unit: "noise std / sensitivity of the release", min: 0, value: "noise_multiplier" },
+  { id: "remaining_steps", title: "Remaining steps", unit: "steps that still fit the target", min: 0, value: "remaining_steps",
+    missing: "No target epsilon: make_private_with_epsilon sets one." },
+  { id: "sample_rate", title: "Sampling rate", unit: "probability per record and step", value: "sample_rate", fold: true },
+  { id: "noise_multiplier", title: "Noise multiplier", unit: "noise std / sensitivity of the release", min: 0, value: "noise_multiplier", fold: true },
 ];
 
 const number = (value) => (typeof value === "number" ? value : null);
@@ -76,7 +79,7 @@ function noisy(panel, run) {
   curve.errors = mean[0].map((step) => held(error, step));
   const room = mean[0].map((step) => held(std, step) ?? 0);
   const edge = (sign) => curve.values.map((v, i) => (v === null ? null
-    : Math.min(panel.max ?? Infinity, Math.max(panel.min ?? -Infinity, v + sign * room[i]))));
+    : Math.min(panel.within?.[1] ?? Infinity, Math.max(panel.within?.[0] ?? -Infinity, v + sign * room[i]))));
   return { curve, released: line("noisy", run, run.name, ...released),
     band: { kind: "noise", slot: run.slot, steps: mean[0], low: edge(-1), high: edge(1) } };
 }
@@ -121,9 +124,22 @@ export function content(panel, runs) {
     const [low, high] = (panel.band ?? []).map((tag) => curves[tag]);
     if (low && high) bands.push({ kind: "wanted", slot: run.slot, steps: low[0], low: low[1].map(number), high: high[1].map(number) });
   }
-  return { values, lines: [...behind, ...once(targets.filter((l) => l.kind === "target")),
+  return { values, folded: isFolded(panel, runs), lines: [...behind, ...once(targets.filter((l) => l.kind === "target")),
     ...targets.filter((l) => l.kind === "projection"), ...values],
     bands: [...once(bands.filter((b) => b.kind === "wanted")), ...bands.filter((b) => b.kind === "noise")] };
+}
+
+const isConstant = (column) => column[1].every((value) => value === column[1][0]);
+
+// Whether a chart says nothing but one number of each run: the cards say it then.
+function isFolded(panel, runs) {
+  const known = runs.map((run) => run.series[panel.value]).filter((column) => column?.[0].length);
+  return Boolean(panel.fold) && known.length > 0 && known.every(isConstant);
+}
+
+// The constant curves of a run as [title, value].
+export function folded(run) {
+  return PANELS.filter((panel) => isFolded(panel, [run])).map((panel) => [panel.title.toLowerCase(), run.series[panel.value][1][0]]);
 }
 
 // What a screen reader says about a chart.

@@ -1,6 +1,6 @@
 // Names by which a person tells runs apart, what differs between them, and the list to choose from: sorted, filtered.
 
-import { element } from "./chart.js";
+import { element, swatch } from "./chart.js";
 import { format } from "./scale.js";
 
 // The Trainer calls a run's folder by time and machine: Nov29_08-19-09_host.
@@ -78,7 +78,7 @@ export function selector(runs, selected, limit, tools, onToggle) {
     input.checked = slot !== undefined;
     input.disabled = slot === undefined && selected.size >= limit;
     input.addEventListener("change", () => onToggle(run.run, input.checked));
-    label.append(input, element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.label));
+    label.append(input, swatch(slot), element("span", {}, run.label));
     box.append(label);
   }
   return box;

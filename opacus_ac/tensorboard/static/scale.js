@@ -43,7 +43,8 @@ export function logTicks(low, high) {
 export function linearDomain(low, high, fixed = {}) {
   const flat = high - low < 1e-12 * Math.max(Math.abs(low), Math.abs(high), 1e-300);
   const room = flat ? Math.abs(high) * 0.1 || 1 : (high - low) * 0.06;
-  return [fixed.min ?? (low >= 0 && low - room < 0 ? 0 : low - room), fixed.max ?? high + room];
+  const [least, most] = fixed.within ?? [-Infinity, Infinity];
+  return [fixed.min ?? Math.max(least, low >= 0 && low - room < 0 ? 0 : low - room), Math.min(most, high + room)];
 }
 
 export function logDomain(low, high) {

@@ -1,7 +1,7 @@
 // Figures of each run, alerts, and the statement of what was released. All text is set as text.
 
-import { element } from "./chart.js";
-import { last, lastMean, projection } from "./panels.js";
+import { element, swatch } from "./chart.js";
+import { folded, last, lastMean, projection } from "./panels.js";
 import { format, withError } from "./scale.js";
 
 const words = (value) => (Array.isArray(value) ? value.map(String) : []);
@@ -50,7 +50,7 @@ function meter(run) {
 export function card(run) {
   const box = element("section", { class: `card run-${run.slot}`, "aria-label": run.name, title: run.path });
   const title = element("h2");
-  title.append(element("i", { class: "swatch", "aria-hidden": "true" }), element("span", {}, run.name));
+  title.append(swatch(run.slot), element("span", {}, run.name));
   const list = element("dl");
   const remaining = last(run.series, "remaining_steps");
   const heldOut = last(run.series, "held_out_loss");
@@ -67,6 +67,8 @@ export function card(run) {
   const lines = [];
   if (run.parts.length) lines.push(`resumed at step ${format(run.meta.first_step)}; with ${run.parts.join(", ")} before`);
   if (run.differs.length) lines.push(`differs in: ${run.differs.join("; ")}`);
+  const constant = folded(run);
+  if (constant.length) lines.push(`constant: ${constant.map(([title, value]) => `${title} ${format(value)}`).join("; ")}`);
   const quiet = lines.map((text) => element("p", { class: "quiet" }, text));
   box.append(title, ...quiet, ...(bar ? [bar] : []), verdicts(run), list);
   return box;
