@@ -107,7 +107,7 @@ def figures(target: Path) -> None:
         train_all(folder / "logs")
         with (
             serve(folder / "logs", entry_points(folder)) as port,
-            chromium(folder / "profile", 1400, 1420) as driver,
+            chromium(folder / "profile", 1400, 1800) as driver,
         ):
             open_tab(driver, port)
             wait_for(lambda: len(points(driver, "max_grad_norm")) == 3)
@@ -119,7 +119,7 @@ def figures(target: Path) -> None:
             hover(driver)
             save(driver, target / "privacy-tab-light.png")
             driver.switch_to.default_content()
-            driver.set_window_size(500, 1600)
+            driver.set_window_size(500, 1700)
             driver.switch_to.frame(wait_for(lambda: driver.execute_script(FIND_FRAME)))
             choose(driver, "growing batches", False)
             wait_for(lambda: len(points(driver, "max_grad_norm")) == 1)
