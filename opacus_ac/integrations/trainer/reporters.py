@@ -48,7 +48,8 @@ def refused_reporters(args: Any, environment: Mapping[str, str] = os.environ) ->
         args: ``TrainingArguments``.
         environment: environment variables.
     """
-    reporters = args.report_to if isinstance(args.report_to, list | tuple) else [args.report_to]
+    given = getattr(args, "report_to", None)
+    reporters = given if isinstance(given, list | tuple) else [given]
     names = {str(getattr(name, "value", name)) for name in reporters if name}
     every = "all" in names
     found = [
