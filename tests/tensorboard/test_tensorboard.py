@@ -194,7 +194,7 @@ def test_a_private_run_has_its_statement_at_start_and_end(tmp_path):
     assert last.split() == str(run[0].privacy_report()).split()
     meta, ended = metas(tmp_path)
     assert (meta["first_step"], meta["ended"]) == (0, False)
-    assert ended == {**meta, "ended": True}
+    assert ended == {**meta, "ended": True, "next_bound": run[2].max_grad_norm}
     assert meta["private"] is True
     assert (meta["target_epsilon"], meta["delta"], meta["dataset_size"]) == (8.0, DELTA, 64)
 

@@ -239,8 +239,8 @@ export class Chart {
       return { row, text };
     });
     this.tooltip.replaceChildren(...rows.map((r) => r.row));
-    this.tooltip.classList.toggle("flip", x > this.width / 2);
-    this.tooltip.style.left = `${x}px`;
+    this.tooltip.style.left = "0";
+    this.tooltip.style.left = `${Math.max(0, Math.min(x, this.width - this.tooltip.offsetWidth))}px`;
     return rows.map((r) => r.text).join("; ");
   }
 }
