@@ -496,6 +496,8 @@ def test_the_tab_works_without_the_rust_server(chromium, logs, tmp_path):
 
 def test_tensorboards_own_pages_show_the_run_too(chromium, port):
     """Custom Scalars has our charts, and Text the statement."""
+    chromium.get("about:blank")
+    tensorboard_browser.severe(chromium)  # what a page of an earlier server has left behind
     for fragment, words in (("custom_scalars", "Privacy budget"), ("text", "privacy/statement")):
         chromium.get("about:blank")
         chromium.get(f"http://127.0.0.1:{port}/#{fragment}")

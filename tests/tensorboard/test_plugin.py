@@ -339,9 +339,9 @@ def test_both_data_servers_answer_alike(options, tmp_path):
         listing = lambda: fetch(port, "plugins_listing")[0].get("opacus_ac", {}).get("enabled")  # noqa: E731
         tensorboard_browser.wait_for(listing)
         series = lambda name: fetch(port, f"plugin/opacus_ac/series?run={name}")  # noqa: E731
-        tensorboard_browser.wait_for(lambda: series("long")[0]["long"]["curves"]["epsilon"][0][-1] == 19_999)
+        tensorboard_browser.wait_for(lambda: series("long")[0]["long"]["curves"]["epsilon"][0][-1] == 19_999, 120)
         tensorboard_browser.wait_for(
-            lambda: series("resumed")[0]["resumed"]["curves"]["max_grad_norm"][0] == [1, 2, 3, 4, 5]
+            lambda: series("resumed")[0]["resumed"]["curves"]["max_grad_norm"][0] == [1, 2, 3, 4, 5], 120
         )
         answer, zipped = series("long")
         assert zipped
