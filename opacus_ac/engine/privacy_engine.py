@@ -212,8 +212,7 @@ class PrivacyEngine(AccountedEngine):
         optimizer.charge, optimizer.look_ahead = self._account.charge, self._account.look_ahead
         optimizer.on_unknown_batch = self._warn_unknown_batch
         sizes, noise = loader.plan.sizes, optimizer.mechanism.noise_multiplier
-        for line in drowned(noise, sizes.expected(0), sizes.dataset_size):
-            warnings.warn(line, WeakPrivacyWarning, stacklevel=4)
+        _warn_weak(drowned(noise, sizes.expected(0), sizes.dataset_size))
         if not optimizer.policy.is_private:
             warnings.warn(
                 "clip_policy='raw_percentile' reads un-noised gradient norms: no finite epsilon holds, and infinity "
@@ -277,15 +276,9 @@ class PrivacyEngine(AccountedEngine):
             caller="make_private_with_epsilon",
         )
         plan, planned_steps = self._plan_run(chosen, own.get("poisson_sampling", True), data_loader, epochs, steps)
-        for line in weak_promise(target_epsilon, target_delta, plan.sizes.dataset_size):
-            warnings.warn(line, WeakPrivacyWarning, stacklevel=2)
-        noise_multiplier = noise_for_target(
-            self._account.accountant,
-            plan,
-            steps=planned_steps,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-        )
+        _warn_weak(weak_promise(target_epsilon, target_delta, plan.sizes.dataset_size))
+        target = {"target_epsilon": target_epsilon, "target_delta": target_delta}
+        noise_multiplier = noise_for_target(self._account.accountant, plan, steps=planned_steps, **target)
         made = self.make_private(
             module=module,
             optimizer=optimizer,
@@ -336,3 +329,9 @@ class PrivacyEngine(AccountedEngine):
         if steps is None:
             steps = math.ceil(positive(epochs=epochs) * len(template))
         return template.plan, steps
+
+
+def _warn_weak(lines: list[str]) -> None:
+    """Say what is weak about the promise of a run, to the caller of the engine."""
+    for line in lines:
+        warnings.warn(line, WeakPrivacyWarning, stacklevel=4)

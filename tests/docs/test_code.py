@@ -120,6 +120,7 @@ PAGES = {
 #: Pages whose code another test runs.
 ELSEWHERE = {
     "docs/trainer.md": "docs/test_trainer.py",
+    "docs/from-trl.md": "docs/test_from_trl.py",
     "docs/distributed.md": "docs/test_code.py",  # below: on two processes
     "docs/quickstart.md": "docs/test_pages.py",
     "docs/from-opacus.md": "docs/test_pages.py",

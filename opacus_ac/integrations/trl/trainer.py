@@ -44,9 +44,7 @@ class RowsTrainer(PrivateTrainer):
         noise_generator: torch.Generator | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:  # TRL's default of bfloat16 is an error where no accelerator has it
-            args = self.config(output_dir=f"{model_name(model)}-{self.ending}", bf16=is_torch_bf16_gpu_available())
-        args = copy.copy(args)
+        args = self._settings(model) if args is None else copy.copy(args)
         own: dict[str, Any] = {n: kwargs.pop(n) for n in ("formatting_func", "ref_model") if n in kwargs}
         parts = {"model": model, "train_dataset": train_dataset, "eval_dataset": eval_dataset}
         given: dict[str, Any] = {
@@ -64,16 +62,14 @@ class RowsTrainer(PrivateTrainer):
         self._max_length: int | None = args.max_length
         args.remove_unused_columns = False  # the rows have nothing else
         super().__init__(
-            model,
-            args,
-            privacy=privacy,
-            data_collator=self._collator(args, tokenizer, data_collator),
-            train_dataset=self._token_rows(train_dataset),
-            eval_dataset=self._eval_rows(eval_dataset),
-            processing_class=tokenizer,
-            noise_generator=noise_generator,
-            **kwargs,
-        )
+            model, args, privacy=privacy, data_collator=self._collator(args, tokenizer, data_collator),
+            train_dataset=self._token_rows(train_dataset), eval_dataset=self._eval_rows(eval_dataset),
+            processing_class=tokenizer, noise_generator=noise_generator, **kwargs,
+        )  # fmt: skip
+
+    def _settings(self, model: Any) -> Any:
+        """Return the settings of who gives none. TRL's default of bfloat16 is an error where no accelerator has it."""
+        return self.config(output_dir=f"{model_name(model)}-{self.ending}", bf16=is_torch_bf16_gpu_available())
 
     def _refused(self, args: Any, given: Mapping[str, Any]) -> list[str]:
         """Return the reasons against the settings."""

