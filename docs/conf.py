@@ -30,7 +30,7 @@ highlight_language = "none"  # fences without a language are formulas
 nitpicky = True
 # The build asks no other site for its names, and these have no page here.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|opacus|transformers|lightning|numpy)\..*"),
+    (r"py:.*", r"(torch|opacus|transformers|lightning|numpy|trl)\..*"),
     (r"py:.*", r"(argparse|collections|contextlib|os|pathlib|typing_extensions)\..*"),
     (r"py:.*", r"(Unpack|RateSchedule)"),
 ]
