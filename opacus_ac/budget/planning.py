@@ -10,8 +10,6 @@ from opacus_ac.accounting.events import check_count
 from opacus_ac.budget.accountants import AccountantAdapter
 from opacus_ac.sampling.plan import SamplingPlan
 
-_GRID = 1e-4
-"""Share of epsilon by which two figures from privacy losses may differ: the grid follows from the whole history."""
 _LEAST_NOISE, _MOST_NOISE = 1e-3, 1e6
 
 
@@ -48,8 +46,6 @@ def noise_for_target(
             "accountant='vrdp' is a privacy filter: use it, or give a sequence"
         )
     rates = _planned_rates(plan, steps)
-    if accountant.calibration == "pld":
-        target_epsilon *= 1 - _GRID  # else the last planned step could be refused for what a grid of losses adds
     constant = min(rates) == max(rates)
     if accountant.calibration is not None:
         return calibrate_noise_multiplier(
