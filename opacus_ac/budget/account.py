@@ -6,7 +6,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from opacus.accountants import IAccountant
 
@@ -130,6 +130,15 @@ class Account:
             return self._spending.least_after(self._charge_of(event), delta, steps)
 
         self.guard = BudgetGuard(self.accountant, epsilon, delta, planned, stated_after)
+
+    def become_filter(self) -> IAccountant:
+        """Go on with the accountant "vrdp", which is a privacy filter, and return it. What was charged stays charged.
+
+        The account must have no target yet, and "vpld" or "vrdp" as its accountant.
+        """
+        self._spending = self._spending.as_filter()
+        self.accountant = self._spending.accountant
+        return cast(IAccountant, self.accountant.accountant)
 
     # ---------------------------------------------------------------- what was spent
 

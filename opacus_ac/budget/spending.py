@@ -8,7 +8,14 @@ from typing import Any
 
 from opacus.accountants import IAccountant
 
-from opacus_ac.accounting import FALSE_POSITIVE_RATES, AttackBounds, Event, attack_bounds_from_curve, common_adjacency
+from opacus_ac.accounting import (
+    FALSE_POSITIVE_RATES,
+    AttackBounds,
+    Event,
+    VariableRateRDPAccountant,
+    attack_bounds_from_curve,
+    common_adjacency,
+)
 from opacus_ac.budget.accountants import adapt
 from opacus_ac.budget.charges import Charge, Terms, privacy_unit
 
@@ -130,6 +137,15 @@ class Spending:
             self.accountant.load_state_dict(state)
         before.join(terms, mine, theirs)
         self.terms, self._steps = before, self.accountant.steps
+
+    def as_filter(self) -> Spending:
+        """Return the same charges in an accountant that is a privacy filter."""
+        accountant = VariableRateRDPAccountant()
+        accountant.history = self.accountant.accountant.history
+        accountant.other_events = self.accountant.accountant.other_events
+        made = Spending(accountant)
+        made.terms, made._steps = self.terms, self._steps
+        return made
 
     def replace(self, state: Mapping[str, Any], terms: Terms) -> None:
         """Have the charges of another accountant instead of these; the arguments are those of :meth:`join`."""

@@ -38,7 +38,7 @@ class AccountedEngine(opacus.PrivacyEngine):
     def __init__(
         self,
         *,
-        accountant: str = "vpld",
+        accountant: str | None = None,
         secure_mode: bool = False,
         ledger: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -46,7 +46,8 @@ class AccountedEngine(opacus.PrivacyEngine):
         with warnings.catch_warnings():
             # Opacus warns about torch's generator, which is not used here.
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
-            super().__init__(accountant=accountant, secure_mode=False)
+            super().__init__(accountant=accountant or "vpld", secure_mode=False)
+        self._chosen = accountant is not None
         self.accountant: IAccountant = checked(self.accountant)
         self.secure_mode = secure_mode  # Opacus's own would need torchcsprng, which cannot be installed
         self._account = Account(self.accountant, ledger)

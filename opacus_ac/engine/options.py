@@ -120,7 +120,7 @@ class SamplingOptions(_Group):
     batch_size_schedule: RateSchedule | None = option(
         None,
         "expected batch size per step: a sequence of public numbers, or a function of the step, which may use past "
-        "releases (under a target epsilon with accountant='vrdp', whose budget is then a privacy filter)",
+        "releases if there is a target epsilon (the budget is then a privacy filter)",
     )
     max_rows_per_user: int | None = option(
         None,

@@ -41,7 +41,8 @@ class PrivacyEngine(AccountedEngine):
     Args:
         accountant: "vpld" (privacy loss distribution), the tightest for settings that are fixed before the run; "vrdp"
             (RDP for rates that vary), a privacy filter, for rates or noise that follow from releases under a target; a
-            name known to Opacus ("rdp", "prv", "gdp"); or "pure" for Laplace noise.
+            name known to Opacus ("rdp", "prv", "gdp"); or "pure" for Laplace noise. None for "vpld", or for "vrdp"
+            where a target is given with a function as batch_size_schedule.
         secure_mode: sum four Gaussian draws per noise value, which defeats attacks on floating-point rounding and takes
             about four times as long to draw. Sums stay in float64 until the noise is in, so that a record more or less
             does not change how the others are rounded. In any mode, noise and batches come from a cryptographic
@@ -277,6 +278,8 @@ class PrivacyEngine(AccountedEngine):
         )
         plan, planned_steps = self._plan_run(chosen, own.get("poisson_sampling", True), data_loader, epochs, steps)
         _warn_weak(weak_promise(target_epsilon, target_delta, plan.sizes.dataset_size))
+        if plan.sizes.is_function and not self._chosen and self._account.guard is None:
+            self.accountant = self._account.become_filter()
         target = {"target_epsilon": target_epsilon, "target_delta": target_delta}
         noise_multiplier = noise_for_target(self._account.accountant, plan, steps=planned_steps, **target)
         made = self.make_private(

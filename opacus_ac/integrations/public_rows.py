@@ -1,14 +1,12 @@
-"""Checks that data that are called public share no row and no file with the private data."""
+"""Checks that data that are called public share no row with the private data."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,32 +21,6 @@ _REMEDY = "take them out of one of the two, or evaluate on other public data"
 
 class _NotPlainError(Exception):
     """Raised for a value that is not a number, a text, an array, or a collection of them."""
-
-
-# ---------------------------------------------------------------- files
-
-
-def same_file(public: str | os.PathLike[str], private: str | os.PathLike[str]) -> str | None:
-    """Return a sentence that says how two paths are one file, or have the same content; None if they differ."""
-    first, second = Path(public), Path(private)
-    if not (first.is_file() and second.is_file()):
-        return None
-    if first.samefile(second):
-        return f"{public} is the private file {private}" + (" under another name" if first != second else "")
-    if first.stat().st_size == second.stat().st_size and _sha256(first) == _sha256(second):
-        return f"{public} has the content of the private file {private}"
-    return None
-
-
-def _sha256(path: Path) -> bytes:
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
-    return total.digest()
-
-
-# ---------------------------------------------------------------- rows
 
 
 class PrivateRows:

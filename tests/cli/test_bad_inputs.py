@@ -27,7 +27,7 @@ BAD = {
     "the private file as the public one": (
         {"validation_file": "../place/chats.jsonl", "evaluation_is_public": "true"},
         3,
-        "is not public: it is the private file",
+        "is not public: ../place/chats.jsonl is the private file chats.jsonl",
     ),
     "the output is a file": ({"output_dir": "chats.jsonl"}, 2, "--output_dir chats.jsonl is a file: name a folder"),
     "the output is below a file": ({"output_dir": "chats.jsonl/out"}, 2, "because chats.jsonl is a file"),

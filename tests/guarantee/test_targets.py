@@ -124,6 +124,46 @@ def test_a_run_beside_one_that_has_a_target(tmp_path):
     check(engine, before, steps)
 
 
+@pytest.mark.parametrize("earlier", [name for name in EARLIER if name not in NEEDS_A_FILTER])
+@pytest.mark.parametrize("ledger", [False, True])
+def test_an_accountant_that_was_left_alone_becomes_a_filter_where_one_is_needed(tmp_path, ledger, earlier):
+    """A function may follow releases: the report then has the whole budget. What was charged before stays charged."""
+    if ledger and earlier == "outside":
+        pytest.skip("refused: the ledger does not hold it")
+    engine = PrivacyEngine(ledger=tmp_path / "l" if ledger else None)
+    EARLIER[earlier](engine)
+    before, counts = engine.get_epsilon(DELTA), engine._account.accountant.counts()
+    steps = sum(counts.values())
+    model, optimizer, batches = began(engine, target_epsilon=TARGET, batch_size_schedule=lambda step: 16)
+    assert engine.accountant.mechanism() == "vrdp"
+    assert engine._account.accountant.counts() == counts
+    assert engine.get_epsilon(DELTA) >= before * (1 - 1e-9)
+    with contextlib.suppress(PrivacyBudgetExceeded):
+        for _ in range(50):
+            train(model, optimizer, batches)
+    assert engine.accountant.get_epsilon(DELTA) > 0
+    check(engine, engine.get_epsilon(DELTA) if engine._account.accountant.steps == steps else before, steps)
+
+
+def test_a_run_that_began_before_charges_the_same_account():
+    engine = PrivacyEngine()
+    first = began(engine)
+    began(engine, target_epsilon=TARGET, batch_size_schedule=lambda step: 16)
+    train(*first)
+    assert engine._account.accountant.steps == 4 == sum(steps for *_, steps in engine.accountant.history)
+
+
+@pytest.mark.parametrize("engine", [{"accountant": "vpld"}, {}], ids=["chosen", "has a target"])
+def test_no_accountant_is_replaced_that_was_chosen_or_holds_a_target(engine):
+    engine = PrivacyEngine(**engine)
+    if not engine._chosen:
+        run(engine, 1, target_epsilon=TARGET)
+    accountant = engine.accountant
+    with pytest.raises(ValueError, match="accountant='vrdp' is a privacy filter"):
+        began(engine, target_epsilon=TARGET, batch_size_schedule=lambda step: 16)
+    assert engine.accountant is accountant is engine._account.accountant.accountant
+
+
 @pytest.mark.parametrize("accountant", [None, "vpld"])
 def test_a_whole_run_uses_its_target(accountant):
     """With the accountant left alone, no noise is wasted: the planned steps end within 1 % of the target."""

@@ -17,7 +17,7 @@ from opacus_ac.integrations.finetune.chat_users import UserCollate, UserDataset
 from opacus_ac.integrations.finetune.errors import FinetuneError, failing_with
 from opacus_ac.integrations.finetune.job import Job
 from opacus_ac.integrations.finetune.rows import read_rows
-from opacus_ac.integrations.public_rows import PrivateRows, same_file
+from opacus_ac.integrations.public_rows import PrivateRows
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 from opacus_ac.models.default_model import ModelUnavailableError
 from opacus_ac.models.peft import load_trainable
@@ -122,17 +122,13 @@ def _check_batch_size(job: Job, records: int) -> None:
 
 
 def _check_public(data: DataArguments, private: Any, public: Any) -> None:
-    """Refuse a validation file that is the private file, or has dialogues of it.
+    """Refuse a validation file that has dialogues of the private file.
 
     Raises:
         ValueError: If the files share data.
     """
-    assert data.train_file is not None
-    assert data.validation_file is not None
-    shared = same_file(data.validation_file, data.train_file)
-    if shared is None:
-        dialogues = [d for rows in private.values() for d in rows] if data.group_by is not None else private
-        shared = PrivateRows(dialogues).shared_by(public)
+    dialogues = [d for rows in private.values() for d in rows] if data.group_by is not None else private
+    shared = PrivateRows(dialogues).shared_by(public)
     if shared is not None:
         raise ValueError(f"--validation_file {data.validation_file} is not public: {shared}")
 

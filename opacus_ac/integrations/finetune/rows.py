@@ -10,6 +10,7 @@ from typing import Any
 from opacus_ac.integrations.finetune.arguments import DataArguments
 from opacus_ac.integrations.finetune.chat_files import HUGE, FileFacts, read_dialogues, read_users
 from opacus_ac.integrations.finetune.errors import BAD_DATA, FinetuneError, failing_with
+from opacus_ac.integrations.same_file import same_file
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ def read_rows(data: DataArguments) -> Rows:
     check_file("--train_file", private)
     if public is not None:
         check_file("--validation_file", public)
-        if Path(public).samefile(private):
-            raise FinetuneError(f"--validation_file {public} is not public: it is the private file", BAD_DATA)
+        shared = same_file(public, private)
+        if shared is not None:
+            raise FinetuneError(f"--validation_file {public} is not public: {shared}", BAD_DATA)
     with failing_with(BAD_DATA, ValueError, OSError, ImportError):
         rows: Any = (
             read_dialogues(private, facts) if data.group_by is None else read_users(private, data.group_by, facts)

@@ -14,7 +14,8 @@ import torch
 from opacus_ac.integrations.finetune.chat_data import IGNORE, ChatDataset, collate
 from opacus_ac.integrations.finetune.chat_files import read_dialogues
 from opacus_ac.integrations.finetune.chat_users import read_users
-from opacus_ac.integrations.public_rows import PrivateRows, same_file
+from opacus_ac.integrations.public_rows import PrivateRows
+from opacus_ac.integrations.same_file import same_file
 from opacus_ac.integrations.trained.folder import RunError, RunFolder
 from opacus_ac.integrations.trained.model import RunModel
 from opacus_ac.loss import per_record_causal_lm_loss
