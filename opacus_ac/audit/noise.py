@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import special, stats
@@ -105,10 +106,19 @@ def _extreme(check: str, claim: str, found: dict[str, float], alpha: float) -> F
 
 def spread_finding(noise: dict[str, FloatArray], alpha: float) -> Finding:
     """Return whether every tensor got the noise that the step says, no less and nothing beside it."""
-    intervals = {
-        name: std_interval(float(np.nansum(values**2)), int(np.isfinite(values).sum()), alpha / len(noise))
-        for name, values in noise.items()
-    }
+    return std_finding(
+        {name: (float(np.nansum(values**2)), int(np.isfinite(values).sum())) for name, values in noise.items()}, alpha
+    )
+
+
+def std_finding(squares: Mapping[str, tuple[float, int]], alpha: float) -> Finding:
+    """Return whether the noise of every tensor has the claimed std.
+
+    Args:
+        squares: the sum of the squares of each tensor's noise, in units of its claimed std, and how many were added up.
+        alpha: probability that correct noise is refuted.
+    """
+    intervals = {name: std_interval(total, entries, alpha / len(squares)) for name, (total, entries) in squares.items()}
 
     def distance(name: str) -> float:
         low, high = intervals[name]

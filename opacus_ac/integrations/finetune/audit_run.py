@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from opacus_ac.accounting import attack_sentences
 from opacus_ac.audit.bounds import gaussian_epsilon, guess_epsilon
@@ -38,6 +39,7 @@ from opacus_ac.audit.guesses import (
     tossed,
 )
 from opacus_ac.audit.result import AuditResult, Finding, check_confidence
+from opacus_ac.audit.step_noise import StepNoise, can_be_watched
 from opacus_ac.integrations.finetune.build import build_trainer
 from opacus_ac.integrations.finetune.chat_data import ChatDataset, PadCollate
 from opacus_ac.integrations.finetune.chat_files import Messages
@@ -49,6 +51,9 @@ from opacus_ac.integrations.trainer.saving import PRIVACY_REPORT
 from opacus_ac.integrations.trainer.trainer import PrivateTrainer
 from opacus_ac.loss import per_record_causal_lm_loss
 from opacus_ac.release.values import FloatArray
+
+TESTS = 3
+"""Number of findings of an audit that may refute correct code: two of the guesses, one of the noise."""
 
 _QUESTION = "Which word is it?"
 _SHORTEST_WORD = 3
@@ -63,11 +68,13 @@ class _Copy:
         trainer: what trained it.
         scores: by how much the loss of each canary fell, ``[m]``.
         seconds: how long building and training took.
+        noise: what its steps added to their sums, where that can be seen.
     """
 
     trainer: PrivateTrainer
     scores: FloatArray
     seconds: float
+    noise: StepNoise | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ def audit_run(
     Raises:
         ValueError: If the folder does not say what the run was, or the run cannot be audited in this way.
     """
-    alpha = check_confidence(confidence) / 2
+    alpha = check_confidence(confidence) / TESTS
     guesses = number_of_guesses(canaries // 4 * 2 if guesses is None else guesses, canaries)
     folder = Path(folder)
     report, words = _report(folder), _settings(folder)
@@ -121,7 +128,7 @@ def audit_run(
 
 
 def _result(folder: Path, copy: _Copy, right: _Guesses, claimed: float, delta: float, alpha: float) -> AuditResult:
-    """Put the findings together; alpha is that of each of the two tests."""
+    """Put the findings together; alpha is that of each test."""
     spent = copy.trainer.privacy_report(delta)
     most = guess_epsilon(right.canaries, right.guesses, right.guesses, delta, alpha)
     return AuditResult(
@@ -129,11 +136,12 @@ def _result(folder: Path, copy: _Copy, right: _Guesses, claimed: float, delta: f
         subject=f"{folder}: noise multiplier {spent.noise_multiplier:.4g}, {spent.steps} steps, {right.canaries} "
         f"canaries beside N = {spent.dataset_size}",
         observations=right.canaries,
-        confidence=1 - 2 * alpha,
+        confidence=1 - TESTS * alpha,
         delta=delta,
         findings=(
             _lower_bound(right, claimed, delta, alpha),
             _against_curve(copy.trainer, right, claimed, delta, alpha),
+            *([] if copy.noise is None else [copy.noise.finding(alpha)]),
             _charges(claimed, spent.epsilon),
         ),
         notes=_notes(copy, most, spent.epsilon),
@@ -204,11 +212,26 @@ def _train(job: Job, inside: Coins, choice: random.Random) -> _Copy:
 
     try:
         trainer = build_trainer(job, planting)
-        before = _losses(trainer, job, dialogues)
+        before, watch = _losses(trainer, job, dialogues), _Watch(trainer)
+        trainer.add_callback(watch)
         trainer.train()
     except FinetuneError as error:
         raise ValueError(f"the run cannot be done again: {error}") from error
-    return _Copy(trainer, before - _losses(trainer, job, dialogues), time.monotonic() - start)
+    return _Copy(trainer, before - _losses(trainer, job, dialogues), time.monotonic() - start, watch.noise)
+
+
+class _Watch(TrainerCallback):
+    """Watches the noise of a trainer's steps, from the first on."""
+
+    def __init__(self, trainer: PrivateTrainer) -> None:
+        self._trainer = trainer
+        self.noise: StepNoise | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = self._trainer.private_optimizer
+        if optimizer is not None and can_be_watched(optimizer):
+            names = {id(p): name for name, p in self._trainer.model.named_parameters()}
+            self.noise = StepNoise(optimizer, names)
 
 
 def canary_dialogues(tokenizer: Any, private: Any, count: int, choice: random.Random) -> list[Messages]:
@@ -298,6 +321,7 @@ def _charges(claimed: float, spent: float) -> Finding:
 def _notes(copy: _Copy, most: float, spent: float) -> tuple[str, ...]:
     return (
         f"a perfect guesser could show epsilon {most:.2f} in the first check; the second has no such limit",
+        *(["the noise of fused steps is not looked at"] if copy.noise is None else []),
         *(sentence for sentence in attack_sentences(copy.trainer.engine.attack_bounds()) if "flags" in sentence),
         f"it took {copy.seconds:.0f} s: one training run, and the losses of all canaries before and after it",
         f"these figures come from a second run on the same data: whoever publishes them adds its epsilon, {spent:.3f}, "

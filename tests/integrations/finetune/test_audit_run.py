@@ -59,21 +59,26 @@ def test_the_run_is_not_refuted_and_stays_as_it_was(run, capsys):
     assert files(run) == before
     # The attack is weak against noise: some 50 to 65 of 100 guesses are right, and 2 would need 84.
     assert shown(audit) < 2
-    assert [f["refuted"] for f in audit["findings"]] == [False, False, False]
+    assert [f["refuted"] for f in audit["findings"]] == [False, False, False, False]
     assert f"{CANARIES} canaries beside N = {RECORDS}" in audit["subject"]
     assert any("whoever publishes them adds its epsilon" in note for note in audit["notes"])
 
 
-def test_without_its_noise_the_run_shows_far_more(run, monkeypatch, capsys):
-    """The charges say epsilon 8 as before, and no noise is added. Of some 98 right guesses of 100, 92 would do."""
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.9])
+def test_a_run_with_less_noise_than_it_is_charged_for_is_refuted(left, run, monkeypatch, capsys):
+    """The charges say epsilon 8 as before. Without noise, of some 98 right guesses of 100, 92 would show epsilon 3."""
 
-    def none(self, totals, std, scale=1.0):
-        NOISE_IN_PLACE(self, totals, 0.0, scale)
+    def less(self, totals, std, scale=1.0):
+        NOISE_IN_PLACE(self, totals, left * std, scale)
 
-    monkeypatch.setattr(GaussianMechanism, "noise_in_place", none)
-    cli.main(["audit", "--run", str(run), "--canaries", str(CANARIES), "--format", "json"])
+    monkeypatch.setattr(GaussianMechanism, "noise_in_place", less)
+    assert cli.main(["audit", "--run", str(run), "--canaries", str(CANARIES), "--format", "json"]) == cli.REFUTED
     (audit,) = json.loads(capsys.readouterr().out)["audits"]
-    assert shown(audit) > 3
+    findings = {f["check"]: f for f in audit["findings"]}
+    assert findings["noise of every tensor"]["refuted"]
+    assert not findings["what the settings cost"]["refuted"]
+    if left == 0:
+        assert shown(audit) > 3
 
 
 def edited(run, tmp_path, name, change):
@@ -89,6 +94,15 @@ def test_settings_that_cost_more_than_was_claimed_are_refuted(run, tmp_path):
     result = audit_run(folder, canaries=4, seed=0)
     assert result.finding("what the settings cost").refuted
     assert result.epsilon < 0.1
+
+
+def test_the_noise_of_fused_steps_is_not_looked_at(run, tmp_path):
+    def fused(settings):
+        return {**settings, "arguments": [*settings["arguments"], "--fused_step", "true"]}
+
+    result = audit_run(edited(run, tmp_path, "_run_arguments.json", fused), canaries=4, seed=0)
+    assert "noise of every tensor" not in [finding.check for finding in result.findings]
+    assert "the noise of fused steps is not looked at" in result.notes
 
 
 @pytest.mark.parametrize(
