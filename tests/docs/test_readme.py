@@ -12,7 +12,7 @@ def test_the_commands_of_the_readme_are_those_of_ci():
     assert 'pip install -e ".[test]" && pytest' in README
     assert 'pip install --quiet -e ".[test]"' in ci
     options = re.findall(r"^ *(?:[A-Z_]+=\S+ )*pytest (.*)", ci, re.MULTILINE)
-    assert options == ["--numprocesses=2 --dist=loadfile"]  # the README's command, in two processes
+    assert options == ["--numprocesses=2 --dist=loadfile --durations=30"]  # the README's command, in two processes
 
 
 def test_it_is_read_in_a_few_minutes():
