@@ -131,13 +131,13 @@ class Account:
 
         self.guard = BudgetGuard(self.accountant, epsilon, delta, planned, stated_after)
 
-    def become_filter(self) -> IAccountant:
-        """Go on with the accountant "vrdp", which is a privacy filter, and return it. What was charged stays charged.
+    def as_filter(self) -> Spending:
+        """Return what was charged so far, in the accountant "vrdp", which is a privacy filter."""
+        return self._spending.as_filter()
 
-        The account must have no target yet, and "vpld" or "vrdp" as its accountant.
-        """
-        self._spending = self._spending.as_filter()
-        self.accountant = self._spending.accountant
+    def become(self, spending: Spending) -> IAccountant:
+        """Go on with these charges and their accountant, which is returned. There must be no target yet."""
+        self._spending, self.accountant = spending, spending.accountant
         return cast(IAccountant, self.accountant.accountant)
 
     # ---------------------------------------------------------------- what was spent

@@ -278,18 +278,15 @@ class PrivacyEngine(AccountedEngine):
         )
         plan, planned_steps = self._plan_run(chosen, own.get("poisson_sampling", True), data_loader, epochs, steps)
         _warn_weak(weak_promise(target_epsilon, target_delta, plan.sizes.dataset_size))
-        if plan.sizes.is_function and not self._chosen and self._account.guard is None:
-            self.accountant = self._account.become_filter()
+        may_become_filter = plan.sizes.is_function and not self._chosen and self._account.guard is None
+        filtered = self._account.as_filter() if may_become_filter else None
         target = {"target_epsilon": target_epsilon, "target_delta": target_delta}
-        noise_multiplier = noise_for_target(self._account.accountant, plan, steps=planned_steps, **target)
-        made = self.make_private(
-            module=module,
-            optimizer=optimizer,
-            data_loader=data_loader,
-            noise_multiplier=noise_multiplier,
-            options=chosen,
-            **own,
-        )
+        accountant = (filtered or self._account).accountant
+        noise_multiplier = noise_for_target(accountant, plan, steps=planned_steps, **target)
+        parts: dict[str, Any] = {"module": module, "optimizer": optimizer, "data_loader": data_loader}
+        made = self.make_private(**parts, noise_multiplier=noise_multiplier, options=chosen, **own)
+        if filtered is not None:
+            self.accountant = self._account.become(filtered)
         if made[1].policy.is_private:
             planned = planned_events(plan, planned_steps, noise_multiplier)
             self._account.start_target(target_epsilon, target_delta, planned)

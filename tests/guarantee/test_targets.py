@@ -153,6 +153,16 @@ def test_a_run_that_began_before_charges_the_same_account():
     assert engine._account.accountant.steps == 4 == sum(steps for *_, steps in engine.accountant.history)
 
 
+def test_the_accountant_stays_where_make_private_refuses():
+    engine = PrivacyEngine()
+    run(engine, 1)
+    before = engine.accountant, engine.get_epsilon(DELTA)
+    with pytest.raises(ValueError, match="grad_sample_mode='ew' is not available"):
+        began(engine, target_epsilon=TARGET, batch_size_schedule=lambda step: 16, grad_sample_mode="ew")
+    assert (engine.accountant, engine.get_epsilon(DELTA)) == before
+    assert engine.accountant is engine._account.accountant.accountant
+
+
 @pytest.mark.parametrize("engine", [{"accountant": "vpld"}, {}], ids=["chosen", "has a target"])
 def test_no_accountant_is_replaced_that_was_chosen_or_holds_a_target(engine):
     engine = PrivacyEngine(**engine)
