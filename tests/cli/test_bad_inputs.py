@@ -113,7 +113,11 @@ FILES = {
     "Latin-1": ("a.txt", "Grüße\n".encode("latin-1"), "a.txt:1: not UTF-8"),
     "an archive": ("a.zip", b"PK", "no known kind of file: give .csv, .json, .jsonl, .parquet, .txt"),
     "no archive": ("a.jsonl.gz", b"PK", "a.jsonl.gz: not a whole .gz file, after row 0"),
-    "half an archive": ("a.jsonl.gz", gzip.compress(PAIR.encode() * 99)[:-9], "a.jsonl.gz: not a whole .gz file"),
+    "half an archive": (
+        "a.jsonl.gz",
+        gzip.compress(PAIR.encode() * 99, mtime=0)[:-9],
+        "a.jsonl.gz: not a whole .gz file",
+    ),
     "no Parquet": ("a.parquet", b"no parquet", "a.parquet:1: not valid Parquet"),
     "no reply": ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "must be a reply of the assistant"),
     "an image": (

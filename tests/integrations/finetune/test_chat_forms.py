@@ -159,11 +159,22 @@ CSV = "prompt,response\n" + "".join(f"Ü {i},So.\n" for i in range(3))
         ("a.json", LINES),
         ("a.json", BOM_UTF8 + b"\n [" + LINES.strip().replace(b"\n", b",\n") + b"]"),
         ("a.jsonl", b"[" + LINES.strip().replace(b"\n", b",") + b"]"),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.json.gz", gzip.compress(BOM_UTF8 + LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.json.gz", gzip.compress(BOM_UTF8 + LINES, mtime=0)),
         ("a.csv", BOM_UTF8 + CSV.encode()),
-        ("a.csv.gz", gzip.compress(CSV.replace("\n", "\r\n").encode())),
+        ("a.csv.gz", gzip.compress(CSV.replace("\n", "\r\n").encode(), mtime=0)),
     ],
+    ids=[
+        "marked",
+        "upper case",
+        "lines of objects",
+        "marked array",
+        "array on a line",
+        "packed",
+        "packed, marked",
+        "table",
+        "packed table",
+    ],  # not of the bytes, which name no form
 )
 def test_ways_to_write_the_same_rows(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
