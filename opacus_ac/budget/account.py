@@ -136,8 +136,8 @@ class Account:
         return self._spending.as_filter()
 
     def become(self, spending: Spending) -> IAccountant:
-        """Go on with these charges and their accountant, which is returned. There must be no target yet."""
-        self._spending, self.accountant = spending, spending.accountant
+        """Go on with these charges and their accountant, which is returned; the old one then refuses to be asked."""
+        self._spending, self.accountant = self._spending.replaced_by(spending), spending.accountant
         return cast(IAccountant, self.accountant.accountant)
 
     # ---------------------------------------------------------------- what was spent

@@ -315,3 +315,16 @@ def adapt(accountant: IAccountant) -> AccountantAdapter:
     if type(accountant) is VariableRateRDPAccountant:
         return RenyiFilterAdapter(accountant)
     return next(adapter for kind, adapter in _ADAPTERS if isinstance(accountant, kind))(accountant)
+
+
+def retire(accountant: IAccountant) -> None:
+    """Have an accountant that another one replaced refuse what it no longer knows: it would state too little."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> Any:
+        raise ValueError(
+            "this accountant was replaced by a privacy filter, which has its charges and all later ones: ask "
+            "engine.accountant, or engine.get_epsilon(delta)"
+        )
+
+    for name in ("get_epsilon", "step", "state_dict", "load_state_dict"):
+        setattr(accountant, name, refuse)

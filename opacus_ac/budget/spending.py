@@ -16,7 +16,7 @@ from opacus_ac.accounting import (
     attack_bounds_from_curve,
     common_adjacency,
 )
-from opacus_ac.budget.accountants import adapt
+from opacus_ac.budget.accountants import adapt, retire
 from opacus_ac.budget.charges import Charge, Terms, privacy_unit
 
 
@@ -146,6 +146,11 @@ class Spending:
         made = Spending(accountant)
         made.terms, made._steps = self.terms, self._steps
         return made
+
+    def replaced_by(self, other: Spending) -> Spending:
+        """Return the other; whoever kept the accountant of this one is refused, as it would state too little."""
+        retire(self.accountant.accountant)
+        return other
 
     def replace(self, state: Mapping[str, Any], terms: Terms) -> None:
         """Have the charges of another accountant instead of these; the arguments are those of :meth:`join`."""

@@ -153,6 +153,21 @@ def test_a_run_that_began_before_charges_the_same_account():
     assert engine._account.accountant.steps == 4 == sum(steps for *_, steps in engine.accountant.history)
 
 
+def test_an_accountant_that_was_replaced_refuses_to_be_asked():
+    """Whoever kept it from before would be told what was spent until then."""
+    engine = PrivacyEngine()
+    kept = engine.accountant
+    train(*began(engine, target_epsilon=TARGET, batch_size_schedule=lambda step: 16))
+    for ask in (
+        lambda: kept.get_epsilon(DELTA),
+        lambda: kept.step(noise_multiplier=1.0, sample_rate=0.25),
+        kept.state_dict,
+    ):
+        with pytest.raises(ValueError, match=r"ask engine\.accountant"):
+            ask()
+    assert engine.accountant.get_epsilon(DELTA) > 0
+
+
 def test_the_accountant_stays_where_make_private_refuses():
     engine = PrivacyEngine()
     run(engine, 1)

@@ -58,6 +58,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("method", trl_ranks.METHODS)
 def test_two_ranks_equal_one_process(method, launched, alone):
     for rank in launched:
+        # In float32, a step of Adam passes on the rounding of small gradients, up to the rate of 1e-3 times it.
         torch.testing.assert_close(rank[method]["weights"], alone[method]["weights"], rtol=0, atol=1e-6)
         assert rank[method]["steps"] == 4
         for mine, theirs in zip(rank[method]["logs"], alone[method]["logs"], strict=True):
