@@ -190,6 +190,17 @@ def test_tables_of_momentum_and_of_equal_compute():
     assert "| adamw-flat | 0.9 | 200 x 30 | 0.700 | 2.000 | 2.000 |" in table
 
 
+def test_table_of_lengths_has_the_average_and_the_rate_control():
+    flat = [line("adamw-flat", 2.0, s, rate=0.01, steps=300, lr_multiplier=[1.0, 1.0]) for s in (0, 1)]
+    own = [
+        line("dp-adam-ac", 2.0, s, rate=0.01, steps=300, lr_multiplier=[1.0, factor], loss_averaged=1.0 + s)
+        for s, factor in ((0, 0.5), (1, 1.25))
+    ]
+    table = report.tables(own + flat)
+    assert "| 300 | adamw-flat | 0.01 | 2 | 2.000 ± 0.000 |  |  | 1.00 to 1.00 |" in table
+    assert "| 300 | dp-adam-ac | 0.01 | 2 | 2.000 ± 0.000 | 1.500 ± 0.707 | -25.0 % | 0.50 to 1.25 |" in table
+
+
 def test_momentum_reaches_the_optimizer():
     """Of the cell, else of the method."""
     own = cells.Cell("dp-adam-ac everything").resolved()

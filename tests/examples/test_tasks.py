@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tiny_bert import tiny_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 EXAMPLES = {"balanced accuracy": classify_sentences, "F1": classify_tokens, "exact match": answer_questions}
@@ -46,20 +46,7 @@ def place(tmp_path_factory):
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words.train_from_iterator(
-        [r["text"] + " Which film?" for r in rows], trainers.WordPieceTrainer(vocab_size=300, special_tokens=special)
-    )
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
-    made.save_pretrained(folder / "model")
-    config = transformers.BertConfig(
-        vocab_size=len(made), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder / "model")
+    tiny_bert(folder / "model", [r["text"] + " Which film?" for r in rows])
     return folder
 
 

@@ -15,6 +15,7 @@ EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 MAIN = ("adamw-flat", "dp-adam-ac")
 OTHERS = ("dp-adam-ac+", "dp-sgd", "opacus-adaptive")
 PARTS = tuple(name for name in METHODS if name.startswith("dp-adam-ac+ without"))
+DE_NOISED = "dp-adam-ac+ without EMA"
 REFERENCES = ("paper-raw", "non-private")
 SEEDS: Seeds = (0, 1, 2)
 
@@ -125,6 +126,27 @@ def lengths(seeds: Seeds = (0,)) -> list[Cell]:
     ]
 
 
+LONG_RATES = {
+    300: {"adamw-flat": (0.002, 0.004, 0.008), "dp-adam-ac": (0.002, 0.004, 0.008), DE_NOISED: (0.001, 0.002, 0.004)},
+    1000: {"adamw-flat": (0.001,), "dp-adam-ac": (0.001, 0.002), DE_NOISED: (0.0005, 0.001)},
+}
+
+
+def long(seeds: Seeds = SEEDS) -> list[Cell]:
+    """Parts of DP-Adam-AC in runs that are long enough for averages and rate control to act, at several rates each.
+
+    Flat C beside the default, and the default around noise-corrected Adam. Every run with an average gives both its
+    last and its averaged weights.
+    """
+    return [
+        Cell(method, seed=seed, steps=steps, rate=rate)
+        for steps, of_method in LONG_RATES.items()
+        for seed in seeds
+        for method, rates in of_method.items()
+        for rate in rates
+    ]
+
+
 def quick(seeds: Seeds = (0,)) -> list[Cell]:
     """One tone; two epsilons for each model, each part removed once, and a short row of C0."""
     tone = TONES[0]
@@ -147,5 +169,6 @@ GRIDS: dict[str, Callable[..., list[Cell]]] = {
     "budget": budget,
     "momentum": momentum,
     "lengths": lengths,
+    "long": long,
     "quick": quick,
 }

@@ -15,6 +15,8 @@ from small_model.methods import METHODS
 INK, GRID = "#808080", "#80808040"  # mid grey: readable on white and on black
 COLOURS = ("#4c8bf5", "#e8833a", "#3aa675", "#b565d8", "#d64545", "#8c8c3c", "#33a8c7", "#8a6d5a")
 
+LONG = 100  # steps, from which a run is a long one
+
 
 def grouped(results: Iterable[Result], *names: str) -> dict[tuple[Any, ...], list[Result]]:
     """Return the results by the values of ``names``, in the order in which they came."""
@@ -161,16 +163,19 @@ def momentum_table(results: list[Result]) -> str:
 
 
 def lengths_table(results: list[Result]) -> str:
-    """Held-out loss of the last and of the averaged weights, by the length of the run."""
+    """Held-out loss of the last and of the averaged weights, by the length of the run, and what the rate control did."""
     rows = []
-    for (steps, rate), mine in sorted(grouped(results, "steps", "rate").items()):
-        last, averaged = ([r[name] for r in mine] for name in ("loss", "loss_averaged"))
-        change = statistics.fmean(averaged) / statistics.fmean(last) - 1
+    for (steps, method, rate), mine in sorted(grouped(results, "steps", "method", "rate").items()):
+        last = [r["loss"] for r in mine]
+        averaged = [r["loss_averaged"] for r in mine if "loss_averaged" in r]
+        gain = f"{100 * (statistics.fmean(averaged) / statistics.fmean(last) - 1):+.1f} %" if averaged else ""
+        factors = [factor for r in mine for factor in r["lr_multiplier"]]
         rows.append(
-            [str(steps), f"{rate:g}", mean_and_spread(last), mean_and_spread(averaged), f"{100 * change:+.1f} %"]
+            [str(steps), method, f"{rate:g}", str(len(mine)), mean_and_spread(last)]
+            + [mean_and_spread(averaged) if averaged else "", gain, f"{min(factors):.2f} to {max(factors):.2f}"]
         )
-    head = ["steps", "learning rate", "last weights", "averaged weights", "averaged, over last"]
-    return "### Last or averaged weights\n\n" + markdown(head, rows) + "\n"
+    head = ["steps", "method", "learning rate", "runs", "last weights", "averaged weights", "averaged, over last"]
+    return "### Length of the run\n\n" + markdown([*head, "factor of the rate control"], rows) + "\n"
 
 
 def tables(results: list[Result]) -> str:
@@ -181,8 +186,8 @@ def tables(results: list[Result]) -> str:
     sized = [r for r in results if r["bound"] is None and r["rate"] is not None]
     moved = [r for r in sized if len({s.get("beta1") for s in sized}) > 2]  # the grid that varies it
     others = [tuning_table(tuned)] if tuned else []
-    if len({r["steps"] for r in sized if r.get("loss_averaged")}) > 2:  # the grid that varies the length
-        others.append(lengths_table([r for r in sized if r.get("loss_averaged")]))
+    if any(r["steps"] >= LONG for r in sized):  # a grid that varies the length
+        others.append(lengths_table(sized))
     elif sized:
         others.append(momentum_table(moved) if moved else budget_table(sized))
     return "\n".join([*parts, *others])
