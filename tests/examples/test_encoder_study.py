@@ -69,9 +69,7 @@ UNKNOWN = "Content-Type: text/plain; charset=nobody-knows\n\nwords\n"
     ids=["plain", "marked", "both", "picture", "unknown charset"],
 )
 def test_the_words_of_a_message_are_read(tmp_path, body, words):
-    path = archived(
-        tmp_path / "a.tgz", [("spam-2/1.json", entry('"A B" <A.B@example.org>', "hello", body, "spam-2"))]
-    )
+    path = archived(tmp_path / "a.tgz", [("spam-2/1.json", entry('"A B" <A.B@example.org>', "hello", body, "spam-2"))])
     (found,) = mail.read_messages(path)
     assert (found.sender, found.spam) == ("a.b@example.org", True)
     assert found.text.split() == ["hello", *words.split()]
@@ -80,7 +78,9 @@ def test_the_words_of_a_message_are_read(tmp_path, body, words):
 def test_another_archive_is_refused_and_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("OPACUS_AC_CACHE", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b"something else"))
-    with pytest.raises(OSError, match="not the expected file: SHA-256 " + hashlib.sha256(b"something else").hexdigest()):
+    with pytest.raises(
+        OSError, match="not the expected file: SHA-256 " + hashlib.sha256(b"something else").hexdigest()
+    ):
         mail.archive_file()
     assert not list(tmp_path.iterdir())
 

@@ -90,7 +90,9 @@ def test_an_oldest_torch_that_cannot_be_had_fails_only_the_run_that_is_for_it(ci
 
 def test_a_test_file_that_cannot_be_imported_is_an_error(tmp_path):
     """It was once collected as empty: a first, failed import left it half-made for the second."""
-    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n\n\ndef test_something():\n    assert False\n")
+    (tmp_path / "test_broken.py").write_text(
+        "import nothing_of_this_name\n\n\ndef test_something():\n    assert False\n"
+    )
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode not in (0, 5), done.stdout

@@ -170,10 +170,9 @@ def lengths_table(results: list[Result]) -> str:
         averaged = [r["loss_averaged"] for r in mine if "loss_averaged" in r]
         gain = f"{100 * (statistics.fmean(averaged) / statistics.fmean(last) - 1):+.1f} %" if averaged else ""
         factors = [factor for r in mine for factor in r["lr_multiplier"]]
-        rows.append(
-            [str(steps), method, f"{rate:g}", str(len(mine)), mean_and_spread(last)]
-            + [mean_and_spread(averaged) if averaged else "", gain, f"{min(factors):.2f} to {max(factors):.2f}"]
-        )
+        losses = [mean_and_spread(last), mean_and_spread(averaged) if averaged else ""]
+        control = f"{min(factors):.2f} to {max(factors):.2f}"
+        rows.append([str(steps), method, f"{rate:g}", str(len(mine)), *losses, gain, control])
     head = ["steps", "method", "learning rate", "runs", "last weights", "averaged weights", "averaged, over last"]
     return "### Length of the run\n\n" + markdown([*head, "factor of the rate control"], rows) + "\n"
 
