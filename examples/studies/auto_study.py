@@ -45,9 +45,14 @@ def momenta(steps: int) -> tuple[float, float]:
     return planned_beta1(steps), USUAL
 
 
-def by_hand(places: Iterable[dict[str, Any]], rates: Sequence[float]) -> list[Cell]:
-    """AdamW with flat C at every rate and momentum."""
-    return [Cell("adamw-flat", rate=rate, beta1=b, **p) for p in places for b in momenta(p["steps"]) for rate in rates]
+def by_hand(places: Iterable[dict[str, Any]], rates: Sequence[float], usual: bool = True) -> list[Cell]:
+    """AdamW with flat C at every rate and momentum; without ``usual``, at that of the planned steps alone."""
+    return [
+        Cell("adamw-flat", rate=rate, beta1=b, **p)
+        for p in places
+        for b in momenta(p["steps"])[: 1 + usual]
+        for rate in rates
+    ]
 
 
 def automatic(places: Iterable[dict[str, Any]], hints: Sequence[float]) -> list[Cell]:
@@ -119,7 +124,7 @@ def wanted(arguments: argparse.Namespace) -> list[Cell]:
         cell
         for place in places
         for cell in (
-            *by_hand([place], rates), *automatic([place], hints), *without_a_rate([place], arguments.others)
+            *by_hand([place], rates, not arguments.planned), *automatic([place], hints), *without_a_rate([place], arguments.others)
         )
     ]  # fmt: skip
 
@@ -136,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--epsilons", type=float, nargs="+", default=[4.0])
     made.add_argument("--steps", type=int, nargs="+", default=[30, 12])
     made.add_argument("--rates", type=float, nargs="+", default=RATES, help="of AdamW")
+    made.add_argument("--planned", action="store_true", help="AdamW with the momentum of the planned steps alone")
     made.add_argument("--hints", type=float, nargs="+", default=HINTS, help="of AutoAdam")
     made.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     made.add_argument("--out", type=Path, default=Path("runs/auto/results.jsonl"))

@@ -10,7 +10,8 @@ from typing import Any
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
-_MOST = 10.0  # factor by which the path gets longer, or shorter, in one step
+_LONGER_AT_FIRST, _LONGER = 4.0, 6.0  # most by which a step lengthens the path: one batch says little of how far to go
+_SHORTER = 10.0  # most by which a step shortens it
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
 _LEAST_SEEN = 0.4  # of the slope at the start, what the second batch may show of it and the path be too short still
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
@@ -77,12 +78,14 @@ class PathLength:
         because the slope fell along the way. Where it may be either, the smallest factor errs by little.
         """
         known = start * self.seen
-        change = known / max(known - here - noise, known / _MOST)
-        return max(change, _FAR) if self.averaged == 1 and here > _LEAST_SEEN * start else change
+        change = known / max(known - here - noise, known / _LONGER)
+        if self.averaged > 1:
+            return change
+        return min(max(change, _FAR if here > _LEAST_SEEN * start else 0.0), _LONGER_AT_FIRST)
 
     def _fall_back(self, start: float, here: float) -> None:
         """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""
-        self.scale *= max(1 / _MOST, start / (start - here)) if start > 0 else 0.5
+        self.scale *= max(1 / _SHORTER, start / (start - here)) if start > 0 else 0.5
         self.variance, self.searching = _SPREAD**2, False
         self.measured += 1
         self.falls += 1
