@@ -52,11 +52,12 @@ class PlainLoop:
             self.length = max(self.length, 1.0) if self.searching else self.length
             return 1.0
         known = d0 * max(self.seen, default=1.0)
-        factor = known / max(known - d1 - sd, known / 6)
-        if not self.seen:
-            factor = min(4, max(factor, 2.5 if d1 > 0.4 * d0 else factor))
+        factor = known / max(known - d1 - sd, known / 25)
+        if not self.seen and d1 > 0.4 * d0:
+            factor = max(factor, 2.5)
         if self.searching and factor >= 2.5:
-            self.length *= factor
+            careful = known / max(known - d1 + sd, known / 25)
+            self.length *= max(2.5, careful) if self.seen else min(4, factor)
             self.seen.append(min(1.0, max(d1 / d0, 0.4)))
             self.averaged += 1
             return (self.averaged - 1) / self.averaged
@@ -203,7 +204,7 @@ def test_it_does_not_diverge(noise, steps):
 
 @pytest.mark.statistical
 def test_a_search_in_much_noise_does_not_overshoot():
-    """60 seeds at one hint, noise ten times the gradient: three of them ended above 1.1 when a step might lengthen tenfold."""
+    """60 seeds at one hint, noise ten times the gradient: some ended above 1.1 when the path got longer by as much as noise allows."""
     assert max(quadratic(0.01, noise=10.0, steps=15, seed=s, shapes=WIDE)[0] for s in range(60)) < 1.1
 
 
@@ -213,7 +214,7 @@ def test_a_path_gets_longer_by_a_few_times_a_step():
     length.follow(1.0, 0.999, 0.01)
     assert length.scale == pytest.approx(0.4)
     length.follow(1.0, 0.999, 0.01)
-    assert length.scale == pytest.approx(2.4)
+    assert length.scale == pytest.approx(10)  # what is known was confirmed
     near = PathLength()
     near.follow(1.0, 0.3, 0.01)  # the slope fell by most of what it was: this is measured
     assert not near.searching
