@@ -36,11 +36,11 @@ class AutoAdam(Optimizer):
         w    ~ max(|sum g|^2 / (d sum sigma^2) - 1, sqrt(2 / d))^(share / 2),  scaled to sum d w^2 = sum d
 
     s begins at 0.1. While r D0 / (r D0 - D1 - sd) is at least 2.5, the path is too short to have left its start: s
-    grows, by r D0 / (r D0 - D1 + sd), at least 2.5 and at most 25, and the steps so far are averaged. Here r is the
-    largest D1 / D0 of the steps before. At first r is 1, and s grows by D0 / (D0 - D1 - sd), at most 4, and at least
-    2.5 if D1 > 0.4 D0. Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. When ``D1 < -D0``
-    the path is too long, and is cut at once. Where D0 is not told from its noise, s becomes 1 and stays, so that a run
-    in which nothing can be measured is one at the hinted rate.
+    grows by that factor, at most fivefold per step, and the steps so far are averaged. Here r is the largest D1 / D0 of
+    the steps before, and 1 at first, where the factor is at least 2.5 if D1 > 0.4 D0. Later a scalar Kalman filter for
+    ln(s) weighs each measurement by its noise. When ``D1 < -D0`` the path is too long, and is cut at once. Where D0 is
+    not told from its noise, s becomes 1 and stays, so that a run in which nothing can be measured is one at the hinted
+    rate.
 
     Args:
         params: parameters or groups of them.

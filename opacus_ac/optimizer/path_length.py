@@ -10,7 +10,7 @@ from typing import Any
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
-_LONGER_AT_FIRST, _LONGER = 4.0, 25.0  # most by which a step lengthens the path: one batch says little of how far to go
+_LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
 _SHORTER = 10.0  # most by which a step shortens it
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
 _LEAST_SEEN = 0.4  # of the slope at the start, what the second batch may show of it and the path be too short still
@@ -61,7 +61,7 @@ class PathLength:
         elif start <= (_CLEAR if self.searching else 1.0) * noise:
             self.blind += 1
             self.scale = max(self.scale, 1.0) if self.searching else self.scale
-        elif self.searching and (change := self._lengthening(start, here, noise)) > 1:
+        elif self.searching and (change := self._lengthening(start, here, noise)) >= _FAR:
             self.seen = max(min(here / start, 1.0), _LEAST_SEEN if self.averaged == 1 else self.seen)
             self.scale *= change
             self.averaged += 1
@@ -72,20 +72,14 @@ class PathLength:
         return 1.0
 
     def _lengthening(self, start: float, here: float, noise: float) -> float:
-        """Return the factor by which the path gets longer, or 1 where it has left its start.
-
-        It has not left its start if it may be too short by the factor ``_FAR``, noise in its favour. It gets longer by
-        as much as it is too short with noise against it, but at first, where this would cost the search a step.
+        """Return the factor by which the path is too short at least, but for its noise.
 
         The second batch of a run shows less of the slope than the first, because the path is the first one's, or
         because the slope fell along the way. Where it may be either, the smallest factor errs by little.
         """
         known = start * self.seen
-        may_be = known / max(known - here - noise, known / _LONGER)
-        if self.averaged == 1:
-            may_be = max(may_be, _FAR) if here > _LEAST_SEEN * start else may_be
-            return min(may_be, _LONGER_AT_FIRST) if may_be >= _FAR else 1.0
-        return max(known / max(known - here + noise, known / _LONGER), _FAR) if may_be >= _FAR else 1.0
+        change = known / max(known - here - noise, known / _LONGER)
+        return max(change, _FAR) if self.averaged == 1 and here > _LEAST_SEEN * start else change
 
     def _fall_back(self, start: float, here: float) -> None:
         """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""

@@ -52,12 +52,11 @@ class PlainLoop:
             self.length = max(self.length, 1.0) if self.searching else self.length
             return 1.0
         known = d0 * max(self.seen, default=1.0)
-        factor = known / max(known - d1 - sd, known / 25)
+        factor = known / max(known - d1 - sd, known / 5)
         if not self.seen and d1 > 0.4 * d0:
             factor = max(factor, 2.5)
         if self.searching and factor >= 2.5:
-            careful = known / max(known - d1 + sd, known / 25)
-            self.length *= max(2.5, careful) if self.seen else min(4, factor)
+            self.length *= factor
             self.seen.append(min(1.0, max(d1 / d0, 0.4)))
             self.averaged += 1
             return (self.averaged - 1) / self.averaged
@@ -204,17 +203,16 @@ def test_it_does_not_diverge(noise, steps):
 
 @pytest.mark.statistical
 def test_a_search_in_much_noise_does_not_overshoot():
-    """60 seeds at one hint, noise ten times the gradient: some ended above 1.1 when the path got longer by as much as noise allows."""
+    """60 seeds at one hint, noise ten times the gradient: one ended at 1.8 when a step might lengthen fourfold, then tenfold."""
     assert max(quadratic(0.01, noise=10.0, steps=15, seed=s, shapes=WIDE)[0] for s in range(60)) < 1.1
 
 
-def test_a_path_gets_longer_by_a_few_times_a_step():
-    """One batch says little of how far to go: adapters that went ten times as far on its word ended above their start."""
+def test_a_path_gets_longer_fivefold_at_most():
+    """Batches differ by more than the noise: adapters that went further on the word of one ended above their start."""
     length = PathLength()
-    length.follow(1.0, 0.999, 0.01)
-    assert length.scale == pytest.approx(0.4)
-    length.follow(1.0, 0.999, 0.01)
-    assert length.scale == pytest.approx(10)  # what is known was confirmed
+    for step in range(1, 4):
+        length.follow(1.0, 0.999, 0.01)
+        assert length.scale == pytest.approx(0.1 * 5**step)
     near = PathLength()
     near.follow(1.0, 0.3, 0.01)  # the slope fell by most of what it was: this is measured
     assert not near.searching
