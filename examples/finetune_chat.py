@@ -53,7 +53,7 @@ def build(args: argparse.Namespace) -> PrivateTrainer:
         evaluation_is_public=True, auto_learning_rate=finds, **rule,
     )  # fmt: skip
     training = TrainingArguments(
-        output_dir=str(args.output), max_steps=args.steps, learning_rate=3e-4 if args.full else 0.01, seed=args.seed,
+        output_dir=str(args.output), max_steps=args.steps, learning_rate=3e-4 if args.full else 0.03, seed=args.seed,
         per_device_train_batch_size=PHYSICAL, gradient_accumulation_steps=args.accumulation,
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=["tensorboard"],
     )  # fmt: skip

@@ -67,7 +67,7 @@ EXIT_CODES: dict[int, str] = {
 }
 """Exit codes of ``opacus-ac finetune``."""
 
-LEARNING_RATES = {"lora": 0.01, "full": 3e-4}
+LEARNING_RATES = {"lora": 0.03, "full": 3e-4}
 """Learning rates where none is found: with ``--fused_step``, or another optimizer. Else hints of the rate to find."""
 AUTO = "auto"
 """Value of ``--learning_rate`` that lets the run find it (:class:`opacus_ac.AutoAdam`)."""

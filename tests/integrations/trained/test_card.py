@@ -36,7 +36,7 @@ def test_the_card_says_what_is_protected_how_well_and_what_is_not(run):
         f"| what is protected (data unit) | {report['unit']} |",
         "| records | 60 |",
         "LoRA adapters of rank 8 on ",
-        "| learning rate | found from releases, from the hint 0.01, constant |",
+        "| learning rate | found from releases, from the hint 0.03, constant |",
         "| optimizer | AutoAdam, beta1 0.5, weight decay 0 |",
         "| expected batch | 12 |",
         "| tokens per record at most | 120 |",
