@@ -6,7 +6,8 @@
 
 A run is a task, an epsilon, a choice of weights (LoRA adapters or all of them) and a seed. Tasks: whether a message is spam, with a
 message or a sender as the record (:mod:`encoder.mail`), and whether a snippet praises a film. What is scored is public text of
-senders, or snippets, that no record has. The learning rate is found by ``AutoAdam``, so that no run is a sweep; C is the default.
+senders, or snippets, that no record has. The learning rate is found by ``AutoAdam``, so that no run is a sweep. C is found by the
+default policy, so that three of ten records are clipped: where most are, all pull alike, and the larger class wins by its number.
 The reference without privacy has the same draws and the same optimizer. Noise is seeded: a study of published text, which protects
 nobody.
 """
@@ -43,6 +44,7 @@ DELTA = 1e-5  # below 1 / N for every task
 EPSILONS = (1.0, 8.0)  # and none, the reference
 WEIGHTS = ("lora", "all")
 RANK = 8
+CLIP_RATE = 0.3
 HINT = 1e-3
 VERSION = 1  # of what a row means
 
@@ -160,13 +162,14 @@ def fine_tune(model: nn.Module, cell: Cell) -> Result:
         "noise_generator": torch.Generator().manual_seed(cell.seed),
         "ema_decay": None,
         "lr_control": False,
+        "target_clip_rate": CLIP_RATE,
     }
     engine = PrivacyEngine()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotPrivateWarning)
         if cell.epsilon is None:
             private, optimizer, loader = engine.make_private(
-                noise_multiplier=0.0, max_grad_norm=1e9, clipping="flat", **settings
+                **settings | {"noise_multiplier": 0.0, "max_grad_norm": 1e9, "clipping": "flat"}
             )
         else:
             private, optimizer, loader = engine.make_private_with_epsilon(
