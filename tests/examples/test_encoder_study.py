@@ -148,7 +148,8 @@ def test_a_run_spends_its_epsilon_and_moves_what_it_trains(tiny, task, weights, 
     assert {**study.run(cell), "cpu_seconds": 0} == {**result, "cpu_seconds": 0}
 
 
-def test_the_reference_has_no_noise_and_learns(tiny):
+def test_the_reference_has_no_noise_and_learns(tiny, monkeypatch):
+    monkeypatch.setitem(study.RATES, "all", 0.01)  # for an encoder of which nothing was trained
     found = study.run(Cell("sentences", "all", None, 0, steps=40, batch=32))
     assert found["spent"] is None
     assert found["noise_multiplier"] == 0
