@@ -176,16 +176,7 @@ def fine_tune(model: nn.Module, cell: Cell) -> Result:
             private, optimizer, loader = engine.make_private_with_epsilon(
                 target_epsilon=cell.epsilon, target_delta=DELTA, steps=cell.steps, **settings
             )
-        bounds = []
-        batches = _forever(loader)
-        while optimizer.steps_taken < cell.steps:
-            taken, batch = optimizer.steps_taken, next(batches)
-            optimizer.zero_grad()
-            users = loader.users.count(len(batch["labels"])) if most else len(batch["labels"])
-            record_losses(private, batch, users).mean().backward()
-            optimizer.step()
-            if optimizer.steps_taken > taken:
-                bounds.append(optimizer.max_grad_norm)
+        bounds = take_steps(private, optimizer, loader, cell.steps)
     found = {
         "C": bounds,
         "found_rate": settings["optimizer"].learning_rates[0] if cell.epsilon is not None else None,
@@ -194,6 +185,21 @@ def fine_tune(model: nn.Module, cell: Cell) -> Result:
     }
     engine.detach(private)
     return found
+
+
+def take_steps(model: nn.Module, optimizer: Any, loader: Any, steps: int) -> list[float]:
+    """Take so many steps and return C of each."""
+    bounds: list[float] = []
+    batches = _forever(loader)
+    while optimizer.steps_taken < steps:
+        taken, batch = optimizer.steps_taken, next(batches)
+        optimizer.zero_grad()
+        rows = len(batch["labels"])
+        record_losses(model, batch, rows if loader.users is None else loader.users.count(rows)).mean().backward()
+        optimizer.step()
+        if optimizer.steps_taken > taken:
+            bounds.append(optimizer.max_grad_norm)
+    return bounds
 
 
 def new_optimizer(model: nn.Module, cell: Cell) -> torch.optim.Optimizer:

@@ -75,6 +75,22 @@ def test_the_words_of_a_message_are_read(tmp_path, body, words):
     assert found.text.split() == ["hello", *words.split()]
 
 
+@pytest.mark.parametrize(
+    ("field", "address"),
+    [
+        ("A.B@example.org", "a.b@example.org"),
+        ("a@b.org <c@d.org>", "c@d.org"),
+        ('"Name, A" <a@b.org>', "a@b.org"),
+        ("a@b.org (A Name)", "a@b.org"),
+        ("nobody", ""),
+        ("", ""),
+    ],
+)
+def test_the_sender_is_the_address(field, address, tmp_path):
+    path = archived(tmp_path / "a.tgz", [("spam-1/1.json", entry(field, "hello", "\nwords"))])
+    assert [message.sender for message in mail.read_messages(path)] == [address]
+
+
 def test_another_archive_is_refused_and_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("OPACUS_AC_CACHE", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b"something else"))

