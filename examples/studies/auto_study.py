@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common.results import Result, append, read, results_of
+from common.results import Result, read, run_missing
 from common.tone_dialogues import TONES
 from small_model import cell as cells
 from small_model import public
@@ -154,14 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     grid = {c.key(): c for c in wanted(arguments)}
     if not arguments.report:
-        done = {result["key"] for result in read(arguments.out)}
-        missing = [c for key, c in grid.items() if key not in done]
-        for model in sorted({c.model for c in missing}):
+        for model in sorted({c.model for c in grid.values()}):
             public.public_model(model)
-        for number, result in enumerate(results_of(cells.run, [(c,) for c in missing], arguments.jobs), start=1):
-            append(arguments.out, result)
+        for done, result in run_missing(grid.values(), cells.run, arguments.out, arguments.jobs):
             print(
-                f"[{number}/{len(missing)}] {result['method']} {result['steps']} steps, rate {result['rate']:g}, beta1 "
+                f"{done} {result['method']} {result['steps']} steps, rate {result['rate']:g}, beta1 "
                 f"{result['beta1']:g}, seed {result['seed']}: loss {result['loss']:.4f}, {result['seconds']:.0f} s",
                 flush=True,
             )

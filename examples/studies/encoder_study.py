@@ -7,7 +7,7 @@
 A run is a task, an epsilon, a choice of weights (LoRA adapters or all of them) and a seed. Tasks: whether a message is spam, with a
 message or a sender as the record (:mod:`encoder.mail`), and whether a snippet praises a film. What is scored is public text of
 senders, or snippets, that no record has. The learning rate is found by ``AutoAdam``, so that no run is a sweep. C is found by the
-default policy, so that three of ten records are clipped: where most are, all pull alike, and the larger class wins by its number.
+default policy, so that three of ten records are clipped.
 The reference without privacy has the same draws, and AdamW: without noise, ``AutoAdam`` takes the randomness of batches for the
 slope of the loss. Noise is seeded: a study of published text, which protects nobody.
 """
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from common.results import Result, append, mean_and_spread, read, results_of
+from common.results import Result, mean_and_spread, read, run_missing
 from common.sentiment_data import encoder_folder
 from encoder.tasks import IGNORE, TASKS, Row, as_batch, collate, task_of
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ DELTA = 1e-5  # below 1 / N for every task
 EPSILONS = (1.0, 8.0)  # and none, the reference
 WEIGHTS = ("lora", "all")
 RANK = 8
-CLIP_RATE = 0.3
+CLIP_RATE = 0.3  # where most records are clipped, all pull alike, and the larger class wins by its number
 HINT = 1e-3  # of AutoAdam
 RATES = {"lora": 3e-3, "all": 1e-4}  # of the reference without privacy: usual ones, not tuned
 VERSION = 1  # of what a row means
@@ -61,6 +61,7 @@ class Cell:
     steps: int = 30
     batch: int = 128  # expected records
     physical: int = 32
+    clip_rate: float = CLIP_RATE  # share of records that are clipped
 
     def key(self) -> str:
         """Short name of all that the result depends on."""
@@ -163,7 +164,7 @@ def fine_tune(model: nn.Module, cell: Cell) -> Result:
         "noise_generator": torch.Generator().manual_seed(cell.seed),
         "ema_decay": None,
         "lr_control": False,
-        "target_clip_rate": CLIP_RATE,
+        "target_clip_rate": cell.clip_rate,
     }
     engine = PrivacyEngine()
     with warnings.catch_warnings():
@@ -251,7 +252,8 @@ def wanted(arguments: argparse.Namespace) -> list[Cell]:
     if arguments.quick:
         return [Cell("sentences", "lora", epsilon, 0, steps=4) for epsilon in (8.0, None)]
     grid = product(arguments.seeds, arguments.tasks, arguments.weights, (*arguments.epsilons, None))
-    return [Cell(task, weights, epsilon, seed, arguments.steps) for seed, task, weights, epsilon in grid]
+    own = {"steps": arguments.steps, "clip_rate": arguments.clip_rate}
+    return [Cell(task, weights, epsilon, seed, **own) for seed, task, weights, epsilon in grid]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -263,18 +265,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS, help="beside the run without privacy")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--clip_rate", type=float, default=CLIP_RATE, help="share of records that are clipped")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/encoder/results.jsonl"))
     parser.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
     arguments = parser.parse_args(argv)
     grid = {cell.key(): cell for cell in wanted(arguments)}
     if not arguments.report:
-        done = {result["key"] for result in read(arguments.out)}
-        missing = [cell for key, cell in grid.items() if key not in done]
-        for number, result in enumerate(results_of(run, [(cell,) for cell in missing], arguments.jobs), start=1):
-            append(arguments.out, result)
+        for done, result in run_missing(grid.values(), run, arguments.out, arguments.jobs):
             print(
-                f"[{number}/{len(missing)}] {result['task']}, {result['weights']}, epsilon {result['epsilon']}, seed "
+                f"{done} {result['task']}, {result['weights']}, epsilon {result['epsilon']}, seed "
                 f"{result['seed']}: loss {result['before']['loss']:.3f} -> {result['loss']:.3f}, balanced "
                 f"{result['balanced']:.3f}, {result['cpu_seconds']} s",
                 flush=True,

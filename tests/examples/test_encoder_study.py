@@ -193,6 +193,10 @@ def test_scores_are_those_of_the_rows(tiny, monkeypatch):
     )
 
 
+def test_ties_count_half():
+    assert study.area(torch.tensor([2.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.875
+
+
 def test_what_has_run_is_not_repeated(tiny, capsys, monkeypatch):
     monkeypatch.setattr(study, "DELTA", 1e-3)
     cells = [Cell("sentences", "lora", e, 0, steps=1, batch=8) for e in (8.0, None)]
@@ -213,8 +217,17 @@ def test_the_grid_has_every_epsilon_of_a_seed_before_the_next_seed():
     parsed = type(
         "A",
         (),
-        {"quick": False, "seeds": [0, 1], "tasks": ["sentences"], "weights": ["lora"], "steps": 5, "epsilons": [2.0]},
+        {
+            "quick": False,
+            "seeds": [0, 1],
+            "tasks": ["sentences"],
+            "weights": ["lora"],
+            "steps": 5,
+            "epsilons": [2.0],
+            "clip_rate": 0.5,
+        },
     )
+    assert {c.clip_rate for c in study.wanted(parsed)} == {0.5}
     assert [(c.seed, c.epsilon) for c in study.wanted(parsed)] == [(0, 2.0), (0, None), (1, 2.0), (1, None)]
     parsed.quick = True
     assert {c.steps for c in study.wanted(parsed)} == {4}

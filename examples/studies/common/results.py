@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ def results_of(function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(function, *task) for task in tasks]):
             yield future.result()
+
+
+def run_missing(cells: Iterable[Any], run: Callable[..., Result], out: Path, jobs: int) -> Iterator[tuple[str, Result]]:
+    """Run the cells whose ``key()`` is not in ``out`` yet; yield what is done, as "[1/9]", and each result once it is kept."""
+    done = {result["key"] for result in read(out)}
+    missing = [(cell,) for key, cell in {cell.key(): cell for cell in cells}.items() if key not in done]
+    for number, result in enumerate(results_of(run, missing, jobs), start=1):
+        append(out, result)
+        yield f"[{number}/{len(missing)}]", result
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:

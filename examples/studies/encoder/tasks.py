@@ -41,7 +41,6 @@ class Task:
 
     private: Records
     public: list[Row]
-    length: int
 
 
 def collate(records: Sequence[list[Row]]) -> dict[str, Tensor]:
@@ -71,15 +70,15 @@ def is_held_out(name: str) -> bool:
 
 
 def _mail() -> tuple[list[Message], list[Row]]:
-    messages, length = read_messages(archive_file()), 64
-    return messages, list(zip(tokens([m.text for m in messages], length), [int(m.spam) for m in messages], strict=True))
+    messages = read_messages(archive_file())
+    return messages, list(zip(tokens([m.text for m in messages], 64), [int(m.spam) for m in messages], strict=True))
 
 
 def mail_by_message() -> Task:
     """Spam or not; a record is a message, and nobody who is held out sent one of them."""
     messages, rows = _mail()
     private = [[row] for message, row in zip(messages, rows, strict=True) if not is_held_out(message.sender)]
-    return Task(Records(private), _public(messages, rows), 64)
+    return Task(Records(private), _public(messages, rows))
 
 
 def mail_by_sender() -> Task:
@@ -89,7 +88,7 @@ def mail_by_sender() -> Task:
     for message, row in zip(messages, rows, strict=True):
         if not is_held_out(message.sender) and len(own := senders.setdefault(message.sender, [])) < MOST:
             own.append(row)
-    return Task(Records(list(senders.values()), MOST), _public(messages, rows), 64)
+    return Task(Records(list(senders.values()), MOST), _public(messages, rows))
 
 
 def _public(messages: Sequence[Message], rows: Sequence[Row]) -> list[Row]:
@@ -98,12 +97,12 @@ def _public(messages: Sequence[Message], rows: Sequence[Row]) -> list[Row]:
 
 def rated_sentences() -> Task:
     """Praise or blame in snippets of film reviews (Hutto and Gilbert, ICWSM 2014); a record is a snippet."""
-    labelled, length = dict(sentences("movies")), 32
-    rows = zip(labelled, tokens(list(labelled), length), labelled.values(), strict=True)
+    labelled = dict(sentences("movies"))
+    rows = zip(labelled, tokens(list(labelled), 32), labelled.values(), strict=True)
     private, public = [], []
     for text, ids, label in rows:
         (public if is_held_out(text) else private).append((ids, label))
-    return Task(Records([[row] for row in private]), public, length)
+    return Task(Records([[row] for row in private]), public)
 
 
 TASKS: dict[str, Callable[[], Task]] = {
