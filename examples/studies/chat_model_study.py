@@ -1,126 +1,196 @@
-"""The main rows of the study on a real chat model: SmolLM2-135M with LoRA, flat clipping beside DP-Adam-AC and the paper's settings.
+"""A real chat model, privately: SmolLM2-135M with LoRA, AutoAdam beside AdamW at rates tried by hand, three epsilons, flat C.
 
-    python examples/studies/chat_model_study.py --seeds 0 1 2          # go on where it stopped
-    python examples/studies/chat_model_study.py --seeds 0 1 2 --report
-    python examples/studies/chat_model_study.py --steps 30 --expected-batch-size 128 --physical-batch-size 128    # on a GPU
+    python examples/studies/chat_model_study.py --jobs 2      # stop it and go on at any time
+    python examples/studies/chat_model_study.py --quick       # two runs of 4 steps
+    python examples/studies/chat_model_study.py --report      # run nothing, print the table
+    python examples/studies/chat_model_study.py --device cuda --model Qwen/Qwen2.5-0.5B-Instruct    # on a GPU
 
-Both tones, epsilon 1 to 16, delta 1e-5. All rows train as ``common/chat_run.py`` does, which also takes options of its own here.
-Noise and draws are secret entropy, different in every run: the spread over seeds holds it.
+A run is a method, an epsilon, a learning rate, a momentum and a seed. ``auto`` is AutoAdam from the hint that ``opacus-ac finetune``
+has for adapters; ``adamw`` is AdamW, both with the defaults of ``make_private``; ``adamw-flat`` is AdamW with a fixed C below all
+norms. Every run gives the loss of its last weights and of its averaged weights. Other options are those of ``common/chat_run.py``.
+
+Runs of a seed share records, draws and noise. Noise is seeded, and the records are invented: a study, which protects nobody.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from common import chat_run
-from common.chat_data import FOUR_PROMPTS, ChatDataset, PadCollate, generate_replies, heldout_loss
-from common.results import Result, append, mean_and_spread, read
-from common.tone_dialogues import TONES, tone_score
+from common.chat_data import ChatDataset, PadCollate, heldout_loss
+from common.results import Result, mean_and_spread, read, run_missing
+from common.tone_dialogues import TONES, train_and_heldout
 from small_model.report import grouped, markdown
+from torch.optim import Optimizer
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
+from opacus_ac.errors import NotPrivateWarning
+from opacus_ac.optimizer.momentum import planned_beta1
 
-EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
-CLIPPING: dict[str, dict[str, Any]] = {"flat": {"clipping": "flat"}, "dp-adam-ac": {}, "paper": {"preset": "paper"}}
-SIZE = ["--lora-layers", "6", "--expected-batch-size", "32", "--steps", "10"]
-
-
-_ENCODED: dict[Any, Any] = {}  # of the latest tone and seed: its runs come one after the other
-
-
-def encoded(tone: str, seed: int, options: tuple[str, ...], args: argparse.Namespace, tokenizer: Any) -> Any:
-    """Return the private dataset and the public ones by tone."""
-    key = (tone, seed, options)
-    if key not in _ENCODED:
-        _ENCODED.clear()
-        private, public = chat_run.load_dialogues(args)
-        sets = {name: ChatDataset(rows, tokenizer, args.max_length) for name, rows in public.items()}
-        _ENCODED[key] = ChatDataset(private, tokenizer, args.max_length), sets
-    return _ENCODED[key]
+EPSILONS = (1.0, 3.0, 8.0)
+RATES = (0.015, 0.03, 0.06, 0.12, 0.24)
+HINT = 0.03
+USUAL = 0.9  # AdamW's momentum
+MIDDLE = 0.06  # rate at which momentum and clipping are compared
+HELD_OUT = 48
+METHODS: dict[str, dict[str, Any]] = {"auto": {"lr_control": False}, "adamw": {}, "adamw-flat": {"clipping": "flat"}}
+VERSION = 1  # of what a row means
 
 
-def run(clipping: str, tone: str, epsilon: float, seed: int, options: list[str], folder: Path) -> Result:
+@dataclass(frozen=True)
+class Cell:
+    """One run; ``options`` are those of ``common/chat_run.py``."""
+
+    method: str
+    epsilon: float
+    rate: float
+    beta1: float
+    seed: int
+    tone: str
+    steps: int
+    batch: int
+    options: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """Short name of all that the result depends on."""
+        return hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+
+    def arguments(self) -> argparse.Namespace:
+        """Return the settings of the run."""
+        own = ["--tone", self.tone, "--epsilon", str(self.epsilon), "--seed", str(self.seed), "--lr", str(self.rate)]
+        size = ["--steps", str(self.steps), "--expected-batch-size", str(self.batch), "--beta1", str(self.beta1)]
+        return chat_run.arguments([*self.options, *own, *size])
+
+
+def run(cell: Cell) -> Result:
     """Train once and return what came out."""
-    own = ["--tone", tone, "--epsilon", str(epsilon), "--seed", str(seed), "--output", str(folder)]
-    args = chat_run.arguments([*SIZE, *options, *own])
-    args.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    args, start = cell.arguments(), time.process_time()
     model, tokenizer = chat_run.prepare(args)
     collate = PadCollate(tokenizer.pad_token_id, args.max_length)
-    dataset, sets = encoded(tone, seed, tuple(options), args, tokenizer)
-    before = heldout_loss(model, sets[tone], collate)
-    engine, clock = PrivacyEngine(accountant="vpld"), time.process_time()
-    optimizer = chat_run.train(args, engine, model, dataset, collate, **CLIPPING[clipping])
-    seconds = time.process_time() - clock
+    dataset, public = dialogues(tokenizer, cell.tone, args.records, cell.seed, args.max_length)
+    before = heldout_loss(model, public, collate)
+    engine, inner = PrivacyEngine(), new_optimizer(model, cell)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotPrivateWarning)
+        options = METHODS[cell.method] | {"noise_generator": torch.Generator().manual_seed(cell.seed)}
+        optimizer = chat_run.train(args, engine, model, dataset, collate, optimizer=inner, **options)
     with optimizer.ema_weights():
-        averaged = heldout_loss(model, sets[tone], collate)
-    replies = generate_replies(model, tokenizer, FOUR_PROMPTS)
-    other = next(t for t in TONES if t != tone)
+        averaged = heldout_loss(model, public, collate)
     return {
-        "method": clipping,
-        "tone": tone,
-        "epsilon": epsilon,
-        "seed": seed,
-        "options": options,
+        "key": cell.key(),
+        **asdict(cell),
         "spent": engine.get_epsilon(args.delta),
+        "noise_multiplier": optimizer.noise_multiplier,
+        "found_rate": inner.learning_rates[0] if isinstance(inner, AutoAdam) else None,
         "loss_before": before,
-        "loss": heldout_loss(model, sets[tone], collate),
+        "loss": heldout_loss(model, public, collate),
         "averaged": averaged,
-        "other_tone": heldout_loss(model, sets[other], collate),
-        "in_tone": sum(tone_score(text, tone) > tone_score(text, other) for text in replies),
-        "cpu_seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time() - start, 1),
     }
 
 
-def table(results: list[Result]) -> str:
-    """Return one row per tone, epsilon and clipping."""
+_ENCODED: dict[Any, tuple[ChatDataset, ChatDataset]] = {}  # of the latest tone and seed, whose runs follow one another
+
+
+def dialogues(tokenizer: Any, tone: str, records: int, seed: int, length: int) -> tuple[ChatDataset, ChatDataset]:
+    """Return the private dialogues and the public ones."""
+    key = (tokenizer.name_or_path, tone, records, seed, length)
+    if key not in _ENCODED:
+        _ENCODED.clear()
+        parts = train_and_heldout(tone, records, HELD_OUT, seed)
+        train, held = (ChatDataset([d["messages"] for d in rows], tokenizer, length) for rows in parts)
+        _ENCODED[key] = train, held
+    return _ENCODED[key]
+
+
+def new_optimizer(model: torch.nn.Module, cell: Cell) -> Optimizer:
+    """Return the inner optimizer of a run."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if cell.method == "auto":
+        return AutoAdam(trained, lr=cell.rate, steps=cell.steps)
+    return torch.optim.AdamW(trained, lr=cell.rate, betas=(cell.beta1, 0.999), weight_decay=0.0)
+
+
+# ---------------------------------------------------------------- which runs, and the report
+
+
+def wanted(own: argparse.Namespace, options: Sequence[str]) -> list[Cell]:
+    """Return the cells that the arguments ask for, seed after seed: the largest epsilon has the rates, momentum and flat C."""
+    steps, rates, epsilons, seeds = own.steps, own.rates, sorted(own.epsilons, reverse=True), own.seeds
+    if own.quick:
+        steps, rates, epsilons, seeds = 4, [MIDDLE], epsilons[:1], seeds[:1]
+    beta1, cells = planned_beta1(steps), []
+    for seed, tone in product(seeds, own.tones):
+        place = {"seed": seed, "tone": tone, "steps": steps, "batch": own.batch, "options": tuple(options)}
+        cells += [Cell("auto", epsilon, HINT, beta1, **place) for epsilon in epsilons]
+        cells += [Cell("adamw", epsilons[0], rate, beta1, **place) for rate in rates]
+        if not own.quick:
+            cells.append(Cell("adamw", epsilons[0], MIDDLE, USUAL, **place))
+            cells.append(Cell("adamw-flat", epsilons[0], MIDDLE, beta1, **place))
+    return cells
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return a row per tone, epsilon, method, momentum and rate, with means and standard deviations over seeds."""
+    best: dict[Any, float] = {}
+    for r in results:
+        if r["method"] == "adamw":
+            place = r["tone"], r["epsilon"], r["seed"]
+            best[place] = min(r["loss"], best.get(place, r["loss"]))
     rows = []
-    for (tone, epsilon, method), mine in grouped(results, "tone", "epsilon", "method").items():
-        losses = [
-            mean_and_spread([r[name] for r in mine]) for name in ("loss_before", "loss", "averaged", "other_tone")
-        ]
-        replies = f"{sum(r['in_tone'] for r in mine)} of {len(FOUR_PROMPTS) * len(mine)}"
-        rows.append([tone, f"{epsilon:g}", method, str(len(mine)), *losses, replies])
-    return markdown(
-        [
-            "tone",
-            "epsilon",
-            "clipping",
-            "runs",
-            "before",
-            "after",
-            "averaged weights",
-            "other tone after",
-            "replies in tone",
-        ],
-        rows,
-    )
+    names = ("tone", "epsilon", "method", "beta1", "rate")
+    for (tone, epsilon, method, beta1, rate), mine in grouped(list(results), *names).items():
+        losses = [mean_and_spread([r[name] for r in mine]) for name in ("loss_before", "loss", "averaged")]
+        known = [r for r in mine if (tone, epsilon, r["seed"]) in best]
+        above = [100 * (r["loss"] / best[tone, epsilon, r["seed"]] - 1) for r in known]
+        found = [r["found_rate"] for r in mine if r["found_rate"] is not None]
+        rates = f"{min(found):.3f} to {max(found):.3f} (from {rate:g})" if found else f"{rate:g}"
+        ahead = mean_and_spread(above, 1) if above else ""
+        rows.append([tone, f"{epsilon:g}", method, f"{beta1:g}", rates, str(len(mine)), *losses, ahead])
+    heads = ["tone", "epsilon", "method", "beta1", "learning rate", "runs", "before", "after", "averaged weights"]
+    return markdown([*heads, "above the best AdamW of the seed, %"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, or report."""
+    """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="two runs of 4 steps, to see that it works")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tones", choices=TONES, nargs="+", default=TONES)
-    parser.add_argument("--clippings", choices=CLIPPING, nargs="+", default=list(CLIPPING))
+    parser.add_argument("--tones", choices=TONES, nargs="+", default=["loving"])
     parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of AdamW, at the largest epsilon")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--batch", type=int, default=24, help="expected records in a batch")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
-    parser.add_argument("--report", action="store_true", help="print the table of what is finished; run nothing")
+    parser.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
     own, options = parser.parse_known_args(argv)
-    done = {(r["method"], r["tone"], r["epsilon"], r["seed"]) for r in read(own.out) if r["options"] == options}
-    for seed, tone, epsilon, method in product(own.seeds, own.tones, own.epsilons, own.clippings):
-        if own.report or (method, tone, epsilon, seed) in done:
-            continue
-        result = run(method, tone, epsilon, seed, options, own.out.with_suffix(".run"))
-        append(own.out, result)
-        print(json.dumps(result), flush=True)
-    print(table([r for r in read(own.out) if r["options"] == options]))
+    grid = {cell.key(): cell for cell in wanted(own, options)}
+    if not own.report:
+        for done, result in run_missing(grid.values(), run, own.out, own.jobs):
+            print(
+                f"{done} {result['method']} epsilon {result['epsilon']:g}, rate {result['rate']:g}, beta1 {result['beta1']:g}, seed "
+                f"{result['seed']}: loss {result['loss_before']:.3f} -> {result['loss']:.3f}, {result['cpu_seconds']} s",
+                flush=True,
+            )
+    results = [result for result in read(own.out) if result["key"] in grid]
+    if not results:
+        raise SystemExit(f"no finished run in {own.out}: run it first, without --report")
+    print(table(results))
     return 0
 
 

@@ -111,6 +111,7 @@ def clip_arguments(cell: Cell, records: int, settings: Settings) -> dict[str, An
         target_delta=DELTA[cell.unit],
         sample_rate=settings.batch / records,
         steps=settings.steps,
+        method="pld",
     )
     return {**arguments, "noise_multiplier": noise}
 

@@ -113,6 +113,7 @@ def clip_arguments(arm: str, records: int, settings: Settings) -> dict[str, Any]
         target_delta=DELTA,
         sample_rate=settings.model.batch / records,
         steps=settings.model.steps,
+        method="pld",
     )
     return {"max_grad_norm": C0, "noise_multiplier": noise}
 

@@ -108,6 +108,7 @@ def _compare_alone(job: Job, optimizer: AdaptiveClipDPOptimizer, users: UserRows
         users=users,
         pause=pause,
         keeps_length=lambda tensors: optimizer.plan is not None and optimizer.plan.keeps_length(tensors),
+        key=None if (seeded := job.noise_generator) is None else f"masks {seeded.initial_seed()}".encode(),
     )
     assert optimizer.watch is not None
     alone.as_before = optimizer.watch.as_before

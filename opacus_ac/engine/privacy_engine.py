@@ -119,7 +119,8 @@ class PrivacyEngine(AccountedEngine):
             poisson_sampling: False keeps the loader's batches and reports the bound that holds for them, without
                 amplification by sampling.
             clipping: "adaptive", "flat" (fixed C, the noise of Opacus) or "automatic" (AUTO-S).
-            noise_generator: seeded CPU generator for tests; the report then says that the run is not private.
+            noise_generator: seeded CPU generator for tests: noise, draws and dropout follow from its seed. The report
+                then says that the run is not private.
             grad_sample_mode: "bk" (one backward pass, exact, no per-sample gradients of large layers; see
                 ``opacus_ac.grad_sample.explain``), or "hooks" or "functorch", as in Opacus.
             wrap_model: as in Opacus for its modes: False attaches hooks to the model and returns the hooks object.

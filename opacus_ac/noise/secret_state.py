@@ -79,6 +79,19 @@ def replace_other_states() -> Undo:
     return undo
 
 
+def seed_states(content: bytes) -> None:
+    """Seed the global generators of torch, numpy (where it is in use) and Python: for runs that are to be repeated.
+
+    Args:
+        content: at most 4 bytes.
+    """
+    seed = int.from_bytes(content, "little")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy.random" in sys.modules:
+        np.random.seed(seed)
+
+
 @contextmanager
 def secret_randomness() -> Iterator[None]:
     """Give the global generators of torch, numpy and Python secret states, and put the old ones back at the end.

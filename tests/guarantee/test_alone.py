@@ -7,15 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Rows
+from helpers import Rows, private
 from opacus.layers import DPLSTM
 from tiny_models import bitnet, gpt2, llama, opt, qwen2, roberta, token_batch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-from opacus_ac import PrivacyEngine
 from opacus_ac.loss import per_record_causal_lm_loss
 
 MODES = ["bk", "hooks", "functorch"]
@@ -33,18 +32,6 @@ def sequences(records=B, length=T, seed=1):
         }
         for i in range(records)
     ]
-
-
-def private(model, rows, *, mode="bk", batch_size=None, collate=None, **options):
-    engine = PrivacyEngine()
-    settings = {
-        "noise_multiplier": 0.0, "max_grad_norm": 0.1, "clipping": "flat", "lr_control": False, "ema_decay": None, **options
-    }  # fmt: skip
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return engine, *engine.make_private(
-        module=model, optimizer=torch.optim.SGD(trained, lr=0.1), grad_sample_mode=mode, **settings,
-        data_loader=DataLoader(rows, batch_size=batch_size or len(rows), collate_fn=collate),
-    )  # fmt: skip
 
 
 def run(model, rows, loss, *, steps=1, **options):

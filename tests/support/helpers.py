@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from opacus_ac import PrivacyEngine
 from opacus_ac.optimizer import AdaptiveClipDPOptimizer
 from opacus_ac.testing.policies import optimizer_by_hand
 from opacus_ac.testing.policies import released_vector as release_vector
@@ -60,3 +61,16 @@ def by_hand(
 
 
 __all__ = ["Rows", "by_hand", "classifier", "dataset", "loader", "loss_of", "release_vector", "train"]
+
+
+def private(model, rows, *, mode="bk", batch_size=None, collate=None, **options):
+    """Make a model private without noise; return the engine, and what ``make_private`` returns."""
+    engine = PrivacyEngine()
+    settings = {
+        "noise_multiplier": 0.0, "max_grad_norm": 0.1, "clipping": "flat", "lr_control": False, "ema_decay": None, **options
+    }  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return engine, *engine.make_private(
+        module=model, optimizer=torch.optim.SGD(trained, lr=0.1), grad_sample_mode=mode, **settings,
+        data_loader=DataLoader(rows, batch_size=batch_size or len(rows), collate_fn=collate),
+    )  # fmt: skip

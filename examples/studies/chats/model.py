@@ -23,6 +23,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.errors import NotPrivateWarning
 from opacus_ac.integrations.finetune import UserCollate
 from opacus_ac.loss import per_record_causal_lm_loss, per_user_loss
+from opacus_ac.optimizer.momentum import planned_beta1
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Settings:
     lr: float = 0.004
     heldout: int = 200  # at most so many held-out records
     physical: int = 16
+    version: int = 2  # of what a row means; 1 was Renyi accounting, and momentum of 0.9 whatever the number of steps
 
     def key(self) -> str:
         """Short name of these settings: results of others are never mixed with theirs."""
@@ -158,12 +160,12 @@ def fine_tune(
     Returns:
         What was released per step, epsilon, and the held-out loss at the averaged weights (NaN without held-out records).
     """
-    engine = PrivacyEngine(accountant="vrdp")
+    engine, betas = PrivacyEngine(), (planned_beta1(settings.steps), 0.999)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=NotPrivateWarning)
         private, optimizer, loader = engine.make_private(
             module=model,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0),
+            optimizer=torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=betas, weight_decay=0.0),
             data_loader=DataLoader(train, batch_size=settings.batch, shuffle=True, collate_fn=collate_of(settings)),
             max_physical_batch_size=settings.physical,
             max_rows_per_user=train.max_rows_per_user,

@@ -81,15 +81,20 @@ def train(
     model: Any,
     dataset: ChatDataset,
     collate: PadCollate,
+    optimizer: torch.optim.Optimizer | None = None,
     **options: Any,
 ) -> Any:
-    """Fine-tune ``model`` under the budget and return the private optimizer; ``options`` are for ``make_private``."""
+    """Fine-tune ``model`` under the budget and return the private optimizer; ``options`` are for ``make_private``.
+
+    Without ``optimizer`` the inner one is AdamW, as the arguments say.
+    """
     rate = args.lr or (3e-4 if args.full else 0.06)
     trained = [p for p in model.parameters() if p.requires_grad]
     steps = args.steps or (14 if args.epochs is None else None)
-    wrapped, optimizer, loader = engine.make_private_with_epsilon(
+    adamw = torch.optim.AdamW(trained, lr=rate, betas=(args.beta1, 0.999), weight_decay=0.0)
+    wrapped, private, loader = engine.make_private_with_epsilon(
         module=model,
-        optimizer=torch.optim.AdamW(trained, lr=rate, betas=(args.beta1, 0.999), weight_decay=0.0),
+        optimizer=optimizer or adamw,
         data_loader=DataLoader(dataset, batch_size=args.expected_batch_size, collate_fn=collate),
         target_epsilon=args.epsilon,
         target_delta=args.delta,
@@ -103,18 +108,18 @@ def train(
     )
     planned = steps if steps is not None else math.ceil(args.epochs * len(loader))
     with tqdm(total=planned, unit="step") as bar:
-        while optimizer.steps_taken < planned:
+        while private.steps_taken < planned:
             for batch in loader:
-                optimizer.zero_grad()
+                private.zero_grad()
                 losses = reply_losses(wrapped, {name: values.to(args.device) for name, values in batch.items()})
-                optimizer.record_losses(losses)
+                private.record_losses(losses)
                 losses.mean().backward()
-                optimizer.step()
-                bar.update(optimizer.steps_taken - bar.n)
-                if optimizer.steps_taken == planned:
+                private.step()
+                bar.update(private.steps_taken - bar.n)
+                if private.steps_taken == planned:
                     break
     engine.detach(wrapped)
-    return optimizer
+    return private
 
 
 def evaluate(model: Any, sets: dict[str, Any], collate: Any) -> dict[str, float]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opacus_ac.grad_sample.alone.kept import part_of_output, take_call
 from opacus_ac.grad_sample.alone.single import Cut, Paths
-from opacus_ac.noise.forward_randomness import RecordMasks
+from opacus_ac.noise.record_masks import RecordMasks
 
 
 @dataclass
@@ -54,8 +55,8 @@ class Call:
     def take_records(self) -> None:
         """Copy the records that are to be run alone. The model may change its arguments later."""
         self.runs = [Run(cut, {}) for cut in self.cuts]
-        self.inputs = [cut.take(self.arguments) for cut in self.cuts]
-        self.padded_inputs = [cut.padded().take(self.arguments) for cut in self.cuts if cut.positions]
+        self.inputs = [take_call(cut, self.arguments) for cut in self.cuts]
+        self.padded_inputs = [take_call(cut.padded(), self.arguments) for cut in self.cuts if cut.positions]
 
     def keep_padding(self) -> None:
         """Let all records be run with their padding."""
@@ -87,21 +88,20 @@ class Call:
                 share = 1 / self.users if mean else 1.0
                 total = total + (own * gradient.to(own.dtype)).sum() * share
                 continue
-            part = _part_of(gradient, cut, self.rows)
+            part = self._part_of(gradient, cut)
             if part is None or part.shape != own.shape:
                 continue
             total = total + (own * part.to(own.dtype)).sum()
         return total
 
-
-def _part_of(gradient: Tensor, cut: Cut, rows: int) -> Tensor | None:
-    """Return a record's part of the gradient of an output ``[B, ...]`` or ``[B T, ...]``; None if it has no part."""
-    if gradient.dim() <= cut.dim or gradient.shape[cut.dim] % rows:
-        return None
-    if gradient.shape[cut.dim] == rows:
-        return cut.of(gradient)
-    each = gradient.shape[cut.dim] // rows
-    part = gradient.narrow(cut.dim, cut.first * each, cut.count * each)
-    if cut.positions is None or cut.positions[2] != each:
-        return part
-    return part.narrow(cut.dim, cut.positions[0], cut.positions[1] - cut.positions[0])
+    def _part_of(self, gradient: Tensor, cut: Cut) -> Tensor | None:
+        """Return a record's part of the gradient of an output ``[B, ...]`` or ``[B T, ...]``; None without a part."""
+        if gradient.dim() <= cut.dim or gradient.shape[cut.dim] % self.rows:
+            return None
+        if gradient.shape[cut.dim] == self.rows:
+            return part_of_output(cut, gradient, self.arguments)
+        each = gradient.shape[cut.dim] // self.rows
+        part = gradient.narrow(cut.dim, cut.first * each, cut.count * each)
+        if cut.positions is None or cut.positions[2] != each:
+            return part
+        return part.narrow(cut.dim, cut.positions[0], cut.positions[1] - cut.positions[0])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.alone.call import Call, Run
 from opacus_ac.grad_sample.alone.isolated import is_coarse, is_sharded, isolated_twin, shapes_of, without_checkpoints
+from opacus_ac.grad_sample.alone.kept import part_of_output, take_call
 from opacus_ac.grad_sample.alone.own_length import KeepsLength, OwnLengths
 from opacus_ac.grad_sample.alone.single import (
     Cut,
@@ -110,7 +111,7 @@ class OutputsAlone:
                 for record in choose_records((args, kwargs), rows, 0, mask):
                     positions = None if mask is None else own_positions(mask, record)
                     call.runs.append(Run(Cut(rows, record, 1, 0, positions), {}))
-                call.inputs = [run.cut.take((args, kwargs)) for run in call.runs]
+                call.inputs = [take_call(run.cut, call.arguments) for run in call.runs]
             running.append(call)
 
         def leave(module: nn.Module, _args: Any, output: Any) -> None:
@@ -152,7 +153,7 @@ class OutputsAlone:
             for path, whole in call.outputs.items():
                 own = alone.get(path)
                 tolerance = _COARSE if coarse else _TOLERANCE
-                if own is None or not _differs(whole, own, run.cut, tolerance):
+                if own is None or not _differs(whole, own, call, run.cut, tolerance):
                     continue
                 padded = run.cut.positions is not None and self._own_lengths.accept(call)
                 if padded and sees_the_record(call, place, tolerance, self):
@@ -164,10 +165,10 @@ class OutputsAlone:
         self._verified = self._state()
 
 
-def _differs(whole: Tensor, own: Tensor, cut: Cut, tolerance: float) -> bool:
+def _differs(whole: Tensor, own: Tensor, call: Call, cut: Cut, tolerance: float) -> bool:
     if whole.dim() == 0 or whole.shape[0] != cut.rows:
         return False
-    part = cut.of(whole)
+    part = part_of_output(cut, whole, call.arguments)
     if part.shape != own.shape or not bool(torch.isfinite(part).all()):
         return False
     size = float(part.abs().amax()) if part.numel() else 0.0

@@ -57,6 +57,7 @@ class RecordsAlone:
         users: counts the users of a batch, if a record is a user with several rows.
         pause: returns a context in which the source of per-sample gradients keeps nothing.
         keeps_length: says whether inputs are from a loader that gives every record the same length, with padding.
+        key: what random draws depend on, so that the run can be repeated; without one they are secret.
 
     Attributes:
         compared: number of records with a conclusive comparison so far.
@@ -81,6 +82,7 @@ class RecordsAlone:
         users: Users | None = None,
         pause: Callable[[], AbstractContextManager[None]] = nullcontext,
         keeps_length: KeepsLength = lambda tensors: False,
+        key: bytes | None = None,
     ) -> None:
         self._own_lengths = OwnLengths(keeps_length)
         self._runner = Runner(tape, users, pause, self._own_lengths)
@@ -97,7 +99,7 @@ class RecordsAlone:
         self._open: tuple[int, Call | None] | None = None
         self._depth = 0
         self._whole_calls = 0
-        self.randomness = ForwardRandomness(model, step)
+        self.randomness = ForwardRandomness(model, step, key)
         self._handles: list[Any] = []
         self._part_handles: list[Any] = []
         if not self._off:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from opacus_ac.grad_sample.alone.call import Call, Run
 from opacus_ac.grad_sample.alone.isolated import isolated_twin, shapes_of, without_checkpoints
+from opacus_ac.grad_sample.alone.kept import take_call
 from opacus_ac.grad_sample.alone.own_length import OwnLengths
 from opacus_ac.grad_sample.alone.single import Cut, Paths, floats_in
 from opacus_ac.grad_sample.module_replay import map_tensors, to_double
@@ -116,7 +117,7 @@ class Runner:
         """
         with self.as_before():
             twin = isolated_twin(call.module)
-        args, kwargs = cut.take(call.arguments)
+        args, kwargs = take_call(cut, call.arguments)
         if wide:
             map_tensors(twin, to_double)
             args, kwargs = tree_map(_widened, (args, kwargs))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.alone.isolated import isolated_twin
+from opacus_ac.grad_sample.alone.kept import take_call
 from opacus_ac.grad_sample.alone.single import Cut, floats_in
 
 _INTRO = "per-sample gradients would not be exact: a record's gradient in the batch is not the one that it gets alone: "
@@ -68,15 +69,15 @@ def explain_difference(
     cut: Cut = call.runs[place].cut
     loose = max(tolerance, 1e-3)
     try:
-        whole = Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments)
+        whole = take_call(Cut(cut.rows, 0, cut.rows, cut.dim), call.arguments)
         batch, again = _trace(call, whole, 0, call.rows, runner)
         full = cut.padded()
-        alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
+        alone, _ = _trace(call, take_call(full, call.arguments), cut.first, cut.count, runner)
         if not _same_outputs(call, again, loose):
             return _INTRO + _CARRIED
         found = _first(batch, alone, full, loose, constants=by_padding)
         if found is None and cut.positions is not None:
-            trimmed, _ = _trace(call, cut.take(call.arguments), cut.first, cut.count, runner)
+            trimmed, _ = _trace(call, take_call(cut, call.arguments), cut.first, cut.count, runner)
             found = _first(batch, trimmed, cut, loose)
             where = "the loss" if found is None else f"{found[0].name} ({found[0].kind})"
             return _INTRO + _PADDING.format(where=where)
@@ -92,8 +93,8 @@ def sees_the_record(call: Any, place: int, tolerance: float, runner: Any) -> boo
     """Say whether every layer has the same inputs and outputs for a padded record alone as in the batch."""
     cut: Cut = call.runs[place].cut
     full = cut.padded()
-    batch, _ = _trace(call, Cut(cut.rows, 0, cut.rows, cut.dim).take(call.arguments), 0, call.rows, runner)
-    alone, _ = _trace(call, full.take(call.arguments), cut.first, cut.count, runner)
+    batch, _ = _trace(call, take_call(Cut(cut.rows, 0, cut.rows, cut.dim), call.arguments), 0, call.rows, runner)
+    alone, _ = _trace(call, take_call(full, call.arguments), cut.first, cut.count, runner)
     return len(batch) == len(alone) and _first(batch, alone, full, max(tolerance, 1e-3), constants=True) is None
 
 

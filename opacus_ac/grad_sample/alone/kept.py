@@ -1,0 +1,63 @@
+"""Calls that ask for the outputs of a few positions only: transformers' ``logits_to_keep``, a number or positions.
+
+Such an argument counts the positions of the padded batch. A record that runs without its padding has others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_ac.grad_sample.alone.single import Cut
+
+_NAMES = ("logits_to_keep", "num_logits_to_keep")
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+def take_call(cut: Cut, arguments: Arguments) -> Any:
+    """Return the arguments of a call for a part of its batch.
+
+    >>> mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    >>> take_call(Cut(2, 0, 1, positions=(2, 4, 4)), ((mask,), {"logits_to_keep": 3}))
+    ((tensor([[1, 1]]),), {'logits_to_keep': 2})
+    """
+    args, kwargs = arguments
+    taken, own = cut.take((args, {name: value for name, value in kwargs.items() if name not in _NAMES}))
+    return taken, {**own, **{name: _own(kwargs[name], cut) for name in _NAMES if name in kwargs}}
+
+
+def _own(asked: Any, cut: Cut) -> Any:
+    kept = None if cut.positions is None else _positions(asked, cut.positions[2])
+    if kept is None:
+        return asked
+    own = kept[_is_own(kept, cut)]
+    # transformers reads 0 as "all positions", so one output is computed even if none is asked for
+    return own - cut.positions[0] if isinstance(asked, Tensor) else max(len(own), 1)  # type: ignore[index]
+
+
+def part_of_output(cut: Cut, output: Tensor, arguments: Arguments) -> Tensor:
+    """Return a copy of a part of an output ``[B, ...]``, or of its gradient, without the outputs of padding."""
+    for name in _NAMES:
+        kept = None if cut.positions is None else _positions(arguments[1].get(name), cut.positions[2])
+        if kept is not None and output.dim() > 1 and output.shape[:2] == (cut.rows, len(kept)):
+            return cut.padded().of(output)[:, _is_own(kept, cut).to(output.device)]
+    return cut.of(output)
+
+
+def _positions(asked: Any, length: int) -> Tensor | None:
+    """Return the positions ``[K]`` whose outputs are asked for; None if these are all, or it is not known which."""
+    if isinstance(asked, Tensor):
+        return asked.detach().cpu() if asked.dim() == 1 and asked.dtype in (torch.int32, torch.int64) else None
+    if not isinstance(asked, int) or isinstance(asked, bool) or asked <= 0:
+        return None
+    return torch.arange(max(length - asked, 0), length)
+
+
+def _is_own(kept: Tensor, cut: Cut) -> Tensor:
+    assert cut.positions is not None
+    first, end, _ = cut.positions
+    return (kept >= first) & (kept < end)
