@@ -129,19 +129,19 @@ def new_optimizer(model: torch.nn.Module, cell: Cell) -> Optimizer:
 
 
 def wanted(own: argparse.Namespace, options: Sequence[str]) -> list[Cell]:
-    """Return the cells that the arguments ask for, seed after seed: the largest epsilon has the rates, momentum and flat C."""
+    """Return the cells that the arguments ask for, the comparison of rates at the largest epsilon for all seeds first."""
     steps, rates, epsilons, seeds = own.steps, own.rates, sorted(own.epsilons, reverse=True), own.seeds
     if own.quick:
         steps, rates, epsilons, seeds = 4, [MIDDLE], epsilons[:1], seeds[:1]
-    beta1, cells = planned_beta1(steps), []
+    beta1, compared, others = planned_beta1(steps), [], []
     for seed, tone in product(seeds, own.tones):
         place = {"seed": seed, "tone": tone, "steps": steps, "batch": own.batch, "options": tuple(options)}
-        cells += [Cell("auto", epsilon, HINT, beta1, **place) for epsilon in epsilons]
-        cells += [Cell("adamw", epsilons[0], rate, beta1, **place) for rate in rates]
-        if not own.quick:
-            cells.append(Cell("adamw", epsilons[0], MIDDLE, USUAL, **place))
-            cells.append(Cell("adamw-flat", epsilons[0], MIDDLE, beta1, **place))
-    return cells
+        compared.append(Cell("auto", epsilons[0], HINT, beta1, **place))
+        compared += [Cell("adamw", epsilons[0], rate, beta1, **place) for rate in rates]
+        others += [Cell("auto", epsilon, HINT, beta1, **place) for epsilon in epsilons[1:]]
+        others.append(Cell("adamw", epsilons[0], MIDDLE, USUAL, **place))
+        others.append(Cell("adamw-flat", epsilons[0], MIDDLE, beta1, **place))
+    return compared if own.quick else compared + others
 
 
 def table(results: Sequence[Result]) -> str:
