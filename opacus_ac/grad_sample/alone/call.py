@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opacus_ac.grad_sample.alone.kept import part_of_output, take_call
+from opacus_ac.grad_sample.alone.positions import part_of_output, take_call
 from opacus_ac.grad_sample.alone.single import Cut, Paths
 from opacus_ac.noise.record_masks import RecordMasks
 

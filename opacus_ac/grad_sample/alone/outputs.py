@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from opacus_ac.grad_sample.alone.call import Call, Run
 from opacus_ac.grad_sample.alone.isolated import is_coarse, is_sharded, isolated_twin, shapes_of, without_checkpoints
-from opacus_ac.grad_sample.alone.kept import part_of_output, take_call
 from opacus_ac.grad_sample.alone.own_length import KeepsLength, OwnLengths
+from opacus_ac.grad_sample.alone.positions import part_of_output, take_call
 from opacus_ac.grad_sample.alone.single import (
     Cut,
     choose_records,

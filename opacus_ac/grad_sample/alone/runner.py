@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 from opacus_ac.grad_sample.alone.call import Call, Run
 from opacus_ac.grad_sample.alone.isolated import isolated_twin, shapes_of, without_checkpoints
-from opacus_ac.grad_sample.alone.kept import take_call
 from opacus_ac.grad_sample.alone.own_length import OwnLengths
+from opacus_ac.grad_sample.alone.positions import take_call
 from opacus_ac.grad_sample.alone.single import Cut, Paths, floats_in
 from opacus_ac.grad_sample.module_replay import map_tensors, to_double
 from opacus_ac.noise.secret_state import replace_torch_state

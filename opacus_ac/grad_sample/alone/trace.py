@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.alone.isolated import isolated_twin
-from opacus_ac.grad_sample.alone.kept import take_call
+from opacus_ac.grad_sample.alone.positions import take_call
 from opacus_ac.grad_sample.alone.single import Cut, floats_in
 
 _INTRO = "per-sample gradients would not be exact: a record's gradient in the batch is not the one that it gets alone: "

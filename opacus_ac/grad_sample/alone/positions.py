@@ -1,6 +1,7 @@
-"""Calls that ask for the outputs of a few positions only: transformers' ``logits_to_keep``, a number or positions.
+"""Arguments of a call that name positions of the padded batch. A record that runs without its padding has others.
 
-Such an argument counts the positions of the padded batch. A record that runs without its padding has others.
+These are arguments of transformers' models: ``logits_to_keep``, a number of last positions or their numbers, and
+``position_ids`` and the like, which may be of all records together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 from opacus_ac.grad_sample.alone.single import Cut
 
 _NAMES = ("logits_to_keep", "num_logits_to_keep")
+_BY_POSITION = ("position_ids", "cache_position", "token_type_ids")
+"""Names of tensors ``[T]``, ``[1, T]`` or ``[B, T]``, or ``[3, B, T]`` with positions in text, height and width."""
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -27,10 +30,21 @@ def take_call(cut: Cut, arguments: Arguments) -> Any:
     """
     args, kwargs = arguments
     taken, own = cut.take((args, {name: value for name, value in kwargs.items() if name not in _NAMES}))
-    return taken, {**own, **{name: _own(kwargs[name], cut) for name in _NAMES if name in kwargs}}
+    own |= {name: _own_kept(kwargs[name], cut) for name in _NAMES if name in kwargs}
+    own |= {name: _by_position(kwargs[name], cut) for name in _BY_POSITION if isinstance(kwargs.get(name), Tensor)}
+    return taken, own
 
 
-def _own(asked: Any, cut: Cut) -> Any:
+def _by_position(value: Tensor, cut: Cut) -> Tensor:
+    own, dim = value.detach(), 1 if value.dim() == 3 and value.shape[1] == cut.rows else 0
+    if own.dim() > 1 and own.shape[dim] == cut.rows:
+        own = own.narrow(dim, cut.first, cut.count)
+    if cut.positions is not None and own.shape[-1] == cut.positions[2]:
+        own = own.narrow(-1, cut.positions[0], cut.positions[1] - cut.positions[0])
+    return own.clone()
+
+
+def _own_kept(asked: Any, cut: Cut) -> Any:
     kept = None if cut.positions is None else _positions(asked, cut.positions[2])
     if kept is None:
         return asked

@@ -1,4 +1,4 @@
-"""Loops that compute the logits of a few positions only: a record alone, without padding, has other positions."""
+"""Arguments that name positions, as ``logits_to_keep`` does: a record alone, without padding, has other positions."""
 
 import contextlib
 import warnings
@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from helpers import Rows, private
 from tiny_models import gpt2, llama, token_batch
+
+from opacus_ac.grad_sample.alone.positions import take_call
+from opacus_ac.grad_sample.alone.single import Cut
 
 ROWS, LENGTH = 6, 8
 KEPT = {
@@ -120,3 +123,53 @@ def test_zeroth_order_compares_the_same_positions(kept, side, right):
     with contextlib.nullcontext() if right else pytest.raises(ValueError, match="gets alone"):
         optimizer.step(lambda: losses(net, batch, KEPT[kept]))
     assert (optimizer.measurement.outputs.compared == 3) == right
+
+
+def positions_of(kind, batch):
+    """Arguments that tell the positions of a batch ``[B, T]``."""
+    count, length = batch["input_ids"].shape
+    steps = torch.arange(length)
+    return {
+        "for all records": {"position_ids": steps[None]},
+        "for each record": {"position_ids": steps.expand(count, -1)},
+        "in the cache": {"cache_position": steps},
+        "none": {},
+    }[kind]
+
+
+@pytest.mark.parametrize("mode", ["bk", "hooks"])
+@pytest.mark.parametrize("kind", ["for all records", "for each record", "in the cache", "none"])
+def test_positions_may_be_told_for_all_records_together(kind, mode):
+    """Batches have other lengths: one table of positions was taken for a length that all of them must have."""
+    torch.manual_seed(0)
+    rows = token_batch(12, LENGTH)
+    data = Rows([{name: values[i] for name, values in rows.items()} for i in torch.randperm(12).tolist()])
+    lengths = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, net, optimizer, loader = private(llama().train(), data, mode=mode, batch_size=4, collate=without_padding)
+        for _ in range(3):
+            for batch in loader:
+                optimizer.zero_grad()
+                names = ("input_ids", "attention_mask")
+                logits = net(**{name: batch[name] for name in names}, **positions_of(kind, batch)).logits
+                targets = batch["labels"][:, 1:]
+                F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none").sum(1).mean().backward()
+                optimizer.step()
+                lengths.add(batch["input_ids"].shape[1])
+    assert len(lengths) > 1
+    assert optimizer.alone.compared >= 3
+
+
+def without_padding(rows):
+    """Cut a batch, padded on the right, to its longest record."""
+    batch = torch.utils.data.default_collate(rows)
+    return {name: values[:, batch["attention_mask"].any(0)] for name, values in batch.items()}
+
+
+def test_positions_with_a_first_dimension_of_their_own():
+    """``[3, B, T]``, as models of text and pictures have them, also where a batch has three records."""
+    for rows in (3, 4):
+        values = torch.arange(3 * rows * 5).reshape(3, rows, 5)
+        _, own = take_call(Cut(rows, 1, 1, positions=(0, 4, 5)), ((), {"position_ids": values}))
+        assert torch.equal(own["position_ids"], values[:, 1:2, :4])
