@@ -36,7 +36,7 @@ SEEDS = (31, 32, 33)
 RATES = (0.006, 0.009, 0.013, 0.02)
 USUAL = 0.9
 HINTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-PLACE = ("model", "lora", "tone", "epsilon", "steps")
+PLACE = ("model", "lora", "batch", "tone", "epsilon", "steps")
 OTHERS = ("auto", "prodigy-flat", "d-adaptation-flat", "dog-flat")
 
 
@@ -79,7 +79,7 @@ def table(results: Sequence[Result]) -> str:
     hints = sorted({r["rate"] for r in results if r["method"] == "auto-flat"})
     others = [name for name in OTHERS if any(r["method"] == name for r in results)]
     rows = []
-    for place, here in grouped([{"lora": 0, **r} for r in results], *PLACE).items():
+    for place, here in grouped([{"lora": 0, "batch": 200, **r} for r in results], *PLACE).items():
         adamw = [r for r in here if r["method"] == "adamw-flat"]
         best = _lowest(adamw)
         row = [_named(place), str(len(best)), f"{statistics.fmean(best.values()):.3f}" if best else ""]
@@ -95,8 +95,9 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _named(place: Sequence[Any]) -> str:
-    model, lora, *rest = place
-    return ", ".join(map(str, [f"{model} with LoRA of rank {lora}" if lora else model, *rest]))
+    model, lora, batch, *rest = place
+    name = f"{model} with LoRA of rank {lora}" if lora else model
+    return ", ".join(map(str, [name if batch == 200 else f"{name}, batches of {batch}", *rest]))
 
 
 def _lowest(results: Sequence[Result]) -> dict[int, float]:
@@ -117,7 +118,9 @@ def wanted(arguments: argparse.Namespace) -> list[Cell]:
     steps, rates, hints, seeds = arguments.steps, arguments.rates, arguments.hints, arguments.seeds
     if arguments.quick:
         steps, rates, hints, seeds = [6], [0.009, 0.02], [1e-3], seeds[:1]
-    settings = product(seeds, arguments.models, arguments.lora, arguments.tones, arguments.epsilons, steps)
+    settings = product(
+        seeds, arguments.models, arguments.lora, arguments.batches, arguments.tones, arguments.epsilons, steps
+    )
     names = ("seed", *PLACE)
     places = [dict(zip(names, values, strict=True)) for values in settings]
     return [
@@ -136,6 +139,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     made.add_argument("--models", nargs="+", choices=public.MODELS, default=["llama"])
     made.add_argument("--lora", type=int, nargs="+", default=[0], help="ranks of adapters; 0 for all weights")
+    made.add_argument("--batches", type=int, nargs="+", default=[200], help="expected records in a batch")
     made.add_argument("--others", nargs="+", choices=OTHERS, default=[], help="other methods without a learning rate")
     made.add_argument("--tones", nargs="+", choices=TONES, default=["loving"])
     made.add_argument("--epsilons", type=float, nargs="+", default=[4.0])
