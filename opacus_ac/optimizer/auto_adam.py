@@ -26,24 +26,21 @@ class AutoAdam(Optimizer):
     ``theta_t = theta_0 - s_t Delta_t``, where the path ``Delta_t`` is the sum of all steps at the hinted rate, and
     s one factor for the whole path. At step t, with the first release ``g_1``::
 
-        D0 = <g_1, Delta> - c        minus the slope at the start; c is what g_1 and Delta have in common by chance
-        D1 = <g_t, Delta>            minus the slope at the end; what is random in it is independent of Delta
-        sd = sqrt(sum sigma_t^2 |Delta|^2 + D0^2 / B)
+        D0 = <g_1, Delta> - c        minus the slope at the start; c is the noise that g_1 and Delta have in common
+        D1 = <g_t, Delta>            minus the slope at the end; its noise is independent of Delta
+        sd = sqrt(sum sigma_t^2 |Delta|^2)
 
         s    follows  s D0 / (D0 - D1), where a quadratic has slope 0       (PathLength)
         m    = beta1 m + (1 - beta1) g_t
         Delta += lr w m / ((1 - beta1^t) rms)                               rms of the releases of the tensor so far
         w    ~ max(|sum g|^2 / (d sum sigma^2) - 1, sqrt(2 / d))^(share / 2),  scaled to sum d w^2 = sum d
 
-    Two things are random in a release: the noise, and which records were drawn. Of B records, each of norm C / B at
-    most, the second has energy C^2 / B at most, and moves D1 by a share of 1 / sqrt(B) at least. c is the sum of both
-    energies, weighted as g_1 is in Delta.
-
-    s begins at 0.1. While D0 / (D0 - D1 - sd) is at least 2.5, the path may be too short to have left its start: s
-    grows by D0 / (D0 - D1 + sd / 2), if that is above 1, but fivefold at most, and tenfold once it has grown. Steps
-    from which it grows by 2.5 or more are averaged. Later a scalar Kalman filter for ln(s) weighs each measurement by
-    its noise. When ``D1 < -D0`` the path is too long, and is cut at once. Where D0 is not told from its noise, s
-    grows to 1 in five steps and stays, so that a run in which nothing can be measured is one at the hinted rate.
+    s begins at 0.1. While r D0 / (r D0 - D1 - sd) is at least 2.5, the path is too short to have left its start: s
+    grows by that factor, at most fivefold per step, and the steps so far are averaged. Here r is the largest D1 / D0 of
+    the steps before, and 1 at first, where the factor is at least 2.5 if D1 > 0.4 D0. Later a scalar Kalman filter for
+    ln(s) weighs each measurement by its noise. When ``D1 < -D0`` the path is too long, and is cut at once. Where D0 is
+    not told from its noise, s becomes 1 and stays, so that a run in which nothing can be measured is one at the hinted
+    rate.
 
     Args:
         params: parameters or groups of them.
@@ -70,9 +67,8 @@ class AutoAdam(Optimizer):
 
     Not guaranteed:
         That the rate is good. The rule is exact for a quadratic loss and gradients whose only error is the stated
-        noise; the randomness of the draw is counted by a bound and by the least that it can be. The hint has to be
-        within a factor of 100 below and 10 above a good rate, and a hint that far off costs steps, which short runs do
-        not have.
+        noise; the randomness of the batch is not counted. The hint has to be within a factor of 100 below and 10 above
+        a good rate, and a hint that far off costs steps, which short runs do not have.
 
     Four buffers of the size of the weights are kept, where Adam has two. The path is an average already: use
     ``ema_decay=None``.
@@ -111,7 +107,6 @@ class AutoAdam(Optimizer):
             raise ValueError(f"AutoAdam needs beta1 in [0, 1), got {beta1!r}")
         settings = {"lr": lr, "beta1": beta1, "weight_decay": weight_decay, "share": share}
         self._told: dict[int, float] = {}
-        self._records, self._bound = math.inf, 0.0
         self.agree: Callable[[Any], Any] | None = None
         super().__init__(params, settings)
 
@@ -123,7 +118,6 @@ class AutoAdam(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._told, self.agree = {}, None
-        self._records, self._bound = math.inf, 0.0
 
     @property
     def learning_rates(self) -> list[float]:
@@ -157,19 +151,6 @@ class AutoAdam(Optimizer):
         :class:`opacus_ac.AdaptiveClipDPOptimizer` calls this by itself.
         """
         self._told[id(parameter)] = not_negative(**{"std of the noise": std})
-
-    def drawn_records(self, expected: float, bound: float) -> None:
-        """State of how many records a gradient is.
-
-        Args:
-            expected: expected number of records in a batch.
-            bound: largest norm that one of them adds to the gradient, in the gradient's units.
-
-        :class:`opacus_ac.AdaptiveClipDPOptimizer` calls this by itself. Without it only noise is taken for random.
-        """
-        if not expected > 0:
-            raise ValueError(f"AutoAdam needs an expected number of records > 0, got {expected!r}")
-        self._records, self._bound = expected, not_negative(bound=bound)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict``.
@@ -215,12 +196,9 @@ class AutoAdam(Optimizer):
         rows = [_products(p, state) for (_, p), state in zip(found, states, strict=True)]
         measured = self._numbers(_over_shards(rows, [p for _, p in found]))
         start = sum(row[1] - state["shared_noise"] for row, state in zip(measured, states, strict=True))
-        noise = sum((std**2) * row[2] for row, std in zip(measured, stds, strict=True)) + start**2 / self._records
-        kept = 1.0
-        if any(row[2] for row in measured):
-            kept = length.follow(start, sum(row[0] for row in measured), math.sqrt(noise))
-        else:  # before the first step there is no path to measure
-            self._note_draw(measured, states)
+        noise = math.sqrt(sum((std**2) * row[2] for row, std in zip(measured, stds, strict=True)))
+        # Before the first step there is no path to measure.
+        kept = length.follow(start, sum(row[0] for row in measured), noise) if any(row[2] for row in measured) else 1.0
         for state, (_, _, _, squares, energy) in zip(states, measured, strict=True):
             state["squares"] += squares
             state["energy"] = energy
@@ -229,13 +207,6 @@ class AutoAdam(Optimizer):
             _step(parameter, group, state, weight, length.scale, kept)
         for group in self.param_groups:
             group.update(length.entries())
-
-    def _note_draw(self, measured: Sequence[Sequence[float]], states: Sequence[dict[str, Any]]) -> None:
-        """Add what the draw of records is in the first releases, by their sizes, to the noise in them."""
-        energy = self._records * self._bound**2 if self._bound else 0.0
-        whole = max(sum(row[3] for row in measured), _TINY)
-        for row, state in zip(measured, states, strict=True):
-            state["first_noise"] += energy * row[3] / whole
 
     def _numbers(self, rows: Tensor) -> list[list[float]]:
         """Return the values of scalars, with one transfer from the device, and those of rank 0 on every rank."""
@@ -252,8 +223,7 @@ class AutoAdam(Optimizer):
             for name in ("path", "exp_avg", "total"):
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["first"] = gradient.detach().clone()
-            state |= dict.fromkeys(("variance", "squares", "shared_noise"), 0.0)
-            state |= {"step": 0, "first_noise": parameter.numel() * std**2, "scale": 1.0}
+            state |= {"step": 0, "first_std": std, "variance": 0.0, "squares": 0.0, "shared_noise": 0.0, "scale": 1.0}
         state["step"] += 1
         state["variance"] += std**2
         return state
@@ -345,5 +315,5 @@ def _step(
         path.add_(average, alpha=further)
         place.add_(average, alpha=-scale * further)
     of_first = (1 - beta1) * beta1 ** (steps - 1) / correction * rate * weight / rms
-    state["shared_noise"] = kept * decay * state["shared_noise"] + of_first * state["first_noise"]
+    state["shared_noise"] = kept * decay * state["shared_noise"] + of_first * size * state["first_std"] ** 2
     state["scale"] = scale

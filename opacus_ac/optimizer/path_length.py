@@ -10,11 +10,10 @@ from typing import Any
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
-_FIRST, _LONGER = 5.0, 10.0  # most by which a step lengthens the path, at first and later: a hint may be too high
+_LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
 _SHORTER = 10.0  # most by which a step shortens it
-_BLIND = 10**0.2  # by which the scale grows towards 1 in a step that measures nothing: five steps from a tenth
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
-_CERTAIN = 0.5  # std of noise by which the path gets longer less than it seems to be too short
+_LEAST_SEEN = 0.4  # of the slope at the start, what the second batch may show of it and the path be too short still
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 
@@ -28,9 +27,11 @@ class PathLength:
     path, so that a step which turns out too long is taken back in part.
 
     Attributes:
-        scale: the factor; a tenth at first, as the hint may be too high, and soon 1 where nothing is measured.
+        scale: the factor; a tenth at first, for the case that the hint is too high, and 1 where it cannot be measured.
         variance: variance of ln(scale), as a Kalman filter estimates it.
         averaged: number of steps that were averaged because they did not leave the start.
+        seen: slope at the start by later releases, of a path that has not left it, over that by the first release. The
+            path consists of first releases, so it has the random part of their batches in common with them.
         searching: whether the path still gets longer by large factors.
         measured: number of steps whose inner products said something.
         blind: number of steps whose inner products were not told from noise.
@@ -40,6 +41,7 @@ class PathLength:
     scale: float = _CAUTION
     variance: float = _SPREAD**2
     averaged: int = 1
+    seen: float = 1.0
     searching: bool = True
     measured: int = 0
     blind: int = 0
@@ -49,31 +51,35 @@ class PathLength:
         """Change the scale by a measurement; return the factor by which the steps in the path count from now on.
 
         Args:
-            start: minus the slope at the start: inner product of the first release and the path, without what both have
-                in common by chance.
+            start: minus the slope at the start: inner product of the first release and the path, without the noise that
+                both have in common.
             here: minus the slope at the end: inner product of the last release and the path.
-            noise: std of what is random in ``here``.
+            noise: std of the noise in ``here``.
         """
         if here < -max(start, _CLEAR * noise):
             self._fall_back(max(start, noise), here)
         elif start <= (_CLEAR if self.searching else 1.0) * noise:
             self.blind += 1
-            self.scale = max(self.scale, min(1.0, self.scale * _BLIND)) if self.searching else self.scale
-        elif self.searching and start / max(start - here - noise, start / _LONGER) >= _FAR:  # it may be too short
-            change = max(1.0, start / max(start - here + _CERTAIN * noise, start / self._most))
+            self.scale = max(self.scale, 1.0) if self.searching else self.scale
+        elif self.searching and (change := self._lengthening(start, here, noise)) >= _FAR:
+            self.seen = max(min(here / start, 1.0), _LEAST_SEEN if self.averaged == 1 else self.seen)
             self.scale *= change
+            self.averaged += 1
             self.measured += 1
-            if change >= _FAR:
-                self.averaged += 1
-                return (self.averaged - 1) / self.averaged
+            return (self.averaged - 1) / self.averaged
         else:
             self._filter(start, here, noise)
         return 1.0
 
-    @property
-    def _most(self) -> float:
-        """The most by which the path gets longer now."""
-        return _FIRST if self.averaged == 1 else _LONGER
+    def _lengthening(self, start: float, here: float, noise: float) -> float:
+        """Return the factor by which the path is too short at least, but for its noise.
+
+        The second batch of a run shows less of the slope than the first, because the path is the first one's, or
+        because the slope fell along the way. Where it may be either, the smallest factor errs by little.
+        """
+        known = start * self.seen
+        change = known / max(known - here - noise, known / _LONGER)
+        return max(change, _FAR) if self.averaged == 1 and here > _LEAST_SEEN * start else change
 
     def _fall_back(self, start: float, here: float) -> None:
         """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""

@@ -71,10 +71,6 @@ class PublicSide:
 
     def apply(self, release: StepRelease, gradients: ReleasedGradients) -> float | None:
         """Let the inner optimizer, and all that follows releases, move by what was released."""
-        tell = getattr(self.inner, "drawn_records", None)
-        if tell is not None:
-            batch = release.expected_batch_size
-            tell(batch, release.max_grad_norm * gradients.unit / batch)
         with self.controlled_learning_rate():
             result = self.update.apply(release, gradients, partial(self._announce, gradients))
         self.follow(release)
