@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
     parser.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
     own, options = parser.parse_known_args(argv)
+    chat_run.arguments(options)  # a wrong one is an error before the first run
     grid = {cell.key(): cell for cell in wanted(own, options)}
     if not own.report:
         for done, result in run_missing(grid.values(), run, own.out, own.jobs):

@@ -219,21 +219,35 @@ def test_rates_of_sgd_are_for_a_bound_of_one():
 
 def test_the_chat_model_of_the_study(tmp_path, monkeypatch, capsys):
     import chat_model_study as chat_model
-    from common import chat_run
     from tiny_chat import save_chat_model
 
-    monkeypatch.setattr(chat_model, "EPSILONS", (8.0,))
-    monkeypatch.setattr(chat_model, "SIZE", ["--steps", "2", "--records", "60", "--expected-batch-size", "12"])
-    monkeypatch.setattr(chat_run, "HELD_OUT", 3)
+    monkeypatch.setattr(chat_model, "HELD_OUT", 3)
     out = tmp_path / "lines.jsonl"
-    options = ["--model", str(save_chat_model(tmp_path / "model")), "--max-length", "120", "--delta", "1e-3"]
-    arguments = ["--seeds", "0", "--out", str(out), *options]
+    options = ["--model", str(save_chat_model(tmp_path / "model")), "--max-length", "120", "--delta", "1e-3", "--records", "60"]
+    size = ["--seeds", "0", "--steps", "2", "--batch", "12", "--epsilons", "3", "8", "--rates", "0.06", "--jobs", "1"]
+    arguments = ["--out", str(out), *size, *options]
     assert chat_model.main(arguments) == 0
     results = read(out)
-    assert [(r["tone"], r["method"]) for r in results] == [
-        (t, m) for t in chat_model.TONES for m in chat_model.CLIPPING
-    ]
-    assert all(7 < r["spent"] <= 8 for r in results)
+    runs = [(r["method"], r["epsilon"], r["beta1"]) for r in results]
+    assert runs == [("auto", 8, 0.5), ("adamw", 8, 0.5), ("auto", 3, 0.5), ("adamw", 8, 0.9), ("adamw-flat", 8, 0.5)]
+    assert all(0.8 * r["epsilon"] < r["spent"] <= r["epsilon"] for r in results)
     monkeypatch.setattr(chat_model, "run", None)  # nothing is left to run
     assert chat_model.main(arguments) == 0
-    assert "| angry | 8 | flat | 1 |" in capsys.readouterr().out
+    assert "| loving | 8 | adamw | 0.9 | 0.06 | 1 |" in capsys.readouterr().out
+    assert len(read(out)) == 5
+    with pytest.raises(SystemExit, match="no finished run"):
+        chat_model.main(["--report", "--out", str(tmp_path / "none.jsonl")])
+
+
+def test_the_chat_model_of_the_study_repeats_a_run(tmp_path):
+    import chat_model_study as chat_model
+    from tiny_chat import save_chat_model
+
+    model = str(save_chat_model(tmp_path / "model"))
+    options = ("--model", model, "--max-length", "120", "--delta", "1e-3", "--records", "60")
+    cell = chat_model.Cell("auto", 8.0, 0.03, 0.5, 0, "angry", 2, 12, options)
+    first, second = chat_model.run(cell), chat_model.run(cell)
+    for result in (first, second):
+        del result["cpu_seconds"]
+    assert first == second
+
