@@ -223,7 +223,8 @@ def test_the_chat_model_of_the_study(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(chat_model, "HELD_OUT", 3)
     out = tmp_path / "lines.jsonl"
-    options = ["--model", str(save_chat_model(tmp_path / "model")), "--max-length", "120", "--delta", "1e-3", "--records", "60"]
+    model = str(save_chat_model(tmp_path / "model"))
+    options = ["--model", model, "--max-length", "120", "--delta", "1e-3", "--records", "60"]
     size = ["--seeds", "0", "--steps", "2", "--batch", "12", "--epsilons", "3", "8", "--rates", "0.06", "--jobs", "1"]
     arguments = ["--out", str(out), *size, *options]
     assert chat_model.main(arguments) == 0
@@ -250,4 +251,3 @@ def test_the_chat_model_of_the_study_repeats_a_run(tmp_path):
     for result in (first, second):
         del result["cpu_seconds"]
     assert first == second
-
