@@ -91,10 +91,9 @@ def train(
     rate = args.lr or (3e-4 if args.full else 0.06)
     trained = [p for p in model.parameters() if p.requires_grad]
     steps = args.steps or (14 if args.epochs is None else None)
-    adamw = torch.optim.AdamW(trained, lr=rate, betas=(args.beta1, 0.999), weight_decay=0.0)
     wrapped, private, loader = engine.make_private_with_epsilon(
         module=model,
-        optimizer=optimizer or adamw,
+        optimizer=optimizer or torch.optim.AdamW(trained, lr=rate, betas=(args.beta1, 0.999), weight_decay=0.0),
         data_loader=DataLoader(dataset, batch_size=args.expected_batch_size, collate_fn=collate),
         target_epsilon=args.epsilon,
         target_delta=args.delta,
