@@ -153,7 +153,7 @@ def table(results: Sequence[Result]) -> str:
             best[place] = min(r["loss"], best.get(place, r["loss"]))
     rows = []
     names = ("tone", "epsilon", "method", "beta1", "rate")
-    for (tone, epsilon, method, beta1, rate), mine in grouped(list(results), *names).items():
+    for (tone, epsilon, method, beta1, rate), mine in sorted(grouped(list(results), *names).items()):
         losses = [mean_and_spread([r[name] for r in mine]) for name in ("loss_before", "loss", "averaged")]
         known = [r for r in mine if (tone, epsilon, r["seed"]) in best]
         above = [100 * (r["loss"] / best[tone, epsilon, r["seed"]] - 1) for r in known]

@@ -82,11 +82,14 @@ def replace_other_states() -> Undo:
 def seed_states(content: bytes) -> None:
     """Seed the global generators of torch, numpy (where it is in use) and Python: for runs that are to be repeated.
 
+    These are the generators that :func:`replace_torch_state` and :func:`replace_other_states` put back.
+
     Args:
         content: at most 4 bytes.
     """
     seed = int.from_bytes(content, "little")
-    torch.manual_seed(seed)
+    for generator in (torch.default_generator, *_cuda_generators()):  # torch.manual_seed would reach others as well
+        generator.manual_seed(seed)
     random.seed(seed)
     if "numpy.random" in sys.modules:
         np.random.seed(seed)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Rows, private
+from helpers import FORWARD_ONLY, Rows, private
 from opacus.layers import DPLSTM
 from tiny_models import bitnet, gpt2, llama, opt, qwen2, roberta, token_batch
 from torch import nn
@@ -588,10 +588,7 @@ def zeroth(model, rows, **options):
     _, net, optimizer, loader = private(
         model,
         rows,
-        zeroth_order="aggzo",
-        clipping="adaptive",
-        clip_policy="fixed",
-        ema_decay=None,
+        **FORWARD_ONLY,
         max_grad_norm=1.0,
         **options,
     )
@@ -631,10 +628,7 @@ def test_zeroth_order_finds_padded_length(given):
     _, net, optimizer, loader = private(
         gpt2().eval(),
         data,
-        zeroth_order="aggzo",
-        clipping="adaptive",
-        clip_policy="fixed",
-        ema_decay=None,
+        **FORWARD_ONLY,
         collate=to_the_longest,
     )
     (batch,) = loader

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Rows, private
+from helpers import FORWARD_ONLY, Rows, private
 from tiny_models import gpt2, llama, token_batch
 
 from opacus_ac.grad_sample.alone.positions import take_call
@@ -110,15 +110,7 @@ def test_zeroth_order_compares_the_same_positions(kept, side, right):
     model = llama() if right else gpt2()
     if not right:
         model.transformer.ln_f.register_forward_hook(lambda _module, _args, output: output - output.mean(0))
-    _, net, optimizer, loader = private(
-        model.eval(),
-        data,
-        zeroth_order="aggzo",
-        clipping="adaptive",
-        clip_policy="fixed",
-        ema_decay=None,
-        collate=to_the_longest,
-    )
+    _, net, optimizer, loader = private(model.eval(), data, collate=to_the_longest, **FORWARD_ONLY)
     (batch,) = loader
     with contextlib.nullcontext() if right else pytest.raises(ValueError, match="gets alone"):
         optimizer.step(lambda: losses(net, batch, KEPT[kept]))
@@ -173,3 +165,11 @@ def test_positions_with_a_first_dimension_of_their_own():
         values = torch.arange(3 * rows * 5).reshape(3, rows, 5)
         _, own = take_call(Cut(rows, 1, 1, positions=(0, 4, 5)), ((), {"position_ids": values}))
         assert torch.equal(own["position_ids"], values[:, 1:2, :4])
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_positions_with_a_last_dimension_of_their_own(length):
+    """``[B, T, 2]``, also where a batch has as many records as positions."""
+    values = torch.arange(5 * length * 2).reshape(5, length, 2)
+    _, own = take_call(Cut(5, 1, 1, positions=(1, 4, length)), ((), {"position_ids": values}))
+    assert torch.equal(own["position_ids"], values[1:2, 1:4])

@@ -63,6 +63,10 @@ def by_hand(
 __all__ = ["Rows", "by_hand", "classifier", "dataset", "loader", "loss_of", "release_vector", "train"]
 
 
+FORWARD_ONLY = {"zeroth_order": "aggzo", "clipping": "adaptive", "clip_policy": "fixed", "ema_decay": None}
+"""Settings of training without gradients, with a fixed C."""
+
+
 def private(model, rows, *, mode="bk", batch_size=None, collate=None, **options):
     """Make a model private without noise; return the engine, and what ``make_private`` returns."""
     engine = PrivacyEngine()

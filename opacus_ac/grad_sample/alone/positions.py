@@ -16,7 +16,9 @@ from opacus_ac.grad_sample.alone.single import Cut
 
 _NAMES = ("logits_to_keep", "num_logits_to_keep")
 _BY_POSITION = ("position_ids", "cache_position", "token_type_ids")
-"""Names of tensors ``[T]``, ``[1, T]`` or ``[B, T]``, or ``[3, B, T]`` with positions in text, height and width."""
+"""Names of tensors ``[B, T, ...]``, of ``[T]`` or ``[1, T]`` for all records, and of ``[3, B, T]`` or ``[4, B, T]``."""
+_AXES = (3, 4)
+"""Numbers of positions that a token has in models of text and pictures: time, height and width, and one in the text."""
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -36,9 +38,11 @@ def take_call(cut: Cut, arguments: Arguments) -> Any:
 
 
 def _by_position(value: Tensor, cut: Cut) -> Tensor:
-    own, dim = value.detach(), 1 if value.dim() == 3 and value.shape[1] == cut.rows else 0
-    if own.dim() > 1 and own.shape[dim] == cut.rows:
-        own = own.narrow(dim, cut.first, cut.count)
+    own = value.detach()
+    if own.dim() == 3 and own.shape[0] in _AXES and own.shape[1] == cut.rows:
+        own = own.narrow(1, cut.first, cut.count)
+    elif own.dim() > 1 and own.shape[0] == cut.rows:
+        return cut.of(value)
     if cut.positions is not None and own.shape[-1] == cut.positions[2]:
         own = own.narrow(-1, cut.positions[0], cut.positions[1] - cut.positions[0])
     return own.clone()
