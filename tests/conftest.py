@@ -24,10 +24,16 @@ def fresh_file():
 
 @pytest.fixture(autouse=True)
 def fresh_start(request):
-    """Opacus's registries are global and ``make_private`` fills them: every test starts from Opacus's own."""
+    """What is global starts anew for every test: Opacus's registries, and the batches of other tests' runs.
+
+    Many tests have the same rows, and a batch that a run has drawn belongs to that run: it must not be another test's.
+    """
     from gpu_state import stop_if_broken
     from tiny_models import opacus_table_restored
 
+    from opacus_ac.sampling.delivery import RECOGNITION
+
+    RECOGNITION.forget()
     torch.manual_seed(0)
     with opacus_table_restored():
         yield

@@ -205,6 +205,10 @@ class Recognition:
     """Recognises which delivered batch goes into the model."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all batches."""
         self._delivered, self._followed = _Memory(), _Memory()
         self._content: OrderedDict[bytes, Delivery] = OrderedDict()
 

@@ -16,18 +16,11 @@ from torch.utils.data import DataLoader
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.errors import PrivacyBudgetExceeded, SamplingWarning
-from opacus_ac.sampling.delivery import RECOGNITION
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::opacus_ac.errors.NotPrivateWarning", "ignore::opacus_ac.errors.SamplingWarning"
 )
 N, C = 24, 0.5
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_remembered():
-    """Batches of these datasets look alike, and those of another test's run must not be taken for this one's."""
-    RECOGNITION.__init__()
 
 
 class Marks(nn.Module):
