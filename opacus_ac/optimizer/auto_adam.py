@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_ac._validate import not_negative
+from opacus_ac.optimizer import path_start
 from opacus_ac.optimizer.momentum import planned_beta1
 from opacus_ac.optimizer.path_length import PathLength
 
@@ -24,23 +25,26 @@ class AutoAdam(Optimizer):
 
     A released gradient is ``g_t = gradient + noise`` with noise of known std ``sigma_t``. The weights are
     ``theta_t = theta_0 - s_t Delta_t``, where the path ``Delta_t`` is the sum of all steps at the hinted rate, and
-    s one factor for the whole path. At step t, with the first release ``g_1``::
+    s one factor for the whole path. With ``Delta = sum a_j g_j`` and a set I of releases from the start::
 
-        D0 = <g_1, Delta> - c        minus the slope at the start; c is the noise that g_1 and Delta have in common
+        D0 = k mean over i in I of <g_i, Delta - a_i g_i>,   k = sum a_j / (sum a_j - mean over I of a_i)
+                                     minus the slope at the start, along all of the path
         D1 = <g_t, Delta>            minus the slope at the end; its noise is independent of Delta
-        sd = sqrt(sum sigma_t^2 |Delta|^2)
+        sd1 = sqrt(sum sigma_t^2 |Delta|^2),   sd0 = k sd1 / sqrt(|I|)
 
         s    follows  s D0 / (D0 - D1), where a quadratic has slope 0       (PathLength)
         m    = beta1 m + (1 - beta1) g_t
         Delta += lr w m / ((1 - beta1^t) rms)                               rms of the releases of the tensor so far
         w    ~ max(|sum g|^2 / (d sum sigma^2) - 1, sqrt(2 / d))^(share / 2),  scaled to sum d w^2 = sum d
 
-    s begins at 0.1. While r D0 / (r D0 - D1 - sd) is at least 2.5, the path is too short to have left its start: s
-    grows by that factor, at most fivefold per step, and the steps so far are averaged. Here r is the largest D1 / D0 of
-    the steps before, and 1 at first, where the factor is at least 2.5 if D1 > 0.4 D0. Later a scalar Kalman filter for
-    ln(s) weighs each measurement by its noise. When ``D1 < -D0`` the path is too long, and is cut at once. Where D0 is
-    not told from its noise, s becomes 1 and stays, so that a run in which nothing can be measured is one at the hinted
-    rate.
+    No release is multiplied with itself in D0, so its noise and the draw of its records do not pass for a slope. Only
+    while the path is one release, D0 is ``<g_1, Delta>`` less the known energy of the noise that both have in common.
+
+    s begins at 0.1. While D0 / (D0 - D1) is at least 2.5, the path is too short to have left its start: s grows by that
+    factor, at most fivefold per step, the steps so far are averaged, and g_t belongs to I. After the first step s grows
+    by at least 2.5 if D1 > 0.4 D0. While D0 is not told from its noise, s grows to 1 in ten steps, and stays there, so
+    that a run in which nothing can be measured is one at the hinted rate. Later a scalar Kalman filter for ln(s) weighs
+    each measurement by its noise. When D1 is below -D0 by clearly more than noise, the path is too long, and is cut.
 
     Args:
         params: parameters or groups of them.
@@ -66,9 +70,9 @@ class AutoAdam(Optimizer):
         With several processes, inner products are those of whole tensors, sharded or not, and rank 0's count.
 
     Not guaranteed:
-        That the rate is good. The rule is exact for a quadratic loss and gradients whose only error is the stated
-        noise; the randomness of the batch is not counted. The hint has to be within a factor of 100 below and 10 above
-        a good rate, and a hint that far off costs steps, which short runs do not have.
+        That the rate is good. The rule is exact for a quadratic loss, and measurements are weighed by the stated noise
+        only, not by how much batches differ. The hint has to be within a factor of 100 below and 10 above a good rate,
+        and a hint that far off costs steps, which short runs do not have.
 
     Four buffers of the size of the weights are kept, where Adam has two. The path is an average already: use
     ``ema_decay=None``.
@@ -159,11 +163,12 @@ class AutoAdam(Optimizer):
             ValueError: If it was written by another optimizer; nothing was changed.
         """
         needed = PathLength().entries()
-        missing = sorted({name for group in state_dict["param_groups"] for name in needed if name not in group})
+        missing = {name for group in state_dict["param_groups"] for name in needed if name not in group}
+        missing |= {name for state in state_dict["state"].values() for name in path_start.FRESH if name not in state}
         if missing:
             raise ValueError(
-                f"the state was not written by AutoAdam, or by an older one: it has no {', '.join(missing)}, so the "
-                "path whose length is looked for is not known. Start anew"
+                f"the state was not written by AutoAdam, or by an older one: it lacks {', '.join(sorted(missing))}, so "
+                "the path whose length is looked for is not known: start anew"
             )
         super().load_state_dict(state_dict)
 
@@ -195,10 +200,12 @@ class AutoAdam(Optimizer):
         states = [self._observed(p, std) for (_, p), std in zip(found, stds, strict=True)]
         rows = [_products(p, state) for (_, p), state in zip(found, states, strict=True)]
         measured = self._numbers(_over_shards(rows, [p for _, p in found]))
-        start = sum(row[1] - state["shared_noise"] for row, state in zip(measured, states, strict=True))
-        noise = math.sqrt(sum((std**2) * row[2] for row, std in zip(measured, stds, strict=True)))
-        # Before the first step there is no path to measure.
-        kept = length.follow(start, sum(row[0] for row in measured), noise) if any(row[2] for row in measured) else 1.0
+        kept = 1.0
+        if any(row[2] for row in measured):  # before the first step there is no path to measure
+            kept = length.follow(path_start.slopes(measured, states, stds, [p.numel() for _, p in found]))
+        for (_, parameter), state, row in zip(found, states, measured, strict=True):
+            if length.searching or not state["anchored"]:
+                path_start.join(state, parameter.grad, row[3])  # type: ignore[arg-type]  # those that were found have one
         for state, (_, _, _, squares, energy) in zip(states, measured, strict=True):
             state["squares"] += squares
             state["energy"] = energy
@@ -220,21 +227,20 @@ class AutoAdam(Optimizer):
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if not state:
-            for name in ("path", "exp_avg", "total"):
+            for name in ("path", "exp_avg", "total", "anchor"):
                 state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["first"] = gradient.detach().clone()
-            state |= {"step": 0, "first_std": std, "variance": 0.0, "squares": 0.0, "shared_noise": 0.0, "scale": 1.0}
+            state |= {"step": 0, "first_std": std, "variance": 0.0, "squares": 0.0, "scale": 1.0, **path_start.FRESH}
         state["step"] += 1
         state["variance"] += std**2
         return state
 
 
 def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
-    """Add the release to the sum; return ``<g, Delta>, <g_1, Delta>, |Delta|^2, |g|^2, |sum g|^2`` of a parameter."""
+    """Add the release to the sum; return ``<g, Delta>, <anchor, Delta>, |Delta|^2, |g|^2, |sum g|^2``."""
     found: list[Tensor] = []
-    for g, path, first, total in _pieces(parameter.grad, state["path"], state["first"], state["total"]):
+    for g, path, anchor, total in _pieces(parameter.grad, state["path"], state["anchor"], state["total"]):
         total.add_(g)
-        pairs = ((g, path), (first, path), (path, path), (g, g), (total, total))
+        pairs = ((g, path), (anchor, path), (path, path), (g, g), (total, total))
         found.append(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double())
     return list(torch.stack(found).sum(0))
 
@@ -314,6 +320,5 @@ def _step(
         average.lerp_(g, 1 - beta1)
         path.add_(average, alpha=further)
         place.add_(average, alpha=-scale * further)
-    of_first = (1 - beta1) * beta1 ** (steps - 1) / correction * rate * weight / rms
-    state["shared_noise"] = kept * decay * state["shared_noise"] + of_first * size * state["first_std"] ** 2
+    path_start.moved(state, kept=kept * decay, further=rate * weight / rms, beta1=beta1)
     state["scale"] = scale

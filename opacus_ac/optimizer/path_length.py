@@ -5,17 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
+_BLIND = 10**0.1  # by which the path gets longer in a step that tells nothing: ten steps from a tenth to the hint
 _SHORTER = 10.0  # most by which a step shortens it
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
-_LEAST_SEEN = 0.4  # of the slope at the start, what the second batch may show of it and the path be too short still
+_LEAST_SEEN = 0.4  # of the slope at the start, what the second batch has to show of it for the path to be too short
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
+_UP, _DOWN = 0.5, 1.0  # most by which a measurement moves ln(scale): slopes get steeper before they fall
+
+
+class Slopes(NamedTuple):
+    """Slopes along a path.
+
+    Attributes:
+        start: minus the slope at the start.
+        here: minus the slope at the end.
+        noise: std of the noise in ``here``.
+        start_noise: std of the noise in ``start``.
+        alone: whether the path is one release, the one that ``start`` is from.
+    """
+
+    start: float
+    here: float
+    noise: float
+    start_noise: float
+    alone: bool = False
 
 
 @dataclass
@@ -27,11 +47,9 @@ class PathLength:
     path, so that a step which turns out too long is taken back in part.
 
     Attributes:
-        scale: the factor; a tenth at first, for the case that the hint is too high, and 1 where it cannot be measured.
+        scale: the factor; a tenth at first, as the hint may be too high, and 1 after ten steps that measure nothing.
         variance: variance of ln(scale), as a Kalman filter estimates it.
         averaged: number of steps that were averaged because they did not leave the start.
-        seen: slope at the start by later releases, of a path that has not left it, over that by the first release. The
-            path consists of first releases, so it has the random part of their batches in common with them.
         searching: whether the path still gets longer by large factors.
         measured: number of steps whose inner products said something.
         blind: number of steps whose inner products were not told from noise.
@@ -41,45 +59,45 @@ class PathLength:
     scale: float = _CAUTION
     variance: float = _SPREAD**2
     averaged: int = 1
-    seen: float = 1.0
     searching: bool = True
     measured: int = 0
     blind: int = 0
     falls: int = 0
 
-    def follow(self, start: float, here: float, noise: float) -> float:
-        """Change the scale by a measurement; return the factor by which the steps in the path count from now on.
-
-        Args:
-            start: minus the slope at the start: inner product of the first release and the path, without the noise that
-                both have in common.
-            here: minus the slope at the end: inner product of the last release and the path.
-            noise: std of the noise in ``here``.
-        """
-        if here < -max(start, _CLEAR * noise):
-            self._fall_back(max(start, noise), here)
-        elif start <= (_CLEAR if self.searching else 1.0) * noise:
-            self.blind += 1
-            self.scale = max(self.scale, 1.0) if self.searching else self.scale
-        elif self.searching and (change := self._lengthening(start, here, noise)) >= _FAR:
-            self.seen = max(min(here / start, 1.0), _LEAST_SEEN if self.averaged == 1 else self.seen)
+    def follow(self, slopes: Slopes) -> float:
+        """Change the scale by a measurement; return the factor by which the steps in the path count from now on."""
+        start, here, both = slopes.start, slopes.here, math.hypot(slopes.noise, slopes.start_noise)
+        if here < -max(start, 0.0) - _CLEAR * both:
+            self._fall_back(max(start, slopes.noise), here)
+        elif start <= (_CLEAR if self.searching else 1.0) * slopes.start_noise:
+            self._blind()
+        elif self.searching and (change := self._lengthening(slopes)) >= _FAR:
             self.scale *= change
             self.averaged += 1
             self.measured += 1
             return (self.averaged - 1) / self.averaged
+        elif slopes.alone:
+            self._blind()  # a first release that is mostly itself, or a slope that fell: the next one tells
         else:
-            self._filter(start, here, noise)
+            self._filter(slopes)
         return 1.0
 
-    def _lengthening(self, start: float, here: float, noise: float) -> float:
-        """Return the factor by which the path is too short at least, but for its noise.
+    def _lengthening(self, slopes: Slopes) -> float:
+        """Return the factor by which the path is too short.
 
-        The second batch of a run shows less of the slope than the first, because the path is the first one's, or
-        because the slope fell along the way. Where it may be either, the smallest factor errs by little.
+        The second batch shows less of the slope than the first, because the path is the first one's, or because the
+        slope fell along the way. Where it may be either, the smallest factor errs by little.
         """
-        known = start * self.seen
-        change = known / max(known - here - noise, known / _LONGER)
-        return max(change, _FAR) if self.averaged == 1 and here > _LEAST_SEEN * start else change
+        change = slopes.start / max(slopes.start - slopes.here, slopes.start / _LONGER)
+        if slopes.alone:
+            return max(change, _FAR) if slopes.here > _LEAST_SEEN * slopes.start else 1.0
+        return change
+
+    def _blind(self) -> None:
+        """Go on towards the hint."""
+        self.blind += 1
+        if self.searching:
+            self.scale = max(self.scale, min(1.0, self.scale * _BLIND))
 
     def _fall_back(self, start: float, here: float) -> None:
         """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""
@@ -88,16 +106,18 @@ class PathLength:
         self.measured += 1
         self.falls += 1
 
-    def _filter(self, start: float, here: float, noise: float) -> None:
+    def _filter(self, slopes: Slopes) -> None:
         """Move ln(scale) by a measurement, as far as that is more certain than what is known."""
         self.searching = False
         self.measured += 1
+        start, here = slopes.start, slopes.here
         change = start / max(start - here, start / 4)
         moved = math.log(change)
-        uncertain = (noise * change / start) ** 2 + _FLOOR**2 + (_CURVED * moved) ** 2
+        noise = change / start * math.hypot(slopes.noise, slopes.start_noise * here / start)
+        uncertain = noise**2 + _FLOOR**2 + (_CURVED * moved) ** 2
         self.variance += _DRIFT**2
         gain = self.variance / (self.variance + uncertain)
-        self.scale *= math.exp(min(1.0, max(-1.0, gain * moved)))
+        self.scale *= math.exp(min(_UP, max(-_DOWN, gain * moved)))
         self.variance *= 1 - gain
 
     def entries(self) -> dict[str, Any]:

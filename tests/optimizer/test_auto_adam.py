@@ -12,8 +12,9 @@ from torch import nn
 from opacus_ac import AutoAdam, PrivacyEngine
 from opacus_ac.allocation import NoiseAllocation
 from opacus_ac.clipping.table import POLICIES
+from opacus_ac.optimizer import path_start
 from opacus_ac.optimizer.momentum import planned_beta1, run_worth
-from opacus_ac.optimizer.path_length import PathLength
+from opacus_ac.optimizer.path_length import PathLength, Slopes
 
 pytestmark = pytest.mark.filterwarnings("ignore::opacus_ac.errors.NotPrivateWarning", "ignore::UserWarning")
 SHAPES = ((30, 20), (40,), (7, 3))
@@ -37,49 +38,76 @@ class PlainLoop:
 
     def __init__(self, weights, *, lr, beta1, share):
         self.start, self.lr, self.beta1, self.share = [w.clone() for w in weights], lr, beta1, share
-        self.path = [torch.zeros_like(w) for w in weights]
-        self.common = 0.0
-        self.length, self.variance, self.averaged, self.searching, self.seen = 0.1, 0.36, 1, True, []
+        self.coefficients = []  # of every release in the path, one per tensor
+        self.anchor = []  # numbers of the releases that stand for the start
+        self.length, self.variance, self.averaged, self.searching = 0.1, 0.36, 1, True
         self.releases = []
 
-    def follow(self, d0, d1, sd):
+    def path(self):
+        """The path as the sum that it is."""
+        return [
+            sum(c[i] * release[i] for c, (release, _) in zip(self.coefficients, self.releases, strict=False))
+            for i in range(len(self.start))
+        ]
+
+    def slope_at_the_start(self, sizes, stds):
+        """Every release of the anchor times what the others made of the path; and the std of the noise in that."""
+        slope, variance = 0.0, 0.0
+        for i, size in enumerate(sizes):
+            every = sum(c[i] for c in self.coefficients)
+            products, others = [], []
+            for a in self.anchor:
+                rest = [(c[i], self.releases[j][0][i]) for j, c in enumerate(self.coefficients) if j != a]
+                products.append(sum(c * float((self.releases[a][0][i] * g).sum()) for c, g in rest))
+                others.append(sum(c for c, _ in rest))
+            whole, squares = 1.0, float((self.path()[i] ** 2).sum())
+            if len(self.coefficients) > 1:
+                whole = every / np.mean(others)
+                slope += whole * np.mean(products)
+            else:
+                noise = size * self.releases[0][1][i] ** 2
+                slope += every * (float((self.releases[0][0][i] ** 2).sum()) - noise)
+            variance += whole**2 * stds[i] ** 2 * squares / len(self.anchor)
+        return slope, math.sqrt(variance)
+
+    def follow(self, d0, sd0, d1, sd1):
         """The rule for the length in its printed form."""
-        if d1 < -max(d0, 2 * sd):
-            self.length *= max(0.1, max(d0, sd) / (max(d0, sd) - d1))
+        alone, told = len(self.coefficients) == 1, d0 > (2 if self.searching else 1) * sd0
+        factor = d0 / max(d0 - d1, d0 / 5)
+        if alone:
+            factor = max(factor, 2.5) if d1 > 0.4 * d0 else 1.0
+        if d1 < -max(d0, 0) - 2 * math.hypot(sd0, sd1):
+            d0 = max(d0, sd1)
+            self.length *= max(0.1, d0 / (d0 - d1))
             self.variance, self.searching = 0.36, False
-            return 1.0
-        if d0 <= (2 if self.searching else 1) * sd:
-            self.length = max(self.length, 1.0) if self.searching else self.length
-            return 1.0
-        known = d0 * max(self.seen, default=1.0)
-        factor = known / max(known - d1 - sd, known / 5)
-        if not self.seen and d1 > 0.4 * d0:
-            factor = max(factor, 2.5)
-        if self.searching and factor >= 2.5:
+        elif told and self.searching and factor >= 2.5:
             self.length *= factor
-            self.seen.append(min(1.0, max(d1 / d0, 0.4)))
             self.averaged += 1
             return (self.averaged - 1) / self.averaged
-        self.searching = False
-        change = d0 / max(d0 - d1, d0 / 4)
-        noise = (sd * change / d0) ** 2 + 0.05**2 + (0.3 * math.log(change)) ** 2
-        self.variance += 0.07**2
-        gain = self.variance / (self.variance + noise)
-        self.length *= math.exp(min(1, max(-1, gain * math.log(change))))
-        self.variance *= 1 - gain
+        elif alone or not told:
+            if self.searching:
+                self.length = max(self.length, min(1.0, self.length * 10**0.1))
+        else:
+            self.searching = False
+            change = d0 / max(d0 - d1, d0 / 4)
+            noise = (sd1 * change / d0) ** 2 + (sd0 * change * d1 / d0**2) ** 2
+            self.variance += 0.07**2
+            gain = self.variance / (self.variance + noise + 0.05**2 + (0.3 * math.log(change)) ** 2)
+            self.length *= math.exp(min(0.5, max(-1, gain * math.log(change))))
+            self.variance *= 1 - gain
         return 1.0
 
     def step(self, gradients, stds):
-        self.releases.append(([g.clone() for g in gradients], stds))
-        t, first, first_stds = len(self.releases), *self.releases[0]
+        t, sizes = len(self.releases) + 1, [g.numel() for g in gradients]
         if t > 1:
-            d0 = sum(float((a * b).sum()) for a, b in zip(first, self.path, strict=True)) - self.common
-            d1 = sum(float((a * b).sum()) for a, b in zip(gradients, self.path, strict=True))
-            sd = math.sqrt(sum(s**2 * float((p * p).sum()) for s, p in zip(stds, self.path, strict=True)))
-            kept = self.follow(d0, d1, sd)
-            self.path = [kept * p for p in self.path]
-            self.common *= kept
-        sizes = [g.numel() for g in gradients]
+            path, (d0, sd0) = self.path(), self.slope_at_the_start(sizes, stds)
+            d1 = sum(float((a * b).sum()) for a, b in zip(gradients, path, strict=True))
+            sd1 = math.sqrt(sum(s**2 * float((p * p).sum()) for s, p in zip(stds, path, strict=True)))
+            kept = self.follow(d0, sd0, d1, sd1)
+            self.coefficients = [[kept * a for a in c] for c in self.coefficients]
+        self.releases.append(([g.clone() for g in gradients], stds))
+        if self.searching:
+            self.anchor.append(t - 1)
         weights = [1.0] * len(sizes)
         if t > 1:
             for i, size in enumerate(sizes):
@@ -90,12 +118,12 @@ class PlainLoop:
             unit = math.sqrt(sum(sizes) / sum(d * w * w for d, w in zip(sizes, weights, strict=True)))
             weights = [unit * w for w in weights]
         decays = [(1 - self.beta1) * self.beta1 ** (t - 1 - i) / (1 - self.beta1**t) for i in range(t)]
-        for i, size in enumerate(sizes):
+        self.coefficients.append([0.0] * len(sizes))
+        for i in range(len(sizes)):
             rms = math.sqrt(sum(float((release[i] ** 2).mean()) for release, _ in self.releases) / t)
-            mean = sum(c * release[i] for c, (release, _) in zip(decays, self.releases, strict=True))
-            self.path[i] = self.path[i] + self.lr * weights[i] * mean / rms
-            self.common += decays[0] * self.lr * weights[i] / rms * size * first_stds[i] ** 2
-        return [w - self.length * p for w, p in zip(self.start, self.path, strict=True)]
+            for mine, decay in zip(self.coefficients, decays, strict=True):
+                mine[i] += decay * self.lr * weights[i] / rms
+        return [w - self.length * p for w, p in zip(self.start, self.path(), strict=True)]
 
 
 CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the gradient is about 1
@@ -131,11 +159,66 @@ def test_it_is_the_plain_loop(case):
     assert length.scale == pytest.approx(oracle.length, rel=1e-11)
     assert length.averaged == oracle.averaged
     assert (length.averaged > 3) == case.startswith("search")
-    assert length.seen == pytest.approx(max(oracle.seen, default=1.0), rel=1e-11)
-    assert case != "search in batches" or oracle.seen[0] < 0.8
+    assert len(oracle.anchor) == optimizer.state[weights[0]]["anchored"]
+    assert (len(oracle.anchor) > 3) == (case in ("search", "search in batches", "noise"))
     assert (length.falls > 0) == (case == "cut")
-    assert (length.blind > 0) == (case == "noise")
+    assert (length.blind > 0) == (case in ("noise", "cut"))
     assert length.measured + length.blind == 19
+
+
+# ---------------------------------------------------------------- the slope at the start
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("beta1", [0.0, 0.6])
+@pytest.mark.parametrize("anchored", [1, 3])
+def test_batches_that_differ_do_not_pass_for_a_slope(beta1, anchored):
+    """Six steps of a path that never left its start; noise and draws are eight times the gradient, which is ones.
+
+    The slope at the start is without bias over 2,000 seeds, where the product of anchor and path is at least twice it.
+    """
+    size, steps, errors, plain = 64, 6, [], []
+    for seed in range(2000):
+        normal = draws(seed)
+        path, average = torch.zeros(2, size, dtype=torch.float64)
+        state = {"anchor": torch.zeros(size, dtype=torch.float64), "step": 0, **path_start.FRESH}
+        for step in range(1, steps + 1):
+            release = 1 + 8 * normal(size)
+            state["step"] = step
+            if step <= anchored:
+                path_start.join(state, release, float(release @ release))
+            average.lerp_(release, 1 - beta1)
+            kept, further = 1 - 1 / (step + 3), 0.1 * step
+            path = kept * path + further * average / (1 - beta1**step)
+            path_start.moved(state, kept=kept, further=further, beta1=beta1)
+        row = [0.0, float(state["anchor"] @ path), float(path @ path)]
+        found = path_start.slopes([row], [state], [8.0], [size])
+        errors.append(found.start / (size * state["total_weight"]) - 1)
+        plain.append(row[1] / anchored / (size * state["total_weight"]))
+    spread = float(np.std(errors)) / math.sqrt(len(errors))
+    assert abs(np.mean(errors)) < 4 * spread < 0.5
+    assert np.mean(plain) > 2
+
+
+def test_only_while_the_path_is_one_release_its_own_square_counts():
+    """Less the known energy of the noise; then a second release makes the first one's own part leave."""
+    (weight,), normal = [nn.Parameter(torch.zeros(200, dtype=torch.float64))], draws(4)
+    optimizer = AutoAdam([weight], lr=1e-9, beta1=0.0)
+    releases = [1 + 0.5 * normal(200) for _ in range(3)]
+    found = []
+    for release in releases:
+        weight.grad = release.clone()
+        optimizer.noise_std(weight, 0.5)
+        optimizer.step()
+        state = optimizer.state[weight]
+        row = [0.0, float(state["anchor"] @ state["path"]), float(state["path"] @ state["path"])]
+        found.append((path_start.slopes([row], [state], [0.5], [200]), state["total_weight"]))
+    first, second, _ = releases
+    (one, weight_of_one), (two, weight_of_two), _ = found
+    assert one.alone
+    assert not two.alone
+    assert one.start / weight_of_one == pytest.approx(float(first @ first) - 200 * 0.25)
+    assert two.start / weight_of_two == pytest.approx(float(first @ second))
 
 
 # ---------------------------------------------------------------- noisy quadratics
@@ -211,10 +294,10 @@ def test_a_path_gets_longer_fivefold_at_most():
     """Batches differ by more than the noise: adapters that went further on the word of one ended above their start."""
     length = PathLength()
     for step in range(1, 4):
-        length.follow(1.0, 0.999, 0.01)
+        length.follow(Slopes(1.0, 0.999, 0.01, 0.01, alone=step == 1))
         assert length.scale == pytest.approx(0.1 * 5**step)
     near = PathLength()
-    near.follow(1.0, 0.3, 0.01)  # the slope fell by most of what it was: this is measured
+    near.follow(Slopes(1.0, 0.3, 0.01, 0.01))  # the slope fell by most of what it was: this is measured
     assert not near.searching
     assert 0.1 < near.scale < 0.15
 
@@ -433,6 +516,18 @@ def test_a_copy_goes_on_alike():
     run(weights, optimizer, 3, draws(2))
     run(theirs, copied, 3, draws(2))
     assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", path_start.FRESH)
+def test_a_state_that_lacks_a_number_of_the_start_is_refused_when_it_is_loaded(name):
+    """As one that an older version wrote does."""
+    weights = parameters()
+    optimizer = AutoAdam(weights, lr=1e-3)
+    run(weights, optimizer, 2, draws(1))
+    state = optimizer.state_dict()
+    del state["state"][1][name]
+    with pytest.raises(ValueError, match=name):
+        AutoAdam(weights, lr=1e-3).load_state_dict(state)
 
 
 def test_a_state_of_another_optimizer_is_refused():
