@@ -245,7 +245,7 @@ def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
     return list(torch.stack(found).sum(0))
 
 
-_PIECE = 1 << 16
+_PIECE = 1 << 18
 """Number of entries that are worked on at a time. They stay in the processor's cache from one operation to the next."""
 
 

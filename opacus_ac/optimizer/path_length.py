@@ -13,6 +13,7 @@ _FAR = 2.5  # a path that is too short by this factor or more has not left its s
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
 _BLIND = 10**0.1  # by which the path gets longer in a step that tells nothing: ten steps from a tenth to the hint
 _SHORTER = 10.0  # most by which a step shortens it
+_MOST = 1e4  # most that the factor can be: along a loss that never turns it would grow without end
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
 _LEAST_SEEN = 0.4  # of the slope at the start, what the second batch has to show of it for the path to be too short
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
@@ -72,7 +73,7 @@ class PathLength:
         elif start <= (_CLEAR if self.searching else 1.0) * slopes.start_noise:
             self._blind()
         elif self.searching and (change := self._lengthening(slopes)) >= _FAR:
-            self.scale *= change
+            self.scale = min(self.scale * change, _MOST)
             self.averaged += 1
             self.measured += 1
             return (self.averaged - 1) / self.averaged
@@ -117,7 +118,7 @@ class PathLength:
         uncertain = noise**2 + _FLOOR**2 + (_CURVED * moved) ** 2
         self.variance += _DRIFT**2
         gain = self.variance / (self.variance + uncertain)
-        self.scale *= math.exp(min(_UP, max(-_DOWN, gain * moved)))
+        self.scale = min(self.scale * math.exp(min(_UP, max(-_DOWN, gain * moved))), _MOST)
         self.variance *= 1 - gain
 
     def entries(self) -> dict[str, Any]:

@@ -302,6 +302,21 @@ def test_a_path_gets_longer_fivefold_at_most():
     assert 0.1 < near.scale < 0.15
 
 
+def test_a_loss_that_never_turns_ends_the_growth_and_not_the_run():
+    """A constant gradient: fivefold a step for 100 steps would leave the numbers of float32."""
+    weight = nn.Parameter(torch.zeros(50))
+    optimizer = AutoAdam([weight], lr=1e-3)
+    for _ in range(100):
+        weight.grad = torch.linspace(1, 2, 50)
+        optimizer.noise_std(weight, 0.1)
+        optimizer.step()
+    assert weight.isfinite().all()
+    assert optimizer.param_groups[0]["path_scale"] == 1e4
+    length = PathLength(scale=9.9e3, searching=False)
+    length.follow(Slopes(1.0, 0.9, 0.01, 0.01))
+    assert length.scale == 1e4
+
+
 def test_without_noise_it_descends_and_says_that_all_was_measured():
     left, optimizer = quadratic(1e-3, noise=0.0, steps=60)
     assert left < 0.02
