@@ -40,11 +40,13 @@ class AutoAdam(Optimizer):
     No release is multiplied with itself in D0, so its noise and the draw of its records do not pass for a slope. Only
     while the path is one release, D0 is ``<g_1, Delta>`` less the known energy of the noise that both have in common.
 
-    s begins at 0.1. While D0 / (D0 - D1) is at least 2.5, the path is too short to have left its start: s grows by that
-    factor, at most fivefold per step, the steps so far are averaged, and g_t belongs to I. After the first step s grows
-    by at least 2.5 if D1 > 0.4 D0. While D0 is not told from its noise, s grows to 1 in ten steps, and stays there, so
-    that a run in which nothing can be measured is one at the hinted rate. Later a scalar Kalman filter for ln(s) weighs
-    each measurement by its noise. When D1 is below -D0 by clearly more than noise, the path is too long, and is cut.
+    s begins at 0.1. While D1 is at least 0.6 D0 the path is too short to have left its start: s grows by the factor
+    ``D0 / (D0 - D1 + sqrt(sd0^2 + sd1^2) / 2)``, at most fivefold per step, and g_t belongs to I. By a factor of 2.5 or
+    more, the steps so far are averaged. After the first step, where D1 is at least 0.4 D0, s grows by at least 2.5.
+    Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. While D0 is not told from its noise,
+    the start is taken to be as steep as the end, if that is told; if not, s grows to 1 in ten steps, and stays there,
+    so that a run in which nothing can be measured is one at the hinted rate. When D1 is below -D0 by clearly more than
+    noise, while the filter knows little, s is halved.
 
     Args:
         params: parameters or groups of them.

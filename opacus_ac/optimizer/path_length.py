@@ -12,10 +12,12 @@ _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that i
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
 _BLIND = 10**0.1  # by which the path gets longer in a step that tells nothing: ten steps from a tenth to the hint
-_SHORTER = 10.0  # most by which a step shortens it
+_SHORTER = 0.5  # factor of a cut: a loss rises more steeply than a parabola, so what the slopes say would be too much
 _MOST = 1e4  # most that the factor can be: along a loss that never turns it would grow without end
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
 _LEAST_SEEN = 0.4  # of the slope at the start, what the second batch has to show of it for the path to be too short
+_SURE = 0.5  # std of noise by which the path gets longer less than it seems to be too short
+_YOUNG = 0.1  # variance of ln(scale) from which a path may be cut: later, one batch is not believed that much
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 _UP, _DOWN = 0.5, 1.0  # most by which a measurement moves ln(scale): slopes get steeper before they fall
@@ -67,45 +69,55 @@ class PathLength:
 
     def follow(self, slopes: Slopes) -> float:
         """Change the scale by a measurement; return the factor by which the steps in the path count from now on."""
-        start, here, both = slopes.start, slopes.here, math.hypot(slopes.noise, slopes.start_noise)
-        if here < -max(start, 0.0) - _CLEAR * both:
-            self._fall_back(max(start, slopes.noise), here)
-        elif start <= (_CLEAR if self.searching else 1.0) * slopes.start_noise:
-            self._blind()
-        elif self.searching and (change := self._lengthening(slopes)) >= _FAR:
-            self.scale = min(self.scale * change, _MOST)
-            self.averaged += 1
+        start, here, noise, start_noise, alone = slopes
+        told = start > (_CLEAR if self.searching else 1.0) * start_noise
+        if not (told or alone) and abs(here) > _CLEAR * noise and (here < 0 or not self.searching):
+            # Of the start nothing is known, but the end is told from noise: the start is taken to be as steep.
+            self._filter(slopes._replace(start=abs(here), start_noise=noise))
+        elif self._is_too_long(slopes):
+            self.scale *= _SHORTER
+            self.variance, self.searching = _SPREAD**2, False
             self.measured += 1
-            return (self.averaged - 1) / self.averaged
-        elif slopes.alone:
+            self.falls += 1
+        elif not told:
+            self._blind()
+        elif self.searching and here >= (_LEAST_SEEN if alone else 1 - 1 / _FAR) * start:
+            return self._lengthen(slopes)
+        elif alone:
             self._blind()  # a first release that is mostly itself, or a slope that fell: the next one tells
         else:
             self._filter(slopes)
         return 1.0
 
-    def _lengthening(self, slopes: Slopes) -> float:
-        """Return the factor by which the path is too short.
+    def _is_too_long(self, slopes: Slopes) -> bool:
+        """Say whether the end leads back more steeply than the start led away, by more than noise, in a young path."""
+        noise = math.hypot(slopes.noise, slopes.start_noise)
+        steep = slopes.here < -max(slopes.start, 0.0) - _CLEAR * noise
+        return steep and (self.searching or self.variance >= _YOUNG)
+
+    def _lengthen(self, slopes: Slopes) -> float:
+        """Lengthen a path that has not left its start; return the factor by which the steps in it count.
 
         The second batch shows less of the slope than the first, because the path is the first one's, or because the
         slope fell along the way. Where it may be either, the smallest factor errs by little.
         """
-        change = slopes.start / max(slopes.start - slopes.here, slopes.start / _LONGER)
-        if slopes.alone:
-            return max(change, _FAR) if slopes.here > _LEAST_SEEN * slopes.start else 1.0
-        return change
+        start, left = slopes.start, slopes.start - slopes.here
+        if not slopes.alone:
+            left += _SURE * math.hypot(slopes.noise, slopes.start_noise)
+        change = start / max(left, start / _LONGER)
+        change = max(change, _FAR if slopes.alone else 1.0)
+        self.scale = min(self.scale * change, _MOST)
+        self.measured += 1
+        if change < _FAR:
+            return 1.0
+        self.averaged += 1
+        return (self.averaged - 1) / self.averaged
 
     def _blind(self) -> None:
         """Go on towards the hint."""
         self.blind += 1
         if self.searching:
             self.scale = max(self.scale, min(1.0, self.scale * _BLIND))
-
-    def _fall_back(self, start: float, here: float) -> None:
-        """Go back towards the start: the slope at the end leads back, more steeply than it led away at the start."""
-        self.scale *= max(1 / _SHORTER, start / (start - here)) if start > 0 else 0.5
-        self.variance, self.searching = _SPREAD**2, False
-        self.measured += 1
-        self.falls += 1
 
     def _filter(self, slopes: Slopes) -> None:
         """Move ln(scale) by a measurement, as far as that is more certain than what is known."""
