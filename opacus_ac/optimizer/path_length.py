@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
-_BLIND = 10**0.1  # by which the path gets longer in a step that tells nothing: ten steps from a tenth to the hint
+_BLIND = 10**0.1  # most by which the path gets longer in a step that tells nothing: ten steps or more to the hint
 _SHORTER = 0.5  # factor of a cut: a loss rises more steeply than a parabola, so what the slopes say would be too much
 _MOST = 1e4  # most that the factor can be: along a loss that never turns it would grow without end
 _CLEAR = 2.0  # multiple of its std from which an inner product is told from noise
@@ -80,11 +80,11 @@ class PathLength:
             self.measured += 1
             self.falls += 1
         elif not told:
-            self._blind()
+            self._blind(slopes)
         elif self.searching and here >= (_LEAST_SEEN if alone else 1 - 1 / _FAR) * start:
             return self._lengthen(slopes)
         elif alone:
-            self._blind()  # a first release that is mostly itself, or a slope that fell: the next one tells
+            self._blind(slopes)  # a first release that is mostly itself, or a slope that fell: the next one tells
         else:
             self._filter(slopes)
         return 1.0
@@ -113,11 +113,13 @@ class PathLength:
         self.averaged += 1
         return (self.averaged - 1) / self.averaged
 
-    def _blind(self) -> None:
-        """Go on towards the hint."""
+    def _blind(self, slopes: Slopes) -> None:
+        """Go on towards the hint; where the end leads back, by less, and from one std of its noise on the other way."""
         self.blind += 1
         if self.searching:
-            self.scale = max(self.scale, min(1.0, self.scale * _BLIND))
+            leads = slopes.here / slopes.noise if slopes.noise > 0 else 0.0
+            change = _BLIND ** min(1.0, max(-1.0, 1.0 + leads))
+            self.scale = min(self.scale * change, max(self.scale, 1.0))
 
     def _filter(self, slopes: Slopes) -> None:
         """Move ln(scale) by a measurement, as far as that is more certain than what is known."""

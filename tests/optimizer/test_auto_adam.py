@@ -87,7 +87,7 @@ class PlainLoop:
                 return (self.averaged - 1) / self.averaged
         elif alone or not told:
             if self.searching:
-                self.length = max(self.length, min(1.0, self.length * 10**0.1))
+                self.length = min(self.length * 10 ** (0.1 * min(1, max(-1, 1 + d1 / sd1))), max(self.length, 1.0))
         else:
             self.filter(d0, sd0, d1, sd1)
         return 1.0
@@ -325,7 +325,8 @@ def test_where_the_start_is_noise_the_end_may_tell(here, noise, searching):
     length.follow(Slopes(0.1, here, noise, 1.0))
     if abs(here) < 2 * noise or (here > 0 and searching):  # a search goes on to the hint
         assert length.blind == 1
-        assert length.scale == pytest.approx(0.3 * 10**0.1 if searching else 0.3)
+        step = 1.0 if here > 0 else -0.5  # the end leads back by one and a half std
+        assert length.scale == pytest.approx(0.3 * 10 ** (0.1 * step) if searching else 0.3)
     else:
         assert length.measured == 1
         assert (length.scale > 0.3) == (here > 0)
