@@ -45,8 +45,8 @@ class AutoAdam(Optimizer):
     more, the steps so far are averaged. After the first step, where D1 is at least 0.4 D0, s grows by at least 2.5.
     Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. While D0 is not told from its noise,
     the start is taken to be as steep as the end, if that is told. If not, s goes towards 1, by 26 % a step, by less
-    where the end leads back, and stays there, so that a run in which nothing can be measured is one at the hint. When D1 is below -D0 by clearly more than
-    noise, while the filter knows little, s is halved.
+    where the end leads back, and stays there, so that a run in which nothing can be measured is one at the hint. When
+    D1 is below -D0 by clearly more than noise, while the filter knows little, s is halved.
 
     Args:
         params: parameters or groups of them.
