@@ -31,14 +31,14 @@ class Slopes(NamedTuple):
         here: minus the slope at the end.
         noise: std of the noise in ``here``.
         start_noise: std of the noise in ``start``.
-        alone: whether the path is one release, the one that ``start`` is from.
+        single: whether the path is one release, the one that ``start`` is from.
     """
 
     start: float
     here: float
     noise: float
     start_noise: float
-    alone: bool = False
+    single: bool = False
 
 
 @dataclass
@@ -69,9 +69,9 @@ class PathLength:
 
     def follow(self, slopes: Slopes) -> float:
         """Change the scale by a measurement; return the factor by which the steps in the path count from now on."""
-        start, here, noise, start_noise, alone = slopes
+        start, here, noise, start_noise, single = slopes
         told = start > (_CLEAR if self.searching else 1.0) * start_noise
-        if not (told or alone) and abs(here) > _CLEAR * noise and (here < 0 or not self.searching):
+        if not (told or single) and abs(here) > _CLEAR * noise and (here < 0 or not self.searching):
             # Of the start nothing is known, but the end is told from noise: the start is taken to be as steep.
             self._filter(slopes._replace(start=abs(here), start_noise=noise))
         elif self._is_too_long(slopes):
@@ -81,9 +81,9 @@ class PathLength:
             self.falls += 1
         elif not told:
             self._blind(slopes)
-        elif self.searching and here >= (_LEAST_SEEN if alone else 1 - 1 / _FAR) * start:
+        elif self.searching and here >= (_LEAST_SEEN if single else 1 - 1 / _FAR) * start:
             return self._lengthen(slopes)
-        elif alone:
+        elif single:
             self._blind(slopes)  # a first release that is mostly itself, or a slope that fell: the next one tells
         else:
             self._filter(slopes)
@@ -102,10 +102,10 @@ class PathLength:
         slope fell along the way. Where it may be either, the smallest factor errs by little.
         """
         start, left = slopes.start, slopes.start - slopes.here
-        if not slopes.alone:
+        if not slopes.single:
             left += _SURE * math.hypot(slopes.noise, slopes.start_noise)
         change = start / max(left, start / _LONGER)
-        change = max(change, _FAR if slopes.alone else 1.0)
+        change = max(change, _FAR if slopes.single else 1.0)
         self.scale = min(self.scale * change, _MOST)
         self.measured += 1
         if change < _FAR:

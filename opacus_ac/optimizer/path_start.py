@@ -74,13 +74,13 @@ def slopes(
         sizes: their numbers of entries.
     """
     start = variance = 0.0
-    alone = True
+    single = True
     for row, state, std, size in zip(measured, states, stds, sizes, strict=True):
         if not state["anchored"]:
             continue
         others = state["total_weight"] - state["anchor_weight"] / state["anchored"]
         if others > _NOTHING * state["total_weight"]:
-            alone = alone and not row[2]
+            single = single and not row[2]
             whole = state["total_weight"] / others / state["anchored"]
             start += whole * (row[1] - state["own"])
             variance += whole**2 * state["anchored"] * std**2 * row[2]
@@ -89,4 +89,4 @@ def slopes(
             variance += std**2 * row[2]
     here = sum(row[0] for row in measured)
     noise = math.sqrt(sum(std**2 * row[2] for row, std in zip(measured, stds, strict=True)))
-    return Slopes(start, here, noise, math.sqrt(variance), alone)
+    return Slopes(start, here, noise, math.sqrt(variance), single)

@@ -219,8 +219,8 @@ def test_only_while_the_path_is_one_release_its_own_square_counts():
         found.append((path_start.slopes([row], [state], [0.5], [200]), state["total_weight"]))
     first, second, _ = releases
     (one, weight_of_one), (two, weight_of_two), _ = found
-    assert one.alone
-    assert not two.alone
+    assert one.single
+    assert not two.single
     assert one.start / weight_of_one == pytest.approx(float(first @ first) - 200 * 0.25)
     assert two.start / weight_of_two == pytest.approx(float(first @ second))
 
@@ -298,7 +298,7 @@ def test_a_path_gets_longer_fivefold_at_most():
     """Batches differ by more than the noise: adapters that went further on the word of one ended above their start."""
     length = PathLength()
     for step in range(1, 4):
-        length.follow(Slopes(1.0, 0.999, 0.01, 0.01, alone=step == 1))
+        length.follow(Slopes(1.0, 0.999, 0.01, 0.01, single=step == 1))
         assert length.scale == pytest.approx(0.1 * 5**step)
     near = PathLength()
     near.follow(Slopes(1.0, 0.3, 0.01, 0.01))  # the slope fell by most of what it was: this is measured

@@ -14,6 +14,7 @@ FILES = {
         "optimizer/fused.py",
         "optimizer/auto_adam.py",
         "optimizer/path_length.py",
+        "optimizer/path_start.py",
         "zeroth_order/directional_update.py",
     )
 }
@@ -37,7 +38,7 @@ PRIVATE_NAMES = {
 }
 RECEIVED = {
     "None", "Any", "bool", "Callable", "Iterable", "Mapping", "Sequence", "tuple", "dict", "float", "int", "list", "str", "AbstractContextManager", "Announce", "Apply", "ClipPolicy",
-    "ClipRateControl", "Course", "GroupWeights", "Optimizer", "Parameter", "Reducer", "ReleasedGradients", "StepRelease",
+    "ClipRateControl", "Course", "GroupWeights", "Optimizer", "Parameter", "Reducer", "ReleasedGradients", "Slopes", "State", "StepRelease",
     "Tensor", "Update", "WeightEMA", "nn",
 }  # fmt: skip
 
