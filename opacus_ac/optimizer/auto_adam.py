@@ -322,5 +322,6 @@ def _step(
         average.lerp_(g, 1 - beta1)
         path.add_(average, alpha=further)
         place.add_(average, alpha=-scale * further)
-    path_start.moved(state, kept=kept * decay, further=rate * weight / rms, beta1=beta1)
+    # Where all releases are zero nothing moved, however large the factor on them.
+    path_start.moved(state, kept=kept * decay, further=rate * weight / rms if rms > _TINY else 0.0, beta1=beta1)
     state["scale"] = scale

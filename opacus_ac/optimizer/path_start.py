@@ -18,6 +18,7 @@ from opacus_ac.optimizer.path_length import Slopes
 
 State = dict[str, Any]
 _NOTHING = 1e-9  # share of a path that is rounding
+_ROUNDING = 1e-6  # of a product: what is left of it after most was taken off may be that
 
 FRESH: Mapping[str, float] = {
     "anchored": 0,  # number of releases in the anchor
@@ -73,7 +74,7 @@ def slopes(
         stds: std of the noise in the last release of each.
         sizes: their numbers of entries.
     """
-    start = variance = 0.0
+    start = variance = rounding = 0.0
     single = True
     for row, state, std, size in zip(measured, states, stds, sizes, strict=True):
         if not state["anchored"]:
@@ -83,10 +84,11 @@ def slopes(
             single = single and not row[2]
             whole = state["total_weight"] / others / state["anchored"]
             start += whole * (row[1] - state["own"])
+            rounding += whole * _ROUNDING * (abs(row[1]) + state["own"])
             variance += whole**2 * state["anchored"] * std**2 * row[2]
         else:  # the path is this release and no other: of what they have in common, only the noise is known
             start += row[1] - state["anchor_weight"] * size * state["first_std"] ** 2
             variance += std**2 * row[2]
     here = sum(row[0] for row in measured)
     noise = math.sqrt(sum(std**2 * row[2] for row, std in zip(measured, stds, strict=True)))
-    return Slopes(start, here, noise, math.sqrt(variance), single)
+    return Slopes(start, here, noise, max(math.sqrt(variance), rounding), single)

@@ -225,6 +225,34 @@ def test_only_while_the_path_is_one_release_its_own_square_counts():
     assert two.start / weight_of_two == pytest.approx(float(first @ second))
 
 
+def test_without_noise_and_without_records_nothing_rests_on_rounding():
+    """One release, an empty batch, and the first release again: what is left of the slope at the start is rounding."""
+    (weight,), (release,) = [nn.Parameter(torch.zeros(300, dtype=torch.float64))], [draws(2)(300)]
+    optimizer = AutoAdam([weight], lr=1e-3)
+    for gradient in (release, torch.zeros_like(release)):
+        weight.grad = gradient.clone()
+        optimizer.noise_std(weight, 0.0)
+        optimizer.step()
+    state = optimizer.state[weight]
+    row = [1.0, float(state["anchor"] @ state["path"]), float(state["path"] @ state["path"])]
+    for error in (-1e-12, 1e-12):
+        found = path_start.slopes([[row[0], row[1] * (1 + error), row[2]]], [state], [0.0], [300])
+        assert abs(found.start) < 1e-10 * row[1] < found.start_noise
+        assert not found.single
+
+
+def test_a_first_gradient_of_zero_has_no_weight_in_the_path():
+    """As the first one of adapters has, without noise: the path begins with the next one."""
+    weight = nn.Parameter(torch.ones(40, dtype=torch.float64))
+    optimizer = AutoAdam([weight], lr=1e-2, beta1=0.0)
+    for gradient in (torch.zeros_like(weight), *[weight.detach().clone()] * 3):
+        weight.grad = gradient
+        optimizer.noise_std(weight, 0.0)
+        optimizer.step()
+    assert 0 < optimizer.state[weight]["total_weight"] < 10
+    assert weight.isfinite().all()
+
+
 # ---------------------------------------------------------------- noisy quadratics
 
 
