@@ -205,9 +205,9 @@ class AutoAdam(Optimizer):
         kept = 1.0
         if any(row[2] for row in measured):  # before the first step there is no path to measure
             kept = length.follow(path_start.slopes(measured, states, stds, [p.numel() for _, p in found]))
-        for (_, parameter), state, row in zip(found, states, measured, strict=True):
+        for (_, parameter), state, row, std in zip(found, states, measured, stds, strict=True):
             if length.searching or not state["anchored"]:
-                path_start.join(state, parameter.grad, row[3])  # type: ignore[arg-type]  # those that were found have one
+                path_start.join(state, parameter.grad, row[3], std)  # type: ignore[arg-type]  # those that were found have one
         for state, (_, _, _, squares, energy) in zip(states, measured, strict=True):
             state["squares"] += squares
             state["energy"] = energy

@@ -25,22 +25,25 @@ FRESH: Mapping[str, float] = {
     "total_weight": 0.0,  # sum over all releases j of their weight a_j in the path
     "anchor_weight": 0.0,  # sum of a_i over the releases i of the anchor
     "own": 0.0,  # sum over the anchor of a_i |g_i|^2: the product of each of its releases with its own part of the path
+    "anchor_variance": 0.0,  # sum over the anchor of the variance of the noise
     "recent": 0.0,  # sum over the anchor of beta1^(t - i)
     "recent_squares": 0.0,  # sum over the anchor of beta1^(t - i) |g_i|^2
 }
 """Numbers that the state of a tensor has for its anchor, before the first release."""
 
 
-def join(state: State, gradient: Tensor, squares: float) -> None:
+def join(state: State, gradient: Tensor, squares: float, std: float) -> None:
     """Take a release into the anchor, the sum of those that stand for the start.
 
     Args:
         state: state of the tensor; ``state["anchor"]`` has its shape.
         gradient: the release.
         squares: its squared norm.
+        std: std of the noise in it.
     """
     state["anchor"].add_(gradient)
     state["anchored"] += 1
+    state["anchor_variance"] += std**2
     state["recent"] += 1.0
     state["recent_squares"] += squares
 
@@ -76,7 +79,7 @@ def slopes(
     """
     start = variance = rounding = 0.0
     single = True
-    for row, state, std, size in zip(measured, states, stds, sizes, strict=True):
+    for row, state, size in zip(measured, states, sizes, strict=True):
         if not state["anchored"]:
             continue
         others = state["total_weight"] - state["anchor_weight"] / state["anchored"]
@@ -85,10 +88,10 @@ def slopes(
             whole = state["total_weight"] / others / state["anchored"]
             start += whole * (row[1] - state["own"])
             rounding += whole * _ROUNDING * (abs(row[1]) + state["own"])
-            variance += whole**2 * state["anchored"] * std**2 * row[2]
+            variance += whole**2 * state["anchor_variance"] * row[2]
         else:  # the path is this release and no other: of what they have in common, only the noise is known
             start += row[1] - state["anchor_weight"] * size * state["first_std"] ** 2
-            variance += std**2 * row[2]
+            variance += state["first_std"] ** 2 * row[2]
     here = sum(row[0] for row in measured)
     noise = math.sqrt(sum(std**2 * row[2] for row, std in zip(measured, stds, strict=True)))
     return Slopes(start, here, noise, max(math.sqrt(variance), rounding), single)

@@ -67,7 +67,9 @@ class PlainLoop:
             else:
                 noise = size * self.releases[0][1][i] ** 2
                 slope += every * (float((self.releases[0][0][i] ** 2).sum()) - noise)
-            variance += whole**2 * stds[i] ** 2 * squares / len(self.anchor)
+            variance += (
+                whole**2 * np.mean([self.releases[a][1][i] ** 2 for a in self.anchor]) * squares / len(self.anchor)
+            )
         return slope, math.sqrt(variance)
 
     def follow(self, d0, sd0, d1, sd1):
@@ -147,8 +149,8 @@ def test_it_is_the_plain_loop(case):
     weights, normal = parameters(), draws(1)
     optimizer = AutoAdam(weights, lr=lr, beta1=beta1, share=share)
     oracle = PlainLoop([w.detach() for w in weights], lr=lr, beta1=beta1, share=share)
-    stds = [noise, 2 * noise, 0.5 * noise]
-    for _ in range(20):
+    for step in range(20):
+        stds = [noise * (1 + step % 3), 2 * noise, 0.5 * noise]  # noise may change from step to step
         gradients = [
             w.detach() + s * normal(*w.shape) + of_batch * normal(*w.shape) for w, s in zip(weights, stds, strict=True)
         ]
@@ -166,7 +168,7 @@ def test_it_is_the_plain_loop(case):
     assert len(oracle.anchor) == optimizer.state[weights[0]]["anchored"]
     assert (len(oracle.anchor) > 3) == (case in ("search", "search in batches", "noise"))
     assert (length.falls > 0) == (case == "cut")
-    assert (length.blind > 0) == (case in ("noise", "cut"))
+    assert (length.blind > 0) == (case == "noise")
     assert length.measured + length.blind == 19
 
 
@@ -190,7 +192,7 @@ def test_batches_that_differ_do_not_pass_for_a_slope(beta1, anchored):
             release = 1 + 8 * normal(size)
             state["step"] = step
             if step <= anchored:
-                path_start.join(state, release, float(release @ release))
+                path_start.join(state, release, float(release @ release), 8.0)
             average.lerp_(release, 1 - beta1)
             kept, further = 1 - 1 / (step + 3), 0.1 * step
             path = kept * path + further * average / (1 - beta1**step)
