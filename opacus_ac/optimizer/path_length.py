@@ -50,7 +50,7 @@ class PathLength:
     path, so that a step which turns out too long is taken back in part.
 
     Attributes:
-        scale: the factor; a tenth at first, as the hint may be too high, and 1 after ten steps that measure nothing.
+        scale: the factor; a tenth at first, as the hint may be too high, and soon 1 where nothing can be measured.
         variance: variance of ln(scale), as a Kalman filter estimates it.
         averaged: number of steps that were averaged because they did not leave the start.
         searching: whether the path still gets longer by large factors.
