@@ -36,6 +36,7 @@ SEEDS = (31, 32, 33)
 RATES = (0.006, 0.009, 0.013, 0.02)
 USUAL = 0.9
 HINTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+ACCOUNTANT = "vrdp"  # of AdamW and of AutoAdam alike
 PLACE = ("model", "lora", "batch", "tone", "epsilon", "steps")
 OTHERS = ("auto", "prodigy-flat", "d-adaptation-flat", "dog-flat")
 
@@ -48,7 +49,7 @@ def momenta(steps: int) -> tuple[float, float]:
 def by_hand(places: Iterable[dict[str, Any]], rates: Sequence[float], usual: bool = True) -> list[Cell]:
     """AdamW with flat C at every rate and momentum; without ``usual``, at that of the planned steps alone."""
     return [
-        Cell("adamw-flat", rate=rate, beta1=b, **p)
+        Cell("adamw-flat", rate=rate, beta1=b, accountant=ACCOUNTANT, **p)
         for p in places
         for b in momenta(p["steps"])[: 1 + usual]
         for rate in rates
@@ -57,13 +58,18 @@ def by_hand(places: Iterable[dict[str, Any]], rates: Sequence[float], usual: boo
 
 def automatic(places: Iterable[dict[str, Any]], hints: Sequence[float]) -> list[Cell]:
     """AutoAdam with flat C from every hint, with the momentum of the planned steps."""
-    return [Cell("auto-flat", rate=hint, beta1=planned_beta1(p["steps"]), **p) for p, hint in product(places, hints)]
+    return [
+        Cell("auto-flat", rate=hint, beta1=planned_beta1(p["steps"]), accountant=ACCOUNTANT, **p)
+        for p, hint in product(places, hints)
+    ]
 
 
 def without_a_rate(places: Iterable[dict[str, Any]], others: Sequence[str]) -> list[Cell]:
     """Other methods that need no learning rate, with the momentum of the planned steps."""
     return [
-        Cell(name, rate=METHODS[name].rate, beta1=planned_beta1(p["steps"]), **p) for p in places for name in others
+        Cell(name, rate=METHODS[name].rate, beta1=planned_beta1(p["steps"]), accountant=ACCOUNTANT, **p)
+        for p in places
+        for name in others
     ]
 
 

@@ -1,5 +1,6 @@
 """The study: what a cell is, one run of each engine on a tiny size, going on after an interruption, tables from lines."""
 
+import itertools
 import json
 import statistics
 
@@ -9,6 +10,8 @@ import torch
 from common.results import read
 from small_model import cell as cells
 from small_model import grids, methods, public, report
+
+from opacus_ac.optimizer.momentum import planned_beta1
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"RECORDS": 60, "HELD_OUT": 6, "PHYSICAL": 16, "REPLIES": 2}
@@ -105,14 +108,17 @@ def test_a_key_names_all_that_matters(monkeypatch):
 def test_grids_hold_what_they_say():
     full = grids.full()
     assert len({c.key() for c in full}) == len(full)
-    for model in public.MODELS:
-        for tone in ("loving", "angry"):
-            for method in grids.MAIN:
-                seen = {(c.epsilon, c.seed) for c in full if (c.model, c.tone, c.method) == (model, tone, method)}
-                assert seen == {(e, s) for e in grids.EPSILONS for s in grids.SEEDS}
+    epsilons = {
+        ("llama", "loving"): grids.EPSILONS,
+        ("llama", "angry"): grids.EPSILONS,
+        ("bitnet", "loving"): grids.APART,
+        ("bitnet", "angry"): (4.0,),
+    }
+    for (model, tone), method in itertools.product(epsilons, grids.MAIN):
+        seen = {(c.epsilon, c.seed) for c in full if (c.model, c.tone, c.method) == (model, tone, method)}
+        assert seen == {(e, s) for e in epsilons[model, tone] for s in grids.SEEDS}
     tuned = grids.tuning()
-    without_a_rate = {"auto", *methods.PACKAGES}
-    assert {c.optimizer for c in tuned} == set(methods.OPTIMIZERS) - without_a_rate
+    assert {c.optimizer for c in tuned} == set(grids.RATES)
     assert {c.bound for c in tuned if c.method == "dp-adam-ac"} == {0.01, 1.0, 100.0}
 
 
@@ -183,11 +189,11 @@ def test_tables_of_momentum_and_of_equal_compute():
     table = report.tables(at)
     assert "| epsilon | method | beta1 0.9 | beta1 0.5 | beta1 0 |" in table
     assert "| 4 | adamw-flat | 2.900 ± 0.000 | 2.500 ± 0.000 | 2.000 ± 0.000 |" in table
-    own = [line("dp-adam-ac everything", 1.5, rate=0.01, beta1=None, noise_multiplier=0.6)]
-    flat = [line("adamw-flat", 2.0, rate=r, beta1=b, noise_multiplier=0.7) for r in (0.01, 0.02) for b in (None, 0.5)]
+    own = [line("dp-adam-ac growing", 1.5, rate=0.01, beta1=None, noise_multiplier=0.6)]
+    flat = [line("adamw-usual", 2.0, rate=r, beta1=b, noise_multiplier=0.7) for r in (0.01, 0.02) for b in (None, 0.5)]
     table = report.tables(own + flat)
-    assert "| dp-adam-ac everything | 0.5 | 200 x 30 | 0.600 | 1.500 |  |" in table
-    assert "| adamw-flat | 0.9 | 200 x 30 | 0.700 | 2.000 | 2.000 |" in table
+    assert "| dp-adam-ac growing | 0.53 | 200 x 30 | 0.600 | 1.500 |  |" in table
+    assert "| adamw-usual | 0.9 | 200 x 30 | 0.700 | 2.000 | 2.000 |" in table
 
 
 def test_table_of_lengths_has_the_average_and_the_rate_control():
@@ -202,14 +208,21 @@ def test_table_of_lengths_has_the_average_and_the_rate_control():
 
 
 def test_momentum_reaches_the_optimizer():
-    """Of the cell, else of the method."""
-    own = cells.Cell("dp-adam-ac everything").resolved()
-    given = cells.Cell("dp-adam-ac everything", beta1=0.7).resolved()
+    """Of the cell, else of the method, else of the planned steps."""
+    usual = cells.Cell("adamw-usual").resolved()
+    planned = cells.Cell("dp-adam-ac", steps=60).resolved()
+    given = cells.Cell("adamw-usual", beta1=0.7).resolved()
     weight = [torch.nn.Parameter(torch.zeros(1))]
-    for method, beta1 in ((own, 0.5), (given, 0.7)):
+    for method, beta1 in ((usual, 0.9), (planned, planned_beta1(60)), (given, 0.7)):
         made = methods.OPTIMIZERS[method.optimizer](weight, method.rate, method.beta1)
         assert made.defaults["betas"] == (beta1, 0.999)
     assert methods.OPTIMIZERS["sgd"](weight, 0.1, 0.8).defaults["momentum"] == 0.8
+
+
+def test_the_accountant_is_that_of_the_cell_else_of_the_method():
+    assert cells.Cell("adamw-flat").resolved().accountant == "vpld"
+    assert cells.Cell("adamw-usual").resolved().accountant == "vrdp"
+    assert cells.Cell("adamw-flat", accountant="vrdp").resolved().accountant == "vrdp"
 
 
 def test_rates_of_sgd_are_for_a_bound_of_one():

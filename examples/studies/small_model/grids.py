@@ -12,40 +12,35 @@ from small_model.public import MODELS
 
 Seeds = tuple[int, ...]
 EPSILONS = (1.0, 2.0, 4.0, 8.0, 16.0)
-MAIN = ("adamw-flat", "dp-adam-ac")
+APART = (1.0, 4.0, 16.0)
+MAIN = ("adamw-usual", "adamw-flat", "dp-adam-ac", "auto-flat")
 OTHERS = ("dp-adam-ac+", "dp-sgd", "opacus-adaptive")
 PARTS = tuple(name for name in METHODS if name.startswith("dp-adam-ac+ without"))
 DE_NOISED = "dp-adam-ac+ without EMA"
 REFERENCES = ("paper-raw", "non-private")
+AS_USUAL = {"beta1": 0.9, "accountant": "vrdp"}
 SEEDS: Seeds = (0, 1, 2)
 
 
 def full(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Both models and tones: flat beside adaptive at every epsilon, every other method, each part removed, and no noise.
+    """Both models and tones: the main methods at every epsilon, every other method, each part removed, and no noise.
 
-    The other methods run at every epsilon for the small language model and at 4 for the ternary one, as does what lacks a part for both.
+    The ternary model has fewer epsilons, and one for the second tone. Other methods and parts have the first tone.
     """
-    places = list(product(seeds, TONES))
+    first, second = TONES
 
-    def rows(model: str, methods: tuple[str, ...], epsilons: tuple[float, ...]) -> list[Cell]:
-        return [
-            Cell(method, model, tone, epsilon, seed)
-            for (seed, tone), epsilon, method in product(places, epsilons, methods)
-        ]
+    def rows(model: str, tone: str, methods: tuple[str, ...], epsilons: tuple[float, ...]) -> list[Cell]:
+        return [Cell(method, model, tone, epsilon, seed) for seed, epsilon, method in product(seeds, epsilons, methods)]
 
-    cells = (
-        rows("llama", MAIN, EPSILONS)
-        + references(seeds)
-        + rows("llama", OTHERS, (4.0,))
-        + rows("bitnet", MAIN, (1.0, 4.0, 16.0))
-    )
     return (
-        cells
-        + rows("llama", PARTS, (4.0,))
-        + rows("bitnet", OTHERS, (4.0,))
-        + rows("bitnet", MAIN, (2.0, 8.0))
-        + rows("bitnet", PARTS, (4.0,))
-        + rows("llama", OTHERS, (1.0, 2.0, 8.0, 16.0))
+        rows("llama", first, MAIN, EPSILONS)
+        + references(seeds)
+        + rows("bitnet", first, MAIN, APART)
+        + rows("llama", first, OTHERS, APART)
+        + rows("llama", first, PARTS, (4.0,))
+        + rows("llama", second, MAIN, EPSILONS)
+        + rows("bitnet", first, OTHERS + PARTS, (4.0,))
+        + rows("bitnet", second, MAIN, (4.0,))
     )
 
 
@@ -56,32 +51,26 @@ def references(seeds: Seeds, tones: tuple[str, ...] = TONES) -> list[Cell]:
     ]
 
 
-RATES = {"adamw": (0.006, 0.012), "dp-adamw": (0.002, 0.004), "sgd": (0.2, 0.5)}
+RATES = {"adamw": (0.006, 0.012), "sgd": (1.0, 2.0)}
 FLAT, ADAPTIVE = (0.01, 1.0, 10.0, 100.0), (0.01, 1.0, 100.0)
 
 
 def tuning(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Flat C over four decades and the default from three C0, with two learning rates each, in half as many steps.
+    """Flat C over four decades and the default from three C0, with two learning rates each, in 25 steps.
 
     SGD's step is in proportion to C, so its learning rates are for C = 1 and divided by C0.
     """
-    cells = []
-    for optimizer, data in (("adamw", "easy"), ("adamw", "heavy"), ("sgd", "easy")):
-        cells += _tuned(seeds, optimizer, data, 4.0, FLAT, ADAPTIVE)
-    cells += _tuned(seeds, "dp-adamw", "easy", 4.0, (1.0,), (1.0,))
-    for epsilon in (1.0, 16.0):
-        cells += _tuned(seeds, "adamw", "easy", epsilon, (1.0, 10.0), (0.01, 100.0))
-    return cells
+    kinds = (("adamw", "easy"), ("adamw", "heavy"), ("sgd", "easy"))
+    return [
+        cell for optimizer, data in kinds for cell in _tuned(seeds, optimizer, data, FLAT, ADAPTIVE)
+    ]  # fmt: skip
 
 
-def _tuned(
-    seeds: Seeds, optimizer: str, data: str, epsilon: float, flat: tuple[float, ...], adaptive: tuple[float, ...]
-) -> list[Cell]:
+def _tuned(seeds: Seeds, optimizer: str, data: str, flat: tuple[float, ...], adaptive: tuple[float, ...]) -> list[Cell]:
     rows = [("adamw-flat", bound) for bound in flat] + [("dp-adam-ac", bound) for bound in adaptive]
     return [
         Cell(
             method,
-            epsilon=epsilon,
             seed=seed,
             rate=rate / bound if optimizer == "sgd" else rate,
             bound=bound,
@@ -94,25 +83,24 @@ def _tuned(
 
 
 def budget(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Equal epsilon and equal compute: 6,000 records in batches of 200 or 400; flat with two kinds of momentum and of accounting."""
-    flat = ("adamw-flat", "adamw-flat tighter")
-    cells = []
-    for seed in seeds:
-        for batch, steps, rates in ((200, 30, (0.008, 0.012)), (400, 15, (0.008, 0.012, 0.018))):
-            for method, beta1, rate in product(flat, (None, 0.5), rates):
-                cells.append(Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps, beta1=beta1))
-            for method, rate in product(("dp-adam-ac tighter", "dp-adam-ac everything"), rates):
-                cells.append(Cell(method, epsilon=4.0, seed=seed, rate=rate, batch=batch, steps=steps))
-    return cells
+    """Equal epsilon and equal compute: 6,000 records in batches of 200 or 400."""
+    methods = ("adamw-usual", "adamw-flat", "dp-adam-ac", "dp-adam-ac growing")
+    sizes = ((200, 30, (0.008, 0.012)), (400, 15, (0.008, 0.012, 0.018)))
+    return [
+        Cell(method, seed=seed, rate=rate, batch=batch, steps=steps)
+        for seed in seeds
+        for batch, steps, rates in sizes
+        for method, rate in product(methods, rates)
+    ]
 
 
 def momentum(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Flat and the default from no momentum to AdamW's usual one, at the default size."""
-    at_four = product(seeds, MAIN, (4.0,), (0.0, 0.5, 0.8, 0.9))
-    elsewhere = product(seeds, MAIN, (1.0, 16.0), (0.5, 0.9))
+    """Flat C from no momentum to AdamW's usual one, at the default size."""
+    at_four = product(seeds, (4.0,), (0.0, 0.5, 0.8, 0.9))
+    elsewhere = product(seeds, (1.0, 16.0), (0.5, 0.9))
     return [
-        Cell(method, epsilon=epsilon, seed=seed, rate=0.008, beta1=beta1)
-        for seed, method, epsilon, beta1 in (*at_four, *elsewhere)
+        Cell("adamw-flat", epsilon=epsilon, seed=seed, rate=0.008, beta1=beta1)
+        for seed, epsilon, beta1 in (*at_four, *elsewhere)
     ]
 
 
@@ -120,7 +108,7 @@ def lengths(seeds: Seeds = (0,)) -> list[Cell]:
     """The default in runs of 30 to 1,000 steps: the last weights beside the averaged ones, of one run each."""
     rates = {30: (0.008,), 100: (0.008,), 300: (0.008, 0.002), 1000: (0.008, 0.002)}
     return [
-        Cell("dp-adam-ac", seed=seed, steps=steps, rate=rate)
+        Cell("dp-adam-ac", seed=seed, steps=steps, rate=rate, **AS_USUAL)
         for seed, (steps, own) in product(seeds, rates.items())
         for rate in own
     ]
@@ -135,11 +123,11 @@ LONG_RATES = {
 def long(seeds: Seeds = SEEDS) -> list[Cell]:
     """Parts of DP-Adam-AC in runs that are long enough for averages and rate control to act, at several rates each.
 
-    Flat C beside the default, and the default around noise-corrected Adam. Every run with an average gives both its
-    last and its averaged weights.
+    Flat C beside the default, and the default around noise-corrected Adam, all with momentum 0.9 and Renyi accounting.
+    Every run with an average gives both its last and its averaged weights.
     """
     return [
-        Cell(method, seed=seed, steps=steps, rate=rate)
+        Cell(method, seed=seed, steps=steps, rate=rate, **AS_USUAL)
         for steps, of_method in LONG_RATES.items()
         for seed in seeds
         for method, rates in of_method.items()
@@ -152,7 +140,7 @@ def quick(seeds: Seeds = (0,)) -> list[Cell]:
     tone = TONES[0]
     cells = [
         Cell(method, model, tone, epsilon, seed)
-        for seed, model, epsilon, method in product(seeds, MODELS, (1.0, 4.0), MAIN)
+        for seed, model, epsilon, method in product(seeds, MODELS, (1.0, 4.0), ("adamw-flat", "dp-adam-ac"))
     ]
     cells += [Cell(method, MODELS[0], tone, 4.0, seed) for seed, method in product(seeds, (*PARTS, *OTHERS))]
     rows = [("adamw-flat", bound) for bound in (1.0, 10.0, 100.0)] + [("dp-adam-ac", bound) for bound in (0.01, 100.0)]

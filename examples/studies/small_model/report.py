@@ -12,6 +12,8 @@ from typing import Any
 from common.results import Result, mean_and_spread
 from small_model.methods import METHODS
 
+from opacus_ac.optimizer.momentum import planned_beta1
+
 INK, GRID = "#808080", "#80808040"  # mid grey: readable on white and on black
 COLOURS = ("#4c8bf5", "#e8833a", "#3aa675", "#b565d8", "#d64545", "#8c8c3c", "#33a8c7", "#8a6d5a")
 
@@ -59,9 +61,10 @@ def losses_table(results: list[Result]) -> str:
 
 
 def effects_table(results: list[Result]) -> str:
-    """Tone accuracy of generations and what was forgotten."""
+    """Tone accuracy of generations and what was forgotten, by the default and without privacy."""
     rows = []
-    for (model, method, epsilon), mine in grouped(results, "model", "method", "epsilon").items():
+    shown = [r for r in results if r["method"] in ("dp-adam-ac", "non-private")]
+    for (model, method, epsilon), mine in grouped(shown, "model", "method", "epsilon").items():
         columns = [mean_and_spread([r[name] for r in mine]) for name in ("loss", "other_tone", "general")]
         accuracy = mean_and_spread([100 * r["tone_accuracy"] for r in mine], 0)
         rows.append([model, method, _epsilon(epsilon), str(len(mine)), *columns, accuracy])
@@ -130,9 +133,11 @@ def tuning_table(results: list[Result]) -> str:
 
 
 def _beta1(result: Result) -> float:
-    """Momentum of a row: its own, or that of its method."""
-    own = result.get("beta1")
-    return float(METHODS[result["method"]].beta1 if own is None else own)
+    """Momentum of a row: its own, that of its method, or that of the planned steps."""
+    for known in (result.get("beta1"), METHODS[result["method"]].beta1):
+        if known is not None:
+            return float(known)
+    return planned_beta1(result["steps"])
 
 
 def budget_table(results: list[Result]) -> str:
