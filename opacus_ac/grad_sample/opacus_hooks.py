@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_ac.grad_sample.folded_rows import FoldedRows
-from opacus_ac.grad_sample.one_backward.bounds import of_rows
+from opacus_ac.grad_sample.one_backward.bounds import of_rows, stacked
 from opacus_ac.grad_sample.one_backward.weighted_sums import add_rows
 from opacus_ac.grad_sample.precision import exact
 from opacus_ac.grad_sample.source import Place, squares_by_parameter
@@ -135,8 +135,8 @@ class PerSampleSource:
             rows = self._rows(parameter)
             if rows is None:
                 continue
-            certificate = of_rows(rows)
-            squares, bound = certificate.squares.cpu(), certificate.bounds().square().cpu()
+            known = stacked([of_rows(rows)])
+            squares, bound = known.squares[0], known.bounds()[0].square()
             for record in (squares == 0).nonzero().reshape(-1).tolist():
                 if not bool(rows[record].any()):  # all entries are zero, so nothing was lost to underflow
                     bound[record] = 0.0

@@ -99,6 +99,8 @@ class GaussianMechanism(Part):
         totals = [
             torch.zeros_like(parameter)
             if total is None
+            else total
+            if total.dtype == parameter.dtype
             else total.to(torch.promote_types(total.dtype, parameter.dtype))
             for parameter, total in zip(named, sums, strict=True)
         ]

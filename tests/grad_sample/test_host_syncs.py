@@ -10,15 +10,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import operations_table
 import pytest
 import tiny_models
 import torch
 from bit_layers import DetachBitLinear
+from operations_table import Operations
 from tiny_models import DEVICE
 from tiny_trainer import rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from waits import Operations, Waits
+from waits import Waits
 
 from opacus_ac import PrivacyEngine
 from opacus_ac.clipping import POLICIES
@@ -294,3 +296,21 @@ def test_small_parameters_are_one_computation(monkeypatch):
         return counts[-1]
 
     assert operations(2) == operations(16)
+
+
+def test_the_counter_of_operations_sees_no_views_and_no_new_memory():
+    x = torch.ones(2, 3, device=DEVICE)
+    with Operations() as found:
+        torch.empty_like(x).view(6).unsqueeze(0).transpose(0, 1)
+    assert found.count == 0
+    with Operations() as found:
+        x.t().double().sum(0)
+    assert found.count == 2
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="counted on the CPU")
+@pytest.mark.parametrize("length", [16, 512], ids=["by Gram matrices", "written down"])
+def test_a_private_step_asks_for_few_more_operations_in_each_layer(length):
+    """Small models wait for the processor to ask, not for the device."""
+    ordinary, own = (operations_table.of_a_layer(length, private=private) for private in (False, True))
+    assert own - ordinary <= 50

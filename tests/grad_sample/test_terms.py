@@ -8,13 +8,14 @@ from outer_cases import CASES, B, D, T, V, book_of, dense, draw, ids, lookup, wr
 from torch import Tensor
 
 from opacus_ac.grad_sample.one_backward import certified as certification
-from opacus_ac.grad_sample.one_backward import gram, norm_sums
+from opacus_ac.grad_sample.one_backward import gram, norm_sums, reach
 from opacus_ac.grad_sample.one_backward import outer_products as terms
 from opacus_ac.grad_sample.one_backward.bounds import squared_norms, squared_norms_of_many
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
+from opacus_ac.grad_sample.one_backward.reach import Reach, Sides, reaches
 from opacus_ac.grad_sample.one_backward.weighted_sums import Weights
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-5}
@@ -189,9 +190,44 @@ def test_gram_matrices_by_halves(positions, monkeypatch):
             monkeypatch.setattr(gram, "_HALVED", (fewest, 10**9))
             torch.testing.assert_close(gram.Gram.of(x, chunk).whole(), want[0], rtol=1e-12, atol=1e-12)
             for other in (gram.Gram.of(y, chunk), gram.Gram(want[1], None)):
-                got = gram.products(gram.Gram.of(x, chunk), other)
+                total, sides = gram.products(gram.Gram.of(x, chunk), other)
+                (found,) = reaches([sides])
+                got = total, found.total, found.largest
                 expected = ((want[0] * want[1]).sum((1, 2)), reach, torch.maximum(*largest))
                 torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("together", [1, 40, 10**9], ids=["each alone", "some", "all"])
+def test_the_reach_of_many_uses_is_that_of_each(together, monkeypatch):
+    """To the last bit, so a record's norm does not depend on which other layers there are."""
+    monkeypatch.setattr(reach, "_ENTRIES", together)
+    kinds = [(T, torch.float32), (T, torch.float64), (7 * T, torch.float32), (T, torch.float32), (0, torch.float32)]
+    sides = [
+        Sides(*(draw(B, length, dtype=dtype, seed=i + j).square() for j in (0, 50)), squared=squared)
+        for i, (length, dtype) in enumerate(3 * kinds)
+        for squared in (True, False)
+    ]
+    sides.append(Sides(draw(B, T).square(), draw(B, T, dtype=torch.float32).square(), squared=False))
+    before = [(own.left.clone(), own.right.clone()) for own in sides]
+    for own, (left, right), found in zip(sides, before, reaches(sides), strict=True):
+        lengths = left.double() * right.double()
+        assert torch.equal(found.total, (lengths.sqrt() if own.squared else lengths).sum(-1))
+        if own.squared and left.shape[1]:
+            assert torch.equal(found.largest, torch.maximum(left, right).double().amax(-1))
+        else:
+            assert found.largest is None
+        assert torch.equal(own.left, left)  # another use may share it
+        assert torch.equal(own.right, right)
+
+
+def test_the_reach_of_two_uses_is_their_sum():
+    total = torch.ones(B, dtype=torch.float64)
+    both = Reach(total, total).plus(Reach(total, 2 * total))
+    assert torch.equal(both.total, 2 * total)
+    assert torch.equal(both.largest, 2 * total)
+    for one, other in ((total, None), (None, total)):
+        assert Reach(total, one).plus(Reach(total, other)).largest is total
+    assert Reach(total, None).plus(Reach(total, None)).largest is None
 
 
 def test_gram_cache_shares_one_input_and_forgets():

@@ -18,7 +18,7 @@ from opacus_ac import PrivacyEngine
 from opacus_ac.grad_sample import expand_broadcast_embeddings, register_rules
 from opacus_ac.grad_sample.one_backward import bounds, certified, norm_sums
 from opacus_ac.grad_sample.one_backward import outer_products as terms
-from opacus_ac.grad_sample.one_backward.bounds import Certificate, squared_norms
+from opacus_ac.grad_sample.one_backward.bounds import Certificates, squared_norms
 from opacus_ac.grad_sample.one_backward.source import BookKeepingSource
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -257,11 +257,11 @@ def test_no_record_adds_more_by_products_of_half_precision(route, halves):
     assert moved["ordinary"] >= 0.99, moved
 
 
-def bare(self: Certificate) -> Tensor:
+def bare(self: Certificates) -> Tensor:
     return self.squares.clamp(min=0).sqrt()
 
 
-def without_errors(self: Certificate, bounds=Certificate.bounds) -> Tensor:
+def without_errors(self: Certificates, bounds=Certificates.bounds) -> Tensor:
     return bounds(dataclasses.replace(self, norm_error=0.0, sum_error=0.0))
 
 
@@ -270,7 +270,7 @@ def without_errors(self: Certificate, bounds=Certificate.bounds) -> Tensor:
 @pytest.mark.parametrize(("planted", "worthwhile"), [(bare, math.inf), (without_errors, certified.WORTHWHILE)])
 def test_the_battery_finds_norms_that_are_no_bounds(planted, worthwhile, route, kind, monkeypatch):
     """Planted: the computed norm as it is; and a bound without its two errors, which would tell what to compute in float64."""
-    monkeypatch.setattr(Certificate, "bounds", planted)
+    monkeypatch.setattr(Certificates, "bounds", planted)
     monkeypatch.setattr(certified, "WORTHWHILE", worthwhile)
     assert max(Run(route, kind, "bk").moves().values()) > 1 + 5 * SLACK
 

@@ -134,25 +134,3 @@ class _Functions(TorchFunctionMode):
 
 def _is_the_host(target: Any) -> bool:
     return target == "cpu" or (isinstance(target, torch.device) and target.type == "cpu")
-
-
-class Operations(TorchDispatchMode):
-    """A context that counts the operations that a device would be asked for. Views are none.
-
-    Attributes:
-        count: number of operations.
-    """
-
-    _FREE = frozenset({"detach", "view", "unbind", "slice", "select", "t", "transpose", "unsqueeze", "expand"}) | {
-        *("reshape", "_reshape_alias", "as_strided", "alias", "unflatten", "promote_types", "split", "_unsafe_view")
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.count += func.overloadpacket.__name__ not in self._FREE
-        return func(*args, **(kwargs or {}))

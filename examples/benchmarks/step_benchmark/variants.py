@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
 from opacus_ac.grad_sample import register_rules
 from opacus_ac.loss import fused_causal_lm_loss
 from step_benchmark.memory import MIB, release_memory, reset_peak, resident
@@ -36,6 +36,8 @@ class Variant:
     """Whether oneDNN's products may be used where they are faster than torch's own."""
     ema: bool = False
     """Whether the average of the weights is kept, as ``make_private`` does unless it is told otherwise."""
+    auto: bool = False
+    """Whether the learning rate is found by ``AutoAdam``."""
 
     def ready(self, shape: Shape, options: Options) -> Any:
         """Return the variant on a model: a :class:`Trial`, or something with its methods."""
@@ -47,6 +49,7 @@ VARIANTS = {
     "plain-fused-loss": Variant(fused_loss=True),
     "bk": Variant("opacus_ac", "bk"),
     "bk-defaults": Variant("opacus_ac", "bk", ema=True),
+    "bk-auto": Variant("opacus_ac", "bk", auto=True),
     "bk-no-noise": Variant("opacus_ac", "bk", 0.0),
     "bk-without-onednn": Variant("opacus_ac", "bk", onednn=False),
     "bk-fused-loss": Variant("opacus_ac", "bk", fused_loss=True),
@@ -99,7 +102,11 @@ class Trial:
         self.model: Any = new_model(shape, options.device)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.counts = (sum(p.numel() for p in self.parameters), sum(p.numel() for p in self.model.parameters()))
-        self.optimizer: Any = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
+        self.optimizer: Any = (
+            AutoAdam(self.parameters, lr=1e-6, steps=100)
+            if variant.auto
+            else torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
+        )
         self.loss: Callable[[], Any] = (
             self._fused_loss if variant.fused_loss and not shape.image else self._library_loss
         )

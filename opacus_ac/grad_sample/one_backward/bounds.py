@@ -27,12 +27,15 @@ References:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from opacus_ac.grad_sample.one_backward.reach import Reach, Sides, reaches
 from opacus_ac.grad_sample.transfers import on_host
 
 CHUNKS = ((384, 384), (640, 256), (1 << 60, 192))
@@ -66,6 +69,7 @@ NEGLIGIBLE = 1e-12
 """Norm below which a bound is not improved, because no clipping norm is so small."""
 
 
+@functools.cache
 def unit(dtype: torch.dtype, device: torch.device) -> float:
     """Return the unit roundoff of sums in ``dtype``, at least float32. It is doubled if the device may truncate."""
     u = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
@@ -147,47 +151,55 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 @dataclass
 class Certificate:
-    """Norms of one parameter's gradients and their errors, record by record.
-
-    Values are ``[B]`` in float64, on the device of the records, and errors are numbers. The result of :func:`stacked`
-    has the values of P parameters ``[P, B]`` and their errors ``[P, 1]``, on the CPU.
-    """
+    """Norms of one parameter's gradients, with their errors. Values are ``[B]`` in float64, on the device."""
 
     squares: Tensor
     """S, the squared norms as computed."""
-    reach: Tensor | None
-    """D, the sum of the norms of the outer products; None for 0, without outer products."""
-    largest: Tensor | None
-    """Largest squared norm of a side of an outer product; None for 0."""
-    relative: float | Tensor
+    reach: Reach | None
+    """D, the sum of the norms of the outer products, for some uses of the parameter; None for 0."""
+    sides: tuple[Sides, ...]
+    """The sides of its other uses, from which the rest of D is computed."""
+    relative: float
     """rho."""
-    norm_error: float | Tensor
+    norm_error: float
     """e."""
-    sum_error: float | Tensor
+    sum_error: float
     """eta."""
-    underflow: float | Tensor
+    underflow: float
     """Part of the norm that may have been lost to underflow, if no side of an outer product is longer than 0."""
+
+
+@dataclass
+class Certificates:
+    """The certificates of P parameters on the CPU: values ``[P, B]`` in float64, and errors ``[P, 1]``."""
+
+    squares: Tensor
+    """S, the squared norms as computed."""
+    reach: Tensor
+    """D, the sum of the norms of the outer products."""
+    largest: Tensor
+    """Largest squared norm of a side of an outer product."""
+    relative: Tensor
+    """rho."""
+    norm_error: Tensor
+    """e."""
+    sum_error: Tensor
+    """eta."""
+    underflow: Tensor
+    """See :class:`Certificate`."""
 
     @property
     def tiny(self) -> Tensor:
-        """Part of the norm that may have been lost to underflow, ``[B]``."""
-        return self.underflow * (1 + self.largest_side().sqrt())
-
-    def largest_side(self) -> Tensor:
-        """Return the largest squared norm of a side of an outer product, ``[B]``."""
-        return self._or_zero(self.largest)
-
-    def _or_zero(self, values: Tensor | None) -> Tensor:
-        return torch.zeros_like(self.squares) if values is None else values
+        """Part of the norm that may have been lost to underflow, ``[P, B]``."""
+        return self.underflow * (1 + self.largest.sqrt())
 
     def bounds(self) -> Tensor:
-        """Return N_p, the bound for this parameter, ``[B]``."""
-        reach = self._or_zero(self.reach)
-        inexact = (self.squares.clamp(min=0) + self.norm_error * reach.square()).sqrt()
-        return (1 + self.relative) * inexact + self.sum_error * reach + self.tiny
+        """Return N_p, the bound for each parameter, ``[P, B]``."""
+        inexact = (self.squares.clamp(min=0) + self.norm_error * self.reach.square()).sqrt()
+        return (1 + self.relative) * inexact + self.sum_error * self.reach + self.tiny
 
     def bounds_written_down(self) -> Tensor:
-        """Return the bound for written-down gradients, ``[B]``. They are added as they are, so they have less error."""
+        """Return the bound for written-down gradients, ``[P, B]``. They are added as they are, with less error."""
         return (1 + self.relative) * self.squares.sqrt() + self.tiny
 
 
@@ -222,7 +234,7 @@ def of_rows(rows: Tensor, squares: Tensor | None = None) -> Certificate:
     squares = squared_norms(rows) if squares is None else squares
     entries = rows[0].numel() if len(rows) else 0
     underflow = smallest(rows.dtype) * entries**0.5
-    return Certificate(squares, None, None, relative_error(rows, entries), 0.0, 0.0, underflow)
+    return Certificate(squares, None, (), relative_error(rows, entries), 0.0, 0.0, underflow)
 
 
 def relative_error(held: Tensor, entries: int) -> float:
@@ -230,16 +242,32 @@ def relative_error(held: Tensor, entries: int) -> float:
     return (min(entries, BLOCK) // 2 + sum_terms(RECORDS) + 8) * unit(held.dtype, held.device)
 
 
+@functools.cache
 def smallest(dtype: torch.dtype) -> float:
     """Return the square root of the smallest normal number. A smaller number may have a square of zero."""
     return float(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny ** 0.5)
 
 
-def stacked(certificates: Sequence[Certificate]) -> Certificate:
-    """Return the certificates of P parameters as one on the CPU. There is one transfer, if all are on one device."""
+def stacked(certificates: Sequence[Certificate]) -> Certificates:
+    """Return the certificates of P parameters as one. There is one transfer, if all are on one device."""
     zero = torch.zeros(len(certificates[0].squares), dtype=torch.float64)
-    parts = [zero if part is None else part for c in certificates for part in (c.squares, c.reach, c.largest)]
+    parts = []
+    for certificate, reach in zip(certificates, _reaches(certificates), strict=True):
+        total, largest = (None, None) if reach is None else (reach.total, reach.largest)
+        parts += [zero if part is None else part for part in (certificate.squares, total, largest)]
     values = on_host(parts)
     errors = [[c.relative, c.norm_error, c.sum_error, c.underflow] for c in certificates]
     columns = torch.tensor(errors, dtype=torch.float64).unsqueeze(2).unbind(1)
-    return Certificate(*values.unflatten(0, (-1, 3)).unbind(1), *columns)
+    return Certificates(*values.unflatten(0, (-1, 3)).unbind(1), *columns)
+
+
+def _reaches(certificates: Sequence[Certificate]) -> list[Reach | None]:
+    """Return the reach over all uses of each parameter; None for 0."""
+    computed = iter(reaches([sides for certificate in certificates for sides in certificate.sides]))
+    found = []
+    for certificate in certificates:
+        reach = certificate.reach
+        for own in islice(computed, len(certificate.sides)):
+            reach = own if reach is None else reach.plus(own)
+        found.append(reach)
+    return found

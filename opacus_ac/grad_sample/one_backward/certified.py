@@ -38,7 +38,7 @@ def certified(books: Sequence[ParameterBook | RoutedBook], weights: Sequence[flo
     factors = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
     norm = _total(squares, factors).sqrt()
     excess = factors * (bounds - squares.sqrt())
-    doubtful = (excess > WORTHWHILE * norm) & (factors * bounds > NEGLIGIBLE) | (known.largest_side() > EXTREME)
+    doubtful = (excess > WORTHWHILE * norm) & (factors * bounds > NEGLIGIBLE) | (known.largest > EXTREME)
     kept = torch.tensor([[book.rows is not None] for book in books])
     bounds = torch.where(doubtful & kept, known.bounds_written_down(), bounds)
     _write_down(books, (doubtful & ~kept).nonzero().tolist(), bounds, squares)

@@ -13,6 +13,7 @@ from torch import Tensor
 from opacus_ac.grad_sample.one_backward import half_products
 from opacus_ac.grad_sample.one_backward.bounds import squared_norms, stretches, wide
 from opacus_ac.grad_sample.one_backward.matmul import inner, inner_is_faster
+from opacus_ac.grad_sample.one_backward.reach import Sides
 
 T = TypeVar("T")
 
@@ -99,20 +100,24 @@ class Gram:
     def squares(self) -> Tensor:
         """Return the squared norms of the positions, ``[B, T]`` in float64. They must not be written to."""
         if self._squares is None:
-            diagonal = self.blocks.diagonal(dim1=1, dim2=2).double()
+            # A copy, because it is kept for longer than the matrix.
+            diagonal = self.blocks.diagonal(dim1=1, dim2=2).to(torch.float64, copy=True)
             self._squares = diagonal if self.above is None else diagonal.reshape(self.above.shape[0], -1)
         return self._squares
 
 
 def sizes(x: Tensor) -> Tensor:
-    """Return the norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float64, exact to a thousandth."""
+    """Return the norms of the positions of ``x`` ``[B, T, d]``, ``[B, T]`` in float32 or wider, to a thousandth."""
     rows, width = x.flatten(0, 1), x.shape[2]  # which may be 0
-    if width <= _WIDE and x.dtype in (torch.float32, torch.float64):
-        return torch.linalg.vector_norm(x, dim=-1).double()
-    # Some rows at a time, because they are widened.
-    parts = rows.split(max(1, _NUMBERS // max(width, 1)))
-    found = [squared_norms(part).sqrt_() if width > _WIDE else wide(part).norm(dim=-1).double() for part in parts]
-    return torch.cat(found).view(x.shape[:2])
+    dtype = wide(x[:0]).dtype
+    if width <= _WIDE and x.dtype == dtype:
+        return torch.linalg.vector_norm(x, dim=-1)
+    # Some rows at a time, because the CPU widens them.
+    found = [
+        squared_norms(part).sqrt_() if width > _WIDE else torch.linalg.vector_norm(part, dim=-1, dtype=dtype)
+        for part in rows.split(max(1, _NUMBERS // max(width, 1)))
+    ]
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(x.shape[:2])
 
 
 _NUMBERS = 1 << 22
@@ -148,7 +153,7 @@ class GramCache:
         return result
 
 
-def products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
+def products(left: Gram, right: Gram) -> tuple[Tensor, Sides]:
     """Return the values from which the norm of ``sum_t left_t (x) right_t`` is computed.
 
     Args:
@@ -156,21 +161,18 @@ def products(left: Gram, right: Gram) -> tuple[Tensor, Tensor, Tensor]:
         right: Gram matrix ``[B, T, T]`` of the right sides.
 
     Returns:
-        The sum of the elementwise product, the sum of ``|left_t| |right_t|``, and the largest square on the diagonal of
-        either matrix, ``[B]`` in float64 each.
+        The sum of the elementwise product, ``[B]`` in float64, and the squares on the diagonals.
     """
     if (left.above is None) != (right.above is None):
         left, right = Gram(left.whole(), None), Gram(right.whole(), None)
     total = (left.blocks * right.blocks).sum((1, 2), dtype=torch.float64)
-    a, b = left.squares(), right.squares()
-    reach = (a * b).sqrt_().sum(-1)
     if left.above is not None and right.above is not None:
         above = (left.above * right.above).sum((1, 2), dtype=torch.float64)
         total = total.view(-1, 2).sum(1) + 2 * above
-    return total, reach, torch.maximum(a.amax(-1), b.amax(-1))
+    return total, Sides(left.squares(), right.squares(), squared=True)
 
 
-def products_by_tiles(left: Tensor, right: Tensor, pieces: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def products_by_tiles(left: Tensor, right: Tensor, pieces: tuple[int, int]) -> tuple[Tensor, Sides]:
     """Return the same as :func:`products`, without Gram matrices larger than tiles of ``TILE`` by ``TILE`` positions.
 
     Args:
@@ -179,16 +181,17 @@ def products_by_tiles(left: Tensor, right: Tensor, pieces: tuple[int, int]) -> t
         pieces: number of terms of an inner product that are added up at a time, for either side.
     """
     batch, positions = left.shape[:2]
-    total, reach, largest = torch.zeros(3, batch, dtype=torch.float64, device=left.device)
-    tiles = stretches(positions, TILE)
+    total = torch.zeros(batch, dtype=torch.float64, device=left.device)
+    tiles, sides = stretches(positions, TILE), []
     for number, rows in enumerate(tiles):
-        on = products(Gram.of(left[:, rows], pieces[0]), Gram.of(right[:, rows], pieces[1]))
-        total, reach, largest = total + on[0], reach + on[1], torch.maximum(largest, on[2])
+        square, own = products(Gram.of(left[:, rows], pieces[0]), Gram.of(right[:, rows], pieces[1]))
+        total += square
+        sides.append(own)
         for columns in tiles[number + 1 :]:
             a = inner_by_pieces(left[:, rows], left[:, columns], pieces[0])
             b = inner_by_pieces(right[:, rows], right[:, columns], pieces[1])
             total += 2 * a.mul_(b).sum((1, 2), dtype=torch.float64)
-    return total, reach, largest
+    return total, Sides(torch.cat([s.left for s in sides], 1), torch.cat([s.right for s in sides], 1), squared=True)
 
 
 TILE = 1024

@@ -9,8 +9,9 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from opacus_ac.grad_sample.one_backward.bounds import (
 )
 from opacus_ac.grad_sample.one_backward.gram import GramCache, inner_by_pieces, products, products_by_tiles, sizes
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup
+from opacus_ac.grad_sample.one_backward.reach import Reach, Sides
+
+T = TypeVar("T")
 
 _GRAM_BYTES = 1 << 26
 """Memory for the ``[T, T]`` matrices of the records that are computed together, in bytes."""
@@ -39,10 +43,12 @@ _GRAM_BYTES = 1 << 26
 class NormSums:
     """Sums over the uses of a parameter so far, ``[B]`` in float64 each. See :class:`Certificate` for their meaning."""
 
-    squares: Tensor
-    """Not used if the gradients are written down."""
-    reach: Tensor
-    largest: Tensor
+    squares: Tensor | None
+    """None for 0; not used if the gradients are written down."""
+    reach: Reach | None
+    """The reach of some uses; None for 0."""
+    sides: tuple[Sides, ...]
+    """The sides of the other uses."""
     uses: int
     terms: int
     """Error of the inner products, in units of u."""
@@ -54,9 +60,9 @@ class NormSums:
     def plus(self, other: NormSums) -> NormSums:
         """Return the sums for the uses of both. One of them has the cross terms."""
         return NormSums(
-            self.squares + other.squares,
-            self.reach + other.reach,
-            torch.maximum(self.largest, other.largest),
+            _added(self.squares, other.squares, Tensor.add),
+            _added(self.reach, other.reach, Reach.plus),
+            self.sides + other.sides,
             self.uses + other.uses,
             max(self.terms, other.terms),
             self.underflow + other.underflow,
@@ -75,13 +81,18 @@ class NormSums:
         return Certificate(
             squares,
             self.reach,
-            self.largest,
+            self.sides,
             relative_error(held, entries),
             # One per cent more, because D is a computed value itself.
             1.01 * (self.terms + 8) * u,
             1.01 * ((sum_terms(ROWS) + self.uses + 8) * u + self.split),
             smallest(held.dtype) * self.underflow,
         )
+
+
+def _added(one: T | None, other: T | None, add: Callable[[T, T], T]) -> T | None:
+    """Return the sum of two values that may be None for 0."""
+    return other if one is None else one if other is None else add(one, other)
 
 
 def _slices(batch: int, rows: int, columns: int) -> list[slice]:
@@ -112,7 +123,9 @@ def dense_sums(term: Dense, cache: GramCache) -> NormSums:
     # Matrices of long sequences are too large for the cache, and no other layer uses the same slices.
     side = min(positions, gram.TILE)
     parts = [products_by_tiles(term.left[i], term.right[i], terms) for i in _slices(batch, side, side)]
-    return _dense_norm_sums(term, *(torch.cat(values) for values in zip(*parts, strict=True)))
+    squares, sides = zip(*parts, strict=True)
+    together = Sides(torch.cat([s.left for s in sides]), torch.cat([s.right for s in sides]), squared=True)
+    return _dense_norm_sums(term, torch.cat(squares), together)
 
 
 def _chunks(term: Dense) -> tuple[int, int]:
@@ -126,26 +139,24 @@ def dense_sizes(term: Dense, cache: GramCache) -> NormSums:
 
     Bounds must not depend on whether gradients are written down.
     """
-    left, right = cache.sizes(term.left), cache.sizes(term.right)
-    reach = (left * right).sum(1)
-    return _dense_norm_sums(term, torch.zeros_like(reach), reach, torch.zeros_like(reach))
+    return _dense_norm_sums(term, None, Sides(cache.sizes(term.left), cache.sizes(term.right), squared=False))
 
 
-def _dense_norm_sums(term: Dense, squares: Tensor, reach: Tensor, largest: Tensor) -> NormSums:
+def _dense_norm_sums(term: Dense, squares: Tensor | None, sides: Sides) -> NormSums:
     positions, height = term.left.shape[1:]
     width = term.right.shape[2]
     terms = inner_terms(height, width) + inner_terms(width, height)
     underflow = positions * (height + width + 1) ** 0.5
-    return NormSums(squares, reach, largest, 1, terms, underflow, half_products.sum_error(term.left, term.right))
+    return NormSums(squares, None, (sides,), 1, terms, underflow, half_products.sum_error(term.left, term.right))
 
 
 def lookup_sums(term: Lookup, *, written_down: bool) -> NormSums:
     """Return the sums of one use by an embedding; without squared norms if gradients are ``written_down``."""
-    lengths = sizes(term.right)
-    squares = torch.zeros_like(lengths[:, 0]) if written_down else lookup_cross(term, term)
-    largest = torch.zeros_like(squares) if written_down else lengths.amax(1).square()
+    lengths = sizes(term.right).double()
+    squares = None if written_down else lookup_cross(term, term)
+    reach = Reach(lengths.sum(1), None if written_down else lengths.amax(1).square())
     positions, width = term.right.shape[1:]
-    return NormSums(squares, lengths.sum(1), largest, 1, inner_terms(width, width), positions * (width + 1) ** 0.5)
+    return NormSums(squares, reach, (), 1, inner_terms(width, width), positions * (width + 1) ** 0.5)
 
 
 def lookup_cross(one: Lookup, other: Lookup) -> Tensor:

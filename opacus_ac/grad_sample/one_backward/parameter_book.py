@@ -73,7 +73,7 @@ class ParameterBook:
 
     def _count(self, own: NormSums, crosses: list[Tensor]) -> None:
         for cross in crosses:
-            own.squares = own.squares + 2 * cross
+            own.squares = 2 * cross if own.squares is None else own.squares + 2 * cross
         self._found = own if self._found is None else self._found.plus(own)
 
     def _add_rows(self, values: Tensor, path: str) -> None:
@@ -120,6 +120,7 @@ class ParameterBook:
             found = self._found.certify(alone.squares, self.rows, self.shape.numel())
             return replace(found, underflow=found.underflow + alone.underflow)
         assert self._found is not None
+        assert self._found.squares is not None
         held = self.dense[0].left if self.dense else self.lookups[0].right
         return self._found.certify(self._found.squares, held, self.shape.numel())
 
@@ -165,7 +166,7 @@ class ParameterBook:
         """
         self.check_unchanged()
         if self.rows is not None:
-            add_rows(weights.pick(self.rows), weights.like(out), out.zero_(), first=True)
+            add_rows(weights.pick(self.rows), weights.like(out), out, first=True)
             return
         together = weights.without(self.apart)
         self._add_terms(together, out, together.like(out).view(-1, 1, 1))

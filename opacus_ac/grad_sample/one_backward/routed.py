@@ -23,6 +23,7 @@ from opacus_ac.grad_sample.one_backward.experts import expert_of_rows, stretches
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.norm_sums import NormSums, dense_sizes, dense_sums
 from opacus_ac.grad_sample.one_backward.outer_products import Dense
+from opacus_ac.grad_sample.one_backward.reach import Reach, reaches
 from opacus_ac.grad_sample.one_backward.weighted_sums import Weights, add_product
 from opacus_ac.grad_sample.unchanged import Unchanged
 
@@ -82,6 +83,7 @@ class RoutedBook:
         self._used.check()
         use = self._together()
         found, held = _found(use), use.left
+        assert found.squares is not None
         return found.certify(found.squares, held, self.shape.numel())
 
     def _together(self) -> Routed:
@@ -167,7 +169,7 @@ def _found(use: Routed) -> NormSums:
     """Return what is known of the norms of records, from that of their groups."""
     batch, device = use.batch, use.left.device
     zeros = torch.zeros(batch, dtype=torch.float64, device=device)
-    total = NormSums(zeros, zeros, zeros, 0, 1, 0.0)
+    total = NormSums(zeros, Reach(zeros, zeros), (), 0, 1, 0.0)
     for ids, groups in _filled_up(use):
         total = replace(total.plus(_of_records(_groups_found(groups), ids % batch, batch)), uses=1)
     return total
@@ -225,9 +227,12 @@ def _groups_found(groups: Dense) -> NormSums:
 def _of_records(groups: NormSums, records: Tensor, batch: int) -> NormSums:
     """Return what is known of records, from their groups; records ``[G]``."""
     zeros = torch.zeros(batch, dtype=torch.float64, device=records.device)
+    (reach,) = reaches(groups.sides)  # of groups, so it cannot wait for those of other layers
+    assert groups.squares is not None
+    largest = None if reach.largest is None else zeros.scatter_reduce(0, records, reach.largest, "amax")
     return replace(
         groups,
         squares=zeros.index_add(0, records, groups.squares.to(records.device)),
-        reach=zeros.index_add(0, records, groups.reach),
-        largest=zeros.scatter_reduce(0, records, groups.largest, "amax"),
+        reach=Reach(zeros.index_add(0, records, reach.total), largest),
+        sides=(),
     )

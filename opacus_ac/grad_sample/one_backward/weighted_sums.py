@@ -84,20 +84,23 @@ class Weights:
 
 
 def add_rows(rows: Tensor, factors: Tensor, out: Tensor, *, first: bool = False) -> None:
-    """Add ``sum_i factors[i] rows[i]`` to ``out``, in the type of ``out``.
+    """Add ``sum_i factors[i] rows[i]`` to ``out``, in the type of ``out``; with ``first``, overwrite ``out``.
 
     Args:
         rows: ``[B, ...]``.
         factors: ``[B]``.
         out: the sum.
-        first: whether ``out`` is zero.
+        first: whether ``out`` is overwritten.
     """
     flat, total, factors = rows.unsqueeze(-1).flatten(1), out.view(-1), factors.to(out)
+    if first and 0 < len(flat) <= RECORDS and out.dtype == flat.dtype:
+        torch.mv(flat.t(), factors, out=total)
+        return
+    if first:
+        total.zero_()
     if out.dtype != flat.dtype:  # one by one, to avoid a copy of all in another type
         for row, factor in zip(flat, factors, strict=True):
             total.addcmul_(row.to(out.dtype), factor)
-    elif len(flat) <= RECORDS and first:
-        torch.mv(flat.t(), factors, out=total)
     elif len(flat):
         for start in range(0, len(total), _PIECE):
             entries = slice(start, start + _PIECE)
@@ -126,9 +129,9 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, firs
         return
     # The narrower side is multiplied by the weights, because the other may be as wide as the vocabulary.
     if left.shape[2] < right.shape[2]:
-        left = wide(left).to(out.dtype) * scale
+        left = _times(left, scale)
     else:
-        right = wide(right).to(out.dtype) * scale
+        right = _times(right, scale)
     if rows <= ROWS and first and left.dtype == right.dtype:
         add_outer(left, right, out, first=True)
         return
@@ -145,6 +148,12 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, scale: Tensor, *, firs
         into = out[:, part] if along else out[part]
         # Added after it was computed. A product that starts from the sum so far rounds once per row.
         into.copy_(product if first else product.add_(into))
+
+
+def _times(side: Tensor, scale: Tensor) -> Tensor:
+    """Return ``side`` times ``scale``, in the type of ``scale``."""
+    widens = torch.promote_types(side.dtype, scale.dtype) == scale.dtype  # so the product does it
+    return (side if widens else side.to(scale.dtype)) * scale
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, rows: slice) -> Tensor:
