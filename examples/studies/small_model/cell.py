@@ -52,7 +52,6 @@ class Cell:
         seed: of the data, the draws and the noise.
         rate: learning rate; None for that of the method.
         bound: C0; None for that of the method.
-        optimizer: inner optimizer by name; None for that of the method.
         beta1: momentum of the inner optimizer; None for that of the method.
         accountant: of the epsilon; None for that of the method.
         lora: rank of LoRA adapters in all linear layers but the head; 0 to train all weights.
@@ -68,7 +67,6 @@ class Cell:
     seed: int = 0
     rate: float | None = None
     bound: float | None = None
-    optimizer: str | None = None
     data: str = "easy"
     steps: int = 30
     batch: int = 200
@@ -89,7 +87,7 @@ class Cell:
         """
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
-        names = ("rate", "bound", "optimizer", "beta1", "accountant")
+        names = ("rate", "bound", "beta1", "accountant")
         own = {name: value for name in names if (value := getattr(self, name)) is not None}
         method = replace(METHODS[self.method], **own)
         return method if method.beta1 is not None else replace(method, beta1=planned_beta1(self.steps))

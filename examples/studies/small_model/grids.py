@@ -23,9 +23,9 @@ SEEDS: Seeds = (0, 1, 2)
 
 
 def full(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Both models and tones: the main methods at every epsilon, every other method, each part removed, and no noise.
+    """The main methods at every epsilon, every other method, each part removed, and no noise.
 
-    The ternary model has fewer epsilons, and one for the second tone. Other methods and parts have the first tone.
+    The second tone has the small language model's main methods only. The ternary model has fewer epsilons.
     """
     first, second = TONES
 
@@ -40,7 +40,6 @@ def full(seeds: Seeds = SEEDS) -> list[Cell]:
         + rows("llama", first, PARTS, (4.0,))
         + rows("llama", second, MAIN, EPSILONS)
         + rows("bitnet", first, OTHERS + PARTS, (4.0,))
-        + rows("bitnet", second, MAIN, (4.0,))
     )
 
 
@@ -51,34 +50,17 @@ def references(seeds: Seeds, tones: tuple[str, ...] = TONES) -> list[Cell]:
     ]
 
 
-RATES = {"adamw": (0.006, 0.012), "sgd": (1.0, 2.0)}
+RATES = (0.006, 0.012)
 FLAT, ADAPTIVE = (0.01, 1.0, 10.0, 100.0), (0.01, 1.0, 100.0)
 
 
 def tuning(seeds: Seeds = SEEDS) -> list[Cell]:
-    """Flat C over four decades and the default from three C0, with two learning rates each, in 25 steps.
-
-    SGD's step is in proportion to C, so its learning rates are for C = 1 and divided by C0.
-    """
-    kinds = (("adamw", "easy"), ("adamw", "heavy"), ("sgd", "easy"))
+    """Flat C over four decades and the default from three C0, on both kinds of data, with two learning rates each."""
+    rows = [("adamw-flat", bound) for bound in FLAT] + [("dp-adam-ac", bound) for bound in ADAPTIVE]
     return [
-        cell for optimizer, data in kinds for cell in _tuned(seeds, optimizer, data, FLAT, ADAPTIVE)
-    ]  # fmt: skip
-
-
-def _tuned(seeds: Seeds, optimizer: str, data: str, flat: tuple[float, ...], adaptive: tuple[float, ...]) -> list[Cell]:
-    rows = [("adamw-flat", bound) for bound in flat] + [("dp-adam-ac", bound) for bound in adaptive]
-    return [
-        Cell(
-            method,
-            seed=seed,
-            rate=rate / bound if optimizer == "sgd" else rate,
-            bound=bound,
-            optimizer=optimizer,
-            data=data,
-            steps=25,
-        )
-        for seed, (method, bound), rate in product(seeds, rows, RATES[optimizer])
+        Cell(method, seed=seed, rate=rate, bound=bound, data=data, steps=25)
+        for data in ("easy", "heavy")
+        for seed, (method, bound), rate in product(seeds, rows, RATES)
     ]
 
 
@@ -144,10 +126,7 @@ def quick(seeds: Seeds = (0,)) -> list[Cell]:
     ]
     cells += [Cell(method, MODELS[0], tone, 4.0, seed) for seed, method in product(seeds, (*PARTS, *OTHERS))]
     rows = [("adamw-flat", bound) for bound in (1.0, 10.0, 100.0)] + [("dp-adam-ac", bound) for bound in (0.01, 100.0)]
-    short = [
-        Cell(m, seed=seed, rate=0.008, bound=bound, optimizer="adamw", steps=25)
-        for seed, (m, bound) in product(seeds, rows)
-    ]
+    short = [Cell(m, seed=seed, rate=0.008, bound=bound, steps=25) for seed, (m, bound) in product(seeds, rows)]
     return cells + references(seeds, (tone,)) + short
 
 

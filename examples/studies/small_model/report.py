@@ -97,21 +97,15 @@ def parts_table(results: list[Result]) -> str:
     return "### One part removed at a time\n\n" + markdown(head, rows) + "\n"
 
 
-def _rate(result: Result) -> float:
-    """Learning rate as if C0 were 1 (SGD's step is in proportion to C0)."""
-    scale = result["bound"] if result["optimizer"] == "sgd" else 1.0
-    return float(f"{result['rate'] * scale:.6g}")
-
-
 def tuning_table(results: list[Result]) -> str:
-    """Best of the flat C and what the default does from each C0, per optimizer, epsilon and kind of data."""
+    """Best of the flat C and what the default does from each C0, per epsilon and kind of data."""
     parts = []
-    for (optimizer, data, epsilon), here in grouped(results, "optimizer", "data", "epsilon").items():
+    for (data, epsilon), here in grouped(results, "data", "epsilon").items():
         rows = []
         table: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
         for r in here:
-            table[r["method"], r["bound"]][_rate(r)].append(r["loss"])
-        rates = sorted({_rate(r) for r in here})
+            table[r["method"], r["bound"]][r["rate"]].append(r["loss"])
+        rates = sorted({r["rate"] for r in here})
         means = {key: {rate: statistics.fmean(v) for rate, v in by_rate.items()} for key, by_rate in table.items()}
         flat = [min(m.values()) for (method, _), m in means.items() if method == "adamw-flat"]
         best = min(flat) if flat else math.nan
@@ -125,7 +119,7 @@ def tuning_table(results: list[Result]) -> str:
                     f"{ratio:.3f}",
                 ]
             )
-        parts.append(f"### {optimizer}, {data} data, epsilon {_epsilon(epsilon)}: held-out loss by learning rate\n")
+        parts.append(f"### {data} data, epsilon {_epsilon(epsilon)}: held-out loss by learning rate\n")
         parts.append(
             markdown(["clipping", "C0", *(f"{rate:g}" for rate in rates), "best, over best flat"], rows) + "\n"
         )
@@ -287,9 +281,9 @@ def _tuning(results: list[Result], folder: Path) -> list[Path]:
     """Best loss over the learning rates against C0, flat and adaptive."""
     made = []
     tuned = [r for r in results if r["bound"] is not None]
-    for (optimizer, data), here in grouped(tuned, "optimizer", "data").items():
+    for (data,), here in grouped(tuned, "data").items():
         figure, axes = _axes(
-            f"{optimizer or 'adamw'}, {data} data: does C0 need tuning? (best learning rate of each point)",
+            f"{data} data: does C0 need tuning? (best learning rate of each point)",
             "C0",
             "held-out loss, nats per token",
         )
@@ -301,5 +295,5 @@ def _tuning(results: list[Result], folder: Path) -> list[Path]:
                 points[bound] = min(by_rate, key=statistics.fmean)
             _line(axes, points, f"{method}, epsilon {_epsilon(epsilon)}", colour)
         axes.set_xscale("log")
-        made.append(_save(figure, axes, folder / f"study-tuning-{optimizer or 'adamw'}-{data}.png"))
+        made.append(_save(figure, axes, folder / f"study-tuning-{data}.png"))
     return made
