@@ -8,6 +8,7 @@ ones are asked for. Views and new memory are none. The count of a layer is the d
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import warnings
 from typing import Any
@@ -79,6 +80,7 @@ def of_a_layer(length: int, *, private: bool) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="What a private step asks of a device in each layer.").parse_args()
     warnings.filterwarnings("ignore")
     print("| tokens of a record | ordinary step | private step |\n|---|---|---|")
     for length in LENGTHS:

@@ -234,9 +234,11 @@ def figures(results: list[Result], folder: Path) -> list[Path]:
     """Draw what the results allow and return the files."""
     made = []
     main = [r for r in results if r["bound"] is None and r["rate"] is None]
-    for (model,), here in grouped(main, "model").items():
+    for (model,), every in grouped(main, "model").items():
+        tone = every[0]["tone"]  # the one that every method has
+        here = [r for r in every if r["tone"] == tone]
         figure, axes = _axes(
-            f"{model}: held-out loss against epsilon (delta 1e-5), both tones",
+            f"{model}, {tone} tone: held-out loss against epsilon (delta 1e-5)",
             "epsilon",
             "held-out loss, nats per token",
         )
