@@ -10,13 +10,13 @@ from torch import Tensor
 from opacus_ac.grad_sample.one_backward import certified as certification
 from opacus_ac.grad_sample.one_backward import gram, norm_sums, reach
 from opacus_ac.grad_sample.one_backward import outer_products as terms
-from opacus_ac.grad_sample.one_backward.bounds import squared_norms, squared_norms_of_many
+from opacus_ac.grad_sample.one_backward.bounds import RECORDS, squared_norms, squared_norms_of_many
 from opacus_ac.grad_sample.one_backward.certified import certified
 from opacus_ac.grad_sample.one_backward.gram import GramCache
 from opacus_ac.grad_sample.one_backward.outer_products import Dense, Lookup
 from opacus_ac.grad_sample.one_backward.parameter_book import ParameterBook
 from opacus_ac.grad_sample.one_backward.reach import Reach, Sides, reaches
-from opacus_ac.grad_sample.one_backward.weighted_sums import Weights
+from opacus_ac.grad_sample.one_backward.weighted_sums import Weights, add_product, add_rows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-5}
 
@@ -228,6 +228,25 @@ def test_the_reach_of_two_uses_is_their_sum():
     for one, other in ((total, None), (None, total)):
         assert Reach(total, one).plus(Reach(total, other)).largest is total
     assert Reach(total, None).plus(Reach(total, None)).largest is None
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+@pytest.mark.parametrize("records", [0, 1, RECORDS, RECORDS + 1])
+def test_what_was_in_the_memory_of_a_sum_is_not_in_the_sum(records, dtype):
+    """A sum is written into memory as it comes, in which there may be values that are not finite."""
+    factors = torch.ones(records, 1, 1)
+    for width in (1, 7):
+        rows = draw(records, width, dtype=dtype)
+        for out_dtype in (dtype, torch.float64):  # float64: exact sums
+            found = torch.full((width,), float("nan"), dtype=out_dtype)
+            add_rows(rows, factors.view(-1), found, first=True)
+            torch.testing.assert_close(found.double(), rows.double().sum(0), rtol=0.02, atol=0.3)
+    for positions in (0, 1, 3, 70):
+        left, right = (draw(records, positions, d, dtype=dtype, seed=d) for d in (5, 4))
+        found = torch.full((5, 4), float("nan"), dtype=torch.promote_types(dtype, torch.float32))
+        add_product(found, left, right, factors.to(found), first=True)
+        want = torch.einsum("nti,ntj->ij", left.double(), right.double())
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-3)
 
 
 def test_gram_cache_shares_one_input_and_forgets():
