@@ -17,30 +17,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.results import append, read, results_of
+from common.results import read, run_missing
 from small_model import cell as cells
 from small_model import public
 from small_model.grids import GRIDS
 from small_model.report import figures, tables
 
 
-def wanted(grid: list[cells.Cell], out: Path) -> list[cells.Cell]:
-    """Return the cells of the grid that have not run, each once, in the grid's order."""
-    done = {result["key"] for result in read(out)}
-    unique = {c.key(): c for c in grid}
-    return [c for key, c in unique.items() if key not in done]
-
-
 def run_all(grid: list[cells.Cell], out: Path, jobs: int) -> None:
     """Run what is missing and append each result as soon as it is there."""
-    missing = wanted(grid, out)
-    for model in sorted({c.model for c in missing}):
-        public.public_model(model)
+    for model in sorted({c.model for c in grid}):
+        public.public_model(model)  # before there are several processes, of which each would train it
     start = time.perf_counter()
-    for number, result in enumerate(results_of(cells.run, [(c,) for c in missing], jobs), start=1):
-        append(out, result)
+    for done, result in run_missing(grid, cells.run, out, jobs):
         print(
-            f"[{number}/{len(missing)}, {time.perf_counter() - start:.0f} s] {result['method']} {result['model']} {result['tone']} "
+            f"{done} {time.perf_counter() - start:.0f} s: {result['method']} {result['model']} {result['tone']} "
             f"epsilon {result['epsilon']} seed {result['seed']}: loss {result['loss']:.3f}, {result['seconds']:.0f} s",
             flush=True,
         )
