@@ -4,8 +4,7 @@
     python examples/classify_sentences.py  # any option of PrivacyArguments or TrainingArguments may follow
 
 Every twentieth sentence is taken as public, and the scores are about them. All others are private: one sentence is one record.
-Only the last layer is trained, on the mean over the tokens of a sentence, for which this encoder was made. Where most records are
-clipped, all pull alike, and the larger class wins by their number: fewer of them are clipped here than by default.
+Only the last layer is trained, on the mean over the tokens of a sentence, for which this encoder was made.
 """
 
 import bz2
@@ -23,7 +22,7 @@ from opacus_ac.integrations import PrivacyArguments, PrivateTrainer
 
 DEFAULTS = """--target_epsilon 8 --target_delta 1e-5 --evaluation_is_public true --output_dir runs/classify_sentences --logging_steps 5
     --max_steps 30 --learning_rate 0.1 --per_device_train_batch_size 16 --gradient_accumulation_steps 8 --disable_tqdm true
-    --target_clip_rate 0.3 --lr_scheduler_type linear --per_device_eval_batch_size 64 --save_strategy no --report_to none"""
+    --lr_scheduler_type linear --per_device_eval_batch_size 64 --save_strategy no --report_to none"""
 
 
 @dataclass

@@ -16,8 +16,11 @@ _MODES = ("bk", "hooks")
 _TIMES_CHANCE = 4.0  # a model of C classes that knows nothing has loss log C; few records have four times as much
 
 
-class DefaultBound(float):
-    """The loss bound of who has named none. It is that of words; models of few classes get a smaller one."""
+_CLASSES_CLIPPED = 0.3  # where nearly all records are clipped, those that are right already pull as hard as the others
+
+
+class Default(float):
+    """The value of who has named none. It is that of models of words; models of few classes get another one."""
 
 
 @dataclass
@@ -34,6 +37,9 @@ class PrivacyArguments:
         target_delta: delta of the guarantee, well below 1 / N.
         dataset_size: public number of records N. The default is the number of rows (or users) of the training data,
             which is then published.
+        target_clip_rate: fraction of records to be clipped. The default is 0.9, and 0.3 for a model that chooses among
+            classes: where nearly all records are clipped, those that are right already pull as hard as those that are
+            wrong, so that the larger class wins, or the model grows too sure of itself.
         loss_bound: public bound of a record's loss, for the noisy loss in the log; 0 to release no loss. The default is
             10, and 4 log C for a model that chooses among C classes: the noise of the loss grows with the bound, and a
             loss by chance is log C. Set it for regression, whose losses are in units of your own.
@@ -62,12 +68,14 @@ class PrivacyArguments:
     per_sample_max_grad_norm: float | None = option(None, "clipping norm C0 of the first step (default 1; paper: 3)")
     clipping: str = option("adaptive", "adaptive, flat (fixed C) or automatic (AUTO-S)")
     clip_policy: str | None = shared("clip_policy")
-    target_clip_rate: float = shared("target_clip_rate")
+    target_clip_rate: float = shared(
+        "target_clip_rate", default=Default(OPTIONS["target_clip_rate"].default), note="default 0.9, with classes 0.3"
+    )
     normalize: bool = shared("normalize")
     grad_sample_mode: str = option("bk", "bk (one backward pass) or hooks (as in Opacus)")
     fused_step: bool = shared("fused_step")
     loss_bound: float | None = shared(
-        "loss_bound", default=DefaultBound(10.0), note="default 10, with C classes 4 log C; 0 for none"
+        "loss_bound", default=Default(10.0), note="default 10, with C classes 4 log C; 0 for none"
     )
     lr_control: bool = shared("lr_control")
     ema_decay: float | None = shared("ema_decay", note="0 for none")
@@ -107,10 +115,21 @@ class PrivacyArguments:
         >>> round(PrivacyArguments(noise_multiplier=1.0).bound_for(2), 3)
         2.773
         """
-        if classes is None or classes < 2 or not isinstance(self.loss_bound, DefaultBound):
+        if classes is None or classes < 2 or not isinstance(self.loss_bound, Default):
             # A plain float, because the bound is kept in checkpoints.
             return None if self.loss_bound is None else float(self.loss_bound)
         return min(float(self.loss_bound), _TIMES_CHANCE * math.log(classes))
+
+    def clip_rate_for(self, classes: int | None) -> float:
+        """Return the fraction of records to be clipped for a model that chooses among so many classes, as above.
+
+        >>> PrivacyArguments(noise_multiplier=1.0).clip_rate_for(2)
+        0.3
+        """
+        chooses = classes is not None and classes >= 2
+        follows = self.clipping == "adaptive" and self.clip_policy != "fixed"  # else the rate moves no norm
+        usual = isinstance(self.target_clip_rate, Default) and follows
+        return _CLASSES_CLIPPED if chooses and usual else float(self.target_clip_rate)
 
     def engine_options(self, classes: int | None = None) -> dict[str, Any]:
         """Return the keyword arguments of ``make_private`` that these settings determine.
@@ -119,13 +138,14 @@ class PrivacyArguments:
             classes: number of classes among which the model chooses; None for other models.
         """
         names = (
-            "clipping", "clip_policy", "target_clip_rate", "normalize", "grad_sample_mode", "fused_step",
+            "clipping", "clip_policy", "normalize", "grad_sample_mode", "fused_step",
             "lr_control", "ema_decay", "preset", "sampling", "dataset_size",
         )  # fmt: skip
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         options["poisson_sampling"] = self.sampling != "shuffled"
         options["max_grad_norm"] = self.per_sample_max_grad_norm
         options["loss_bound"] = self.bound_for(classes)
+        options["target_clip_rate"] = self.clip_rate_for(classes)
         if self.auto_learning_rate:
             options["lr_control"] = False
             if self.ema_decay == OPTIONS["ema_decay"].default:

@@ -12,7 +12,7 @@ from tiny_trainer import trainer, weights
 from transformers.trainer_pt_utils import LabelSmoother
 
 from opacus_ac.integrations import PrivacyArguments
-from opacus_ac.integrations.trainer.arguments import DefaultBound
+from opacus_ac.integrations.trainer.arguments import Default
 
 pytestmark = pytest.mark.filterwarnings("ignore:noise_generator is seeded", "ignore::FutureWarning")
 SETTINGS = {
@@ -117,11 +117,30 @@ def test_a_bound_that_the_user_names_holds_for_every_model(bound, tmp_path):
     assert made.private_optimizer.statistics.loss_bound == bound
 
 
+@pytest.mark.parametrize("task", BOUNDS)
+def test_fewer_records_of_a_model_of_classes_are_clipped(task, tmp_path):
+    make, labels = HEADS[task]
+    made = started(tmp_path, built(make), rows(labels), {"clip_policy": "percentile"})
+    made.create_optimizer()
+    assert made.private_optimizer.policy.target_clip_rate == (0.9 if BOUNDS[task] == 10.0 else 0.3)
+
+
+@pytest.mark.parametrize("words", [["--target_clip_rate", "0.9"], ["--target_clip_rate", "0.5"], ["--clipping", "flat"]])
+def test_a_clip_rate_that_the_user_names_holds_for_every_model(words):
+    parse = hf.HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses
+    (parsed,) = parse(["--noise_multiplier", "1", *words])
+    wanted = float(words[1]) if "rate" in words[0] else 0.9
+    assert parsed.engine_options(2)["target_clip_rate"] == parsed.engine_options(None)["target_clip_rate"] == wanted
+    (usual,) = parse(["--noise_multiplier", "1"])
+    assert usual.engine_options(2)["target_clip_rate"] == 0.3
+    assert type(usual.engine_options(None)["target_clip_rate"]) is float  # it goes into checkpoints
+
+
 def test_many_classes_have_the_bound_of_words_and_copies_keep_their_default():
     settings = PrivacyArguments(noise_multiplier=1.0)
     assert settings.bound_for(50_000) == settings.loss_bound == 10.0
     assert type(settings.bound_for(None)) is float  # it goes into checkpoints, which hold plain types
-    assert isinstance(copy.deepcopy(settings).loss_bound, DefaultBound)
+    assert isinstance(copy.deepcopy(settings).loss_bound, Default)
     (parsed,) = hf.HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses(["--noise_multiplier", "1"])
     assert parsed.bound_for(2) == pytest.approx(4 * math.log(2))
     (parsed,) = hf.HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses(
