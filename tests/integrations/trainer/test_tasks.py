@@ -125,7 +125,9 @@ def test_fewer_records_of_a_model_of_classes_are_clipped(task, tmp_path):
     assert made.private_optimizer.policy.target_clip_rate == (0.9 if BOUNDS[task] == 10.0 else 0.3)
 
 
-@pytest.mark.parametrize("words", [["--target_clip_rate", "0.9"], ["--target_clip_rate", "0.5"], ["--clipping", "flat"]])
+@pytest.mark.parametrize(
+    "words", [["--target_clip_rate", "0.9"], ["--target_clip_rate", "0.5"], ["--clipping", "flat"]]
+)
 def test_a_clip_rate_that_the_user_names_holds_for_every_model(words):
     parse = hf.HfArgumentParser(PrivacyArguments).parse_args_into_dataclasses
     (parsed,) = parse(["--noise_multiplier", "1", *words])
