@@ -158,7 +158,8 @@ def table(results: Sequence[Result]) -> str:
         known = [r for r in mine if (tone, epsilon, r["seed"]) in best]
         above = [100 * (r["loss"] / best[tone, epsilon, r["seed"]] - 1) for r in known]
         found = [r["found_rate"] for r in mine if r["found_rate"] is not None]
-        rates = f"{min(found):.3f} to {max(found):.3f} (from {rate:g})" if found else f"{rate:g}"
+        ends = dict.fromkeys(f"{end:.3f}" for end in (min(found), max(found))) if found else ()
+        rates = f"{' to '.join(ends)} (from {rate:g})" if found else f"{rate:g}"
         ahead = mean_and_spread(above, 1) if above else ""
         rows.append([tone, f"{epsilon:g}", method, f"{beta1:g}", rates, str(len(mine)), *losses, ahead])
     heads = ["tone", "epsilon", "method", "beta1", "learning rate", "runs", "before", "after", "averaged weights"]

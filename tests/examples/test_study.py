@@ -242,6 +242,9 @@ def test_the_chat_model_of_the_study(tmp_path, monkeypatch, capsys):
     assert chat_model.main(arguments) == 0
     assert "| loving | 8 | adamw | 0.9 | 0.06 | 1 |" in capsys.readouterr().out
     assert len(read(out)) == 5
+    several = [{**r, "seed": i, "found_rate": rate} for r in results[:1] for i, rate in enumerate((0.0402, 0.0551))]
+    assert "| 0.040 to 0.055 (from 0.03) | 2 |" in chat_model.table(several)
+    assert "| 0.040 (from 0.03) | 1 |" in chat_model.table(several[:1])
     with pytest.raises(SystemExit, match="no finished run"):
         chat_model.main(["--report", "--out", str(tmp_path / "none.jsonl")])
 
