@@ -252,10 +252,12 @@ def shared(name: str, *, note: str = "", **other: Any) -> Any:
     Args:
         name: name of the option.
         note: what else holds there, for the help text.
-        **other: ``default=``, where it has to be another one there.
+        **other: ``default=``, where it has to be another one there; ``kind=``, a type that tells the default from an
+            equal value that somebody named.
     """
     text = OPTIONS[name].help
-    return option(other.get("default", OPTIONS[name].default), f"{text} ({note})" if note else text)
+    default = other.get("default", OPTIONS[name].default)
+    return option(other["kind"](default) if "kind" in other else default, f"{text} ({note})" if note else text)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -173,7 +173,7 @@ def test_the_command_line_shows_the_texts_of_the_list():
     actions = {action.dest: action.help for action in reversed(light_parser()._actions)}
     for field in dataclasses.fields(PrivacyArguments):
         assert actions[field.name] == field.metadata["help"]
-    assert actions["target_clip_rate"] == OPTIONS["target_clip_rate"].help
+    assert actions["clip_policy"] == OPTIONS["clip_policy"].help
     assert OPTIONS["fused_step"].help.split(":")[0] in " ".join(light_parser().format_help().split())
 
 

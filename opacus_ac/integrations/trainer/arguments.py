@@ -68,9 +68,7 @@ class PrivacyArguments:
     per_sample_max_grad_norm: float | None = option(None, "clipping norm C0 of the first step (default 1; paper: 3)")
     clipping: str = option("adaptive", "adaptive, flat (fixed C) or automatic (AUTO-S)")
     clip_policy: str | None = shared("clip_policy")
-    target_clip_rate: float = shared(
-        "target_clip_rate", default=Default(OPTIONS["target_clip_rate"].default), note="default 0.9, with classes 0.3"
-    )
+    target_clip_rate: float = shared("target_clip_rate", note="default 0.9, with classes 0.3", kind=Default)
     normalize: bool = shared("normalize")
     grad_sample_mode: str = option("bk", "bk (one backward pass) or hooks (as in Opacus)")
     fused_step: bool = shared("fused_step")
