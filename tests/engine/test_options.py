@@ -174,6 +174,7 @@ def test_the_command_line_shows_the_texts_of_the_list():
     for field in dataclasses.fields(PrivacyArguments):
         assert actions[field.name] == field.metadata["help"]
     assert actions["clip_policy"] == OPTIONS["clip_policy"].help
+    assert actions["target_clip_rate"] == OPTIONS["target_clip_rate"].help + " (default 0.9, with classes 0.3)"
     assert OPTIONS["fused_step"].help.split(":")[0] in " ".join(light_parser().format_help().split())
 
 

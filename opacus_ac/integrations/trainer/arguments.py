@@ -20,7 +20,7 @@ _CLASSES_CLIPPED = 0.3  # where nearly all records are clipped, those that are r
 
 
 class Default(float):
-    """The value of who has named none. It is that of models of words; models of few classes get another one."""
+    """A default that nobody has named. It is that of models of words. Models of few classes get another one."""
 
 
 @dataclass
@@ -38,8 +38,8 @@ class PrivacyArguments:
         dataset_size: public number of records N. The default is the number of rows (or users) of the training data,
             which is then published.
         target_clip_rate: fraction of records to be clipped. The default is 0.9, and 0.3 for a model that chooses among
-            classes: where nearly all records are clipped, those that are right already pull as hard as those that are
-            wrong, so that the larger class wins, or the model grows too sure of itself.
+            classes. Where nearly all records are clipped, those that are right already pull as hard as those that are
+            wrong. Then the larger class wins, or the model grows too sure of itself.
         loss_bound: public bound of a record's loss, for the noisy loss in the log; 0 to release no loss. The default is
             10, and 4 log C for a model that chooses among C classes: the noise of the loss grows with the bound, and a
             loss by chance is log C. Set it for regression, whose losses are in units of your own.
