@@ -6,15 +6,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 
 def tiny_bert(folder: Path, texts: Iterable[str]) -> None:
     """Write the model and its tokenizer into ``folder``."""
-    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special))
+    normal, split = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    known = {word for text in texts for word, _ in split.pre_tokenize_str(normal.normalize_str(text))}
+    letters = sorted(set("".join(known)))
+    # Not by a trainer: it breaks ties by the order of a hash table, so each process would have other tokens.
+    entries = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *sorted(known)])
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    words = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normal, split
     words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names)
