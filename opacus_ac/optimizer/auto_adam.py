@@ -42,7 +42,10 @@ class AutoAdam(Optimizer):
 
     s begins at 0.1. While D1 is at least 0.6 D0 the path is too short to have left its start: s grows by the factor
     ``D0 / (D0 - D1 + sqrt(sd0^2 + sd1^2) / 2)``, at most fivefold per step, and g_t belongs to I. By a factor of 2.5 or
-    more, the steps so far are averaged. After the first step, where D1 is at least 0.4 D0, s grows by at least 2.5.
+    more, the k steps so far are averaged: Delta is multiplied with k / (k + 1). After the first step, where D1 is at
+    least 0.4 D0, s grows by at least 2.5. With fewer than 20 planned steps, s grows up to 7.5 fold per step, and the
+    next step counts 1 / (k + 1), so that the path is one step as long as s. When such a search ends, s is divided by
+    1.25 and Delta multiplied with it.
     Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. While D0 is not told from its noise,
     the start is taken to be as steep as the end, if that is told. If not, s goes towards 1, by 26 % a step, by less
     where the end leads back, and stays there, so that a run in which nothing can be measured is one at the hint. When
@@ -52,7 +55,7 @@ class AutoAdam(Optimizer):
         params: parameters or groups of them.
         lr: a hint of the learning rate, in Adam's units. A group with another ``lr`` takes steps of another length.
             Schedules and ``lr_control`` multiply the steps to come.
-        steps: planned number of steps, a public number, for ``beta1``.
+        steps: planned number of steps, a public number, for ``beta1`` and for how fast the rate is looked for.
         beta1: momentum; None for that of :func:`opacus_ac.optimizer.momentum.planned_beta1`, or 0.5 without ``steps``.
         weight_decay: decoupled weight decay, at the learning rate that was found.
         share: how far a tensor's steps follow its share of signal. 0 for steps of one length; 1 suits runs over all
@@ -115,6 +118,8 @@ class AutoAdam(Optimizer):
         self._told: dict[int, float] = {}
         self.agree: Callable[[Any], Any] | None = None
         super().__init__(params, settings)
+        for group in self.param_groups:
+            group.update(PathLength.planned(steps).entries())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, whose path begins here, at the scale that the others have."""
@@ -202,9 +207,9 @@ class AutoAdam(Optimizer):
         states = [self._observed(p, std) for (_, p), std in zip(found, stds, strict=True)]
         rows = [_products(p, state) for (_, p), state in zip(found, states, strict=True)]
         measured = self._numbers(_over_shards(rows, [p for _, p in found]))
-        kept = 1.0
+        kept = taken = 1.0
         if any(row[2] for row in measured):  # before the first step there is no path to measure
-            kept = length.follow(path_start.slopes(measured, states, stds, [p.numel() for _, p in found]))
+            kept, taken = length.follow(path_start.slopes(measured, states, stds, [p.numel() for _, p in found]))
         for (_, parameter), state, row, std in zip(found, states, measured, stds, strict=True):
             if length.searching or not state["anchored"]:
                 path_start.join(state, parameter.grad, row[3], std)  # type: ignore[arg-type]  # those that were found have one
@@ -213,7 +218,7 @@ class AutoAdam(Optimizer):
             state["energy"] = energy
         weights = _weights(found, states)
         for (group, parameter), state, weight in zip(found, states, weights, strict=True):
-            _step(parameter, group, state, weight, length.scale, kept)
+            _step(parameter, group, state, weight * taken, length.scale, kept)
         for group in self.param_groups:
             group.update(length.entries())
 

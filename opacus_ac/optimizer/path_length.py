@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
+_SHORT_RUN = 20  # planned steps from which a run has steps for a slower search
+_LONGER_SHORT = 7.5  # _LONGER of a short run, whose path is no longer than one step until the search ends
+_WITHIN = 1.25  # by how much less than the length that its search found the steps of a short run are
 _BLIND = 10**0.1  # most by which the path gets longer in a step that tells nothing: ten steps or more to the hint
 _SHORTER = 0.5  # factor of a cut: a loss rises more steeply than a parabola, so what the slopes say would be too much
 _MOST = 1e4  # most that the factor can be: along a loss that never turns it would grow without end
@@ -57,6 +60,7 @@ class PathLength:
         measured: number of steps whose inner products said something.
         blind: number of steps whose inner products were not told from noise.
         falls: number of steps after which the path was found too long and was cut.
+        short: whether the run is so short that each step of the search counts.
     """
 
     scale: float = _CAUTION
@@ -66,9 +70,32 @@ class PathLength:
     measured: int = 0
     blind: int = 0
     falls: int = 0
+    short: bool = False
 
-    def follow(self, slopes: Slopes) -> float:
-        """Change the scale by a measurement; return the factor by which the steps in the path count from now on."""
+    @classmethod
+    def planned(cls, steps: int | None) -> PathLength:
+        """Return the length at the start of a run of ``steps`` steps; None where their number is not known."""
+        return cls(short=steps is not None and steps < _SHORT_RUN)
+
+    def follow(self, slopes: Slopes) -> tuple[float, float]:
+        """Change the scale by a measurement.
+
+        Returns:
+            The factors by which the steps in the path count from now on, and the next one. In a search they make the
+            path an average of steps: of a short run with a weight of 1 in all, otherwise with 1 for the next step, of
+            which the path soon has two or three. A long run has the time to get from there to the length of its steps,
+            and does not need steps as long.
+        """
+        searched = self.searching
+        kept, taken = self._follow(slopes)
+        if self.short and searched and not self.searching and self.averaged > 1:
+            # The path stays where it is. It is one step so far, and the steps to come would each be as long as it.
+            self.scale /= _WITHIN
+            kept *= _WITHIN
+        return kept, taken
+
+    def _follow(self, slopes: Slopes) -> tuple[float, float]:
+        """Change the scale by a measurement, as one path of a certain length; return what :meth:`follow` does."""
         start, here, noise, start_noise, single = slopes
         told = start > (_CLEAR if self.searching else 1.0) * start_noise
         if not (told or single) and abs(here) > _CLEAR * noise and (here < 0 or not self.searching):
@@ -87,7 +114,7 @@ class PathLength:
             self._blind(slopes)  # a first release that is mostly itself, or a slope that fell: the next one tells
         else:
             self._filter(slopes)
-        return 1.0
+        return 1.0, 1.0
 
     def _is_too_long(self, slopes: Slopes) -> bool:
         """Say whether the end leads back more steeply than the start led away, by more than noise, in a young path."""
@@ -95,8 +122,8 @@ class PathLength:
         steep = slopes.here < -max(slopes.start, 0.0) - _CLEAR * noise
         return steep and (self.searching or self.variance >= _YOUNG)
 
-    def _lengthen(self, slopes: Slopes) -> float:
-        """Lengthen a path that has not left its start; return the factor by which the steps in it count.
+    def _lengthen(self, slopes: Slopes) -> tuple[float, float]:
+        """Lengthen a path that has not left its start; return what :meth:`follow` does.
 
         The second batch shows less of the slope than the first, because the path is the first one's, or because the
         slope fell along the way. Where it may be either, the smallest factor errs by little.
@@ -104,14 +131,14 @@ class PathLength:
         start, left = slopes.start, slopes.start - slopes.here
         if not slopes.single:
             left += _SURE * math.hypot(slopes.noise, slopes.start_noise)
-        change = start / max(left, start / _LONGER)
+        change = start / max(left, start / (_LONGER_SHORT if self.short else _LONGER))
         change = max(change, _FAR if slopes.single else 1.0)
         self.scale = min(self.scale * change, _MOST)
         self.measured += 1
         if change < _FAR:
-            return 1.0
+            return 1.0, 1.0
         self.averaged += 1
-        return (self.averaged - 1) / self.averaged
+        return (self.averaged - 1) / self.averaged, 1 / self.averaged if self.short else 1.0
 
     def _blind(self, slopes: Slopes) -> None:
         """Go on towards the hint; where the end leads back, by less, and from one std of its noise on the other way."""

@@ -12,6 +12,7 @@ from small_model import cell as cells
 from small_model import grids, methods, public, report
 
 from opacus_ac.optimizer.momentum import planned_beta1
+from opacus_ac.optimizer.path_length import PathLength
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"RECORDS": 60, "HELD_OUT": 6, "PHYSICAL": 16, "REPLIES": 2}
@@ -212,9 +213,16 @@ def test_momentum_reaches_the_optimizer():
     given = cells.Cell("adamw-usual", beta1=0.7).resolved()
     weight = [torch.nn.Parameter(torch.zeros(1))]
     for method, beta1 in ((usual, 0.9), (planned, planned_beta1(60)), (given, 0.7)):
-        made = methods.OPTIMIZERS[method.optimizer](weight, method.rate, method.beta1)
+        made = methods.OPTIMIZERS[method.optimizer](weight, method.rate, method.beta1, 60)
         assert made.defaults["betas"] == (beta1, 0.999)
-    assert methods.OPTIMIZERS["sgd"](weight, 0.1, 0.8).defaults["momentum"] == 0.8
+    assert methods.OPTIMIZERS["sgd"](weight, 0.1, 0.8, 60).defaults["momentum"] == 0.8
+
+
+@pytest.mark.parametrize("steps", [12, 60])
+def test_the_planned_steps_reach_the_optimizer_that_needs_them(steps):
+    cell = cells.Cell("auto-flat", steps=steps)
+    made = cells._inner(cell, cell.resolved(), torch.nn.Linear(2, 2))
+    assert PathLength.of(made.param_groups[0]) == PathLength.planned(steps)
 
 
 def test_the_accountant_is_that_of_the_cell_else_of_the_method():

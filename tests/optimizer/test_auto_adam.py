@@ -36,8 +36,9 @@ def parameters(shapes=SHAPES, seed=0):
 class PlainLoop:
     """The equations of the docstring with the start of the path kept, and every number computed from nothing."""
 
-    def __init__(self, weights, *, lr, beta1, share):
+    def __init__(self, weights, *, lr, beta1, share, short=False):
         self.start, self.lr, self.beta1, self.share = [w.clone() for w in weights], lr, beta1, share
+        self.short, self.most = short, 7.5 if short else 5
         self.coefficients = []  # of every release in the path, one per tensor
         self.anchor = []  # numbers of the releases that stand for the start
         self.length, self.variance, self.averaged, self.searching = 0.1, 0.36, 1, True
@@ -82,17 +83,18 @@ class PlainLoop:
             self.length /= 2
             self.variance, self.searching = 0.36, False
         elif told and self.searching and d1 >= (0.4 if alone else 0.6) * d0:
-            factor = max(2.5, d0 / max(d0 - d1, d0 / 5)) if alone else max(1, d0 / max(d0 - d1 + both / 2, d0 / 5))
-            self.length *= factor
+            least, left = (2.5, d0 - d1) if alone else (1, d0 - d1 + both / 2)
+            factor = max(least, d0 / max(left, d0 / self.most))
+            self.length = min(self.length * factor, 1e4)
             if factor >= 2.5:
                 self.averaged += 1
-                return (self.averaged - 1) / self.averaged
+                return (self.averaged - 1) / self.averaged, 1 / self.averaged if self.short else 1.0
         elif alone or not told:
             if self.searching:
                 self.length = min(self.length * 10 ** (0.1 * min(1, max(-1, 1 + d1 / sd1))), max(self.length, 1.0))
         else:
             self.filter(d0, sd0, d1, sd1)
-        return 1.0
+        return 1.0, 1.0
 
     def filter(self, d0, sd0, d1, sd1):
         self.searching = False
@@ -100,16 +102,18 @@ class PlainLoop:
         noise = (sd1 * change / d0) ** 2 + (sd0 * change * d1 / d0**2) ** 2
         self.variance += 0.07**2
         gain = self.variance / (self.variance + noise + 0.05**2 + (0.3 * math.log(change)) ** 2)
-        self.length *= math.exp(min(0.5, max(-1, gain * math.log(change))))
+        self.length = min(self.length * math.exp(min(0.5, max(-1, gain * math.log(change)))), 1e4)
         self.variance *= 1 - gain
 
     def step(self, gradients, stds):
-        t, sizes = len(self.releases) + 1, [g.numel() for g in gradients]
+        t, sizes, taken, searched = len(self.releases) + 1, [g.numel() for g in gradients], 1.0, self.searching
         if t > 1:
             path, (d0, sd0) = self.path(), self.slope_at_the_start(sizes, stds)
             d1 = sum(float((a * b).sum()) for a, b in zip(gradients, path, strict=True))
             sd1 = math.sqrt(sum(s**2 * float((p * p).sum()) for s, p in zip(stds, path, strict=True)))
-            kept = self.follow(d0, sd0, d1, sd1)
+            kept, taken = self.follow(d0, sd0, d1, sd1)
+            if self.short and searched and not self.searching and self.averaged > 1:
+                self.length, kept = self.length / 1.25, kept * 1.25
             self.coefficients = [[kept * a for a in c] for c in self.coefficients]
         self.releases.append(([g.clone() for g in gradients], stds))
         if self.searching:
@@ -128,7 +132,7 @@ class PlainLoop:
         for i in range(len(sizes)):
             rms = math.sqrt(sum(float((release[i] ** 2).mean()) for release, _ in self.releases) / t)
             for mine, decay in zip(self.coefficients, decays, strict=True):
-                mine[i] += decay * self.lr * weights[i] / rms
+                mine[i] += taken * decay * self.lr * weights[i] / rms
         return [w - self.length * p for w, p in zip(self.start, self.path(), strict=True)]
 
 
@@ -142,13 +146,14 @@ CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the grad
 }
 
 
+@pytest.mark.parametrize("planned", [None, 19, 20])
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_the_plain_loop(case):
+def test_it_is_the_plain_loop(case, planned):
     """The same releases, of a quadratic along the way, and the same weights to 1e-12; and the case is what its name says."""
     lr, beta1, share, noise, of_batch = CASES[case]
     weights, normal = parameters(), draws(1)
-    optimizer = AutoAdam(weights, lr=lr, beta1=beta1, share=share)
-    oracle = PlainLoop([w.detach() for w in weights], lr=lr, beta1=beta1, share=share)
+    optimizer = AutoAdam(weights, lr=lr, beta1=beta1, share=share, steps=planned)
+    oracle = PlainLoop([w.detach() for w in weights], lr=lr, beta1=beta1, share=share, short=planned == 19)
     for step in range(20):
         stds = [noise * (1 + step % 3), 2 * noise, 0.5 * noise]  # noise may change from step to step
         gradients = [
@@ -258,7 +263,7 @@ def test_a_first_gradient_of_zero_has_no_weight_in_the_path():
 # ---------------------------------------------------------------- noisy quadratics
 
 
-def quadratic(lr, *, noise, steps, seed=0, shapes=SHAPES, make=None):
+def quadratic(lr, *, noise, steps, planned=None, seed=0, shapes=SHAPES, make=None):
     """Train on ``sum h w^2 / 2`` with noise of a norm that is ``noise`` times that of the gradient at the start.
 
     Returns:
@@ -274,7 +279,7 @@ def quadratic(lr, *, noise, steps, seed=0, shapes=SHAPES, make=None):
         return sum(float((h * w.detach() ** 2).sum()) for h, w in zip(curvature, weights, strict=True)) / 2
 
     before = loss()
-    optimizer = AutoAdam(weights, lr=lr, beta1=0.5) if make is None else make(weights, lr)
+    optimizer = AutoAdam(weights, lr=lr, beta1=0.5, steps=planned) if make is None else make(weights, lr)
     for _ in range(steps):
         for weight, h in zip(weights, curvature, strict=True):
             weight.grad = h * weight.detach() + std * normal(*weight.shape)
@@ -292,8 +297,8 @@ WIDE = ((60, 50), (40, 25), (300,), (20,))
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("steps", [15, 40])
-def test_a_hint_over_three_decades_ends_where_the_best_rate_by_hand_does(steps):
+@pytest.mark.parametrize(("steps", "planned"), [(15, 15), (15, None), (40, 40)])
+def test_a_hint_over_three_decades_ends_where_the_best_rate_by_hand_does(steps, planned):
     """Means of 12 seeds, noise twice the gradient: at most 12 % above the best of AdamW's rates, chosen on these seeds."""
     seeds, rates = range(12), (0.05, 0.1, 0.2, 0.4, 0.8)
     by_hand = {
@@ -303,7 +308,10 @@ def test_a_hint_over_three_decades_ends_where_the_best_rate_by_hand_does(steps):
     best = min(by_hand, key=by_hand.get)
     assert best not in (rates[0], rates[-1])  # the sweep holds the best rate
     for factor in (0.01, 0.1, 1.0, 10.0):
-        found = np.mean([quadratic(best * factor, noise=2.0, steps=steps, seed=s, shapes=WIDE)[0] for s in seeds])
+        rate = best * factor
+        found = np.mean(
+            [quadratic(rate, noise=2.0, steps=steps, planned=planned, seed=s, shapes=WIDE)[0] for s in seeds]
+        )
         assert found < by_hand[best] * 1.12, factor
     assert (
         quadratic(best * 10, noise=2.0, steps=steps, shapes=WIDE, make=adamw)[0] > 1.5
@@ -312,28 +320,59 @@ def test_a_hint_over_three_decades_ends_where_the_best_rate_by_hand_does(steps):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("noise", [1.0, 10.0])
-@pytest.mark.parametrize("steps", [15, 200])
-def test_it_does_not_diverge(noise, steps):
-    for factor in (0.003, 1.0, 3.0):
-        assert max(quadratic(0.1 * factor, noise=noise, steps=steps, seed=s, shapes=WIDE)[0] for s in range(6)) < 1.1
+@pytest.mark.parametrize(("steps", "planned"), [(15, 15), (15, None), (200, 200)])
+def test_it_does_not_diverge(noise, steps, planned):
+    for rate in (0.0003, 0.1, 0.3):
+        runs = [quadratic(rate, noise=noise, steps=steps, planned=planned, seed=s, shapes=WIDE)[0] for s in range(6)]
+        assert max(runs) < 1.1
 
 
 @pytest.mark.statistical
-def test_a_search_in_much_noise_does_not_overshoot():
+@pytest.mark.parametrize("planned", [15, None])
+def test_a_search_in_much_noise_does_not_overshoot(planned):
     """60 seeds at one hint, noise ten times the gradient: one ended at 1.8 when a step might lengthen fourfold, then tenfold."""
-    assert max(quadratic(0.01, noise=10.0, steps=15, seed=s, shapes=WIDE)[0] for s in range(60)) < 1.1
+    runs = [quadratic(0.01, noise=10.0, steps=15, planned=planned, seed=s, shapes=WIDE)[0] for s in range(60)]
+    assert max(runs) < 1.1
 
 
-def test_a_path_gets_longer_fivefold_at_most():
+@pytest.mark.parametrize(("planned", "most"), [(None, 5), (20, 5), (1000, 5), (19, 7.5), (1, 7.5)])
+def test_a_path_gets_longer_by_a_limit(planned, most):
     """Batches differ by more than the noise: adapters that went further on the word of one ended above their start."""
-    length = PathLength()
+    length = PathLength.planned(planned)
     for step in range(1, 4):
         length.follow(Slopes(1.0, 0.999, 0.01, 0.01, single=step == 1))
-        assert length.scale == pytest.approx(0.1 * 5**step)
+        assert length.scale == pytest.approx(0.1 * most**step)
     near = PathLength()
     near.follow(Slopes(1.0, 0.3, 0.01, 0.01))  # the slope fell by most of what it was: this is measured
     assert not near.searching
     assert 0.1 < near.scale < 0.15
+
+
+@pytest.mark.parametrize(("planned", "weight", "rate"), [(19, 1.0, 1 / 1.25), (20, 2.0, 1.0)])
+def test_the_steps_of_a_search_are_averaged(planned, weight, rate):
+    """A path of equal releases: of a short run it is one step, and the end of the search makes the steps shorter, not it."""
+    parameter = nn.Parameter(torch.zeros(400, dtype=torch.float64))
+    optimizer = AutoAdam([parameter], lr=1e-3, beta1=0.0, steps=planned)
+
+    def step(slope):
+        parameter.grad = torch.full_like(parameter, -slope)
+        optimizer.noise_std(parameter, 1e-3)
+        optimizer.step()
+        return optimizer.learning_rates[0], float(parameter.detach().mean())
+
+    reached = [step(1.0) for _ in range(4)]
+    assert reached[-1][0] > 1e-2  # it searched
+    # Weights of a release: 1, 1/2 + 1, 1/3 + 2/3 + 1 and so on in a long run; in a short one always 1 in all.
+    weights = [1.0, 1.5, 2.0, 2.5] if planned == 20 else [1.0] * 4
+    for (found, at), total in zip(reached, weights, strict=True):
+        assert at == pytest.approx(total * found, rel=1e-6)
+    (before, there), (after, then) = reached[-1], step(0.1)
+    length = PathLength.of(optimizer.param_groups[0])
+    assert not length.searching
+    moved = then - there  # the path was given its length, and a step of 0.1 / rms was added
+    rms = math.sqrt((4 + 0.01) / 5)
+    factor = after * (1 / rate) / before  # what the measurement made of the path
+    assert moved == pytest.approx(there * (factor - 1) + after * 0.1 / rms, rel=1e-6)
 
 
 def test_one_batch_does_not_cut_a_path_that_is_known():

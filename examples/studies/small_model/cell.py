@@ -29,7 +29,7 @@ from opacus_ac.loss import per_record_causal_lm_loss
 from opacus_ac.optimizer import AutoAdam
 from opacus_ac.optimizer.momentum import planned_beta1
 
-VERSION = 2  # of what a row means: results of other versions are not mixed with these
+VERSION = 3  # of what a row means: results of other versions are not mixed with these
 RECORDS, HELD_OUT = 10_000, 250
 DELTA = 1e-5
 PHYSICAL = 128
@@ -227,14 +227,14 @@ def schedule(cell: Cell, growth: float) -> list[float]:
     return [cell.batch * cell.steps * size / sum(course) for size in course]
 
 
-def _inner(method: Method, model: nn.Module) -> Optimizer:
+def _inner(cell: Cell, method: Method, model: nn.Module) -> Optimizer:
     assert method.beta1 is not None
-    return OPTIMIZERS[method.optimizer](model.parameters(), method.rate, method.beta1)
+    return OPTIMIZERS[method.optimizer](model.parameters(), method.rate, method.beta1, cell.steps)
 
 
 def _ours(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Result:
     engine = PrivacyEngine(accountant=method.accountant)
-    inner = _inner(method, model)
+    inner = _inner(cell, method, model)
     settings: dict[str, Any] = {
         "module": model,
         "optimizer": inner,
@@ -287,7 +287,7 @@ def _forever(loader: Any) -> Iterator[Any]:
 
 def _without_privacy(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Result:
     """Ordinary training on batches of the same size."""
-    optimizer = _inner(method, model)
+    optimizer = _inner(cell, method, model)
     generator = torch.Generator().manual_seed(cell.seed)
     for _ in range(cell.steps):
         chosen = torch.randperm(len(rows), generator=generator)[: cell.batch]
@@ -321,7 +321,7 @@ def _opacus(cell: Cell, method: Method, model: nn.Module, rows: list[Row]) -> Re
     )
     private, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=_inner(method, model),
+        optimizer=_inner(cell, method, model),
         data_loader=DataLoader(rows, batch_size=cell.batch, collate_fn=collate),  # type: ignore[arg-type]
         noise_multiplier=multiplier,
         max_grad_norm=method.bound,

@@ -49,20 +49,22 @@ def _package(optimizer: str) -> Any:
         raise SystemExit(f"this row needs another package: pip install --no-deps {requirement}") from None
 
 
-OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
-    "adamw": lambda parameters, rate, beta1: torch.optim.AdamW(
+OPTIMIZERS: dict[str, Callable[[Parameters, float, float, int], Optimizer]] = {
+    "adamw": lambda parameters, rate, beta1, steps: torch.optim.AdamW(
         parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
     ),
-    "dp-adamw": lambda parameters, rate, beta1: DPAdamW(parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0),
-    "auto": lambda parameters, rate, beta1: AutoAdam(parameters, lr=rate, beta1=beta1),
-    "prodigy": lambda parameters, rate, beta1: _package("prodigy").Prodigy(
+    "dp-adamw": lambda parameters, rate, beta1, steps: DPAdamW(
         parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
     ),
-    "d-adaptation": lambda parameters, rate, beta1: _package("d-adaptation").DAdaptAdam(
+    "auto": lambda parameters, rate, beta1, steps: AutoAdam(parameters, lr=rate, beta1=beta1, steps=steps),
+    "prodigy": lambda parameters, rate, beta1, steps: _package("prodigy").Prodigy(
+        parameters, lr=rate, betas=(beta1, 0.999), weight_decay=0.0
+    ),
+    "d-adaptation": lambda parameters, rate, beta1, steps: _package("d-adaptation").DAdaptAdam(
         parameters, lr=rate, betas=(beta1, 0.999), log_every=0
     ),
-    "dog": lambda parameters, rate, beta1: _package("dog").LDoG(parameters, lr=rate),
-    "sgd": lambda parameters, rate, beta1: torch.optim.SGD(parameters, lr=rate, momentum=beta1),
+    "dog": lambda parameters, rate, beta1, steps: _package("dog").LDoG(parameters, lr=rate),
+    "sgd": lambda parameters, rate, beta1, steps: torch.optim.SGD(parameters, lr=rate, momentum=beta1),
 }
 
 
