@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
-_SHORT_RUN = 20  # planned steps from which a run has steps for a slower search
+_SHORT_RUN = 20  # planned steps from which a run has the time for a slower search
 _LONGER_SHORT = 7.5  # _LONGER of a short run, whose path is no longer than one step until the search ends
-_WITHIN = 1.25  # by how much less than the length that its search found the steps of a short run are
+_WITHIN = 1.25  # factor by which the steps of a short run are shorter than the path that its search found
 _BLIND = 10**0.1  # most by which the path gets longer in a step that tells nothing: ten steps or more to the hint
 _SHORTER = 0.5  # factor of a cut: a loss rises more steeply than a parabola, so what the slopes say would be too much
 _MOST = 1e4  # most that the factor can be: along a loss that never turns it would grow without end
@@ -81,21 +81,21 @@ class PathLength:
         """Change the scale by a measurement.
 
         Returns:
-            The factors by which the steps in the path count from now on, and the next one. In a search they make the
-            path an average of steps: of a short run with a weight of 1 in all, otherwise with 1 for the next step, of
-            which the path soon has two or three. A long run has the time to get from there to the length of its steps,
-            and does not need steps as long.
+            The factors by which the steps in the path count from now on, and the next step. The steps of a search are
+            averaged. In a short run they weigh 1 together. In a longer one the next step always weighs 1, so that the
+            path weighs 2 or 3 when its length is found, and the steps to come are as much shorter than it. They have
+            the time to get longer, and the best rate of a longer run is lower.
         """
         searched = self.searching
         kept, taken = self._follow(slopes)
         if self.short and searched and not self.searching and self.averaged > 1:
-            # The path stays where it is. It is one step so far, and the steps to come would each be as long as it.
+            # The path stays where it is, and the steps to come are shorter than it.
             self.scale /= _WITHIN
             kept *= _WITHIN
         return kept, taken
 
     def _follow(self, slopes: Slopes) -> tuple[float, float]:
-        """Change the scale by a measurement, as one path of a certain length; return what :meth:`follow` does."""
+        """Change the scale by a measurement; return the factors of :meth:`follow` as they are before a search ends."""
         start, here, noise, start_noise, single = slopes
         told = start > (_CLEAR if self.searching else 1.0) * start_noise
         if not (told or single) and abs(here) > _CLEAR * noise and (here < 0 or not self.searching):
@@ -123,7 +123,7 @@ class PathLength:
         return steep and (self.searching or self.variance >= _YOUNG)
 
     def _lengthen(self, slopes: Slopes) -> tuple[float, float]:
-        """Lengthen a path that has not left its start; return what :meth:`follow` does.
+        """Lengthen a path that has not left its start; return the factors of :meth:`follow`.
 
         The second batch shows less of the slope than the first, because the path is the first one's, or because the
         slope fell along the way. Where it may be either, the smallest factor errs by little.
