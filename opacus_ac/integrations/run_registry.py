@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import json
 import os
@@ -14,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from opacus_ac.integrations.file_digest import file_sha256
 from opacus_ac.integrations.public_rows import sample_digest
 
 OFF = "OPACUS_AC_REGISTRY"
@@ -66,7 +66,7 @@ class RunRegistry:
             return
         with contextlib.suppress(OSError):
             key = self._key()
-            found = [_sha256(item) if isinstance(item, Path) else sample_digest(item) for item in data]
+            found = [file_sha256(item) if isinstance(item, Path) else sample_digest(item) for item in data]
             self._digests = [hmac.new(key, digest, "sha256").hexdigest() for digest in found if digest is not None]
 
     def others(self, *, ledger: str | None, folder: str | None, resumed: bool = False) -> list[EarlierRun]:
@@ -143,11 +143,3 @@ def _state_folder() -> Path:
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
-
-
-def _sha256(path: Path) -> bytes | None:
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
-    return total.digest()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
+
+from opacus_ac.integrations.file_digest import file_sha256
 
 
 def same_file(public: str | os.PathLike[str], private: str | os.PathLike[str]) -> str | None:
@@ -14,14 +15,6 @@ def same_file(public: str | os.PathLike[str], private: str | os.PathLike[str]) -
         return None
     if first.samefile(second):
         return f"{public} is the private file {private}" + (" under another name" if first != second else "")
-    if first.stat().st_size == second.stat().st_size and _sha256(first) == _sha256(second):
+    if first.stat().st_size == second.stat().st_size and file_sha256(first) == file_sha256(second):
         return f"{public} has the content of the private file {private}"
     return None
-
-
-def _sha256(path: Path) -> bytes:
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
-    return total.digest()

@@ -41,6 +41,7 @@ INTERNAL = {
     "integrations.lightning_released": "parts of Lightning's PrivacyCallback",
     "integrations.run_registry": "the list of runs that PrivateTrainer keeps",
     "integrations.public_rows": "parts of PrivateTrainer, of the command line and of Lightning's callback",
+    "integrations.file_digest": "shared by checks of files",
     "integrations.same_file": "a check of the command line",
 }
 

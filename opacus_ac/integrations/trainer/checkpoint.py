@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from opacus_ac.checkpoint.file import DIGEST, check_digest
 from opacus_ac.checkpoint.one_process import SETTINGS
 from opacus_ac.engine.privacy_engine import PrivacyEngine
+from opacus_ac.integrations.file_digest import file_sha256
 from opacus_ac.integrations.trained.card import SECOND_CARD
 from opacus_ac.integrations.trained.folder import CARD
 
@@ -145,19 +145,11 @@ def _digests(folder: Path) -> dict[str, str]:
     """
     files = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     checked = (path for path in files if path.name not in _UNCHECKED and not _is_hidden(path))
-    return {path.as_posix(): _digest(folder / path) for path in checked}
+    return {path.as_posix(): file_sha256(folder / path).hex() for path in checked}
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def _check_settings(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
