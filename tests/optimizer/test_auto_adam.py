@@ -348,8 +348,8 @@ def test_a_path_gets_longer_by_a_limit(planned, most):
     assert 0.1 < near.scale < 0.15
 
 
-@pytest.mark.parametrize(("planned", "weight", "rate"), [(19, 1.0, 1 / 1.25), (20, 2.0, 1.0)])
-def test_the_steps_of_a_search_are_averaged(planned, weight, rate):
+@pytest.mark.parametrize(("planned", "shorter"), [(19, 1.25), (20, 1.0)])
+def test_the_steps_of_a_search_are_averaged(planned, shorter):
     """A path of equal releases: of a short run it is one step, and the end of the search makes the steps shorter, not it."""
     parameter = nn.Parameter(torch.zeros(400, dtype=torch.float64))
     optimizer = AutoAdam([parameter], lr=1e-3, beta1=0.0, steps=planned)
@@ -371,7 +371,7 @@ def test_the_steps_of_a_search_are_averaged(planned, weight, rate):
     assert not length.searching
     moved = then - there  # the path was given its length, and a step of 0.1 / rms was added
     rms = math.sqrt((4 + 0.01) / 5)
-    factor = after * (1 / rate) / before  # what the measurement made of the path
+    factor = after * shorter / before  # what the measurement made of the path
     assert moved == pytest.approx(there * (factor - 1) + after * 0.1 / rms, rel=1e-6)
 
 
