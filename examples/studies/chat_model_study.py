@@ -30,7 +30,7 @@ import torch
 import transformers
 from common import chat_run
 from common.chat_data import ChatDataset, PadCollate, heldout_loss
-from common.results import Result, mean_and_spread, read, run_missing
+from common.results import AUTO_ADAM, Result, mean_and_spread, read, run_missing
 from common.tone_dialogues import TONES, train_and_heldout
 from small_model.report import grouped, markdown
 from torch.optim import Optimizer
@@ -65,7 +65,8 @@ class Cell:
 
     def key(self) -> str:
         """Short name of all that the result depends on."""
-        return hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+        values = [VERSION, asdict(self), *([AUTO_ADAM] if self.method == "auto" else [])]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def arguments(self) -> argparse.Namespace:
         """Return the settings of the run."""

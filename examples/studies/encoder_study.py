@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from common.results import Result, mean_and_spread, read, run_missing
+from common.results import AUTO_ADAM, Result, mean_and_spread, read, run_missing
 from common.sentiment_data import encoder_folder
 from encoder.tasks import IGNORE, TASKS, Row, as_batch, collate, task_of
 from torch import Tensor, nn
@@ -65,7 +65,8 @@ class Cell:
 
     def key(self) -> str:
         """Short name of all that the result depends on."""
-        return hashlib.sha256(json.dumps([VERSION, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+        values = [VERSION, asdict(self), *([] if self.epsilon is None else [AUTO_ADAM])]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Classifier(nn.Module):

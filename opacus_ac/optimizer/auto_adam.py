@@ -32,7 +32,7 @@ class AutoAdam(Optimizer):
         D1 = <g_t, Delta>            minus the slope at the end; its noise is independent of Delta
         sd1 = sqrt(sum sigma_t^2 |Delta|^2),   sd0 = k sd1 / sqrt(|I|)
 
-        s    follows  s D0 / (D0 - D1), where a quadratic has slope 0       (PathLength)
+        s    moves to where D1 is 0:  ln(s) += gain D1 / (kappa D0)           (PathLength)
         m    = beta1 m + (1 - beta1) g_t
         Delta += lr w m / ((1 - beta1^t) rms)                               rms of the releases of the tensor so far
         w    ~ max(|sum g|^2 / (d sum sigma^2) - 1, sqrt(2 / d))^(share / 2),  scaled to sum d w^2 = sum d
@@ -46,10 +46,12 @@ class AutoAdam(Optimizer):
     least 0.4 D0, s grows by at least 2.5. With fewer than 20 planned steps, s grows up to 7.5 fold per step, and the
     next step counts 1 / (k + 1), so that the path is one step as long as s. When such a search ends, s is divided by
     1.25 and Delta multiplied with it.
-    Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. While D0 is not told from its noise,
-    the start is taken to be as steep as the end, if that is told. If not, s goes towards 1, by 26 % a step, by less
-    where the end leads back, and stays there, so that a run in which nothing can be measured is one at the hint. When
-    D1 is below -D0 by clearly more than noise, while the filter knows little, s is halved.
+    Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. kappa says how fast D1 / D0 falls with
+    ln(s), 1 for a quadratic at its minimum. A second filter learns it from what each move of s made of D1. Where two
+    measurements in a row agree beyond the noise, ln(s) is taken to be less certain. While D0 is not told from its
+    noise, the start is taken to be as steep as the end, if that is told. If not, s goes towards 1, by 26 % a step, by
+    less where the end leads back, and stays there, so that a run in which nothing can be measured is one at the hint.
+    When D1 is below -D0 by clearly more than noise, while the filter knows little, s is halved.
 
     Args:
         params: parameters or groups of them.

@@ -23,7 +23,11 @@ _SURE = 0.5  # std of noise by which the path gets longer less than it seems to 
 _YOUNG = 0.1  # variance of ln(scale) from which a path may be cut: later, one batch is not believed that much
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
+_AHEAD, _BACK = 0.75, -3.0  # shares of the slope at the start beyond which the slope at the end says no more
 _UP, _DOWN = 0.5, 1.0  # most by which a measurement moves ln(scale): slopes get steeper before they fall
+_STEEP_SPREAD, _STEEP_DRIFT = 2.0, 0.3  # std of the steepness: at first, and what every measurement adds to it
+_STEEPEST = 10.0  # most that the steepness can be; it is 1 at least, that of a parabola
+_BATCHES = 0.1  # std of a slope, as a share of that at the start, beside its noise: what batches and steps add
 
 
 class Slopes(NamedTuple):
@@ -61,6 +65,11 @@ class PathLength:
         blind: number of steps whose inner products were not told from noise.
         falls: number of steps after which the path was found too long and was cut.
         short: whether the run is so short that each step of the search counts.
+        steepness: how fast the slope at the end changes with ln(scale), in units of the slope at the start; 1 for a
+            parabola at its minimum.
+        steepness_variance: its variance, as a second Kalman filter estimates it.
+        seen: slope at the end at the last measurement, in units of that at the start; 0 for none.
+        went: what the last measurement added to ln(scale).
     """
 
     scale: float = _CAUTION
@@ -71,6 +80,10 @@ class PathLength:
     blind: int = 0
     falls: int = 0
     short: bool = False
+    steepness: float = 1.0
+    steepness_variance: float = _STEEP_SPREAD**2
+    seen: float = 0.0
+    went: float = 0.0
 
     @classmethod
     def planned(cls, steps: int | None) -> PathLength:
@@ -104,6 +117,7 @@ class PathLength:
         elif self._is_too_long(slopes):
             self.scale *= _SHORTER
             self.variance, self.searching = _SPREAD**2, False
+            self.seen = self.went = 0.0  # the next measurement is not of the path that the last one was of
             self.measured += 1
             self.falls += 1
         elif not told:
@@ -152,15 +166,35 @@ class PathLength:
         """Move ln(scale) by a measurement, as far as that is more certain than what is known."""
         self.searching = False
         self.measured += 1
-        start, here = slopes.start, slopes.here
-        change = start / max(start - here, start / 4)
-        moved = math.log(change)
-        noise = change / start * math.hypot(slopes.noise, slopes.start_noise * here / start)
-        uncertain = noise**2 + _FLOOR**2 + (_CURVED * moved) ** 2
+        seen = slopes.here / slopes.start
+        noise = math.hypot(slopes.noise, slopes.start_noise * seen) / slopes.start
+        self._learn_steepness(seen, noise)
+        change = max(_BACK, min(seen, _AHEAD)) / self.steepness
+        uncertain = (noise / self.steepness) ** 2 + _FLOOR**2 + (_CURVED * change) ** 2
         self.variance += _DRIFT**2
+        if self.seen * seen > 0:
+            # Two in a row on one side: by as much as both say beyond the noise, ln(scale) is less certain than thought.
+            agreed = max(min(abs(self.seen), abs(seen)) - noise, 0.0)
+            self.variance = max(self.variance, (agreed / self.steepness) ** 2)
         gain = self.variance / (self.variance + uncertain)
-        self.scale = min(self.scale * math.exp(min(_UP, max(-_DOWN, gain * moved))), _MOST)
+        before = self.scale
+        self.scale = min(before * math.exp(min(_UP, max(-_DOWN, gain * change))), _MOST)
+        self.seen, self.went = seen, math.log(self.scale / before)
         self.variance *= 1 - gain
+
+    def _learn_steepness(self, seen: float, noise: float) -> None:
+        """Learn from a measurement how far the slope moved by what the last one did to the path.
+
+        The last one moved ln(scale) to where a slope of zero was expected. So all of this slope is a surprise: noise,
+        what is not known of ln(scale), or a steepness that was taken too small or too large. The first two are weighed
+        by their variances. Without this, a loss that is steeper than a parabola makes the path too long and too short
+        in turn.
+        """
+        self.steepness_variance += _STEEP_DRIFT**2
+        others = noise**2 + _BATCHES**2 + self.variance * self.steepness**2
+        gain = -self.went * self.steepness_variance / (self.went**2 * self.steepness_variance + others)
+        self.steepness_variance *= 1 + gain * self.went
+        self.steepness = min(_STEEPEST, max(1.0, self.steepness + gain * seen))
 
     def entries(self) -> dict[str, Any]:
         """Return the values as entries of a parameter group."""

@@ -225,6 +225,28 @@ def test_the_planned_steps_reach_the_optimizer_that_needs_them(steps):
     assert PathLength.of(made.param_groups[0]) == PathLength.planned(steps)
 
 
+def test_another_rule_of_auto_adam_runs_its_rows_again_and_no_others(monkeypatch):
+    import chat_model_study
+    import encoder_study
+
+    chat = {"epsilon": 8.0, "rate": 0.03, "beta1": 0.5, "seed": 0, "tone": "loving", "steps": 2, "batch": 8}
+    automatic = [
+        cells.Cell("auto-flat"),
+        chat_model_study.Cell("auto", **chat),
+        encoder_study.Cell("mail", "lora", 8.0, 0),
+    ]
+    others = [
+        cells.Cell("adamw-flat"),
+        chat_model_study.Cell("adamw", **chat),
+        encoder_study.Cell("mail", "lora", None, 0),
+    ]
+    before = [[cell.key() for cell in group] for group in (automatic, others)]
+    for module in (cells, chat_model_study, encoder_study):
+        monkeypatch.setattr(module, "AUTO_ADAM", -1)
+    assert not {cell.key() for cell in automatic} & set(before[0])
+    assert [cell.key() for cell in others] == before[1]
+
+
 def test_the_accountant_is_that_of_the_cell_else_of_the_method():
     assert cells.Cell("adamw-flat").resolved().accountant == "vpld"
     assert cells.Cell("adamw-usual").resolved().accountant == "vrdp"

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from common.results import AUTO_ADAM
 from common.tone_dialogues import TONES, tone_score, train_and_heldout
 from small_model import public
 from small_model.methods import METHODS, OPTIMIZERS, Method
@@ -76,7 +77,9 @@ class Cell:
 
     def key(self) -> str:
         """Short name of the cell and of all that its result depends on. Settings at their defaults do not enter."""
-        values = [VERSION, _set(self), _set(self.resolved()), public.study_root().name]
+        method = self.resolved()
+        values = [VERSION, _set(self), _set(method), public.study_root().name]
+        values += [AUTO_ADAM] if method.optimizer == "auto" else []
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def resolved(self) -> Method:
