@@ -24,6 +24,8 @@ _YOUNG = 0.1  # variance of ln(scale) from which a path may be cut: later, one b
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 _AHEAD, _BACK = 0.75, -3.0  # shares of the slope at the start beyond which the slope at the end says no more
+_CAREFUL = 0.5  # noise of a measurement, in units of the slope at the start, from which the path is held shorter
+_MOST_CAREFUL = 1.0  # most of that slope that the path is held short by
 _UP, _DOWN = 0.5, 1.0  # most by which a measurement moves ln(scale): slopes get steeper before they fall
 _STEEP_SPREAD, _STEEP_DRIFT = 2.0, 0.3  # std of the steepness: at first, and what every measurement adds to it
 _STEEPEST = 10.0  # most that the steepness can be; it is 1 at least, that of a parabola
@@ -169,7 +171,9 @@ class PathLength:
         seen = slopes.here / slopes.start
         noise = math.hypot(slopes.noise, slopes.start_noise * seen) / slopes.start
         self._learn_steepness(seen, noise)
-        change = max(_BACK, min(seen, _AHEAD)) / self.steepness
+        # Where noise hides the slope, a path that is too long would stay so, and costs more than one that is too short.
+        held = min(max(noise - _CAREFUL, 0.0), _MOST_CAREFUL)
+        change = max(_BACK, min(seen - held, _AHEAD)) / self.steepness
         uncertain = (noise / self.steepness) ** 2 + _FLOOR**2 + (_CURVED * change) ** 2
         self.variance += _DRIFT**2
         if self.seen * seen > 0:

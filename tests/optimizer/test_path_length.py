@@ -85,6 +85,19 @@ def test_noise_does_not_make_a_path_shorter(noise, within):
     assert statistics.stdev(ends) < noise / 2
 
 
+@pytest.mark.statistical
+def test_where_noise_hides_the_slope_the_path_is_held_shorter():
+    """A path twice too long stayed so at epsilon 1, and cost 6 %: the noise let no measurement move it."""
+
+    def mean(noise, start):
+        ends = [followed(lambda s: 1 - s, noise=noise, start=start, seed=seed)[0].scale for seed in range(200)]
+        return statistics.fmean(map(math.log, ends))
+
+    assert mean(0.8, math.log(2)) == pytest.approx(mean(0.8, 0.0), abs=0.05)  # it does not stay twice too long
+    assert -0.4 < mean(0.8, 0.0) < -0.2  # shorter by the 0.3 that the noise is above a half
+    assert mean(5.0, 0.0) > -0.3  # and where nothing is seen, little is moved
+
+
 def test_two_measurements_that_agree_are_believed():
     """A path that is known and was far too long all the same. One batch may be at fault; two that agree are not."""
 
@@ -104,7 +117,7 @@ def test_a_cut_is_no_measurement_of_the_steepness():
     """The path was halved, so that the next slope says nothing of what the one before did."""
     path = PathLength(scale=1.0, searching=False)
     path.follow(Slopes(1.0, 0.5, 1.5, 0.1))
-    assert path.went > 0
+    assert path.went != 0
     path.follow(Slopes(1.0, -1.5, 0.1, 0.1))
     assert (path.falls, path.seen, path.went) == (1, 0, 0)
     path.follow(Slopes(1.0, -0.3, 0.1, 0.1))
