@@ -94,8 +94,9 @@ def test_where_noise_hides_the_slope_the_path_is_held_shorter():
         return statistics.fmean(map(math.log, ends))
 
     assert mean(0.8, math.log(2)) == pytest.approx(mean(0.8, 0.0), abs=0.05)  # it does not stay twice too long
-    assert -0.4 < mean(0.8, 0.0) < -0.2  # shorter by the 0.3 that the noise is above a half
-    assert mean(5.0, 0.0) > -0.3  # and where nothing is seen, little is moved
+    assert -0.5 < mean(0.8, 0.0) < -0.3  # shorter by the 0.3 that the noise is above a half
+    assert abs(mean(0.4, 0.0)) < 0.05
+    assert mean(2.0, 0.0) > math.log(0.2)  # a quarter is left
 
 
 def test_two_measurements_that_agree_are_believed():
