@@ -107,7 +107,7 @@ class PlainLoop:
         steeper = -self.went * self.of_steepness / everything * x
         self.of_steepness -= (self.went * self.of_steepness) ** 2 / everything
         self.steepness = min(10.0, max(1.0, self.steepness + steeper))
-        held = min(0.75, max(0.0, math.sqrt(r2) - 0.5))
+        held = min(0.75, max(0.0, math.sqrt(r2) - 0.75))
         change = min(0.75, max(-3.0, x - held)) / self.steepness
         self.variance += 0.07**2
         if self.seen * x > 0:
