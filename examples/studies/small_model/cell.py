@@ -77,9 +77,8 @@ class Cell:
 
     def key(self) -> str:
         """Short name of the cell and of all that its result depends on. Settings at their defaults do not enter."""
-        method = self.resolved()
-        values = [VERSION, _set(self), _set(method), public.study_root().name]
-        values += [AUTO_ADAM] if method.optimizer == "auto" else []
+        method, study = self.resolved(), public.study_root().name
+        values = [VERSION, _set(self), _set(method), study, *([AUTO_ADAM] if method.optimizer == "auto" else [])]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def resolved(self) -> Method:
