@@ -43,17 +43,18 @@ class AutoAdam(Optimizer):
     s begins at 0.1. While D1 is at least 0.6 D0 the path is too short to have left its start: s grows by the factor
     ``D0 / (D0 - D1 + sqrt(sd0^2 + sd1^2) / 2)``, at most fivefold per step, and g_t belongs to I. By a factor of 2.5 or
     more, the k steps so far are averaged: Delta is multiplied with k / (k + 1). After the first step, where D1 is at
-    least 0.4 D0, s grows by at least 2.5. With fewer than 20 planned steps, s grows up to 7.5 fold per step, and the
-    next step counts 1 / (k + 1), so that the path is one step as long as s. When such a search ends, s is divided by
-    1.25 and Delta multiplied with it.
+    least 0.4 D0, s grows by at least 2.5. When the search ends, s is multiplied with (k + 1) / 4 and Delta divided by
+    it: the path stays, and is two steps long. With fewer than 20 planned steps, s begins at 0.2 and grows up to 7.5
+    fold per step, the next step counts 1 / (k + 1), so that the path is one step long, and 1.25 after the search.
     Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. kappa says how fast D1 / D0 falls
-    with ln(s), 1 for a quadratic at its minimum. A second filter learns it from what each move of s made of D1. Where
-    two measurements in a row agree beyond the noise, ln(s) is taken to be less certain. Where the noise in D1 / D0
-    has a std r above 0.75, s moves to where D1 / D0 is min(r - 0.75, 0.75) instead of 0, because a path that is too
-    long costs more than one that is too short. While D0 is not told from its noise, the start is taken to be as steep
-    as the end, if that is told. If not, s goes towards 1, by 26 % a step, by less where the end leads back, and stays
-    there, so that a run in which nothing can be measured is one at the hint. When D1 is below -D0 by clearly more
-    than noise, while the filter knows little, s is halved.
+    with ln(s), 1 for a quadratic at its minimum. A second filter learns it from what each move of s made of D1,
+    between 0.3 and 10; a kappa below 1 only makes the path shorter. Where two measurements in a row agree beyond the
+    noise, ln(s) is taken to be less certain. Where the noise in D1 / D0 has a std r above 0.55, s moves to where
+    D1 / D0 is min(r - 0.55, 0.75) instead of 0, because a path that is too long costs more than one that is too short.
+    While D0 is not told from its noise, the start is taken to be as steep as the end, if that is told. If not, s goes
+    towards 1, by 26 % a step, by less where the end leads back, and stays there, so that a run in which nothing can be
+    measured is one at the hint. When D1 is below -D0 by clearly more than noise, while the filter knows little, s is
+    halved.
 
     Args:
         params: parameters or groups of them.

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
+_CAUTION_SHORT = 0.2  # _CAUTION of a short run, to which each step counts
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
 _SHORT_RUN = 20  # planned steps from which a run has the time for a slower search
 _LONGER_SHORT = 7.5  # _LONGER of a short run, whose path is no longer than one step until the search ends
-_WITHIN = 1.25  # factor by which the steps of a short run are shorter than the path that its search found
+_STEPS_FOUND, _STEPS_FOUND_SHORT = 2.0, 1.25  # how many steps to come are as long as the path that a search found
 _BLIND = 10**0.1  # most by which the path gets longer in a step that tells nothing: ten steps or more to the hint
 _SHORTER = 0.5  # factor of a cut: a loss rises more steeply than a parabola, so what the slopes say would be too much
 _MOST = 1e4  # most that the factor can be: along a loss that never turns it would grow without end
@@ -24,11 +25,11 @@ _YOUNG = 0.1  # variance of ln(scale) from which a path may be cut: later, one b
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 _AHEAD, _BACK = 0.75, -3.0  # shares of the slope at the start beyond which the slope at the end says no more
-_CAREFUL = 0.75  # noise of a measurement, in units of the slope at the start, from which the path is held shorter
+_CAREFUL = 0.55  # noise of a measurement, in units of the slope at the start, from which the path is held shorter
 _MOST_CAREFUL = 0.75  # most of that slope that it is held short by, so that a quarter of the path is left
 _UP, _DOWN = 0.5, 1.0  # most by which a measurement moves ln(scale): slopes get steeper before they fall
 _STEEP_SPREAD, _STEEP_DRIFT = 2.0, 0.3  # std of the steepness: at first, and what every measurement adds to it
-_STEEPEST = 10.0  # most that the steepness can be; it is 1 at least, that of a parabola
+_FLATTEST, _STEEPEST = 0.3, 10.0  # least and most that the steepness can be
 _BATCHES = 0.1  # std of a slope, as a share of that at the start, beside its noise: what batches and steps add
 
 
@@ -59,7 +60,8 @@ class PathLength:
     path, so that a step which turns out too long is taken back in part.
 
     Attributes:
-        scale: the factor; a tenth at first, as the hint may be too high, and soon 1 where nothing can be measured.
+        scale: the factor; a tenth or a fifth at first, as the hint may be too high, and soon 1 where nothing can be
+            measured.
         variance: variance of ln(scale), as a Kalman filter estimates it.
         averaged: number of steps that were averaged because they did not leave the start.
         searching: whether the path still gets longer by large factors.
@@ -90,23 +92,27 @@ class PathLength:
     @classmethod
     def planned(cls, steps: int | None) -> PathLength:
         """Return the length at the start of a run of ``steps`` steps; None where their number is not known."""
-        return cls(short=steps is not None and steps < _SHORT_RUN)
+        short = steps is not None and steps < _SHORT_RUN
+        return cls(short=short, scale=_CAUTION_SHORT if short else _CAUTION)
 
     def follow(self, slopes: Slopes) -> tuple[float, float]:
         """Change the scale by a measurement.
 
         Returns:
             The factors by which the steps in the path count from now on, and the next step. The steps of a search are
-            averaged. In a short run they weigh 1 together. In a longer one the next step always weighs 1, so that the
-            path weighs 2 or 3 when its length is found, and the steps to come are as much shorter than it. They have
-            the time to get longer, and the best rate of a longer run is lower.
+            averaged: in a short run they weigh 1 together, in a longer one the last always weighs 1, so that k of them
+            weigh (k + 1) / 2. When the search ends, the path stays where it is. From then on it weighs as many steps as
+            make good use of it: steps that are too short need the run to get longer, and a short run has more to win
+            from long ones.
         """
         searched = self.searching
         kept, taken = self._follow(slopes)
-        if self.short and searched and not self.searching and self.averaged > 1:
-            # The path stays where it is, and the steps to come are shorter than it.
-            self.scale /= _WITHIN
-            kept *= _WITHIN
+        if searched and not self.searching and self.averaged > 1:
+            weighs, wanted = (self.averaged + 1) / 2, _STEPS_FOUND
+            if self.short:
+                weighs, wanted = 1.0, _STEPS_FOUND_SHORT
+            self.scale *= weighs / wanted
+            kept *= wanted / weighs
         return kept, taken
 
     def _follow(self, slopes: Slopes) -> tuple[float, float]:
@@ -173,13 +179,15 @@ class PathLength:
         self._learn_steepness(seen, noise)
         # Where noise hides the slope, a path that is too long would stay so, and costs more than one that is too short.
         held = min(max(noise - _CAREFUL, 0.0), _MOST_CAREFUL)
-        change = max(_BACK, min(seen - held, _AHEAD)) / self.steepness
-        uncertain = (noise / self.steepness) ** 2 + _FLOOR**2 + (_CURVED * change) ** 2
+        # A path that is far too long lies where the loss is flat again, and only a large change leads back.
+        steepness = self.steepness if seen < held else max(self.steepness, 1.0)
+        change = max(_BACK, min(seen - held, _AHEAD)) / steepness
+        uncertain = (noise / steepness) ** 2 + _FLOOR**2 + (_CURVED * change) ** 2
         self.variance += _DRIFT**2
         if self.seen * seen > 0:
             # Two in a row on one side: by as much as both say beyond the noise, ln(scale) is less certain than thought.
             agreed = max(min(abs(self.seen), abs(seen)) - noise, 0.0)
-            self.variance = max(self.variance, (agreed / self.steepness) ** 2)
+            self.variance = max(self.variance, (agreed / steepness) ** 2)
         gain = self.variance / (self.variance + uncertain)
         before = self.scale
         self.scale = min(before * math.exp(min(_UP, max(-_DOWN, gain * change))), _MOST)
@@ -198,7 +206,7 @@ class PathLength:
         others = noise**2 + _BATCHES**2 + self.variance * self.steepness**2
         gain = -self.went * self.steepness_variance / (self.went**2 * self.steepness_variance + others)
         self.steepness_variance *= 1 + gain * self.went
-        self.steepness = min(_STEEPEST, max(1.0, self.steepness + gain * seen))
+        self.steepness = min(_STEEPEST, max(_FLATTEST, self.steepness + gain * seen))
 
     def entries(self) -> dict[str, Any]:
         """Return the values as entries of a parameter group."""

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-AUTO_ADAM = 4  # version of AutoAdam's rule: results of an older one are run again, those of other optimizers are not
+AUTO_ADAM = 5  # version of AutoAdam's rule: results of an older one are run again, those of other optimizers are not
 Result = dict[str, Any]
 
 
@@ -40,8 +40,11 @@ def results_of(function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]]
         yield from (function(*task) for task in tasks)
         return
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(function, *task) for task in tasks]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(function, *task) for task in tasks]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or an interrupt, what did not begin is not waited for
 
 
 def run_missing(cells: Iterable[Any], run: Callable[..., Result], out: Path, jobs: int) -> Iterator[tuple[str, Result]]:
