@@ -1,5 +1,6 @@
 """AutoAdam against AdamW tuned by hand: held-out loss from hints over decades, beside the best of AdamW's rates and momenta.
 
+    python examples/studies/auto_study.py --page --jobs 2                # the table of docs/automatic-rate.md: hours
     python examples/studies/auto_study.py --jobs 2                       # stop it and go on at any time
     python examples/studies/auto_study.py --steps 12 --seeds 41 42 43
     python examples/studies/auto_study.py --quick                        # one seed, two rates, one hint: 6 steps
@@ -9,6 +10,7 @@
 
 All runs of a seed share data, draws and noise, and spend the same epsilon. The best of AdamW's runs is chosen for each seed by the
 held-out loss, which no private run could do for nothing: a sweep costs the epsilon of every run in it. AutoAdam's runs are one each.
+With ``--page``, the places are those of :mod:`small_model.places`, with today's accountant, and the last row is the mean over places.
 Noise is seeded, and the records are invented: a study, which protects nobody.
 """
 
@@ -28,11 +30,14 @@ from small_model import cell as cells
 from small_model import public
 from small_model.cell import Cell
 from small_model.methods import METHODS
+from small_model.places import ADAPTERS, PLACES, Place
+from small_model.places import HINTS as DECADES
 from small_model.report import grouped, markdown
 
 from opacus_ac.optimizer.momentum import planned_beta1
 
 SEEDS = (31, 32, 33)
+PAGE_SEEDS = (131, 132, 133, 134, 135, 136)  # no constant of the rule was chosen on these
 RATES = (0.006, 0.009, 0.013, 0.02)
 USUAL = 0.9
 HINTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -119,9 +124,87 @@ def _against(losses: Mapping[int, float], best: Mapping[int, float]) -> str:
     return percent([losses[seed] for seed in shared], [best[seed] for seed in shared]) if shared else ""
 
 
+def page_table(results: Sequence[Result], seeds: Sequence[int]) -> str:
+    """Return the table of :data:`small_model.places.PLACES`, in per cent of the best AdamW of each seed, and its means.
+
+    The last column is in per cent of DP-AdamW as usual, over all hints. A seed counts when all of its runs at a place are there.
+    """
+    found = {result["key"]: result for result in results}
+    rows, means = [], []
+    for place in PLACES:
+        losses = [_page_losses(place, seed, found) for seed in seeds[: place.seeds]]
+        here = [one for one in losses if one is not None]
+        if not here:
+            continue
+        numbers = [[row[column] for row in here] for column in range(len(here[0]))]
+        best, usual, *by_hint = numbers
+        columns: list[list[float] | None] = [
+            by_hint[place.hints.index(number)] if number in place.hints else None for number in range(len(DECADES))
+        ]
+        against = [
+            statistics.fmean([100 * (a / b - 1) for a, b in zip(column, usual, strict=True)]) for column in by_hint
+        ]
+        row = [place.name(), f"{place.epsilon:g}", str(place.steps), str(len(here)), f"{statistics.fmean(best):.3f}"]
+        row += [percent(column, best) if column else "" for column in (usual, *columns)]
+        rows.append([*row, f"{statistics.fmean(against):+.1f}"])
+        shares = [[100 * (a / b - 1) for a, b in zip(column, best, strict=True)] for column in (usual, *by_hint)]
+        means.append([statistics.fmean(share) for share in shares] + [statistics.fmean(against)])
+    if means:
+        usual_mean, auto_mean, against_mean = (
+            statistics.fmean(values)
+            for values in ([m[0] for m in means], [v for m in means for v in m[1:-1]], [m[-1] for m in means])
+        )
+        name = f"mean over {len(means)} places"
+        rows.append(
+            [name, "", "", "", "", f"{usual_mean:+.1f}", "", "", f"all: {auto_mean:+.1f}", "", f"{against_mean:+.1f}"]
+        )
+    hints = [f"from {hint:g} ({hint * ADAPTERS:g})" for hint in DECADES]
+    head = ["model", "epsilon", "steps", "seeds", "best AdamW", "AdamW as usual", *hints, "over as usual"]
+    return markdown(head, rows) + "\n\n" + _worst(results)
+
+
+def _page_losses(place: Place, seed: int, found: Mapping[str, Result]) -> list[float] | None:
+    """Return the losses of the best AdamW, of DP-AdamW as usual and of every hint; None where one is missing."""
+    cells = [place.by_hand(seed), [place.as_usual(seed)], *([cell] for cell in place.automatic(seed).values())]
+    if not all(cell.key() in found for group in cells for cell in group):
+        return None
+    return [min(found[cell.key()]["loss"] for cell in group) for group in cells]
+
+
+def _worst(results: Sequence[Result]) -> str:
+    """Say how far the worst run of AutoAdam ended below or above its loss before training."""
+    above = max((r["loss"] - r["loss_before"] for r in results if r["method"] == "auto-flat"), default=0.0)
+    return f"The worst run of AutoAdam ended {above:+.2f} from its loss before training."
+
+
+def page(seeds: Sequence[int]) -> list[Cell]:
+    """Return the runs of the page, all places of a seed before the next seed."""
+    return [
+        cell
+        for number, seed in enumerate(seeds)
+        for place in PLACES
+        if number < place.seeds
+        for cell in place.cells(seed)
+    ]
+
+
+KEPT = (
+    "key", "method", "model", "lora", "batch", "tone", "epsilon", "steps", "rate", "seed", "loss_before", "loss", "noise_multiplier", "seconds"
+)  # fmt: skip
+
+
+def run(cell: Cell) -> Result:
+    """Return what is kept of a run: what it was, its losses, and the rate that it found last."""
+    result = cells.run(cell)
+    found = {"found_rate": result["found_rate"][-1]} if "found_rate" in result else {}
+    return {name: result[name] for name in KEPT} | {"beta1": cell.resolved().beta1} | found
+
+
 def wanted(arguments: argparse.Namespace) -> list[Cell]:
     """Return the runs that the arguments ask for, the seeds one after the other."""
-    steps, rates, hints, seeds = arguments.steps, arguments.rates, arguments.hints, arguments.seeds
+    if arguments.page:
+        return page(arguments.seeds or PAGE_SEEDS)
+    steps, rates, hints, seeds = arguments.steps, arguments.rates, arguments.hints, arguments.seeds or SEEDS
     if arguments.quick:
         steps, rates, hints, seeds = [6], [0.009, 0.02], [1e-3], seeds[:1]
     settings = product(
@@ -142,7 +225,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     made.add_argument("--quick", action="store_true", help="a run of minutes, to see that it works")
-    made.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    made.add_argument("--page", action="store_true", help="the places of docs/automatic-rate.md, and nothing else")
+    made.add_argument(
+        "--seeds", type=int, nargs="+", help="one run each; all runs of a seed share data, draws and noise"
+    )
     made.add_argument("--models", nargs="+", choices=public.MODELS, default=["llama"])
     made.add_argument("--lora", type=int, nargs="+", default=[0], help="ranks of adapters; 0 for all weights")
     made.add_argument("--batches", type=int, nargs="+", default=[200], help="expected records in a batch")
@@ -166,16 +252,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.report:
         for model in sorted({c.model for c in grid.values()}):
             public.public_model(model)
-        for done, result in run_missing(grid.values(), cells.run, arguments.out, arguments.jobs):
+        for done, result in run_missing(grid.values(), run, arguments.out, arguments.jobs):
             print(
-                f"{done} {result['method']} {result['steps']} steps, rate {result['rate']:g}, beta1 "
-                f"{result['beta1']:g}, seed {result['seed']}: loss {result['loss']:.4f}, {result['seconds']:.0f} s",
+                f"{done} {result['model']} {result['method']} {result['steps']} steps, rate {result['rate']:g}, seed "
+                f"{result['seed']}: loss {result['loss']:.4f}, {result['seconds']:.0f} s",
                 flush=True,
             )
     results = [result for result in read(arguments.out) if result["key"] in grid]
     if not results:
         raise SystemExit(f"no finished run in {arguments.out}: run it first, without --report")
-    print(table(results))
+    print(page_table(results, arguments.seeds or PAGE_SEEDS) if arguments.page else table(results))
     return 0
 
 

@@ -1,8 +1,11 @@
 """The study of AutoAdam: which runs it wants, and a table that compares within seeds."""
 
+from pathlib import Path
+
 import auto_study as study
 import pytest
-from common.results import append
+from common.results import append, read
+from small_model import places
 
 
 def result(method, rate, beta1, seed, loss, steps=30):
@@ -66,3 +69,86 @@ def test_a_report_of_nothing_says_so(tmp_path, capsys):
     append(tmp_path / "some.jsonl", {**line, "key": cell.key()})
     assert study.main(["--quick", "--report", "--out", str(tmp_path / "some.jsonl")]) == 0
     assert "best AdamW" in capsys.readouterr().out
+
+
+def lines_of(place, seed, best, usual, by_hint):
+    """Results of a place and a seed: the first rate is the best one, and the others are 0.1 worse."""
+    cells = place.cells(seed)
+    losses = [best + 0.1 * (number > 0) for number in range(len(place.rates))] + [usual, *by_hint]
+    return [
+        {"key": c.key(), "method": c.method, "seed": seed, "loss": loss, "loss_before": 3.0}
+        for c, loss in zip(cells, losses, strict=True)
+    ]
+
+
+def cells_of(row):
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_table_of_the_page_has_a_row_for_each_place_and_the_means(monkeypatch):
+    one, two = (
+        places.Place((1e-2, 2e-2), seeds=2),
+        places.Place((3e-2, 4e-2), lora=4, steps=10, hints=(0, 1, 2, 3), seeds=1),
+    )
+    monkeypatch.setattr(study, "PLACES", (one, two))
+    results = lines_of(one, 7, 2.0, 2.2, [1.98, 2.04]) + lines_of(one, 8, 4.0, 4.4, [4.04, 4.0])
+    results += lines_of(two, 7, 1.0, 1.25, [1.05, 1.0, 1.0, 0.95])
+    table, worst = study.page_table(results, [7, 8]).split("\n\n")
+    _, _, first, second, mean = map(cells_of, table.splitlines())
+    assert first == ["llama", "4", "30", "2", "3.000", "+10.0 ± 0.0", "+0.0 ± 1.0", "", "", "+1.0 ± 1.0", "-8.6"]
+    assert second[:6] == ["llama, adapters of rank 4", "4", "10", "1", "1.000", "+25.0"]
+    assert second[6:] == ["+5.0", "+0.0", "+0.0", "-5.0", "-20.0"]
+    assert mean[0] == "mean over 2 places"
+    assert (mean[5], mean[8], mean[10]) == ("+17.5", "all: +0.2", "-14.3")  # of 10 and 25; of 0, 1, 5, 0, 0 and -5
+    assert worst == "The worst run of AutoAdam ended +1.04 from its loss before training."
+
+
+def test_a_seed_counts_at_a_place_when_all_of_its_runs_are_there(monkeypatch):
+    one, two = places.Place((1e-2, 2e-2), seeds=2), places.Place((1e-2, 2e-2), epsilon=8.0, seeds=1)
+    monkeypatch.setattr(study, "PLACES", (one, two))
+    results = lines_of(one, 7, 2.0, 2.2, [2.0, 2.0]) + lines_of(one, 8, 4.0, 4.4, [4.0, 4.0])[:-1]
+    _, _, first, mean = study.page_table(results, [7, 8]).split("\n\n")[0].splitlines()
+    assert cells_of(first)[:4] == ["llama", "4", "30", "1"]
+    assert cells_of(mean)[0] == "mean over 1 places"
+    assert study.page_table(results[:3], [7, 8]).splitlines()[2:3] == [""]  # no row, and no mean
+
+
+def test_the_page_has_six_seeds_and_every_place_once():
+    cells = study.wanted(study.parser().parse_args(["--page"]))
+    assert len({c.key() for c in cells}) == len(cells)
+    assert {c.seed for c in cells} == set(study.PAGE_SEEDS)
+    assert not set(study.PAGE_SEEDS) & set(study.SEEDS)
+    for place in study.PLACES:
+        assert place.seeds >= (3 if place.steps <= 60 and place.model == "llama" else 1)
+        assert list(place.rates) == sorted(place.rates)
+        hints = [cell.rate for cell in place.automatic(1).values()]
+        assert min(hints) <= max(place.rates) / 30  # far below, and far above
+        assert max(hints) >= 2 * max(place.rates)
+    lengths = {
+        (p.model, p.lora > 0): {q.steps for q in study.PLACES if (q.model, q.lora > 0) == (p.model, p.lora > 0)}
+        for p in study.PLACES
+    }
+    assert all({10, 15, 30, 60} <= steps for steps in lengths.values())
+
+
+def test_the_page_is_not_made_of_anything_else(tmp_path, capsys):
+    cells = study.page([131])
+    out = tmp_path / "page.jsonl"
+    for line in lines_of(study.PLACES[0], 131, 2.0, 2.2, [2.0] * 4):
+        append(out, line)
+    assert study.main(["--page", "--seeds", "131", "--report", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "| llama | 4 | 10 | 1 | 2.000 | +10.0 |" in shown
+    assert len(cells) > 100
+
+
+def test_the_page_shows_the_results_that_are_kept():
+    """Everything that the table says follows from the file of results, which the command goes on from."""
+    here = Path(study.__file__).parent
+    results = read(here / "results" / "automatic-rate.jsonl")
+    table, worst = study.page_table(results, study.PAGE_SEEDS).split("\n\n")
+    text = (here.parents[1] / "docs" / "automatic-rate.md").read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 2 + len(study.PLACES) + 1
+    for row in table.splitlines():
+        assert row in text
+    assert worst in text
