@@ -101,9 +101,8 @@ class PathLength:
         Returns:
             The factors by which the steps in the path count from now on, and the next step. The steps of a search are
             averaged: in a short run they weigh 1 together, in a longer one the last always weighs 1, so that k of them
-            weigh (k + 1) / 2. When the search ends, the path stays where it is. From then on it weighs as many steps as
-            make good use of it: steps that are too short need the run to get longer, and a short run has more to win
-            from long ones.
+            weigh (k + 1) / 2. When the search ends, the path stays where it is, and weighs 2 steps, or 1.25 in a short
+            run. Without this, a long search would leave steps that are much too short.
         """
         searched = self.searching
         kept, taken = self._follow(slopes)

@@ -1,8 +1,9 @@
 """Where AutoAdam is compared with AdamW that was tuned by hand: models, lengths of runs, epsilons, and the rates tried by hand.
 
 A place has three kinds of runs, which share data, draws and noise: AdamW at each of its rates; DP-AdamW as it is usually run
-(momentum 0.9, Renyi accounting) at the middle one of them; and AutoAdam from each of its hints. Rates were chosen so that the best
-one is not at an end. Hints go from about 100 times below the best rate to about 10 times above it, and further above in long runs.
+(momentum 0.9, Renyi accounting) at the middle one of them; and AutoAdam from each of its hints. Three or four rates are tried. Where
+the best one is at an end, one beyond it may be better. Hints go from about 100 times below the best rate to about 10 times above it,
+and further above in long runs.
 """
 
 from __future__ import annotations
