@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from opacus_ac._validate import not_negative
 from opacus_ac.optimizer import path_start
 from opacus_ac.optimizer.momentum import planned_beta1
 from opacus_ac.optimizer.path_length import PathLength
+from opacus_ac.optimizer.pieces import over_shards, pieces, products, squares_and_zeros
 
 _TINY = 1e-30  # of a denominator
 _NO_PLAN = 0.5  # beta1 where the number of steps is not known
@@ -40,17 +41,23 @@ class AutoAdam(Optimizer):
     No release is multiplied with itself in D0, so its noise and the draw of its records do not pass for a slope. Only
     while the path is one release, D0 is ``<g_1, Delta>`` less the known energy of the noise that both have in common.
 
-    s begins at 0.1. While D1 is at least 0.6 D0 the path is too short to have left its start: s grows by the factor
+    s begins at 0.1, and with fewer than 20 planned steps at 0.2. It begins higher where the hint is so low that the
+    first step would change the weights by less than 0.3 % of their root mean square, or by less than 2 % where a
+    quarter of their entries or more are zero, as with adapters: then that is the first step.
+
+    While D1 is at least 0.6 D0 the path is too short to have left its start: s grows by the factor
     ``D0 / (D0 - D1 + sqrt(sd0^2 + sd1^2) / 2)``, at most fivefold per step, and g_t belongs to I. By a factor of 2.5 or
     more, the k steps so far are averaged: Delta is multiplied with k / (k + 1). After the first step, where D1 is at
     least 0.4 D0, s grows by at least 2.5. When the search ends, s is multiplied with (k + 1) / 4 and Delta divided by
-    it: the path stays, and is two steps long. With fewer than 20 planned steps, s begins at 0.2 and grows up to 7.5
-    fold per step, the next step counts 1 / (k + 1), so that the path is one step long, and 1.25 after the search.
+    it: the path stays, and is two steps long. With fewer than 20 planned steps, s grows up to 7.5 fold per step, the
+    next step counts 1 / (k + 1), so that the path is one step long, and 1.25 after the search.
+
     Later a scalar Kalman filter for ln(s) weighs each measurement by its noise. kappa says how fast D1 / D0 falls
     with ln(s), 1 for a quadratic at its minimum. A second filter learns it from what each move of s made of D1,
     between 0.3 and 10; a kappa below 1 only makes the path shorter. Where two measurements in a row agree beyond the
-    noise, ln(s) is taken to be less certain. Where the noise in D1 / D0 has a std r above 0.55, s moves to where
-    D1 / D0 is min(r - 0.55, 0.75) instead of 0, because a path that is too long costs more than one that is too short.
+    noise, ln(s) is taken to be less certain. A path that is too long costs more than one that is too short. So s moves
+    to where D1 / D0 is min(kappa r / 5, 0.75) instead of 0, where r is the std of the noise in D1 / D0.
+
     While D0 is not told from its noise, the start is taken to be as steep as the end, if that is told. If not, s goes
     towards 1, by 26 % a step, by less where the end leads back, and stays there, so that a run in which nothing can be
     measured is one at the hint. When D1 is below -D0 by clearly more than noise, while the filter knows little, s is
@@ -72,8 +79,8 @@ class AutoAdam(Optimizer):
             sets it.
 
     Guarantees:
-        A function of released gradients, the stated std of their noise and public constants: no sensitivity is added,
-        and nothing is charged.
+        A function of released gradients, the stated std of their noise, the weights before training and public
+        constants: no sensitivity is added, and nothing is charged.
 
         A parameter without a gradient stays where it is.
 
@@ -81,8 +88,8 @@ class AutoAdam(Optimizer):
 
     Not guaranteed:
         That the rate is good. The rule is exact for a quadratic loss, and measurements are weighed by the stated noise
-        only, not by how much batches differ. The hint has to be within a factor of 100 below and 10 above a good rate,
-        and a hint that far off costs steps, which short runs do not have.
+        only, not by how much batches differ. A hint more than 10 times above a good rate, or 100 below, was not tried,
+        and one that is far off costs steps, which short runs do not have.
 
     Four buffers of the size of the weights are kept, where Adam has two. The path is an average already: use
     ``ema_decay=None``.
@@ -210,11 +217,13 @@ class AutoAdam(Optimizer):
         """Measure the path, give it its length, and take the next step along it."""
         length = PathLength.of(self.param_groups[0])
         states = [self._observed(p, std) for (_, p), std in zip(found, stds, strict=True)]
-        rows = [_products(p, state) for (_, p), state in zip(found, states, strict=True)]
-        measured = self._numbers(_over_shards(rows, [p for _, p in found]))
+        rows = [products(p, state) for (_, p), state in zip(found, states, strict=True)]
+        measured = self._numbers(over_shards(rows, [p for _, p in found]))
         kept = taken = 1.0
         if any(row[2] for row in measured):  # before the first step there is no path to measure
             kept, taken = length.follow(path_start.slopes(measured, states, stds, [p.numel() for _, p in found]))
+        else:
+            length.begin(*self._size_of_weights(found))
         for (_, parameter), state, row, std in zip(found, states, measured, stds, strict=True):
             if length.searching or not state["anchored"]:
                 path_start.join(state, parameter.grad, row[3], std)  # type: ignore[arg-type]  # those that were found have one
@@ -226,6 +235,15 @@ class AutoAdam(Optimizer):
             _step(parameter, group, state, weight * taken, length.scale, kept)
         for group in self.param_groups:
             group.update(length.entries())
+
+    def _size_of_weights(self, found: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[float, float]:
+        """Return the root mean square of the weights in units of the hints, 0 without one, and the share of zeros."""
+        parameters = [p for _, p in found]
+        rows = self._numbers(over_shards([squares_and_zeros(p) for p in parameters], parameters))
+        squares, zeros = (sum(column) for column in zip(*rows, strict=True))
+        # Where a schedule begins low, the first step is that much shorter, and not the factor that much larger.
+        unit = sum(group.get("initial_lr", group["lr"]) ** 2 * p.numel() for group, p in found)
+        return math.sqrt(squares / unit) if unit > 0 else 0.0, zeros / sum(p.numel() for p in parameters)
 
     def _numbers(self, rows: Tensor) -> list[list[float]]:
         """Return the values of scalars, with one transfer from the device, and those of rank 0 on every rank."""
@@ -245,51 +263,6 @@ class AutoAdam(Optimizer):
         state["step"] += 1
         state["variance"] += std**2
         return state
-
-
-def _products(parameter: Tensor, state: dict[str, Any]) -> list[Tensor]:
-    """Add the release to the sum; return ``<g, Delta>, <anchor, Delta>, |Delta|^2, |g|^2, |sum g|^2``."""
-    found: list[Tensor] = []
-    for g, path, anchor, total in _pieces(parameter.grad, state["path"], state["anchor"], state["total"]):
-        total.add_(g)
-        pairs = ((g, path), (anchor, path), (path, path), (g, g), (total, total))
-        found.append(torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).double())
-    return list(torch.stack(found).sum(0))
-
-
-_PIECE = 1 << 18
-"""Number of entries that are worked on at a time. They stay in the processor's cache from one operation to the next."""
-
-
-def _pieces(*tensors: Any) -> Iterator[tuple[Tensor, ...]]:
-    """Yield views of the same entries of all tensors, a piece at a time on the processor."""
-    local = [_local(x) for x in tensors]
-    size = local[0].numel()
-    # On another device, a piece would cost as many launches as a tensor.
-    if size <= _PIECE or local[0].device.type != "cpu" or not all(x.is_contiguous() for x in local):
-        yield tuple(local)
-        return
-    flat = [x.view(-1) for x in local]
-    for start in range(0, size, _PIECE):
-        yield tuple(x[start : start + _PIECE] for x in flat)
-
-
-def _over_shards(rows: Sequence[Sequence[Tensor]], parameters: Sequence[Tensor]) -> Tensor:
-    """Return the scalars of whole parameters ``[P, 5]``: those of shards are added up over the ranks that have them."""
-    values = torch.stack([torch.stack(list(row)).to(rows[0][0].device) for row in rows])
-    sharded = [number for number, parameter in enumerate(parameters) if hasattr(parameter, "device_mesh")]
-    if sharded:
-        mesh: Any = parameters[sharded[0]].device_mesh  # type: ignore[attr-defined]  # all have one mesh
-        total = values[sharded]
-        torch.distributed.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
-        values[sharded] = total
-    return values
-
-
-def _local(x: Any) -> Tensor:
-    """Return the tensor itself, or this rank's part of it where ranks share it (FSDP2)."""
-    local: Tensor = x.to_local() if hasattr(x, "to_local") else x
-    return local
 
 
 def _weights(found: Sequence[tuple[dict[str, Any], Tensor]], states: Sequence[dict[str, Any]]) -> list[float]:
@@ -323,7 +296,7 @@ def _step(
     decay = 1 - scale * rate * group["weight_decay"]
     rms = max(math.sqrt(state["squares"] / (size * steps)), _TINY)
     further = rate * weight / (correction * rms)
-    for place, g, path, average in _pieces(parameter, parameter.grad, state["path"], state["exp_avg"]):
+    for place, g, path, average in pieces(parameter, parameter.grad, state["path"], state["exp_avg"]):
         place.add_(path, alpha=state["scale"] - scale * kept)
         if decay != 1:
             place.mul_(decay)  # start and path alike

@@ -10,6 +10,11 @@ from typing import Any, NamedTuple
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _CAUTION_SHORT = 0.2  # _CAUTION of a short run, to which each step counts
+_LEAST_CHANGE = (
+    0.003  # of the weights, by the first step: a change that is smaller teaches nothing, however low the hint
+)
+_LEAST_CHANGE_NEW = 0.02  # the same of new weights, as adapters are: they begin at zero, so that their size says little
+_NEW = 0.25  # share of entries that are zero, from which weights are new
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs
 _SHORT_RUN = 20  # planned steps from which a run has the time for a slower search
@@ -25,8 +30,8 @@ _YOUNG = 0.1  # variance of ln(scale) from which a path may be cut: later, one b
 _SPREAD, _DRIFT = 0.6, 0.07  # std of ln(scale): at first, and what every step adds to it
 _FLOOR, _CURVED = 0.05, 0.3  # std of a measurement of ln(scale) beside its noise: constant, and per unit of its change
 _AHEAD, _BACK = 0.75, -3.0  # shares of the slope at the start beyond which the slope at the end says no more
-_CAREFUL = 0.55  # noise of a measurement, in units of the slope at the start, from which the path is held shorter
-_MOST_CAREFUL = 0.75  # most of that slope that it is held short by, so that a quarter of the path is left
+_CAREFUL = 0.2  # of the noise of a measurement, for a steepness of 1: by this much the path is held shorter
+_MOST_CAREFUL = 0.75  # most of the slope at the start that it is held short by, so that a quarter of the path is left
 _UP, _DOWN = 0.5, 1.0  # most by which a measurement moves ln(scale): slopes get steeper before they fall
 _STEEP_SPREAD, _STEEP_DRIFT = 2.0, 0.3  # std of the steepness: at first, and what every measurement adds to it
 _FLATTEST, _STEEPEST = 0.3, 10.0  # least and most that the steepness can be
@@ -60,8 +65,8 @@ class PathLength:
     path, so that a step which turns out too long is taken back in part.
 
     Attributes:
-        scale: the factor; a tenth or a fifth at first, as the hint may be too high, and soon 1 where nothing can be
-            measured.
+        scale: the factor; a tenth or a fifth at first, as the hint may be too high, or what :meth:`begin` makes of it,
+            and soon 1 where nothing can be measured.
         variance: variance of ln(scale), as a Kalman filter estimates it.
         averaged: number of steps that were averaged because they did not leave the start.
         searching: whether the path still gets longer by large factors.
@@ -94,6 +99,15 @@ class PathLength:
         """Return the length at the start of a run of ``steps`` steps; None where their number is not known."""
         short = steps is not None and steps < _SHORT_RUN
         return cls(short=short, scale=_CAUTION_SHORT if short else _CAUTION)
+
+    def begin(self, size: float, zeros: float) -> None:
+        """Begin with a step that changes the weights by enough to learn from, even where the hint is far too low.
+
+        Args:
+            size: root mean square of the weights before the first step, in units of the hint. A public number.
+            zeros: share of their entries that are zero.
+        """
+        self.scale = max(self.scale, min((_LEAST_CHANGE_NEW if zeros >= _NEW else _LEAST_CHANGE) * size, _MOST))
 
     def follow(self, slopes: Slopes) -> tuple[float, float]:
         """Change the scale by a measurement.
@@ -164,10 +178,14 @@ class PathLength:
     def _blind(self, slopes: Slopes) -> None:
         """Go on towards the hint; where the end leads back, by less, and from one std of its noise on the other way."""
         self.blind += 1
-        if self.searching:
-            leads = slopes.here / slopes.noise if slopes.noise > 0 else 0.0
-            change = _BLIND ** min(1.0, max(-1.0, 1.0 + leads))
-            self.scale = min(self.scale * change, max(self.scale, 1.0))
+        if not self.searching:
+            return
+        if not self.measured and self.scale > 1:
+            self.scale = max(self.scale / _BLIND, 1.0)  # it began above the hint
+            return
+        leads = slopes.here / slopes.noise if slopes.noise > 0 else 0.0
+        change = _BLIND ** min(1.0, max(-1.0, 1.0 + leads))
+        self.scale = min(self.scale * change, max(self.scale, 1.0))
 
     def _filter(self, slopes: Slopes) -> None:
         """Move ln(scale) by a measurement, as far as that is more certain than what is known."""
@@ -177,7 +195,7 @@ class PathLength:
         noise = math.hypot(slopes.noise, slopes.start_noise * seen) / slopes.start
         self._learn_steepness(seen, noise)
         # Where noise hides the slope, a path that is too long would stay so, and costs more than one that is too short.
-        held = min(max(noise - _CAREFUL, 0.0), _MOST_CAREFUL)
+        held = min(_CAREFUL * self.steepness * noise, _MOST_CAREFUL)
         # A path that is far too long lies where the loss is flat again, and only a large change leads back.
         steepness = self.steepness if seen < held else max(self.steepness, 1.0)
         change = max(_BACK, min(seen - held, _AHEAD)) / steepness

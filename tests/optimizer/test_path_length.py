@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
+from opacus_ac.optimizer import path_length
 from opacus_ac.optimizer.path_length import PathLength, Slopes
 
 
@@ -61,7 +62,7 @@ def test_a_steep_loss_does_not_swing(steepness):
             followed(lambda s: -steepness * math.log(s), noise=0.1, seed=seed, length=kind)[1][20:]
             for seed in range(20)
         ]
-        return math.sqrt(statistics.fmean(slope**2 for run in runs for slope in run))
+        return statistics.pstdev(slope for run in runs for slope in run)
 
     assert late(PathLength) < 0.15
     assert late(NotSteeper) > 1.5 * late(PathLength)
@@ -89,7 +90,8 @@ def test_after_a_search_the_path_is_worth_a_fixed_number_of_steps(searched, plan
     assert not length.searching
     assert length.averaged == searched + 1
     assert weighs == pytest.approx(1.25 if planned == 19 else 2.0)
-    assert length.scale * weighs == pytest.approx(before * (1.0 if planned == 19 else (searched + 2) / 2))  # it stays
+    stays = before * (1.0 if planned == 19 else (searched + 2) / 2)
+    assert length.scale * weighs == pytest.approx(stays, rel=0.01)  # 0.01 is the noise
 
 
 @pytest.mark.parametrize("away", [3.0, 5.0])
@@ -110,11 +112,16 @@ def test_a_path_far_too_long_comes_back_from_where_the_loss_is_flat(away):
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(("noise", "within"), [(0.1, 0.01), (0.3, 0.03), (0.5, 0.06)])
-def test_noise_does_not_make_a_path_shorter(noise, within):
+def test_noise_does_not_make_a_path_shorter_than_it_is_meant_to(noise, within, monkeypatch):
     """Of a parabola, 200 seeds: the mean of ln(scale) is that of the minimum. It was 0.11 below at noise of 0.3, and 0.4 at 0.5."""
-    ends = [math.log(followed(lambda s: 1 - s, noise=noise, seed=seed)[0].scale) for seed in range(200)]
-    assert abs(statistics.fmean(ends)) < within
-    assert statistics.stdev(ends) < noise / 2
+
+    def ends():
+        return [math.log(followed(lambda s: 1 - s, noise=noise, seed=seed)[0].scale) for seed in range(200)]
+
+    assert -0.6 * noise < statistics.fmean(ends()) < -0.15 * noise
+    monkeypatch.setattr(path_length, "_CAREFUL", 0.0)
+    assert abs(statistics.fmean(ends())) < within
+    assert statistics.stdev(ends()) < noise / 2
 
 
 @pytest.mark.statistical
@@ -126,9 +133,58 @@ def test_where_noise_hides_the_slope_the_path_is_held_shorter():
         return statistics.fmean(map(math.log, ends))
 
     assert mean(0.8, math.log(2)) == pytest.approx(mean(0.8, 0.0), abs=0.1)  # it does not stay twice too long
-    assert mean(0.8, 0.0) == pytest.approx(math.log(1 - (0.8 - 0.55)), abs=0.12)
-    assert abs(mean(0.3, 0.0)) < 0.03
-    assert mean(2.0, 0.0) > math.log(0.2)  # a quarter is left
+    assert 0 > mean(0.1, 0.0) > mean(0.3, 0.0) > mean(0.8, 0.0) > mean(2.0, 0.0) > math.log(0.2)  # a quarter is left
+
+
+@pytest.mark.parametrize(
+    ("steepness", "noise", "rests"),
+    [(1.0, 0.5, 0.1), (3.0, 0.5, 0.3), (0.3, 1.0, 0.06), (3.0, 1.0, 0.6), (9.0, 1.0, 0.75)],
+)
+def test_the_slope_at_which_a_path_rests(steepness, noise, rests):
+    """A fifth of the noise times the steepness. Ternary weights stayed 4 % above: a third too long is cheap in noise, and steep."""
+
+    def moved(seen):
+        path = PathLength(scale=1.0, searching=False, steepness=steepness)
+        path.follow(Slopes(1.0, seen, noise, 0.0))
+        return path.scale
+
+    assert moved(rests) == pytest.approx(1.0)
+    assert moved(rests - 0.01) < 1 < moved(rests + 0.01)
+
+
+# ---------------------------------------------------------------- a low hint
+
+
+@pytest.mark.parametrize(
+    ("planned", "size", "zeros", "begins"),
+    [
+        (1000, 1.0, 0.0, 0.1),
+        (10, 1.0, 0.0, 0.2),
+        (1000, 100.0, 0.0, 0.3),
+        (10, 100.0, 0.24, 0.3),
+        (1000, 100.0, 0.25, 2.0),
+        (1000, 0.0, 1.0, 0.1),
+        (10, 1e12, 0.0, 1e4),
+        (10, math.inf, 0.0, 1e4),
+        (10, math.nan, 0.0, 0.2),
+    ],
+)
+def test_the_first_step_changes_the_weights_by_enough_to_learn_from(planned, size, zeros, begins):
+    length = PathLength.planned(planned)
+    length.begin(size, zeros)
+    assert length.scale == pytest.approx(begins)
+
+
+def test_where_nothing_is_measured_a_path_that_began_above_the_hint_goes_back_to_it():
+    def after(steps, **of_length):
+        path = PathLength(scale=15.0, **of_length)
+        for _ in range(steps):
+            path.follow(Slopes(0.1, 0.1, 1.0, 1.0))
+        return path.scale
+
+    assert after(1) == pytest.approx(15 / 10**0.1)
+    assert after(20) == 1
+    assert after(20, measured=1) == 15  # it was measured that the path may be so long
 
 
 def test_two_measurements_that_agree_are_believed():

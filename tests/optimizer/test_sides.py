@@ -15,6 +15,7 @@ FILES = {
         "optimizer/auto_adam.py",
         "optimizer/path_length.py",
         "optimizer/path_start.py",
+        "optimizer/pieces.py",
         "zeroth_order/directional_update.py",
     )
 }

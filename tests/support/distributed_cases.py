@@ -212,7 +212,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-INNER: dict[str, Any] = {"auto": AutoAdam}
+def low_hint(parameters: Any, lr: float) -> AutoAdam:
+    """A hint so low that the size of the weights says where the search begins, which has to be that of all shards."""
+    return AutoAdam(parameters, lr=1e-3 * lr)
+
+
+INNER: dict[str, Any] = {"auto": low_hint}
 """The inner optimizers of the kinds that have another than AdamW."""
 
 
@@ -233,16 +238,16 @@ def ddp_tied(rank: int, world: int) -> dict[str, Any]:
 
 def ddp_auto(rank: int, world: int) -> dict[str, Any]:
     """The rate is found from the sums of all ranks."""
-    return train(language_model(rank=rank), inner=AutoAdam)
+    return train(language_model(rank=rank), inner=low_hint)
 
 
 def fsdp_auto(rank: int, world: int) -> dict[str, Any]:
     """The rate is found from inner products of shards."""
-    return train(shard(language_model()), inner=AutoAdam)
+    return train(shard(language_model()), inner=low_hint)
 
 
 def hybrid_auto(rank: int, world: int) -> dict[str, Any]:
-    return train(shard(language_model(), replicas_of_shards(world)), inner=AutoAdam)
+    return train(shard(language_model(), replicas_of_shards(world)), inner=low_hint)
 
 
 def ddp_untied(rank: int, world: int) -> dict[str, Any]:
