@@ -43,7 +43,8 @@ class AutoAdam(Optimizer):
 
     s begins at 0.1, and with fewer than 20 planned steps at 0.2. It begins higher where the hint is so low that the
     first step would change the weights by less than 0.3 % of their root mean square, or by less than 2 % where a
-    quarter of their entries or more are zero, as with adapters: then that is the first step.
+    quarter of their entries or more are zero, as with adapters: then that is the first step. s is at most
+    1e4, so a hint that is lower still does not get there in one.
 
     While D1 is at least 0.6 D0 the path is too short to have left its start: s grows by the factor
     ``D0 / (D0 - D1 + sqrt(sd0^2 + sd1^2) / 2)``, at most fivefold per step, and g_t belongs to I. By a factor of 2.5 or
@@ -59,9 +60,9 @@ class AutoAdam(Optimizer):
     to where D1 / D0 is min(kappa r / 5, 0.75) instead of 0, where r is the std of the noise in D1 / D0.
 
     While D0 is not told from its noise, the start is taken to be as steep as the end, if that is told. If not, s goes
-    towards 1, by 26 % a step, by less where the end leads back, and stays there, so that a run in which nothing can be
-    measured is one at the hint. When D1 is below -D0 by clearly more than noise, while the filter knows little, s is
-    halved.
+    towards 1, by a factor of 1.26 a step, by less where the end leads back, and stays there, so that a run in which
+    nothing can be measured is one at the hint. When D1 is below -D0 by clearly more than noise, while the filter knows
+    little, s is halved.
 
     Args:
         params: parameters or groups of them.

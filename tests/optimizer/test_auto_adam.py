@@ -511,7 +511,7 @@ def rms(weights):
 @pytest.mark.parametrize("hint", [2e-6, 1e-5, 1e-3])
 @pytest.mark.parametrize(("zeros", "share"), [(False, 0.003), (True, 0.02)])
 def test_a_hint_far_too_low_is_no_first_step_that_teaches_nothing(hint, zeros, share):
-    """However low it is, the first step changes the weights by a share of their size; a warm-up makes it shorter all the same."""
+    """Down to where the factor ends, the first step changes the weights by a share of their size; a warm-up makes it shorter all the same."""
     for warm_up in (1.0, 0.1):
         weights = parameters()
         if zeros:
