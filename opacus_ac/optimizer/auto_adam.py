@@ -42,7 +42,7 @@ class AutoAdam(Optimizer):
     while the path is one release, D0 is ``<g_1, Delta>`` less the known energy of the noise that both have in common.
 
     s begins at 0.1, and with fewer than 20 planned steps at 0.2. It begins higher where the hint is so low that the
-    first step would change the weights by less than 0.3 % of their root mean square, or by less than 2 % where a
+    first step would change the weights by less than 1.5 % of their root mean square, or by less than 15 % where a
     quarter of their entries or more are zero, as with adapters: then that is the first step. s is at most
     1e4, so a hint that is lower still does not get there in one.
 

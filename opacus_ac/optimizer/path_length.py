@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 # Constants of the rule. They were chosen on noisy quadratics and on one small language model.
 _CAUTION = 0.1  # of the hint: a path that is too short costs a step, one that is too long may cost the run
 _CAUTION_SHORT = 0.2  # _CAUTION of a short run, to which each step counts
-_LEAST_CHANGE = (
-    0.003  # of the weights, by the first step: a change that is smaller teaches nothing, however low the hint
-)
-_LEAST_CHANGE_NEW = 0.02  # the same of new weights, as adapters are: they begin at zero, so that their size says little
+_LEAST_CHANGE = 0.015  # of the weights, by the first step: a smaller change teaches little, however low the hint
+_LEAST_CHANGE_NEW = 0.15  # the same of new weights, as adapters are: half of them begin at zero, and all go far
 _NEW = 0.25  # share of entries that are zero, from which weights are new
 _FAR = 2.5  # a path that is too short by this factor or more has not left its start
 _LONGER = 5.0  # most by which a step lengthens the path: batches differ, and ten times too far cost whole runs

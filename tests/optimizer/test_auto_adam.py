@@ -42,7 +42,7 @@ class PlainLoop:
         self.coefficients = []  # of every release in the path, one per tensor
         self.anchor = []  # numbers of the releases that stand for the start
         every = torch.cat([w.reshape(-1) for w in weights])
-        share = 0.02 if float((every == 0).double().mean()) >= 0.25 else 0.003
+        share = 0.15 if float((every == 0).double().mean()) >= 0.25 else 0.015
         least = min(1e4, share * float(every.square().mean().sqrt()) / lr)  # where a low hint begins
         self.length, self.variance, self.averaged, self.searching = 0.2 if short else 0.1, 0.36, 1, True
         self.length, self.measured = max(self.length, least), False
@@ -194,9 +194,9 @@ def test_it_is_the_plain_loop(case, planned):
     length = PathLength.of(optimizer.param_groups[0])
     assert length.scale == pytest.approx(oracle.length, rel=1e-11)
     assert length.averaged == oracle.averaged
-    assert (length.averaged > 3) == case.startswith("search")
+    assert (length.averaged > 2) == case.startswith(("search", "near"))
     assert len(oracle.anchor) == optimizer.state[weights[0]]["anchored"]
-    assert (len(oracle.anchor) > 3) == case.startswith(("search", "noise"))
+    assert (len(oracle.anchor) > 2) == case.startswith(("search", "near", "noise"))
     assert (length.falls > 0) == (case == "cut")
     assert (length.blind > 1) == case.startswith("noise")  # a path that begins far too long may be blind once
     assert length.measured + length.blind == 19
@@ -501,15 +501,15 @@ def test_a_warm_up_from_zero_starts_the_path_later():
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
     length = PathLength.of(optimizer.param_groups[0])
     assert length == PathLength(scale=length.scale)
-    assert length.scale == pytest.approx(0.003 * rms(weights) / 1e-2)
+    assert length.scale == pytest.approx(0.015 * rms(weights) / 1e-2)
 
 
 def rms(weights):
     return float(torch.cat([w.detach().reshape(-1) for w in weights]).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("hint", [2e-6, 1e-5, 1e-3])
-@pytest.mark.parametrize(("zeros", "share"), [(False, 0.003), (True, 0.02)])
+@pytest.mark.parametrize("hint", [2e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize(("zeros", "share"), [(False, 0.015), (True, 0.15)])
 def test_a_hint_far_too_low_is_no_first_step_that_teaches_nothing(hint, zeros, share):
     """Down to where the factor ends, the first step changes the weights by a share of their size; a warm-up makes it shorter all the same."""
     for warm_up in (1.0, 0.1):
@@ -537,11 +537,11 @@ def test_weight_decay_is_decoupled():
     """Without a gradient's part, ``lr * s`` times the decay is all that happens, to start and path alike."""
     (weight,) = parameters([(3, 4)])
     before = weight.detach().clone()
-    optimizer = AutoAdam([weight], lr=0.1, weight_decay=0.5)
+    optimizer = AutoAdam([weight], lr=0.4, weight_decay=0.5)
     weight.grad = torch.zeros_like(weight)
     optimizer.noise_std(weight, 0.0)
     optimizer.step()
-    assert torch.allclose(weight.detach(), before * (1 - 0.1 * 0.1 * 0.5), rtol=1e-15)
+    assert torch.allclose(weight.detach(), before * (1 - 0.1 * 0.4 * 0.5), rtol=1e-15)
 
 
 def test_decay_keeps_weights_and_path_together():
