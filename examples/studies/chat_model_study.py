@@ -6,8 +6,9 @@
     python examples/studies/chat_model_study.py --device cuda --model Qwen/Qwen2.5-0.5B-Instruct    # on a GPU
 
 A run is a method, an epsilon, a learning rate, a momentum and a seed. ``auto`` is AutoAdam from the hint that ``opacus-ac finetune``
-has for adapters; ``adamw`` is AdamW, both with the defaults of ``make_private``; ``adamw-flat`` is AdamW with a fixed C below all
-norms. Every run gives the loss of its last weights and of its averaged weights. Other options are those of ``common/chat_run.py``.
+has; ``adamw`` is AdamW, both with the defaults of ``make_private``; ``adamw-flat`` is AdamW with a fixed C below all
+norms. Momentum and clipping are compared at the middle one of the rates. Every run gives the loss of its last weights and of its
+averaged weights. Other options are those of ``common/chat_run.py``; ``--full`` trains all weights, and needs ``--rates`` of its own.
 
 Runs of a seed share records, draws and noise. Noise is seeded, and the records are invented: a study, which protects nobody.
 """
@@ -41,9 +42,8 @@ from opacus_ac.optimizer.momentum import planned_beta1
 
 EPSILONS = (1.0, 3.0, 8.0)
 RATES = (0.015, 0.03, 0.06, 0.12, 0.24)
-HINT = 0.03
+HINT, HINT_ALL = 0.03, 0.001  # of AutoAdam, for adapters and for all weights: those of ``opacus-ac finetune``
 USUAL = 0.9  # AdamW's momentum
-MIDDLE = 0.06  # rate at which momentum and clipping are compared
 HELD_OUT = 48
 METHODS: dict[str, dict[str, Any]] = {"auto": {"lr_control": False}, "adamw": {}, "adamw-flat": {"clipping": "flat"}}
 VERSION = 1  # of what a row means
@@ -132,16 +132,17 @@ def new_optimizer(model: torch.nn.Module, cell: Cell) -> Optimizer:
 def wanted(own: argparse.Namespace, options: Sequence[str]) -> list[Cell]:
     """Return the cells that the arguments ask for, the comparison of rates at the largest epsilon for all seeds first."""
     steps, rates, epsilons, seeds = own.steps, own.rates, sorted(own.epsilons, reverse=True), own.seeds
+    middle, hint = rates[len(rates) // 2], HINT_ALL if "--full" in options else HINT
     if own.quick:
-        steps, rates, epsilons, seeds = 4, [MIDDLE], epsilons[:1], seeds[:1]
+        steps, rates, epsilons, seeds = 4, [middle], epsilons[:1], seeds[:1]
     beta1, compared, others = planned_beta1(steps), [], []
     for seed, tone in product(seeds, own.tones):
         place = {"seed": seed, "tone": tone, "steps": steps, "batch": own.batch, "options": tuple(options)}
-        compared.append(Cell("auto", epsilons[0], HINT, beta1, **place))
+        compared.append(Cell("auto", epsilons[0], hint, beta1, **place))
         compared += [Cell("adamw", epsilons[0], rate, beta1, **place) for rate in rates]
-        others += [Cell("auto", epsilon, HINT, beta1, **place) for epsilon in epsilons[1:]]
-        others.append(Cell("adamw", epsilons[0], MIDDLE, USUAL, **place))
-        others.append(Cell("adamw-flat", epsilons[0], MIDDLE, beta1, **place))
+        others += [Cell("auto", epsilon, hint, beta1, **place) for epsilon in epsilons[1:]]
+        others.append(Cell("adamw", epsilons[0], middle, USUAL, **place))
+        others.append(Cell("adamw-flat", epsilons[0], middle, beta1, **place))
     return compared if own.quick else compared + others
 
 
@@ -167,20 +168,25 @@ def table(results: Sequence[Result]) -> str:
     return markdown([*heads, "above the best AdamW of the seed, %"], rows)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the options that are the study's own."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    options.add_argument("--quick", action="store_true", help="two runs of 4 steps, to see that it works")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument("--tones", choices=TONES, nargs="+", default=["loving"])
+    options.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    options.add_argument("--rates", type=float, nargs="+", default=RATES, help="of AdamW, at the largest epsilon")
+    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--batch", type=int, default=24, help="expected records in a batch")
+    options.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    options.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
+    options.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="two runs of 4 steps, to see that it works")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tones", choices=TONES, nargs="+", default=["loving"])
-    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of AdamW, at the largest epsilon")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=24, help="expected records in a batch")
-    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
-    parser.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
-    own, options = parser.parse_known_args(argv)
+    own, options = parser().parse_known_args(argv)
     chat_run.arguments(options)  # a wrong one is an error before the first run
     grid = {cell.key(): cell for cell in wanted(own, options)}
     if not own.report:

@@ -157,6 +157,7 @@ class PlainLoop:
         return [w - self.length * p for w, p in zip(self.start, self.path(), strict=True)]
 
 
+FAR = 30.0  # where the loss of "search far" is lowest; elsewhere that is at zero
 CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the gradient is about 1
     "search": (1e-4, 0.5, 0.5, 0.05, 0.0),
     "search in batches": (1e-4, 0.5, 0.5, 0.05, 0.8),
@@ -166,6 +167,7 @@ CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the grad
     "noise": (0.02, 0.5, 0.5, 10.0, 0.0),
     "noise above a low hint": (1e-4, 0.5, 0.5, 10.0, 0.0),
     "search from adapters": (1e-5, 0.5, 0.5, 0.05, 0.0),
+    "search far": (1e-3, 0.5, 0.5, 0.05, 0.0),
 }
 
 
@@ -174,7 +176,7 @@ CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the grad
 def test_it_is_the_plain_loop(case, planned):
     """The same releases, of a quadratic along the way, and the same weights to 1e-12; and the case is what its name says."""
     lr, beta1, share, noise, of_batch = CASES[case]
-    weights, normal = parameters(), draws(1)
+    weights, normal, aim = parameters(), draws(1), FAR if case.endswith("far") else 0.0
     if case.endswith("adapters"):
         weights[0].data[::2] = 0
     optimizer = AutoAdam(weights, lr=lr, beta1=beta1, share=share, steps=planned)
@@ -182,7 +184,8 @@ def test_it_is_the_plain_loop(case, planned):
     for step in range(20):
         stds = [noise * (1 + step % 3), 2 * noise, 0.5 * noise]  # noise may change from step to step
         gradients = [
-            w.detach() + s * normal(*w.shape) + of_batch * normal(*w.shape) for w, s in zip(weights, stds, strict=True)
+            w.detach() - aim + s * normal(*w.shape) + of_batch * normal(*w.shape)
+            for w, s in zip(weights, stds, strict=True)
         ]
         for weight, gradient, std in zip(weights, gradients, stds, strict=True):
             weight.grad = gradient
@@ -195,6 +198,7 @@ def test_it_is_the_plain_loop(case, planned):
     assert length.scale == pytest.approx(oracle.length, rel=1e-11)
     assert length.averaged == oracle.averaged
     assert (length.averaged > 2) == case.startswith(("search", "near"))
+    assert (length.averaged > 3) == case.startswith("search ")
     assert len(oracle.anchor) == optimizer.state[weights[0]]["anchored"]
     assert (len(oracle.anchor) > 2) == case.startswith(("search", "near", "noise"))
     assert (length.falls > 0) == (case == "cut")

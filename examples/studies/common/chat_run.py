@@ -15,7 +15,7 @@ from common.tone_dialogues import TONES, train_and_heldout
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from opacus_ac import PrivacyEngine
+from opacus_ac import AutoAdam, PrivacyEngine
 from opacus_ac.models.peft import load_trainable
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -86,7 +86,8 @@ def train(
 ) -> Any:
     """Fine-tune ``model`` under the budget and return the private optimizer; ``options`` are for ``make_private``.
 
-    Without ``optimizer`` the inner one is AdamW, as the arguments say.
+    Without ``optimizer`` the inner one is AdamW, as the arguments say. All weights take a fused step, which saves memory,
+    except with AutoAdam.
     """
     rate = args.lr or (3e-4 if args.full else 0.06)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -101,7 +102,7 @@ def train(
         epochs=args.epochs,
         max_grad_norm=C0,
         max_physical_batch_size=args.physical_batch_size or (8 if args.full else 16),
-        fused_step=args.full,
+        fused_step=args.full and not isinstance(optimizer, AutoAdam),  # AutoAdam needs all gradients at one time
         loss_bound=LOSS_BOUND,
         **options,
     )
