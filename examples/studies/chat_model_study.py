@@ -180,7 +180,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=24, help="expected records in a batch")
     options.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     options.add_argument("--out", type=Path, default=Path("runs/study/chat_model.jsonl"))
-    options.add_argument("--report", action="store_true", help="run nothing; print the table of the runs that are there")
+    options.add_argument(
+        "--report", action="store_true", help="run nothing; print the table of the runs that are there"
+    )
     return options
 
 
