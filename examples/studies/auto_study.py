@@ -41,6 +41,7 @@ PAGE_SEEDS = (131, 132, 133, 134, 135, 136)  # no constant of the rule was chose
 RATES = (0.006, 0.009, 0.013, 0.02)
 USUAL = 0.9
 HINTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+START = 1e-3  # most by which losses before training differ between runs with the same weights
 ACCOUNTANT = "vrdp"  # of AdamW and of AutoAdam alike
 PLACE = ("model", "lora", "batch", "tone", "epsilon", "steps")
 OTHERS = ("auto", "prodigy-flat", "d-adaptation-flat", "dog-flat")
@@ -200,6 +201,21 @@ def run(cell: Cell) -> Result:
     return {name: result[name] for name in KEPT} | {"beta1": cell.resolved().beta1} | found
 
 
+def one_start(results: Iterable[Result]) -> None:
+    """Refuse runs that began with different weights: public training of the ternary model differs between machines.
+
+    Raises:
+        SystemExit: If two runs of one model, tone and seed had different losses before training.
+    """
+    for (model, tone, seed), here in grouped(list(results), "model", "tone", "seed").items():
+        losses = [result["loss_before"] for result in here]
+        if max(losses) - min(losses) > START:
+            raise SystemExit(
+                f"runs of {model}, {tone} tone, seed {seed} had losses from {min(losses):.4f} to {max(losses):.4f} before "
+                "training, so their public models differ and they cannot be compared: remove those of one machine from --out"
+            )
+
+
 def wanted(arguments: argparse.Namespace) -> list[Cell]:
     """Return the runs that the arguments ask for, the seeds one after the other."""
     if arguments.page:
@@ -252,7 +268,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.report:
         for model in sorted({c.model for c in grid.values()}):
             public.public_model(model)
+        found = [result for result in read(arguments.out) if result["key"] in grid]
         for done, result in run_missing(grid.values(), run, arguments.out, arguments.jobs):
+            found.append(result)
+            one_start(found)
             print(
                 f"{done} {result['model']} {result['method']} {result['steps']} steps, rate {result['rate']:g}, seed "
                 f"{result['seed']}: loss {result['loss']:.4f}, {result['seconds']:.0f} s",
@@ -261,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [result for result in read(arguments.out) if result["key"] in grid]
     if not results:
         raise SystemExit(f"no finished run in {arguments.out}: run it first, without --report")
+    one_start(results)
     print(page_table(results, arguments.seeds or PAGE_SEEDS) if arguments.page else table(results))
     return 0
 

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from opacus_ac._validate import not_negative
 from opacus_ac.optimizer import path_start
 from opacus_ac.optimizer.momentum import planned_beta1
-from opacus_ac.optimizer.path_length import PathLength
+from opacus_ac.optimizer.path_length import PathLength, are_new
 from opacus_ac.optimizer.pieces import over_shards, pieces, products, squares_and_zeros
 
 _TINY = 1e-30  # of a denominator
 _NO_PLAN = 0.5  # beta1 where the number of steps is not known
+_SHARE, _SHARE_NEW = 0.75, 0.0  # how far steps follow the share of signal; new weights have not yet shown theirs
 
 
 class AutoAdam(Optimizer):
@@ -71,8 +72,8 @@ class AutoAdam(Optimizer):
         steps: planned number of steps, a public number, for ``beta1`` and for how fast the rate is looked for.
         beta1: momentum; None for that of :func:`opacus_ac.optimizer.momentum.planned_beta1`, or 0.5 without ``steps``.
         weight_decay: decoupled weight decay, at the learning rate that was found.
-        share: how far a tensor's steps follow its share of signal. 0 for steps of one length; 1 suits runs over all
-            weights of a small model.
+        share: how far a tensor's steps follow its share of signal. 0 for steps of one length. None for 0 where a
+            quarter of the weights or more are zero before the first step, as with adapters, and 0.75 elsewhere.
 
     Attributes:
         learning_rates: the learning rate of each group that the next step starts from, ``s lr``.
@@ -116,9 +117,9 @@ class AutoAdam(Optimizer):
         steps: int | None = None,
         beta1: float | None = None,
         weight_decay: float = 0.0,
-        share: float = 0.5,
+        share: float | None = None,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("share", share)):
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("share", 0.0 if share is None else share)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"AutoAdam needs a finite {name} >= 0, got {value!r}")
         if steps is not None and steps < 1:
@@ -221,10 +222,15 @@ class AutoAdam(Optimizer):
         rows = [products(p, state) for (_, p), state in zip(found, states, strict=True)]
         measured = self._numbers(over_shards(rows, [p for _, p in found]))
         kept = taken = 1.0
+        share = self.param_groups[0]["share"]  # also of a group that is added later
         if any(row[2] for row in measured):  # before the first step there is no path to measure
             kept, taken = length.follow(path_start.slopes(measured, states, stds, [p.numel() for _, p in found]))
         else:
-            length.begin(*self._size_of_weights(found))
+            size, zeros = self._size_of_weights(found)
+            length.begin(size, zeros)
+            share = _SHARE_NEW if are_new(zeros) else _SHARE
+        for group in self.param_groups:
+            group["share"] = share if group["share"] is None else group["share"]
         for (_, parameter), state, row, std in zip(found, states, measured, stds, strict=True):
             if length.searching or not state["anchored"]:
                 path_start.join(state, parameter.grad, row[3], std)  # type: ignore[arg-type]  # those that were found have one

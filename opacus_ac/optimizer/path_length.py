@@ -36,6 +36,11 @@ _FLATTEST, _STEEPEST = 0.3, 10.0  # least and most that the steepness can be
 _BATCHES = 0.1  # std of a slope, as a share of that at the start, beside its noise: what batches and steps add
 
 
+def are_new(zeros: float) -> bool:
+    """Say whether weights are new, as those of adapters are, by the share of entries that are zero at the start."""
+    return zeros >= _NEW
+
+
 class Slopes(NamedTuple):
     """Slopes along a path.
 
@@ -105,7 +110,8 @@ class PathLength:
             size: root mean square of the weights before the first step, in units of the hint. A public number.
             zeros: share of their entries that are zero.
         """
-        self.scale = max(self.scale, min((_LEAST_CHANGE_NEW if zeros >= _NEW else _LEAST_CHANGE) * size, _MOST))
+        least = _LEAST_CHANGE_NEW if are_new(zeros) else _LEAST_CHANGE
+        self.scale = max(self.scale, min(least * size, _MOST))
 
     def follow(self, slopes: Slopes) -> tuple[float, float]:
         """Change the scale by a measurement.

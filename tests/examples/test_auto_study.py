@@ -10,7 +10,7 @@ from small_model import places
 
 def result(method, rate, beta1, seed, loss, steps=30):
     place = {"model": "llama", "tone": "loving", "epsilon": 4.0, "steps": steps}
-    return {"method": method, "rate": rate, "beta1": beta1, "seed": seed, "loss": loss, **place}
+    return {"method": method, "rate": rate, "beta1": beta1, "seed": seed, "loss": loss, "loss_before": 3.0, **place}
 
 
 LINES = [
@@ -71,12 +71,35 @@ def test_a_report_of_nothing_says_so(tmp_path, capsys):
     assert "best AdamW" in capsys.readouterr().out
 
 
+def test_runs_of_different_public_models_are_refused(tmp_path):
+    """Public training of the ternary model differs between machines: its runs there have other losses before training."""
+    cells = study.wanted(study.parser().parse_args(["--quick"]))
+    lines = [{**result(c.method, c.rate, c.beta1, c.seed, 2.0, steps=6), "key": c.key()} for c in cells]
+    study.one_start(
+        [*lines, {**lines[0], "seed": 7, "loss_before": 3.1}, {**lines[0], "model": "bitnet", "loss_before": 4.0}]
+    )
+    lines[3]["loss_before"] += 0.002
+    for line in lines:
+        append(tmp_path / "some.jsonl", line)
+    for arguments in (["--report"], []):
+        with pytest.raises(SystemExit, match=r"llama, loving tone, seed 31 .* from 3\.0000 to 3\.0020 before training"):
+            study.main(["--quick", *arguments, "--out", str(tmp_path / "some.jsonl")])
+
+
 def lines_of(place, seed, best, usual, by_hint):
     """Results of a place and a seed: the first rate is the best one, and the others are 0.1 worse."""
     cells = place.cells(seed)
     losses = [best + 0.1 * (number > 0) for number in range(len(place.rates))] + [usual, *by_hint]
     return [
-        {"key": c.key(), "method": c.method, "seed": seed, "loss": loss, "loss_before": 3.0}
+        {
+            "key": c.key(),
+            "model": c.model,
+            "tone": c.tone,
+            "method": c.method,
+            "seed": seed,
+            "loss": loss,
+            "loss_before": 3.0,
+        }
         for c, loss in zip(cells, losses, strict=True)
     ]
 

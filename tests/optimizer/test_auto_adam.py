@@ -42,8 +42,10 @@ class PlainLoop:
         self.coefficients = []  # of every release in the path, one per tensor
         self.anchor = []  # numbers of the releases that stand for the start
         every = torch.cat([w.reshape(-1) for w in weights])
-        share = 0.15 if float((every == 0).double().mean()) >= 0.25 else 0.015
-        least = min(1e4, share * float(every.square().mean().sqrt()) / lr)  # where a low hint begins
+        new = float((every == 0).double().mean()) >= 0.25
+        if share is None:
+            self.share = 0.0 if new else 0.75
+        least = min(1e4, (0.15 if new else 0.015) * float(every.square().mean().sqrt()) / lr)  # where a low hint begins
         self.length, self.variance, self.averaged, self.searching = 0.2 if short else 0.1, 0.36, 1, True
         self.length, self.measured = max(self.length, least), False
         self.steepness, self.of_steepness, self.seen, self.went = 1.0, 4.0, 0.0, 0.0
@@ -159,14 +161,14 @@ class PlainLoop:
 
 FAR = 30.0  # where the loss of "search far" is lowest; elsewhere that is at zero
 CASES = {  # lr, beta1, share, noise per coordinate, that of the batch; the gradient is about 1
-    "search": (1e-4, 0.5, 0.5, 0.05, 0.0),
+    "search": (1e-4, 0.5, None, 0.05, 0.0),
     "search in batches": (1e-4, 0.5, 0.5, 0.05, 0.8),
     "near": (0.15, 0.8, 1.0, 0.2, 0.0),
     "high": (3.0, 0.0, 0.0, 0.02, 0.0),
     "cut": (300.0, 0.5, 0.5, 0.1, 0.0),
     "noise": (0.02, 0.5, 0.5, 10.0, 0.0),
     "noise above a low hint": (1e-4, 0.5, 0.5, 10.0, 0.0),
-    "search from adapters": (1e-5, 0.5, 0.5, 0.05, 0.0),
+    "search from adapters": (1e-5, 0.5, None, 0.05, 0.0),
     "search far": (1e-3, 0.5, 0.5, 0.05, 0.0),
 }
 
@@ -589,6 +591,22 @@ def test_a_group_that_is_added_later_begins_at_the_scale_of_the_others():
     assert optimizer.param_groups[1]["path_scale"] == scale != 0.1
     run([one, other], optimizer, 3, draws(2))
     assert optimizer.state[other]["step"] == 3
+
+
+@pytest.mark.parametrize(("zeros", "chosen"), [(False, 0.75), (True, 0.0)])
+def test_steps_of_new_weights_have_one_length_unless_the_user_says_otherwise(zeros, chosen):
+    """Groups without a share get one at the first step, and a group that comes later gets that of the first one."""
+    one, own, later = parameters([(20, 5), (20, 5), (20, 5)])
+    if zeros:
+        one.data.zero_()
+    optimizer = AutoAdam([{"params": [one]}, {"params": [own], "share": 0.3}])
+    assert [group["share"] for group in optimizer.param_groups] == [None, 0.3]
+    run([one, own], optimizer, 3, draws(1))
+    optimizer.add_param_group({"params": [later]})
+    resumed = AutoAdam([{"params": [one]}, {"params": [own]}, {"params": [later]}])
+    resumed.load_state_dict(optimizer.state_dict())
+    run([one, own, later], resumed, 1, draws(2))
+    assert [group["share"] for group in resumed.param_groups] == [chosen, 0.3, chosen]
 
 
 def test_no_gradient_at_all_is_no_step():
