@@ -4,6 +4,7 @@ A small Llama with tied embeddings learns public sentences once and is then fine
 (:mod:`chats.data` says what a record is). A run is a unit, an epsilon, a clip rule and a seed:
 
 * ``flat-C``: ``clipping="flat"``, the noise of Opacus; ``default-C0``: the defaults of ``make_private`` from that C0;
+* ``rate-R``: a flat C below all norms, AdamW at the learning rate R; ``auto-H``: the same with AutoAdam from the hint H;
 * ``none``: no noise and no clipping, the same draws: the reference without privacy.
 
 Runs of a unit with one seed share Poisson draws and gradient noise, so that differences between rules come from the rules. Noise is
@@ -12,6 +13,7 @@ rows, at the last weights; the loss at the averaged weights has a column of its 
 
     python examples/studies/chats_study.py --jobs 2      # stop it and go on at any time
     python examples/studies/chats_study.py --norms       # norms of records before training, by a loop; not private
+    python examples/studies/chats_study.py --units sender --epsilons 8 --rules rate-0.004 rate-0.008 auto-0.001
     python examples/studies/chats_study.py --report
 """
 
@@ -30,15 +32,18 @@ from typing import Any
 
 import torch
 from chats.data import IGNORE, UNITS, Records, Row, dataset_file, make_records, public_tokenizer, read_conversations
-from chats.model import Settings, fine_tune, heldout_loss, public_model, record_losses
-from common.results import Result, append, mean_and_spread, read, results_of
+from chats.model import Settings, adamw, fine_tune, heldout_loss, public_model, record_losses
+from common.results import AUTO_ADAM, Result, append, mean_and_spread, read, results_of
 
+from opacus_ac import AutoAdam
 from opacus_ac.accounting import calibrate_noise_multiplier
 
 FLAT = (1.0, 10.0)
 DEFAULT = (0.01, 1.0, 100.0)
 RULES = (*(f"flat-{c:g}" for c in FLAT), *(f"default-{c:g}" for c in DEFAULT))
 EPSILONS = (2.0, 8.0)
+BELOW = {"clipping": "flat", "max_grad_norm": 1.0}  # no record of the sample has a smaller norm before training
+OPTIONS: dict[str, dict[str, Any]] = {"flat": {"clipping": "flat"}, "default": {}, "rate": BELOW, "auto": BELOW}
 DELTA = {"conversation": 1e-5, "sender": 1e-4}  # below 1 / N
 NO_CLIPPING = 1e9
 
@@ -100,11 +105,12 @@ def clip_arguments(cell: Cell, records: int, settings: Settings) -> dict[str, An
         return {"clipping": "flat", "max_grad_norm": NO_CLIPPING, "noise_multiplier": 0.0}
     kind, _, number = cell.rule.partition("-")
     try:
-        arguments = {"flat": {"clipping": "flat"}, "default": {}}[kind] | {"max_grad_norm": float(number)}
+        arguments = dict(OPTIONS[kind])
+        arguments.setdefault("max_grad_norm", float(number))
         assert cell.epsilon is not None
     except (AssertionError, KeyError, ValueError):
         raise ValueError(
-            f"unknown rule {cell.rule!r} at epsilon {cell.epsilon}: flat-C, default-C0, or none without epsilon"
+            f"unknown rule {cell.rule!r} at epsilon {cell.epsilon}: flat-C, default-C0, rate-R, auto-H, or none without epsilon"
         ) from None
     noise = calibrate_noise_multiplier(
         target_epsilon=cell.epsilon,
@@ -116,6 +122,19 @@ def clip_arguments(cell: Cell, records: int, settings: Settings) -> dict[str, An
     return {**arguments, "noise_multiplier": noise}
 
 
+def new_optimizer(cell: Cell, model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Return the inner optimizer of a cell: AdamW at the rate of the settings, where its rule names neither rate nor hint."""
+    kind, _, number = cell.rule.partition("-")
+    if kind == "auto":
+        return AutoAdam(model.parameters(), lr=float(number), steps=settings.steps)
+    return adamw(model, float(number) if kind == "rate" else settings.lr, settings.steps)
+
+
+def version(rule: str) -> int:
+    """Return the version of AutoAdam that a rule depends on; 0 for none."""
+    return AUTO_ADAM if rule.startswith("auto") else 0
+
+
 def run(cell: Cell, settings: Settings, cache_folder: Path) -> Result:
     """Fine-tune once and return one line of results."""
     torch.set_num_threads(1)
@@ -123,10 +142,12 @@ def run(cell: Cell, settings: Settings, cache_folder: Path) -> Result:
     train, held = data(cell.unit, settings, cache_folder)
     model = public_model(settings, cache_folder)
     before = heldout_loss(model, held, settings)
-    arguments = clip_arguments(cell, len(train), settings)
-    course, epsilon, averaged = fine_tune(model, train, settings, arguments, DELTA[cell.unit], cell.seed, held)
+    arguments, optimizer = clip_arguments(cell, len(train), settings), new_optimizer(cell, model, settings)
+    delta = DELTA[cell.unit]
+    course, epsilon, averaged = fine_tune(model, train, settings, arguments, delta, cell.seed, held, optimizer)
     return {
         **asdict(cell),
+        "auto_adam": version(cell.rule),
         "settings": settings.key(),
         "records": len(train),
         "sample_rate": settings.batch / len(train),
@@ -140,9 +161,14 @@ def run(cell: Cell, settings: Settings, cache_folder: Path) -> Result:
     }
 
 
+def finished(out: Path, settings: Settings) -> list[Result]:
+    """Return the runs that are there, but for those of an older AutoAdam."""
+    return [r for r in read(out, settings) if "rule" in r and r.get("auto_adam", 0) == version(r["rule"])]
+
+
 def wanted(cells: Sequence[Cell], out: Path, settings: Settings) -> list[Cell]:
     """Return the cells that have not run with these settings."""
-    done = {(r["unit"], r["epsilon"], r["rule"], r["seed"]) for r in read(out, settings) if "rule" in r}
+    done = {(r["unit"], r["epsilon"], r["rule"], r["seed"]) for r in finished(out, settings)}
     return [c for c in cells if (c.unit, c.epsilon, c.rule, c.seed) not in done]
 
 
@@ -176,11 +202,29 @@ def table(results: list[Result]) -> list[str]:
     return lines
 
 
+def above_the_best(results: list[Result]) -> list[str]:
+    """Return a line per unit, epsilon and hint: AutoAdam's loss in per cent above the best rate of the seed."""
+    best: dict[Any, float] = {}
+    for r in results:
+        if r["rule"].startswith("rate-"):
+            place = r["unit"], r["epsilon"], r["seed"]
+            best[place] = min(r["loss"], best.get(place, r["loss"]))
+    shares: dict[Any, list[float]] = {}
+    for r in results:
+        place = r["unit"], r["epsilon"], r["seed"]
+        if r["rule"].startswith("auto-") and place in best:
+            shares.setdefault((r["unit"], r["epsilon"], r["rule"]), []).append(100 * (r["loss"] / best[place] - 1))
+    return [
+        f"{unit}, epsilon {epsilon:g}, {rule}: {statistics.fmean(found):+.1f} % above the best rate of the seed, {len(found)} seeds"
+        for (unit, epsilon, rule), found in shares.items()
+    ]
+
+
 def report(out: Path, settings: Settings) -> None:
     found = read(out, settings)
-    runs = [r for r in found if "rule" in r]
+    runs = finished(out, settings)
     print(f"settings {settings.key()}: {asdict(settings)}")
-    print("\n".join(table(runs)))
+    print("\n".join([*table(runs), *above_the_best(runs)]))
     for unit in dict.fromkeys(r["unit"] for r in runs):
         mine = [r for r in runs if r["unit"] == unit]
         before = statistics.fmean(r["loss_before"] for r in mine)
@@ -192,13 +236,18 @@ def report(out: Path, settings: Settings) -> None:
         )
 
 
-def all_cells(seeds: Sequence[int], rules: Sequence[str] = RULES) -> list[Cell]:
+def all_cells(
+    seeds: Sequence[int],
+    rules: Sequence[str] = RULES,
+    units: Sequence[str] = UNITS,
+    epsilons: Sequence[float] = EPSILONS,
+) -> list[Cell]:
     """Return the grid, seed after seed, so that what has run is a whole table."""
     cells = []
     for seed in seeds:
-        for unit in UNITS:
+        for unit in units:
             cells.append(Cell(unit, None, "none", seed))
-            cells += [Cell(unit, epsilon, rule, seed) for epsilon in EPSILONS for rule in rules]
+            cells += [Cell(unit, epsilon, rule, seed) for epsilon in epsilons for rule in rules]
     return cells
 
 
@@ -206,7 +255,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not finished yet, or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rules", nargs="+", metavar="RULE", default=RULES, help=f"of {', '.join(RULES)}, or any C")
+    parser.add_argument(
+        "--rules", nargs="+", metavar="RULE", default=RULES, help=f"of {', '.join(RULES)}, or any number"
+    )
+    parser.add_argument("--units", nargs="+", choices=UNITS, default=UNITS)
+    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
     parser.add_argument("--lr", type=float, default=Settings.lr)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--cache", type=Path, default=Path("runs/chats"))
@@ -218,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.report:
         report(arguments.out, settings)
         return 0
-    cells = all_cells(arguments.seeds, arguments.rules)
+    cells = all_cells(arguments.seeds, arguments.rules, arguments.units, arguments.epsilons)
     for cell in cells:
         clip_arguments(cell, 10 * settings.batch, settings)  # a wrong name before the first run
     public_model(settings, arguments.cache)

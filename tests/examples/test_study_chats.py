@@ -201,6 +201,29 @@ def test_the_loss_of_a_record_is_the_mean_of_its_rows(offline, conversations, en
     )
 
 
+def test_a_rule_may_name_a_rate_or_a_hint(offline):
+    """The settings have the rate 0.004, and no record has a norm below 1: the rate and C of flat-1 are those of rate-0.004."""
+    at = {
+        rule: chats.run(Cell("sender", 8.0, rule, 0), TINY, offline)
+        for rule in ("flat-1", "rate-0.004", "rate-0.02", "auto-0.004", "auto-0.02")
+    }
+    assert at["rate-0.004"]["loss"] == at["flat-1"]["loss"]
+    assert len({result["loss"] for result in at.values()}) == 4
+    assert {rule: result["auto_adam"] > 0 for rule, result in at.items()} == {rule: "auto" in rule for rule in at}
+    assert all(result["C"] == [1.0, 1.0] for result in at.values())
+
+
+def test_hints_are_compared_with_the_best_rate_of_the_seed():
+    losses = {"rate-1": (4.0, 2.0), "rate-2": (3.0, 5.0), "auto-1": (3.3, 1.9), "flat-1": (1.0, 1.0)}
+    results = [
+        {"unit": "sender", "epsilon": 8.0, "rule": rule, "seed": seed, "loss": found[seed]}
+        for rule, found in losses.items()
+        for seed in (0, 1)
+    ]
+    expected = ["sender, epsilon 8, auto-1: +2.5 % above the best rate of the seed, 2 seeds"]
+    assert chats.above_the_best([*results, {**results[4], "seed": 2}]) == expected
+
+
 @pytest.mark.parametrize(
     "cell",
     [Cell("sender", 2.0, "none", 0), Cell("sender", None, "flat-1", 0), Cell("sender", 2.0, "flat", 0), Cell("sender", 2.0, "x-1", 0)],
@@ -230,6 +253,21 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch):
     asked.clear()
     chats.main(["--out", str(out), "--seeds", "0", "--rules", "flat-3", "--lr", "0.1"])
     assert len(asked) == 6  # other settings: nothing is finished
+
+
+def test_runs_of_an_older_autoadam_are_repeated(tmp_path):
+    cells = [Cell("sender", 8.0, rule, 0) for rule in ("auto-0.1", "auto-0.2", "rate-0.1")]
+    out = tmp_path / "results.jsonl"
+    versions = (chats.version("auto-0.1"), chats.version("auto-0.1") - 1, 0)
+    rows = [json.loads(line(cell, 3.0)) | {"auto_adam": number} for cell, number in zip(cells, versions, strict=True)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert chats.wanted(cells, out, Settings()) == [cells[1]]
+    assert [r["rule"] for r in chats.finished(out, Settings())] == ["auto-0.1", "rate-0.1"]
+
+
+def test_the_grid_may_be_of_one_unit_and_one_epsilon():
+    cells = chats.all_cells([0], ["auto-1"], ["sender"], [8.0])
+    assert cells == [Cell("sender", None, "none", 0), Cell("sender", 8.0, "auto-1", 0)]
 
 
 def test_the_report_has_mean_and_spread(tmp_path, capsys):

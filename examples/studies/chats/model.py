@@ -146,6 +146,12 @@ def heldout_loss(model: nn.Module, records: Sequence[list[Row]], settings: Setti
 # ---------------------------------------------------------------- private fine-tuning
 
 
+def adamw(model: nn.Module, rate: float, steps: int) -> torch.optim.AdamW:
+    """Return AdamW over all weights, with the momentum of the planned steps."""
+    betas = (planned_beta1(steps), 0.999)
+    return torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.0)
+
+
 def fine_tune(
     model: nn.Module,
     train: Records,
@@ -154,18 +160,19 @@ def fine_tune(
     delta: float,
     seed: int,
     held: Sequence[list[Row]] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[dict[str, list[float | None]], float, float]:
-    """Train ``model`` in place.
+    """Train ``model`` in place, with ``optimizer``, or with AdamW at the rate of the settings.
 
     Returns:
         What was released per step, epsilon, and the held-out loss at the averaged weights (NaN without held-out records).
     """
-    engine, betas = PrivacyEngine(), (planned_beta1(settings.steps), 0.999)
+    engine, inner = PrivacyEngine(), optimizer or adamw(model, settings.lr, settings.steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=NotPrivateWarning)
-        private, optimizer, loader = engine.make_private(
+        private, stepper, loader = engine.make_private(
             module=model,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=betas, weight_decay=0.0),
+            optimizer=inner,
             data_loader=DataLoader(train, batch_size=settings.batch, shuffle=True, collate_fn=collate_of(settings)),
             max_physical_batch_size=settings.physical,
             max_rows_per_user=train.max_rows_per_user,
@@ -174,17 +181,17 @@ def fine_tune(
         )
         course: dict[str, list[float | None]] = {"C": [], "clip_rate": []}
         batches = _forever(loader)
-        while optimizer.steps_taken < settings.steps:
-            taken = optimizer.steps_taken
-            optimizer.zero_grad()
+        while stepper.steps_taken < settings.steps:
+            taken = stepper.steps_taken
+            stepper.zero_grad()
             private(**next(batches)).loss.backward()
-            optimizer.step()
-            if optimizer.steps_taken > taken and optimizer.released is not None:
-                course["C"].append(optimizer.released.max_grad_norm)
-                course["clip_rate"].append(optimizer.released.clip_rate)
+            stepper.step()
+            if stepper.steps_taken > taken and stepper.released is not None:
+                course["C"].append(stepper.released.max_grad_norm)
+                course["clip_rate"].append(stepper.released.clip_rate)
         averaged = math.nan
         if held:
-            with optimizer.ema_weights():
+            with stepper.ema_weights():
                 averaged = heldout_loss(model, held, settings)
         epsilon = engine.get_epsilon(delta)
     engine.detach(private)
