@@ -149,19 +149,34 @@ def page_table(results: Sequence[Result], seeds: Sequence[int]) -> str:
         row += [percent(column, best) if column else "" for column in (usual, *columns)]
         rows.append([*row, f"{statistics.fmean(against):+.1f}"])
         shares = [[100 * (a / b - 1) for a, b in zip(column, best, strict=True)] for column in (usual, *by_hint)]
-        means.append([statistics.fmean(share) for share in shares] + [statistics.fmean(against)])
-    if means:
-        usual_mean, auto_mean, against_mean = (
-            statistics.fmean(values)
-            for values in ([m[0] for m in means], [v for m in means for v in m[1:-1]], [m[-1] for m in means])
-        )
-        name = f"mean over {len(means)} places"
-        rows.append(
-            [name, "", "", "", "", f"{usual_mean:+.1f}", "", "", f"all: {auto_mean:+.1f}", "", f"{against_mean:+.1f}"]
-        )
+        means.append((place.epsilon, [*map(statistics.fmean, shares), statistics.fmean(against)]))
+    rows += _mean_rows(means)
     hints = [f"from {hint:g} ({hint * ADAPTERS:g})" for hint in DECADES]
     head = ["model", "epsilon", "steps", "seeds", "best AdamW", "AdamW as usual", *hints, "over as usual"]
     return markdown(head, rows) + "\n\n" + _worst(results)
+
+
+def _mean_rows(means: Sequence[tuple[float, list[float]]]) -> list[list[str]]:
+    """Return the mean over all places, and over those with more budget than the least.
+
+    Args:
+        means: of each place its epsilon, and the means of the columns: AdamW as usual, every hint, and over as usual.
+    """
+    rows, least = [], min((epsilon for epsilon, _ in means), default=0.0)
+    for name, epsilons in (
+        ("", {e for e, _ in means}),
+        (f", epsilon above {least:g}", {e for e, _ in means} - {least}),
+    ):
+        here = [columns for epsilon, columns in means if epsilon in epsilons]
+        if here:
+            usual, auto, against = (
+                f"{statistics.fmean(values):+.1f}"
+                for values in ([m[0] for m in here], [v for m in here for v in m[1:-1]], [m[-1] for m in here])
+            )
+            rows.append(
+                [f"mean over {len(here)} places{name}", "", "", "", "", usual, "", "", f"all: {auto}", "", against]
+            )
+    return rows
 
 
 def _page_losses(place: Place, seed: int, found: Mapping[str, Result]) -> list[float] | None:

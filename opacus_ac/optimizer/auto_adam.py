@@ -19,7 +19,8 @@ from opacus_ac.optimizer.pieces import over_shards, pieces, products, squares_an
 
 _TINY = 1e-30  # of a denominator
 _NO_PLAN = 0.5  # beta1 where the number of steps is not known
-_SHARE, _SHARE_NEW = 0.75, 0.0  # how far steps follow the share of signal; new weights have not yet shown theirs
+_SHARE, _SHARE_NEW = 0.75, 0.5  # how far steps follow the share of signal, and where most weights may be new
+_SHARE_NEW_SHORT = 0.0  # _SHARE_NEW of a short run, in which new weights do not get to show theirs
 
 
 class AutoAdam(Optimizer):
@@ -72,8 +73,9 @@ class AutoAdam(Optimizer):
         steps: planned number of steps, a public number, for ``beta1`` and for how fast the rate is looked for.
         beta1: momentum; None for that of :func:`opacus_ac.optimizer.momentum.planned_beta1`, or 0.5 without ``steps``.
         weight_decay: decoupled weight decay, at the learning rate that was found.
-        share: how far a tensor's steps follow its share of signal. 0 for steps of one length. None for 0 where a
-            quarter of the weights or more are zero before the first step, as with adapters, and 0.75 elsewhere.
+        share: how far a tensor's steps follow its share of signal. 0 for steps of one length. None for 0.75, and for
+            0.5 where a quarter of the weights or more are zero before the first step, as with adapters; of these, 0
+            with fewer than 20 planned steps.
 
     Attributes:
         learning_rates: the learning rate of each group that the next step starts from, ``s lr``.
@@ -228,7 +230,7 @@ class AutoAdam(Optimizer):
         else:
             size, zeros = self._size_of_weights(found)
             length.begin(size, zeros)
-            share = _SHARE_NEW if are_new(zeros) else _SHARE
+            share = (_SHARE_NEW_SHORT if length.short else _SHARE_NEW) if are_new(zeros) else _SHARE
         for group in self.param_groups:
             group["share"] = share if group["share"] is None else group["share"]
         for (_, parameter), state, row, std in zip(found, states, measured, stds, strict=True):

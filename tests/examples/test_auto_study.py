@@ -126,6 +126,18 @@ def test_the_table_of_the_page_has_a_row_for_each_place_and_the_means(monkeypatc
     assert worst == "The worst run of AutoAdam ended +1.04 from its loss before training."
 
 
+def test_the_least_epsilon_has_a_mean_without_it(monkeypatch):
+    """The place of the least budget may hide, or make, a difference at the others."""
+    one, two, three = (places.Place((1e-2, 2e-2), epsilon=e, seeds=1) for e in (1.0, 4.0, 8.0))
+    monkeypatch.setattr(study, "PLACES", (one, two, three))
+    results = lines_of(one, 7, 2.0, 2.0, [2.0, 2.0]) + lines_of(two, 7, 2.0, 2.5, [2.0, 2.0])
+    results += lines_of(three, 7, 2.0, 4.0, [1.0, 1.0])
+    every, some = map(cells_of, study.page_table(results, [7]).split("\n\n")[0].splitlines()[-2:])
+    assert (every[0], every[5], every[8], every[10]) == ("mean over 3 places", "+41.7", "all: -16.7", "-31.7")
+    assert some[0] == "mean over 2 places, epsilon above 1"
+    assert (some[5], some[8], some[10]) == ("+62.5", "all: -25.0", "-47.5")
+
+
 def test_a_seed_counts_at_a_place_when_all_of_its_runs_are_there(monkeypatch):
     one, two = places.Place((1e-2, 2e-2), seeds=2), places.Place((1e-2, 2e-2), epsilon=8.0, seeds=1)
     monkeypatch.setattr(study, "PLACES", (one, two))
@@ -142,7 +154,7 @@ def test_the_page_has_six_seeds_and_every_place_once():
     assert {c.seed for c in cells} == set(study.PAGE_SEEDS)
     assert not set(study.PAGE_SEEDS) & set(study.SEEDS)
     for place in study.PLACES:
-        assert place.seeds >= (3 if place.steps <= 60 and place.model == "llama" else 1)
+        assert place.seeds >= (6 if place.steps <= 120 else 3)
         assert list(place.rates) == sorted(place.rates)
         hints = [cell.rate for cell in place.automatic(1).values()]
         assert min(hints) <= max(place.rates) / 30  # far below, and far above
@@ -171,7 +183,7 @@ def test_the_page_shows_the_results_that_are_kept():
     results = read(here / "results" / "automatic-rate.jsonl")
     table, worst = study.page_table(results, study.PAGE_SEEDS).split("\n\n")
     text = (here.parents[1] / "docs" / "automatic-rate.md").read_text(encoding="utf-8")
-    assert len(table.splitlines()) == 2 + len(study.PLACES) + 1
+    assert len(table.splitlines()) == 2 + len(study.PLACES) + 2
     for row in table.splitlines():
         assert row in text
     assert worst in text

@@ -44,7 +44,7 @@ class PlainLoop:
         every = torch.cat([w.reshape(-1) for w in weights])
         new = float((every == 0).double().mean()) >= 0.25
         if share is None:
-            self.share = 0.0 if new else 0.75
+            self.share = (0.0 if short else 0.5) if new else 0.75
         least = min(1e4, (0.15 if new else 0.015) * float(every.square().mean().sqrt()) / lr)  # where a low hint begins
         self.length, self.variance, self.averaged, self.searching = 0.2 if short else 0.1, 0.36, 1, True
         self.length, self.measured = max(self.length, least), False
@@ -593,17 +593,20 @@ def test_a_group_that_is_added_later_begins_at_the_scale_of_the_others():
     assert optimizer.state[other]["step"] == 3
 
 
-@pytest.mark.parametrize(("zeros", "chosen"), [(False, 0.75), (True, 0.0)])
-def test_steps_of_new_weights_have_one_length_unless_the_user_says_otherwise(zeros, chosen):
+@pytest.mark.parametrize(
+    ("zeros", "planned", "chosen"),
+    [(False, 19, 0.75), (False, 20, 0.75), (True, 19, 0.0), (True, 20, 0.5), (True, None, 0.5)],
+)
+def test_new_weights_follow_their_signal_less_unless_the_user_says_otherwise(zeros, planned, chosen):
     """Groups without a share get one at the first step, and a group that comes later gets that of the first one."""
     one, own, later = parameters([(20, 5), (20, 5), (20, 5)])
     if zeros:
         one.data.zero_()
-    optimizer = AutoAdam([{"params": [one]}, {"params": [own], "share": 0.3}])
+    optimizer = AutoAdam([{"params": [one]}, {"params": [own], "share": 0.3}], steps=planned)
     assert [group["share"] for group in optimizer.param_groups] == [None, 0.3]
     run([one, own], optimizer, 3, draws(1))
     optimizer.add_param_group({"params": [later]})
-    resumed = AutoAdam([{"params": [one]}, {"params": [own]}, {"params": [later]}])
+    resumed = AutoAdam([{"params": [one]}, {"params": [own]}, {"params": [later]}], steps=planned)
     resumed.load_state_dict(optimizer.state_dict())
     run([one, own, later], resumed, 1, draws(2))
     assert [group["share"] for group in resumed.param_groups] == [chosen, 0.3, chosen]

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-AUTO_ADAM = 8  # version of AutoAdam's rule: results of an older one are run again, those of other optimizers are not
+AUTO_ADAM = 9  # version of AutoAdam's rule: results of an older one are run again, those of other optimizers are not
 Result = dict[str, Any]
 
 
