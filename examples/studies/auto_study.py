@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common.results import Result, read, run_missing
+from common.results import Result, mean_and_error, read, run_missing
 from common.tone_dialogues import TONES
 from small_model import cell as cells
 from small_model import public
@@ -81,9 +81,7 @@ def without_a_rate(places: Iterable[dict[str, Any]], others: Sequence[str]) -> l
 
 def percent(losses: Sequence[float], references: Sequence[float]) -> str:
     """Return the mean difference in per cent, with its standard error over seeds."""
-    found = [100 * (a / b - 1) for a, b in zip(losses, references, strict=True)]
-    error = f" ± {statistics.stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else ""
-    return f"{statistics.fmean(found):+.1f}{error}"
+    return mean_and_error([100 * (a / b - 1) for a, b in zip(losses, references, strict=True)])
 
 
 def table(results: Sequence[Result]) -> str:

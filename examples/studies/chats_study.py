@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from chats.data import IGNORE, UNITS, Records, Row, dataset_file, make_records, public_tokenizer, read_conversations
 from chats.model import Settings, adamw, fine_tune, heldout_loss, public_model, record_losses
-from common.results import AUTO_ADAM, Result, append, mean_and_spread, read, results_of
+from common.results import AUTO_ADAM, Result, append, mean_and_error, mean_and_spread, read, results_of
 
 from opacus_ac import AutoAdam
 from opacus_ac.accounting import calibrate_noise_multiplier
@@ -203,7 +203,7 @@ def table(results: list[Result]) -> list[str]:
 
 
 def above_the_best(results: list[Result]) -> list[str]:
-    """Return a line per unit, epsilon and hint: AutoAdam's loss in per cent above the best rate of the seed."""
+    """Return a line per unit, epsilon and hint: AutoAdam's loss in per cent above the best rate of the seed, with its standard error."""
     best: dict[Any, float] = {}
     for r in results:
         if r["rule"].startswith("rate-"):
@@ -215,7 +215,7 @@ def above_the_best(results: list[Result]) -> list[str]:
         if r["rule"].startswith("auto-") and place in best:
             shares.setdefault((r["unit"], r["epsilon"], r["rule"]), []).append(100 * (r["loss"] / best[place] - 1))
     return [
-        f"{unit}, epsilon {epsilon:g}, {rule}: {statistics.fmean(found):+.1f} % above the best rate of the seed, {len(found)} seeds"
+        f"{unit}, epsilon {epsilon:g}, {rule}: {mean_and_error(found)} % above the best rate of the seed, {len(found)} seeds"
         for (unit, epsilon, rule), found in shares.items()
     ]
 

@@ -19,7 +19,7 @@ from opacus_ac.optimizer.pieces import over_shards, pieces, products, squares_an
 
 _TINY = 1e-30  # of a denominator
 _NO_PLAN = 0.5  # beta1 where the number of steps is not known
-_SHARE, _SHARE_NEW = 0.75, 0.5  # how far steps follow the share of signal, and where most weights may be new
+_SHARE, _SHARE_NEW = 0.75, 0.5  # how far steps follow the share of signal, and those of new weights, as of adapters
 _SHARE_NEW_SHORT = 0.0  # _SHARE_NEW of a short run, in which new weights do not get to show theirs
 
 
@@ -73,9 +73,9 @@ class AutoAdam(Optimizer):
         steps: planned number of steps, a public number, for ``beta1`` and for how fast the rate is looked for.
         beta1: momentum; None for that of :func:`opacus_ac.optimizer.momentum.planned_beta1`, or 0.5 without ``steps``.
         weight_decay: decoupled weight decay, at the learning rate that was found.
-        share: how far a tensor's steps follow its share of signal. 0 for steps of one length. None for 0.75, and for
-            0.5 where a quarter of the weights or more are zero before the first step, as with adapters; of these, 0
-            with fewer than 20 planned steps.
+        share: how far a tensor's steps follow its share of signal. 0 for steps of one length. None for 0.75. Where
+            a quarter of the weights or more are zero before the first step, as with adapters, None is 0.5, and 0 with
+            fewer than 20 planned steps.
 
     Attributes:
         learning_rates: the learning rate of each group that the next step starts from, ``s lr``.

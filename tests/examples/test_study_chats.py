@@ -220,7 +220,7 @@ def test_hints_are_compared_with_the_best_rate_of_the_seed():
         for rule, found in losses.items()
         for seed in (0, 1)
     ]
-    expected = ["sender, epsilon 8, auto-1: +2.5 % above the best rate of the seed, 2 seeds"]
+    expected = ["sender, epsilon 8, auto-1: +2.5 ± 7.5 % above the best rate of the seed, 2 seeds"]
     assert chats.above_the_best([*results, {**results[4], "seed": 2}]) == expected
 
 

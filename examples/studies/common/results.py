@@ -60,3 +60,9 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """Return the mean and, of several values, the standard deviation."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """Return the mean with its sign and, of several values, its standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.1f}{error}"
